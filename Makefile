@@ -1,0 +1,66 @@
+# `make demo` and `make test` set up .venv themselves; `make help` lists the rest.
+
+# The first Python on PATH that is new enough; another one: make PYTHON=/path/to/python3
+IS_SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c '$(IS_SUPPORTED)' 2>/dev/null && echo $$p && break; done),python3)
+PYTEST_ARGS ?= -n 2
+BENCH_ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+STAMP := $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench constraints clean FORCE
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(STAMP)  ## draw signal propagation plots into out/demo
+	$(VENV)/bin/normfree demo --out out/demo
+
+test: lint  ## everything CI runs: lint, types, tests (PYTEST_ARGS="-n 2")
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## check style, formatting and types
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) pyright
+
+format: $(STAMP)  ## fix what ruff can fix, then format
+	$(RUN) ruff check --fix-only .
+	$(RUN) ruff format .
+
+bench: $(STAMP)  ## time against peers (BENCH_ARGS="...")
+	$(RUN) benchmarks $(BENCH_ARGS)
+
+constraints: $(STAMP)  ## record the versions in .venv as the pinned ones
+	@$(RUN) pip list --format=freeze --exclude normfree --exclude pip > $(VENV)/versions.txt
+	@{ sed -n '/^#/p' constraints.txt; sed 's/+.*//' $(VENV)/versions.txt; } > constraints.txt.new
+	@mv constraints.txt.new constraints.txt
+
+clean:  ## remove caches, build products and the demo's output; .venv stays
+	rm -rf build dist out/demo .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last and names this folder: an interrupted install leaves none, and a .venv that
+# was copied or moved here, whose editable install points at another checkout, is installed again.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(STAMP): FORCE
+endif
+
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $@
+	@$(VENV)/bin/python -c 'import pip; $(IS_SUPPORTED)' 2>/dev/null || { \
+	  $(PYTHON) -c '$(IS_SUPPORTED)' 2>/dev/null || { \
+	    echo "normfree needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=/path/to/python3" >&2; \
+	    exit 1; }; \
+	  $(PYTHON) -m venv --clear $(VENV) || { \
+	    echo "'$(PYTHON) -m venv' failed: on Debian and Ubuntu, install the package python3-venv" >&2; \
+	    exit 1; }; }
+	@echo "installing into $(VENV) (about 2 minutes, 5.5 GB the first time) ..."
+	@$(RUN) pip install --quiet -c constraints.txt -e '.[dev]'
+	@printf '%s\n' '$(CURDIR)' > $@
