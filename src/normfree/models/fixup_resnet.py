@@ -1,0 +1,144 @@
+"""FixUp ResNets: post-activation, no normalizer, trainable from the initialisation alone.
+
+    x' = x_l + b0
+    x_{l+1} = act(shortcut(x') + s * conv1x1(act(conv3x3(act(conv1x1(x') + b1) + b2) + b3) + b4) + b5)
+
+b   scalar biases, start at 0
+s   scalar scale, one per block, starts at 1; it is in the weight of the branch's last convolution
+L   number of blocks: the first two convolutions of a branch start smaller by L^(-1/4), the last at zero
+
+Source: Zhang, Dauphin, Ma 2019 (arXiv 1901.09321); the comparison of Brock, De, Smith, ICLR 2021.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.models.backbone import Backbone
+from normfree.models.registry import register
+from normfree.models.resnet_common import BlockPlace, ResNetLayout, resnet_variants
+from normfree.nn import Activation, ScaledConv2d, build_activation
+
+
+class ScalarBias(nn.Module):
+    """Add one learnable number, 0 to begin with, to every element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
+def _he_fan_out(convolution: ScaledConv2d, factor: float = 1.0) -> ScaledConv2d:
+    """Draw the weight anew with standard deviation ``factor * sqrt(2 / (out_channels * kh * kw))``."""
+    fan_out = convolution.weight[:, 0].numel()
+    nn.init.normal_(convolution.weight, std=factor * math.sqrt(2 / fan_out))
+    return convolution
+
+
+class FixUpBlock(nn.Module):
+    """A FixUp bottleneck block: the equation at the top of this file.
+
+    Args:
+        place: channels, stride and stochastic depth.
+        activation: copied.
+        blocks: L, the number of blocks in the network.
+        padding: "symmetric" or "same".
+
+    Source: Zhang et al. 2019.
+    """
+
+    def __init__(self, place: BlockPlace, activation: nn.Module, blocks: int, padding: str) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"padding": padding, "bias": False}
+        inner, out = place.bottleneck, place.out_channels
+        shrink = blocks**-0.25
+        self.activation = copy.deepcopy(activation)
+        self.bias0 = ScalarBias()
+        self.conv0 = _he_fan_out(ScaledConv2d(place.in_channels, inner, 1, **options), shrink)
+        self.bias1 = ScalarBias()
+        self.bias2 = ScalarBias()
+        self.conv1 = _he_fan_out(ScaledConv2d(inner, inner, 3, place.stride, **options), shrink)
+        self.bias3 = ScalarBias()
+        self.bias4 = ScalarBias()
+        self.conv2 = _he_fan_out(ScaledConv2d(inner, out, 1, **options), 0.0)
+        self.bias5 = ScalarBias()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.shortcut: nn.Module = nn.Identity()
+        if place.projects:
+            self.shortcut = _he_fan_out(ScaledConv2d(place.in_channels, out, 1, place.stride, **options))
+        self.stochastic_depth = place.stochastic_depth()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bias0(x)
+        hidden = self.activation(self.bias1(self.conv0(x)))
+        hidden = self.activation(self.bias3(self.conv1(self.bias2(hidden))))
+        branch = self.bias5(self.conv2(self.bias4(hidden), self.scale))
+        return self.activation(self.shortcut(x) + self.stochastic_depth(branch))
+
+
+@register(resnet_variants("fixup_resnet"))
+class FixUpResNet(Backbone):
+    """A FixUp ResNet; convolutions without bias, scalar biases, one more of them before the classifier.
+
+    Args:
+        depths: blocks per stage, four.
+        width: multiplies the stages' 64, 128, 256, 512 channels and the stem's 16.
+        widths: the stages' channels themselves, instead of ``width``.
+        activation: a name, or a module, function or factory.
+        stochdepth_rate: of the last block, nearly; grows linearly from 0. The paper's regularised runs: 0.1.
+        drop_rate: dropout before the classifier. The paper's regularised runs: 0.25.
+        num_classes: outputs of the classifier, which starts at zero; 0 for none.
+        in_channels: channels of the input.
+        padding: "symmetric" or "same".
+
+    Raises:
+        ValueError: a value that breaks its rule.
+
+    Source: Zhang et al. 2019; Brock et al. 2021.
+    """
+
+    def __init__(
+        self,
+        *,
+        depths: Sequence[int],
+        width: float = 4,
+        widths: Sequence[int] | None = None,
+        activation: Activation = "relu",
+        stochdepth_rate: float = 0.1,
+        drop_rate: float = 0.25,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        padding: str = "symmetric",
+    ) -> None:
+        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate)
+        act, _ = build_activation(activation)
+        blocks = sum(depths)
+        stem = ScaledConv2d(in_channels, layout.stem_channels, 7, 2, padding=padding, bias=False)
+        super().__init__(
+            stem=layout.stem(_he_fan_out(stem), bias=ScalarBias(), activation=copy.deepcopy(act)),
+            stages=[
+                nn.Sequential(*(FixUpBlock(place, act, blocks, padding) for place in places))
+                for places in layout.places()
+            ],
+            final=nn.Identity(),
+            feature_info=layout.feature_info(),
+            num_features=layout.stage_channels[-1],
+            num_classes=num_classes,
+            drop_rate=drop_rate,
+            classifier_std=0.0,
+        )
+        if num_classes > 0:
+            self.classifier_bias = ScalarBias()
+
+    def forward_head(self, pooled: Tensor) -> Tensor:
+        """Return the logits [N, num_classes] of pooled features [N, num_features]."""
+        return self.classifier(self.classifier_bias(self.dropout(pooled)))

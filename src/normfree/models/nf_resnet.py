@@ -1,0 +1,203 @@
+"""Normalizer-free ResNets, without a scalar multiplication of any activation.
+
+    x_{l+1} = x_l + alpha * s * f_l(act(x_l) / beta_l)
+
+alpha   factor of the branches, 0.2: the variance grows by alpha^2 per block
+s       skip gain, learnable, one per block, starts at 0
+beta    expected standard deviation of x_l, from the variance plan
+gamma   1 / sqrt(Var[act(z)]): makes an activation variance preserving
+
+gamma and beta are in the weights of the convolutions that follow them, alpha * s is in those of the branch's
+last convolution (or in the squeeze-excite gate). The final activation's gamma, which no convolution follows,
+is on the pooled features.
+
+Source: Brock, De, Smith, *Characterizing signal propagation to close the performance gap in unnormalized
+ResNets*, ICLR 2021.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.models.backbone import Backbone
+from normfree.models.registry import register
+from normfree.models.resnet_common import BlockPlace, ResNetLayout, resnet_variants
+from normfree.nn import (
+    Activation,
+    PlannedBlock,
+    ScaledConv2d,
+    ScaledWSConv2d,
+    SqueezeExcite,
+    build_activation,
+    variance_plan,
+)
+from normfree.nn.checks import check_choice, check_flag, check_number
+
+CONVOLUTIONS: dict[str, type[ScaledConv2d]] = {"scaled_ws": ScaledWSConv2d, "scaled": ScaledConv2d}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NFBlockStyle:
+    """What all blocks of one network have in common.
+
+    Attributes:
+        convolution: class of the convolutions.
+        activation: copied into each block.
+        gamma: of the activation.
+        alpha: the branch's factor.
+        skipinit_gain: initial skip gain.
+        padding: "symmetric" or "same".
+    """
+
+    convolution: type[ScaledConv2d]
+    activation: nn.Module
+    gamma: float
+    alpha: float
+    skipinit_gain: float
+    padding: str
+
+
+class NFBlock(nn.Module):
+    """A normalizer-free bottleneck block: the equation at the top of this file.
+
+    Args:
+        place: channels, stride and stochastic depth.
+        planned: the block's entry of the variance plan.
+        style: what it shares with the network's other blocks.
+
+    Source: Brock et al. 2021, section 3.
+    """
+
+    def __init__(self, place: BlockPlace, planned: PlannedBlock, style: NFBlockStyle) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"padding": style.padding, "input_scale": style.gamma}
+        downscaled = {**options, "input_scale": style.gamma / planned.beta}
+        convolution, inner, out = style.convolution, place.bottleneck, place.out_channels
+        self.alpha = style.alpha
+        self.activation = copy.deepcopy(style.activation)
+        self.conv0 = convolution(place.in_channels, inner, 1, **downscaled)
+        self.conv1 = convolution(inner, inner, 3, place.stride, **options)
+        self.conv2 = convolution(inner, out, 1, **options)
+        self.shortcut = convolution(place.in_channels, out, 1, place.stride, **downscaled) if place.projects else None
+        self.stochastic_depth = place.stochastic_depth()
+        self.skip_gain = nn.Parameter(torch.tensor(style.skipinit_gain, dtype=torch.get_default_dtype()))
+
+    def branch(self, activated: Tensor, scale: Tensor) -> Tensor:
+        """Return ``scale * f(activated / beta)``, [N, out_channels, H', W']."""
+        hidden = self.activation(self.conv0(activated))
+        hidden = self.activation(self.conv1(hidden))
+        return self.conv2(hidden, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.activation(x)
+        shortcut = x if self.shortcut is None else self.shortcut(activated)
+        branch = self.branch(activated, self.alpha * self.skip_gain)
+        return shortcut + self.stochastic_depth(branch)
+
+
+class NFSqueezeExciteBlock(NFBlock):
+    """A normalizer-free bottleneck block whose branch ends in a squeeze-excite gate, which carries alpha * s.
+
+    Args:
+        place, planned, style: as ``NFBlock``'s.
+        se_ratio: hidden units of the gate per output channel.
+
+    Source: Brock et al. 2021, section 3 and appendix.
+    """
+
+    def __init__(self, place: BlockPlace, planned: PlannedBlock, style: NFBlockStyle, se_ratio: float) -> None:
+        super().__init__(place, planned, style)
+        self.squeeze_excite = SqueezeExcite(place.out_channels, se_ratio)
+
+    def branch(self, activated: Tensor, scale: Tensor) -> Tensor:
+        """Return ``scale * gate * f(activated / beta)``, [N, out_channels, H', W']."""
+        hidden = self.activation(self.conv0(activated))
+        hidden = self.activation(self.conv1(hidden))
+        return self.squeeze_excite(self.conv2(hidden), scale)
+
+
+@register(resnet_variants("nf_resnet"))
+class NFResNet(Backbone):
+    """A normalizer-free ResNet.
+
+    Args:
+        depths: blocks per stage, four.
+        width: multiplies the stages' 64, 128, 256, 512 channels and the stem's 16.
+        widths: the stages' channels themselves, instead of ``width``.
+        alpha: factor of the branches, at least 0: the variance grows by its square per block.
+        activation: a name, or a module, function or factory (its gamma is then integrated).
+        use_se: whether branches end in a squeeze-excite gate.
+        se_ratio: hidden units of the gate per channel.
+        stochdepth_rate: of the last block, nearly; grows linearly from 0. The paper's regularised runs: 0.1.
+        drop_rate: dropout before the classifier. The paper's regularised runs: 0.25.
+        skipinit_gain: initial value of every skip gain; 0 in the paper, 1 to draw its plots.
+        conv: "scaled_ws", or "scaled" for plain LeCun weights with the same gamma and beta (the paper's
+            mean-shift figure).
+        num_classes: outputs of the classifier; 0 for none.
+        in_channels: channels of the input.
+        padding: "symmetric" or "same".
+
+    Raises:
+        ValueError: a value that breaks its rule.
+
+    Source: Brock et al. 2021; sizes and constants of the official definition.
+    """
+
+    def __init__(
+        self,
+        *,
+        depths: Sequence[int],
+        width: float = 4,
+        widths: Sequence[int] | None = None,
+        alpha: float = 0.2,
+        activation: Activation = "relu",
+        use_se: bool = False,
+        se_ratio: float = 0.25,
+        stochdepth_rate: float = 0.1,
+        drop_rate: float = 0.25,
+        skipinit_gain: float = 0.0,
+        conv: str = "scaled_ws",
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        padding: str = "symmetric",
+    ) -> None:
+        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate)
+        act, gamma = build_activation(activation)
+        style = NFBlockStyle(
+            convolution=CONVOLUTIONS[check_choice("conv", conv, tuple(CONVOLUTIONS))],
+            activation=act,
+            gamma=gamma,
+            alpha=check_number("alpha", alpha, 0.0),
+            skipinit_gain=check_number("skipinit_gain", skipinit_gain),
+            padding=padding,
+        )
+        plan = variance_plan(depths, alpha)
+        ratio = check_number("se_ratio", se_ratio, 0.0, exclusive=True)
+        gated = partial(NFSqueezeExciteBlock, se_ratio=ratio)
+        block = gated if check_flag("use_se", use_se) else NFBlock
+        super().__init__(
+            stem=layout.stem(style.convolution(in_channels, layout.stem_channels, 7, 2, padding=padding)),
+            stages=[
+                nn.Sequential(*(block(place, plan[place.index], style) for place in places))
+                for places in layout.places()
+            ],
+            final=copy.deepcopy(act),
+            feature_info=layout.feature_info(),
+            num_features=layout.stage_channels[-1],
+            num_classes=num_classes,
+            drop_rate=drop_rate,
+            classifier_std=0.01,
+            feature_scale=gamma,
+        )
+        self.variance_plan = plan
+
+    def expected_variances(self) -> list[float]:
+        """Return the variance the plan expects after each block at initialisation, for skip gains of 1."""
+        return [planned.expected_var for planned in self.variance_plan]

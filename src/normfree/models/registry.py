@@ -1,0 +1,114 @@
+"""Models by name: the table that families enter themselves into, and the function that builds from it."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from normfree.models.backbone import Backbone
+from normfree.nn.checks import invalid, suggestion
+
+Family = TypeVar("Family", bound=type[Backbone])
+
+# Arguments of every model; all other keyword-only arguments of a family's constructor are its overrides.
+_COMMON = ("num_classes", "in_channels", "padding")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name's family and the variant: arguments that differ from the family's defaults."""
+
+    family: type[Backbone]
+    variant: Mapping[str, Any]
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register(variants: Mapping[str, Mapping[str, Any]]) -> Callable[[Family], Family]:
+    """Return a class decorator that enters a family under the names of its variants.
+
+    Args:
+        variants: for each name the constructor arguments that make it, such as ``{"depths": (3, 4, 6, 3)}``.
+    """
+
+    def enter(family: Family) -> Family:
+        for name, variant in variants.items():
+            assert name not in _ENTRIES, f"{name} is registered twice"
+            _ENTRIES[name] = Entry(family, variant)
+        return family
+
+    return enter
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the names that ``create_model`` knows, numbers in order of size.
+
+    Args:
+        pattern: a shell pattern such as ``"nf_resnet*"``.
+    """
+    return sorted(fnmatch.filter(_ENTRIES, pattern), key=_natural)
+
+
+def _natural(name: str) -> list[tuple[int, str, int]]:
+    """Sort key under which resnet50 comes before resnet101."""
+    parts = re.findall(r"\d+|\D+", name)
+    return [(1, "", int(part)) if part.isdigit() else (0, part, 0) for part in parts]
+
+
+def accepted_overrides(name: str) -> list[str]:
+    """Return the overrides that ``create_model`` takes for a model.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    parameters = inspect.signature(_entry(name).family).parameters.values()
+    keywords = (parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+    return [keyword for keyword in keywords if keyword not in _COMMON]
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    padding: str = "symmetric",
+    **overrides: Any,
+) -> Backbone:
+    """Build a freshly initialised model.
+
+    Args:
+        name: one of ``list_models()``.
+        num_classes: outputs of the classifier; 0 leaves the classifier out, and the model returns its pooled
+            features.
+        in_channels: channels of the input.
+        padding: "symmetric" (PyTorch's) or "same" (TensorFlow's, which official weights need).
+        overrides: what differs from the named variant; ``accepted_overrides(name)`` lists them, the family's
+            class explains them.
+
+    Returns:
+        The model, in training mode. ``create_model(**model.config)`` builds another like it.
+
+    Raises:
+        ValueError: unknown name or override, or a value that breaks its rule.
+    """
+    entry = _entry(name)
+    accepted = accepted_overrides(name)
+    for override, value in overrides.items():
+        if override not in accepted:
+            raise invalid(override, value, f"{name} has no such override", f"it takes {', '.join(accepted)}")
+    common = {"num_classes": num_classes, "in_channels": in_channels, "padding": padding}
+    model = entry.family(**common, **{**entry.variant, **overrides})
+    model.name = name
+    model.config = {"name": name, **common, **overrides}
+    return model
+
+
+def _entry(name: str) -> Entry:
+    if not isinstance(name, str) or name not in _ENTRIES:
+        raise invalid("name", name, "no such model", suggestion(str(name), _ENTRIES))
+    return _ENTRIES[name]

@@ -1,0 +1,42 @@
+"""Layers of networks without normalizers, and the constants they need."""
+
+from normfree.nn.activations import ACTIVATIONS, Activation, Elementwise, build_activation
+from normfree.nn.gamma import OFFICIAL_GAMMA, gamma
+from normfree.nn.padding import (
+    PADDING_STYLES,
+    AveragePool2x2,
+    MaxPool2d,
+    PaddedConv2d,
+    pad_same,
+    same_padding,
+    symmetric_padding,
+)
+from normfree.nn.scaled_conv import ScaledConv2d
+from normfree.nn.scaled_ws_conv import VARIANCE_FLOOR, ScaledWSConv2d, standardize
+from normfree.nn.squeeze_excite import SqueezeExcite
+from normfree.nn.stochastic_depth import StochasticDepth
+from normfree.nn.variance_plan import PlannedBlock, variance_plan
+
+__all__ = [
+    "ACTIVATIONS",
+    "OFFICIAL_GAMMA",
+    "PADDING_STYLES",
+    "VARIANCE_FLOOR",
+    "Activation",
+    "AveragePool2x2",
+    "Elementwise",
+    "MaxPool2d",
+    "PaddedConv2d",
+    "PlannedBlock",
+    "ScaledConv2d",
+    "ScaledWSConv2d",
+    "SqueezeExcite",
+    "StochasticDepth",
+    "build_activation",
+    "gamma",
+    "pad_same",
+    "same_padding",
+    "standardize",
+    "symmetric_padding",
+    "variance_plan",
+]

@@ -1,0 +1,117 @@
+"""Activations by their official names, each with its gamma."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.nn.checks import invalid, suggestion
+from normfree.nn.gamma import gamma
+
+# Slopes and approximations are those of the official (JAX) functions, which the gammas were sampled from.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "celu": nn.CELU,
+    "elu": nn.ELU,
+    "gelu": functools.partial(nn.GELU, approximate="tanh"),
+    "identity": nn.Identity,
+    "leaky_relu": functools.partial(nn.LeakyReLU, 0.01),
+    "log_sigmoid": nn.LogSigmoid,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "selu": nn.SELU,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "soft_sign": nn.Softsign,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+}
+
+Activation = str | Callable[..., Any]
+
+
+class Elementwise(nn.Module):
+    """An elementwise function as a module: ``y = function(x)``, x and y of one shape."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+def build_activation(activation: Activation) -> tuple[nn.Module, float]:
+    """Return an activation module and its gamma.
+
+    Args:
+        activation: a name of ``ACTIVATIONS`` (its gamma is the official sampled constant); or a module
+            instance (copied), a factory of one (a class, or a callable without parameters) or an elementwise
+            function (the gamma is then integrated to 1e-6). A module's ``inplace`` option is switched off,
+            because a residual block needs the activation's input again.
+
+    Returns:
+        The module and ``1 / sqrt(Var[act(z)]), z ~ N(0, 1)``.
+
+    Raises:
+        ValueError: unknown name; not a callable; not an elementwise function; works in place.
+    """
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            raise invalid("activation", activation, "unknown name", suggestion(activation, ACTIVATIONS))
+        return ACTIVATIONS[activation](), gamma(activation)
+    if not callable(activation):
+        remedy = f"pass a module, a function or one of {', '.join(ACTIVATIONS)}"
+        raise invalid("activation", activation, "must be a name or a callable", remedy)
+    module = _as_module(activation)
+    for part in module.modules():
+        if getattr(part, "inplace", False):
+            part.inplace = False  # type: ignore[assignment]
+    _check_keeps_input(activation, module)
+    return module, gamma(module)
+
+
+def _as_module(activation: Callable[..., Any]) -> nn.Module:
+    if isinstance(activation, nn.Module):
+        return copy.deepcopy(activation)
+    if _is_factory(activation):
+        module = activation()
+        if not isinstance(module, nn.Module):
+            raise invalid("activation", activation, "a factory must return a module", "return an nn.Module")
+        return module
+    return Elementwise(activation)
+
+
+def _is_factory(activation: Callable[..., Any]) -> bool:
+    """Tell a factory from an elementwise function: a class, or something to be called with nothing."""
+    if isinstance(activation, functools.partial):
+        return _is_factory(activation.func)
+    if isinstance(activation, type):
+        return True
+    try:
+        return not inspect.signature(activation).parameters
+    except ValueError:  # builtins such as torch.tanh show no signature
+        return False
+
+
+def _check_keeps_input(activation: object, module: nn.Module) -> None:
+    """Raise if a function changes its input: the block's shortcut would carry the activated value."""
+    if not isinstance(module, Elementwise):
+        return
+    points = torch.linspace(-3, 3, 13, device="cpu")
+    handed = points.clone()
+    try:
+        with torch.no_grad():
+            module(handed)
+    except Exception:  # gamma reports what a callable raises, with the remedy
+        return
+    if not torch.equal(points, handed):
+        raise invalid("activation", activation, "must not work in place", "pass the out-of-place function")

@@ -1,0 +1,88 @@
+"""Argument checks shared by the layers and the networks.
+
+Every message names the argument, the value, the rule and the remedy, in that order.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+Choice = TypeVar("Choice")
+
+
+def invalid(argument: str, value: object, rule: str, remedy: str) -> ValueError:
+    """Return (not raise) the ``ValueError`` that says what is wrong with an argument and how to mend it."""
+    return ValueError(f"{argument}={value!r}: {rule}; {remedy}")
+
+
+def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """Return up to ``count`` of ``names`` that look most like ``name``, the most similar first."""
+    return difflib.get_close_matches(name, sorted(names), n=count, cutoff=0.4)
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """Return a remedy for an unknown name: the nearest known ones, or all of them if none is near."""
+    known = sorted(names)
+    close = nearest(name, known)
+    return f"did you mean {', '.join(close)}?" if close else f"choose one of {', '.join(known)}"
+
+
+def check_choice(argument: str, value: Choice, choices: Sequence[Choice]) -> Choice:
+    """Return ``value`` if it is one of ``choices``; raise ``ValueError`` otherwise."""
+    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise invalid(argument, value, "unknown choice", f"choose one of {listed}")
+    return value
+
+
+def is_integer(value: object) -> bool:
+    """Tell whether ``value`` is an ``int`` and not a ``bool``."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Tell whether ``value`` is a finite ``int`` or ``float`` and not a ``bool``."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_integer(argument: str, value: int, minimum: int) -> int:
+    """Return ``value`` if it is an integer of at least ``minimum``; raise ``ValueError`` otherwise."""
+    if not is_integer(value) or value < minimum:
+        rule = f"must be an integer of at least {minimum}"
+        raise invalid(argument, value, rule, f"pass {argument}={minimum} or more")
+    return value
+
+
+def check_number(argument: str, value: float, minimum: float = -math.inf, *, exclusive: bool = False) -> float:
+    """Return ``value`` as a float if it is finite and at least (or, if exclusive, above) ``minimum``."""
+    if not is_number(value) or value < minimum or (exclusive and value == minimum):
+        bound = f" {'above' if exclusive else 'of at least'} {minimum:g}" if math.isfinite(minimum) else ""
+        raise invalid(argument, value, f"must be a finite number{bound}", "pass such a number")
+    return float(value)
+
+
+def check_rate(argument: str, value: float) -> float:
+    """Return ``value`` as a float if it lies in [0, 1); raise ``ValueError`` otherwise."""
+    if not is_number(value) or not 0 <= value < 1:
+        rule = "must be a number of at least 0 and below 1"
+        raise invalid(argument, value, rule, f"pass {argument}=0 to switch it off")
+    return float(value)
+
+
+def check_flag(argument: str, value: bool) -> bool:
+    """Return ``value`` if it is a ``bool``; raise ``ValueError`` otherwise."""
+    if not isinstance(value, bool):
+        raise invalid(argument, value, "must be True or False", f"pass {argument}=True or {argument}=False")
+    return value
+
+
+def check_integers(argument: str, values: Sequence[int], count: int, minimum: int = 1) -> tuple[int, ...]:
+    """Return ``values`` as a tuple if they are ``count`` integers of at least ``minimum``."""
+    listed = isinstance(values, (tuple, list))
+    if not listed or len(values) != count or not all(is_integer(v) and v >= minimum for v in values):
+        rule = f"must be {count} integers of at least {minimum}"
+        raise invalid(argument, values, rule, f"pass {argument} with one such integer per stage")
+    return tuple(values)

@@ -1,0 +1,58 @@
+"""Squeeze-and-excitation, with the block's scalar factors on its gate."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normfree.nn.checks import check_integer, check_number
+from normfree.nn.scaled_conv import Scale
+
+
+class SqueezeExcite(nn.Module):
+    """Gate the channels of a map by a small network of their means.
+
+    ``y = x * scale * gate``, ``gate = 2 * sigmoid(linear1(relu(linear0(mean_HW(x)))))``
+
+    The 2 restores what a sigmoid around 1/2 takes, so that the branch keeps its variance.
+
+    Args:
+        channels: C.
+        ratio: hidden units per channel; the hidden width is ``max(1, int(channels * ratio))``.
+
+    Raises:
+        ValueError: channels below 1; a ratio that is not above 0.
+
+    Source: Hu et al. 2018 (arXiv 1709.01507); the 2 is Brock et al. 2021's.
+    """
+
+    def __init__(self, channels: int, ratio: float = 0.25) -> None:
+        super().__init__()
+        check_integer("channels", channels, 1)
+        check_number("ratio", ratio, 0.0, exclusive=True)
+        hidden = max(1, int(channels * ratio))
+        self.linear0 = nn.Linear(channels, hidden)
+        self.linear1 = nn.Linear(hidden, channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw both weights from N(0, 1/fan_in) and set both biases to zero."""
+        for linear in (self.linear0, self.linear1):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, scale: Scale | None = None) -> Tensor:
+        """Gate x.
+
+        Args:
+            x: [N, C, H, W].
+            scale: a further factor of the output, a number or a 0-d tensor; it multiplies the [N, C] gate.
+
+        Returns:
+            [N, C, H, W].
+        """
+        gate = 2 * torch.sigmoid(self.linear1(F.relu(self.linear0(x.mean((2, 3))))))
+        if scale is not None:
+            gate = gate * scale
+        return x * gate[:, :, None, None]

@@ -1,0 +1,67 @@
+"""Activations: names, modules, functions and factories."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from normfree.nn import Elementwise, build_activation, gamma
+
+
+def test_names_compute_the_official_functions():
+    x = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    gelu = build_activation("gelu")[0](x)
+    cube = 0.7978845608028654 * (x + 0.044715 * x**3)
+    torch.testing.assert_close(gelu, 0.5 * x * (1 + torch.tanh(cube)), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(build_activation("leaky_relu")[0](x), torch.where(x > 0, x, 0.01 * x))
+    torch.testing.assert_close(build_activation("soft_sign")[0](x), x / (1 + x.abs()))
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        nn.Mish,
+        nn.Mish(),
+        F.mish,
+        functools.partial(nn.Mish, inplace=True),
+        lambda: nn.Mish(),
+        nn.Mish(inplace=True),
+    ],
+)
+def test_module_class_instance_function_and_factory_agree(activation):
+    module, constant = build_activation(activation)
+    x = torch.linspace(-3, 3, 9)
+    kept = x.clone()
+    torch.testing.assert_close(module(x), F.mish(kept))
+    assert torch.equal(x, kept)
+    assert constant == pytest.approx(gamma(F.mish), rel=1e-9)
+
+
+def test_an_instance_is_copied():
+    module = nn.ReLU(inplace=True)
+    built, _ = build_activation(module)
+    assert built is not module
+    assert module.inplace
+
+
+def test_functions_show_their_name():
+    assert "mish" in repr(Elementwise(F.mish))
+
+
+@pytest.mark.parametrize(
+    ("activation", "rule"),
+    [
+        ("swiish", "unknown name"),
+        (None, "must be a name or a callable"),
+        (torch.relu_, "must not work in place"),
+        (lambda: 3, "a factory must return a module"),
+        (torch.add, "must take a tensor"),
+    ],
+)
+def test_refusals(activation, rule):
+    with pytest.raises(ValueError, match=rf"^activation=.*{rule}"):
+        build_activation(activation)
