@@ -36,14 +36,15 @@ def images(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(array).permute(0, 3, 1, 2).to(dtype).contiguous()
 
 
-def load_nf_resnet(model: nn.Module, arrays: dict[str, np.ndarray]) -> None:
-    """Copy an official NF-ResNet's parameters into ours; every parameter of both must be used, once."""
+def load_official(model: nn.Module, arrays: dict[str, np.ndarray]) -> None:
+    """Copy an official network's parameters into ours; every parameter of both must be used, once."""
     blocks = [block for stage in model.stages for block in stage]
     unused = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in unused.items()}
     for key, value in arrays.items():
-        if key.startswith("params/NF_ResNet/~/"):
-            parameter = _find(model, blocks, key.removeprefix("params/NF_ResNet/~/"))
+        if key.startswith("params/"):
+            _, _, _, path = key.split("/", 3)  # params/<network>/~/<path>
+            parameter = _find(model, blocks, path)
             tensor = torch.from_numpy(_to_torch_layout(value))
             assert parameter.shape == tensor.shape, (key, parameter.shape, tensor.shape)
             with torch.no_grad():
@@ -52,18 +53,23 @@ def load_nf_resnet(model: nn.Module, arrays: dict[str, np.ndarray]) -> None:
     assert not unused, sorted(unused)
 
 
-def _find(model: nn.Module, blocks: list[nn.Module], key: str) -> torch.Tensor:
-    leaf = {"w": "weight", "b": "bias"}.get(key.rsplit("/", 1)[1], key.rsplit("/", 1)[1])
-    if key.startswith("initial_conv/"):
-        return model.stem.conv.get_parameter(leaf)
-    if key.startswith("linear/"):
-        return model.classifier.get_parameter(leaf)
-    match = re.fullmatch(r"nf_res_block(?:_(\d+))?/(?:~/(conv\w+)/)?\w+", key)
-    assert match, key
-    block = blocks[int(match[1] or 0)]
-    if match[2] is None:
-        return block.get_parameter(leaf)
-    return block.get_submodule({"conv_shortcut": "shortcut"}.get(match[2], match[2])).get_parameter(leaf)
+_OUTSIDE_BLOCKS = {"initial_conv": "stem.conv", "final_conv": "final.conv", "linear": "classifier"}
+_INSIDE_BLOCKS = {
+    "conv_shortcut": "shortcut",
+    "squeeze_excite/~/linear": "squeeze_excite.linear0",
+    "squeeze_excite/~/linear_1": "squeeze_excite.linear1",
+}
+
+
+def _find(model: nn.Module, blocks: list[nn.Module], path: str) -> torch.Tensor:
+    path, leaf = path.rsplit("/", 1)
+    leaf = {"w": "weight", "b": "bias"}.get(leaf, leaf)
+    if path in _OUTSIDE_BLOCKS:
+        return model.get_submodule(_OUTSIDE_BLOCKS[path]).get_parameter(leaf)
+    match = re.fullmatch(r"(?:nf_res_block|nf_block)(?:_(\d+))?(?:/~/(.+))?", path)
+    assert match, path
+    inside = match[2] or ""
+    return blocks[int(match[1] or 0)].get_submodule(_INSIDE_BLOCKS.get(inside, inside)).get_parameter(leaf)
 
 
 def _to_torch_layout(value: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from golden import golden_case, images, load_nf_resnet
+from golden import golden_case, images, load_official
 
 from normfree.models import create_model
 
@@ -17,7 +17,7 @@ def case():
 
 def official_model(case, dtype):
     model = create_model("nf_resnet50", num_classes=10, width=1, padding="same", drop_rate=0, stochdepth_rate=0)
-    load_nf_resnet(model, case)
+    load_official(model, case)
     return model.to(dtype)
 
 
@@ -56,5 +56,5 @@ def test_signal_after_every_block_agrees(case):
 
 def test_symmetric_padding_is_another_network(case):
     model = create_model("nf_resnet50", num_classes=10, width=1, drop_rate=0, stochdepth_rate=0)
-    load_nf_resnet(model, case)
+    load_official(model, case)
     assert relative_error(model(images(case["x"], torch.float32)), case["logits"]) > 1e-2

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 
+from normfree import models
 from normfree.models import accepted_overrides, create_model, list_models
 
 FAMILIES = ("fixup_resnet", "nf_resnet", "resnet", "resnetv2_", "skipinit_resnet")
@@ -114,3 +117,23 @@ def test_bad_values_name_argument_value_rule_and_remedy(name, argument, value, r
     with pytest.raises(ValueError, match=rf"^{argument}=.*{rule}") as raised:
         meta(name, **{argument: value})
     assert str(raised.value).startswith(f"{argument}={value!r}: ")
+
+
+class InplaceReLU(nn.Module):
+    def forward(self, x):
+        return x.relu_()
+
+
+def test_an_activation_that_would_corrupt_the_shortcut_is_refused():
+    with pytest.raises(ValueError, match=r"^activation=InplaceReLU\(\): must not work in place; pass"):
+        meta("nf_resnet50", activation=InplaceReLU())
+
+
+def test_no_family_imports_another():
+    shared = models.Backbone
+    members = [value for value in vars(models).values() if inspect.isclass(value) and issubclass(value, shared)]
+    families = {inspect.getmodule(family) for family in members if family is not shared}
+    names = {family.__name__ for family in families}
+    assert len(names) == 8
+    for family in families:
+        assert names.isdisjoint(re.findall(r"^from (normfree\.models\.\w+)", inspect.getsource(family), re.M))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from watch import MapMultiplications
 
 from normfree.models import create_model
 from normfree.nn import ScaledConv2d, ScaledWSConv2d
@@ -209,38 +209,20 @@ def test_examples_are_independent_and_training_equals_evaluation(name):
     assert not gradient[2].any()
 
 
-class ActivationMultiplications(TorchDispatchMode):
-    """Notes every multiplication or division that reads or makes a batch of maps."""
-
-    def __init__(self, batch):
-        super().__init__()
-        self.batch = batch
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if any(part in name for part in ("mul", "div", "lerp", "addc")) and "matmul" not in name:
-            tensors = [t for t in (*args, result) if isinstance(t, torch.Tensor)]
-            if any(t.ndim == 4 and t.shape[0] == self.batch and t.shape[2:].numel() > 1 for t in tensors):
-                self.found.append(name)
-        return result
-
-
 @pytest.mark.parametrize("name", ["nf_resnet50", "skipinit_resnet50", "fixup_resnet50"])
 @pytest.mark.parametrize("training", [True, False])
 def test_no_activation_is_multiplied(name, training):
     # A batch of 5: no convolution here has as many filters.
     model = create_model(name, width=0.5, stochdepth_rate=0, drop_rate=0).train(training)
-    with ActivationMultiplications(batch=5) as watch:
+    with MapMultiplications(batch=5) as watch:
         model(torch.randn(5, 3, 64, 64))
     assert watch.found == []
 
 
 def test_the_watch_sees_a_gate():
-    with ActivationMultiplications(batch=5) as watch:
+    with MapMultiplications(batch=5) as watch:
         small("nf_resnet50", use_se=True)(torch.randn(5, 3, 64, 64))
-    assert watch.found == ["mul"] * 5
+    assert watch.found == [((5, channels, 1, 1),) for channels in (32, 64, 64, 128, 256)]
 
 
 def test_stochastic_depth_silences_whole_branches():

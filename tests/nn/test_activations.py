@@ -12,6 +12,25 @@ from torch import nn
 from normfree.nn import Elementwise, build_activation, gamma
 
 
+class InplaceReLU(nn.Module):
+    """Works in place without an ``inplace`` option to switch off."""
+
+    def forward(self, x):
+        return x.relu_()
+
+
+class InplaceInTraining(nn.Module):
+    """Works in place in training alone, and draws random numbers there."""
+
+    def forward(self, x):
+        return x.mul_(torch.rand(())) if self.training else x.relu()
+
+
+class RandomInTraining(nn.Module):
+    def forward(self, x):
+        return x.relu() * torch.rand(()) if self.training else x.relu()
+
+
 def test_names_compute_the_official_functions():
     x = torch.linspace(-4, 4, 33, dtype=torch.float64)
     gelu = build_activation("gelu")[0](x)
@@ -58,10 +77,25 @@ def test_functions_show_their_name():
         ("swiish", "unknown name"),
         (None, "must be a name or a callable"),
         (torch.relu_, "must not work in place"),
+        (InplaceReLU(), r"must not work in place; pass one that returns a new tensor"),
+        (InplaceReLU, "must not work in place"),
+        (nn.Sequential(nn.Identity(), InplaceReLU()), "must not work in place"),
+        (InplaceInTraining().eval(), "must not work in place"),
+        (lambda x: x.clamp_(-6, 6), "must not work in place"),
         (lambda: 3, "a factory must return a module"),
         (torch.add, "must take a tensor"),
     ],
 )
 def test_refusals(activation, rule):
-    with pytest.raises(ValueError, match=rf"^activation=.*{rule}"):
+    with pytest.raises(ValueError, match=rf"(?s)^activation=.*{rule}"):
         build_activation(activation)
+
+
+def test_the_check_leaves_no_trace():
+    module = RandomInTraining().eval()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    built, _ = build_activation(module)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not built.training
+    assert build_activation(nn.PReLU)[0].weight.dtype == torch.float32

@@ -1,17 +1,23 @@
 """Networks by name: the paper's normalizer-free families and those it compares them with."""
 
 from normfree.models.backbone import Backbone, FeatureInfo
+from normfree.models.bn_regnet import BNRegNet
 from normfree.models.fixup_resnet import FixUpResNet
+from normfree.models.nf_regnet import NFRegNet
 from normfree.models.nf_resnet import NFResNet
+from normfree.models.nfnet import NFNet
 from normfree.models.registry import accepted_overrides, create_model, list_models
 from normfree.models.resnet import ResNet
 from normfree.models.resnetv2 import ResNetV2
 from normfree.models.skipinit_resnet import SkipInitResNet
 
 __all__ = [
+    "BNRegNet",
     "Backbone",
     "FeatureInfo",
     "FixUpResNet",
+    "NFNet",
+    "NFRegNet",
     "NFResNet",
     "ResNet",
     "ResNetV2",

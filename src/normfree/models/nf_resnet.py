@@ -19,49 +19,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normfree.models.backbone import Backbone
+from normfree.models.layout import BlockPlace
+from normfree.models.nf_common import NFBackbone, NFBlockStyle, nf_style
 from normfree.models.registry import register
-from normfree.models.resnet_common import BlockPlace, ResNetLayout, resnet_variants
-from normfree.nn import (
-    Activation,
-    PlannedBlock,
-    ScaledConv2d,
-    ScaledWSConv2d,
-    SqueezeExcite,
-    build_activation,
-    variance_plan,
-)
+from normfree.models.resnet_common import ResNetLayout, resnet_variants
+from normfree.nn import Activation, PlannedBlock, ScaledConv2d, ScaledWSConv2d, SqueezeExcite
 from normfree.nn.checks import check_choice, check_flag, check_number
 
 CONVOLUTIONS: dict[str, type[ScaledConv2d]] = {"scaled_ws": ScaledWSConv2d, "scaled": ScaledConv2d}
-
-
-@dataclass(frozen=True, kw_only=True)
-class NFBlockStyle:
-    """What all blocks of one network have in common.
-
-    Attributes:
-        convolution: class of the convolutions.
-        activation: copied into each block.
-        gamma: of the activation.
-        alpha: the branch's factor.
-        skipinit_gain: initial skip gain.
-        padding: "symmetric" or "same".
-    """
-
-    convolution: type[ScaledConv2d]
-    activation: nn.Module
-    gamma: float
-    alpha: float
-    skipinit_gain: float
-    padding: str
 
 
 class NFBlock(nn.Module):
@@ -124,7 +95,7 @@ class NFSqueezeExciteBlock(NFBlock):
 
 
 @register(resnet_variants("nf_resnet"))
-class NFResNet(Backbone):
+class NFResNet(NFBackbone):
     """A normalizer-free ResNet.
 
     Args:
@@ -169,35 +140,19 @@ class NFResNet(Backbone):
         padding: str = "symmetric",
     ) -> None:
         layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate)
-        act, gamma = build_activation(activation)
-        style = NFBlockStyle(
-            convolution=CONVOLUTIONS[check_choice("conv", conv, tuple(CONVOLUTIONS))],
-            activation=act,
-            gamma=gamma,
-            alpha=check_number("alpha", alpha, 0.0),
-            skipinit_gain=check_number("skipinit_gain", skipinit_gain),
-            padding=padding,
-        )
-        plan = variance_plan(depths, alpha)
+        convolution = CONVOLUTIONS[check_choice("conv", conv, tuple(CONVOLUTIONS))]
+        style = nf_style(activation, alpha, skipinit_gain, padding, convolution)
         ratio = check_number("se_ratio", se_ratio, 0.0, exclusive=True)
         gated = partial(NFSqueezeExciteBlock, se_ratio=ratio)
         block = gated if check_flag("use_se", use_se) else NFBlock
         super().__init__(
+            layout=layout,
+            block=block,
+            style=style,
             stem=layout.stem(style.convolution(in_channels, layout.stem_channels, 7, 2, padding=padding)),
-            stages=[
-                nn.Sequential(*(block(place, plan[place.index], style) for place in places))
-                for places in layout.places()
-            ],
-            final=copy.deepcopy(act),
-            feature_info=layout.feature_info(),
+            final=copy.deepcopy(style.activation),
             num_features=layout.stage_channels[-1],
             num_classes=num_classes,
             drop_rate=drop_rate,
             classifier_std=0.01,
-            feature_scale=gamma,
         )
-        self.variance_plan = plan
-
-    def expected_variances(self) -> list[float]:
-        """Return the variance the plan expects after each block at initialisation, for skip gains of 1."""
-        return [planned.expected_var for planned in self.variance_plan]

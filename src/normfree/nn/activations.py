@@ -103,15 +103,18 @@ def _is_factory(activation: Callable[..., Any]) -> bool:
 
 
 def _check_keeps_input(activation: object, module: nn.Module) -> None:
-    """Raise if a function changes its input: the block's shortcut would carry the activated value."""
-    if not isinstance(module, Elementwise):
-        return
-    points = torch.linspace(-3, 3, 13, device="cpu")
-    handed = points.clone()
+    """Raise if a module changes its input: the block's shortcut would carry the activated value.
+
+    A copy is asked in float64 and in both modes, as far out as gamma looks, so that clipping is seen as well.
+    """
+    points = torch.linspace(-12, 12, 49, dtype=torch.float64, device="cpu")
+    handed = [points.clone(), points.clone()]
     try:
-        with torch.no_grad():
-            module(handed)
+        probe = copy.deepcopy(module).to(device="cpu", dtype=torch.float64)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for training, copied in zip((True, False), handed, strict=True):
+                probe.train(training)(copied)
     except Exception:  # gamma reports what a callable raises, with the remedy
         return
-    if not torch.equal(points, handed):
-        raise invalid("activation", activation, "must not work in place", "pass the out-of-place function")
+    if not all(torch.equal(points, copied) for copied in handed):
+        raise invalid("activation", activation, "must not work in place", "pass one that returns a new tensor")

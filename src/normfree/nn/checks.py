@@ -12,6 +12,9 @@ from typing import TypeVar
 
 Choice = TypeVar("Choice")
 
+LISTED = 20
+"""Names an error message lists at most."""
+
 
 def invalid(argument: str, value: object, rule: str, remedy: str) -> ValueError:
     """Return (not raise) the ``ValueError`` that says what is wrong with an argument and how to mend it."""
@@ -24,10 +27,12 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:
-    """Return a remedy for an unknown name: the nearest known ones, or all of them if none is near."""
+    """Return a remedy for an unknown name: the nearest known ones, or the first of all if none is near."""
     known = sorted(names)
-    close = nearest(name, known)
-    return f"did you mean {', '.join(close)}?" if close else f"choose one of {', '.join(known)}"
+    if close := nearest(name, known):
+        return f"did you mean {', '.join(close)}?"
+    more = f", … ({len(known)} in all)" if len(known) > LISTED else ""
+    return f"choose one of {', '.join(known[:LISTED])}{more}"
 
 
 def check_choice(argument: str, value: Choice, choices: Sequence[Choice]) -> Choice:
