@@ -1,0 +1,148 @@
+"""What a model can be given: one batch of any form, or many batches to average over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader
+
+Batch = Any
+"""A tensor (one argument), a tuple (positional arguments) or a mapping (keyword arguments) of tensors."""
+
+
+def batches_of(batch: Batch | Iterable[Batch]) -> Iterator[Batch]:
+    """One batch, or the batches of an iterable, each a tensor, a tuple of arguments or a mapping of them.
+
+    A :class:`torch.utils.data.DataLoader` of ``(inputs, labels)`` gives its inputs.
+    """
+    if isinstance(batch, (Tensor, tuple, Mapping)):
+        yield dict(batch) if isinstance(batch, Mapping) else batch  # other mappings hide what they hold
+        return
+    if not isinstance(batch, Iterable):
+        raise ValueError(
+            f"batch: {type(batch).__name__} is no batch; give a tensor, a tuple of positional or a dict of "
+            "keyword arguments, an iterable of those, or None for gaussian noise"
+        )
+    loaded = isinstance(batch, DataLoader)
+    for item in batch:
+        if loaded and isinstance(item, (tuple, list)):
+            yield _inputs_of(tuple(item))
+        elif isinstance(item, Mapping):
+            yield dict(item)
+        elif isinstance(item, (Tensor, tuple)):
+            yield item
+        else:
+            raise ValueError(
+                f"batch: an item of the iterable is of type {type(item).__name__}; each must be a tensor, a tuple of "
+                "positional or a dict of keyword arguments"
+            )
+
+
+def _inputs_of(loaded: tuple[Any, ...]) -> Batch:
+    """What a loader's item gives a model: all of it but labels."""
+    if len(loaded) == 1:
+        return loaded[0]
+    labels = loaded[-1]
+    if len(loaded) == 2 and isinstance(labels, Tensor) and not labels.is_floating_point():
+        return loaded[0]
+    return loaded
+
+
+def check_batch(batch: Batch) -> None:
+    """Refuse a batch that holds no tensor, an empty one, or values that are not finite.
+
+    Raises:
+        ValueError: saying which.
+    """
+    tensors = tensors_of(batch)
+    if not tensors:
+        raise ValueError("batch: it holds no tensor; give a tensor, a tuple or a dict of tensors")
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            raise ValueError(f"batch: a tensor of shape {tuple(tensor.shape)} is empty; give at least one example")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(f"batch: {bad} of {tensor.numel()} input values are not finite; clean the input first")
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """All tensors of a batch."""
+    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def examples_in(batch: Batch) -> int | None:
+    """The number of examples, if all tensors agree on their leading axis."""
+    sizes = {tensor.shape[0] for tensor in tensors_of(batch) if tensor.dim()}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def placed_like(model: nn.Module, batch: Batch) -> Batch:
+    """The batch on the device of the model's parameters."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return batch
+    return tree_map(lambda leaf: leaf.to(parameter.device) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """Run the model on a batch of any form."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple):
+        return model(*batch)
+    return model(batch)
+
+
+def gaussian_like_input_of(model: nn.Module, *, batch_size: int = 8) -> Tensor:
+    """Unit Gaussian noise in the shape the model's own description or first layer suggests.
+
+    Raises:
+        ValueError: if the shape cannot be told.
+    """
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    options = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
+    return torch.randn(batch_size, *input_shape(model), **options)
+
+
+def input_shape(model: nn.Module) -> tuple[int, ...]:
+    """The shape of one example, as the model's own description or first layer suggests.
+
+    Raises:
+        ValueError: if it cannot be told.
+    """
+    shape = _described_shape(model) or _shape_from_first_layer(model)
+    if shape is None:
+        raise ValueError("batch: the input shape of this model cannot be told; give a batch")
+    return shape
+
+
+def _described_shape(model: nn.Module) -> tuple[int, ...] | None:
+    described = getattr(model, "default_cfg", None) or getattr(model, "pretrained_cfg", None)
+    if isinstance(described, Mapping) and described.get("input_size"):
+        return tuple(described["input_size"])
+    size = getattr(model, "image_size", None)
+    channels = _first(model, nn.Conv2d)
+    if isinstance(size, int) and channels is not None:
+        return (channels.in_channels, size, size)
+    return None
+
+
+def _shape_from_first_layer(model: nn.Module) -> tuple[int, ...] | None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d):
+            return (module.in_channels, 16, 112, 112)
+        if isinstance(module, nn.Conv2d):
+            return (module.in_channels, 224, 224)
+        if isinstance(module, nn.Conv1d):
+            return (module.in_channels, 1024)
+        if isinstance(module, nn.Linear):
+            return (module.in_features,)
+    return None
+
+
+def _first(model: nn.Module, kind: type[nn.Conv2d]) -> nn.Conv2d | None:
+    return next((module for module in model.modules() if isinstance(module, kind)), None)

@@ -1,0 +1,149 @@
+"""Listening to one batch after another, and merging what each gave as if they were one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from normfree.signal.inputs import Batch, call, check_batch, examples_in, tensors_of
+from normfree.signal.modules import ModuleStack
+from normfree.signal.outputs import tensors_in
+from normfree.signal.preserve import Preserved
+from normfree.signal.recorder import LayerRecorder, Point, Recorder, Recording, ResidualRecorder
+
+
+class Listener:
+    """Hears batch after batch.
+
+    Args:
+        model: the model, in its measuring mode.
+        preserved: its keeper.
+        points: "auto", "residual" or "layers"; "auto" is settled by the first batch.
+        wake: measure branches silenced by a zero gain as if it were one.
+        seed: of what the model draws, from the first batch on.
+
+    Attributes:
+        first: the first batch; None before.
+        suspect: the first batch with values that are not finite; None without one.
+        recording: the moments of all batches.
+        batches, examples: how many were heard.
+    """
+
+    def __init__(self, model: nn.Module, preserved: Preserved, *, points: str, wake: bool, seed: int) -> None:
+        self.model, self.preserved, self.wake, self.seed = model, preserved, wake, seed
+        self.points = points
+        self.first: Batch | None = None
+        self.suspect: Batch | None = None
+        self.batches = self.examples = 0
+        self.recording = Recording()
+
+    def hear(self, batch: Batch) -> None:
+        """Run one batch; the first decides whether the plot is of residual additions or of layers."""
+        check_batch(batch)
+        if self.first is None:
+            self.preserved.seed(self.seed)
+        recording, finite = self._record(batch, LayerRecorder if self.points == "layers" else ResidualRecorder)
+        if not recording.points and self.points == "auto":
+            self.points = "layers"
+            self.preserved.undo()
+            self.preserved.seed(self.seed)
+            recording, finite = self._record(batch, LayerRecorder)
+        if self.points == "auto":
+            self.points = "residual"
+        if not recording.points:
+            raise ValueError(
+                f"points: {self.points!r} leaves nothing to plot, for no {_WHAT[self.points]} was recorded in the "
+                f"forward pass of {type(self.model).__name__}; {_INSTEAD[self.points]}"
+            )
+        if self.first is None:
+            self.first, self.recording = batch, recording
+        else:
+            self.recording = _merged(self.recording, recording)
+        if self.suspect is None and not (finite and _finite(recording)):
+            self.suspect = batch
+        self.batches += 1
+        self.examples += examples_in(batch) or 0
+
+    def _record(self, batch: Batch, kind: type[Recorder]) -> tuple[Recording, bool]:
+        """Run one batch under a recorder, without gradients; also whether all outputs were finite."""
+        stack = ModuleStack(self.model)
+        recorder = kind(
+            self.model,
+            tensors_of(batch),
+            stack=stack,
+            before_writing=self.preserved.before_writing,
+            examples=examples_in(batch),
+            wake=self.wake,
+        )
+        with self.preserved.guarding(tensors_of(batch)):
+            with torch.no_grad(), stack.followed(recorder.on_module), recorder:
+                outputs = run(self.model, batch, stack)
+            finite = all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point())
+        return recorder.recording, finite
+
+
+_WHAT = {"residual": "residual addition", "layers": "weighted operation"}
+_INSTEAD = {
+    "residual": 'choose points="layers" for a point per weighted layer',
+    "layers": "a model needs a convolution, a linear layer or an embedding that its input goes through",
+}
+
+
+def run(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]:
+    """Call the model; its output tensors, or one line that says where and why it failed."""
+    try:
+        output = call(model, batch)
+    except Exception as error:
+        shapes = ", ".join(str(list(t.shape)) for t in tensors_of(batch))
+        where = f" in {stack.last_running}" if stack.last_running else ""
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        remedy = "give a batch that the model's forward takes"
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in reason:
+            remedy = "give a smaller batch or smaller images"
+        if "positional argument" in reason and isinstance(batch, tuple) and not batch[-1].is_floating_point():
+            remedy = "if the last of them are labels, give the inputs alone"
+        if "more than 1 value per channel" in reason:
+            remedy = 'give a batch of two examples or more, or choose mode="eval"'
+        raise ValueError(
+            f"model: {type(model).__name__} failed on an input of shape {shapes}{where}: "
+            f"{type(error).__name__}: {reason}; {remedy}"
+        ) from error
+    tensors = tensors_in(output)
+    if not tensors:
+        raise ValueError(
+            f"model: {type(model).__name__} returned {type(output).__name__}, which holds no tensor; "
+            "its forward must return what it computes"
+        )
+    return tensors
+
+
+def _finite(recording: Recording) -> bool:
+    return all(bool(torch.isfinite(point.output.deviation).all()) for point in recording.points)
+
+
+def _merged(first: Recording, second: Recording) -> Recording:
+    names = [[point.name for point in recording.points] for recording in (first, second)]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"batch: the model took another way through its blocks ({len(names[0])} points in the first batch, "
+            f"{len(names[1])} in a later one); average only over batches that take the same way"
+        )
+    assert first.entry is not None
+    assert second.entry is not None
+    pairs = zip(first.points, second.points, strict=True)
+    return Recording(_merged_points(first.entry, second.entry), [_merged_points(a, b) for a, b in pairs])
+
+
+def _merged_points(first: Point, second: Point) -> Point:
+    branch = first.branch.merged(second.branch) if first.branch and second.branch else None
+    return Point(
+        name=first.name,
+        kind=first.kind,
+        shape=first.shape,
+        channel_axis=first.channel_axis,
+        output=first.output.merged(second.output),
+        branch=branch,
+        transition=first.transition,
+        encloses=first.encloses,
+        woken=first.woken or second.woken,
+    )

@@ -1,0 +1,207 @@
+"""``spp``: listen to a model and give its signal propagation plot."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from normfree.signal.findings import findings_of
+from normfree.signal.gradients import sq_gradients
+from normfree.signal.inputs import Batch, batches_of, gaussian_like_input_of, placed_like, tensors_of
+from normfree.signal.listening import Listener
+from normfree.signal.nonfinite import check_finite, check_present, first_non_finite
+from normfree.signal.preserve import untouched
+from normfree.signal.propagation import BlockSignal, Entry, SignalPropagation
+from normfree.signal.recorder import Recording
+
+POINTS = ("auto", "residual", "layers")
+
+
+def spp(
+    model: nn.Module,
+    batch: Batch | Iterable[Batch] | None = None,
+    *,
+    name: str | None = None,
+    mode: str = "batch-statistics",
+    points: str = "auto",
+    gradient: bool = False,
+    wake: bool = True,
+    seed: int = 0,
+    expected_var: Sequence[float] | None = None,
+    input_description: dict[str, Any] | None = None,
+    configuration: dict[str, Any] | None = None,
+) -> SignalPropagation:
+    """Measure the signal propagation plot of any PyTorch model; the model is given back bit for bit.
+
+    For the activation x [N, C, …] after every residual addition: the average channel squared mean
+    ``mean_c (mean_nhw x)²``, the average channel variance ``mean_c var_nhw x`` (biased), and that variance
+    of the branch before it was scaled and added. Blocks are found in the recorded dataflow, so the model
+    needs no annotation. A model without residual additions gets a point per weighted layer.
+
+    Args:
+        model: any module; compiled and data-parallel wrappers are looked through.
+        batch: a tensor, a tuple of positional or a mapping of keyword arguments; or an iterable of those
+            (a ``DataLoader`` of (inputs, labels) too), whose moments are merged in one pass as if they
+            were one batch; or None for unit Gaussian noise of the shape the model suggests.
+        name: what to call the model; its class by default.
+        mode: "batch-statistics" (default; evaluation mode with normalizers on the statistics of the batch,
+            as the first training step computes them, without dropout's noise), "train" or "eval".
+        points: "auto", "residual", or "layers" for a point per weighted layer in any case.
+        gradient: also take the mean squared gradient at each point, of a random projection of the output
+            for the first batch.
+        wake: measure branches silenced at initialisation (zero skip gain or layer scale, zero gain of
+            the last norm) as if that gain were one. The parameter is put back.
+        seed: of the default noise and the random projection; the global generators are not touched.
+        expected_var: predicted variance after each block, drawn beside the measured one. By default what
+            the model's own ``expected_variances()`` says, if it has that method.
+        input_description: what to note of the input, for the plot and the JSON.
+        configuration: what else to note of how the measurement was made.
+
+    Returns:
+        The measurement, with findings.
+
+    Raises:
+        ValueError: for an input that the model does not take, that is empty or not finite, for parameters
+            that are not finite, and for unknown options; the message names the argument and the remedy.
+
+    Source: Brock, De, Smith, "Characterizing signal propagation to close the performance gap in
+    unnormalized ResNets", ICLR 2021, section 3. The input correlation and the gradient are additions.
+    """
+    model = _unwrapped(model)
+    if points not in POINTS:
+        raise ValueError(f"points: {points!r} is not known; choose one of {', '.join(map(repr, POINTS))}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: {seed!r} is no integer from 0 to 2**63 - 1; give one such as 0")
+    check_present(model)
+    with untouched(model, mode) as preserved:
+        preserved.seed(seed)
+        if batch is None:
+            batch = gaussian_like_input_of(model)
+            input_description = input_description or {"kind": "gaussian", "shape": list(batch.shape), "seed": seed}
+        listener = Listener(model, preserved, points=points, wake=wake, seed=seed)
+        for one in batches_of(batch):
+            listener.hear(placed_like(model, one))
+        if listener.first is None:
+            raise ValueError("batch: the iterable gave no batch; give at least one, and a generator only once")
+        recording = listener.recording
+        expected = _expected(model, expected_var, recording)
+        gradients = None
+        if gradient:
+            gradients = sq_gradients(model, listener.first, preserved, points=listener.points, seed=seed)
+            _check_gradients(gradients, recording)
+        non_finite = None
+        if listener.suspect is not None:
+            check_finite(model)  # a reason to look only now: it reads every weight
+            non_finite = first_non_finite(model, listener.suspect, preserved)
+    result = SignalPropagation(
+        model=name or type(model).__name__,
+        mode=mode,
+        input={**(input_description or {"kind": "given"}), **_described(listener)},
+        entry=_entry(recording),
+        blocks=_blocks(recording, gradients, expected),
+        configuration={
+            "points": listener.points,
+            "wake": wake,
+            "gradient": gradient,
+            "seed": seed,
+            "torch": torch.__version__,
+            **(configuration or {}),
+        },
+    )
+    return replace(result, findings=findings_of(result, non_finite))
+
+
+def _entry(recording: Recording) -> Entry:
+    point = recording.entry
+    assert point is not None, "a recording with points has an entry"
+    return Entry(
+        name=point.name,
+        shape=point.shape,
+        channel_axis=point.channel_axis,
+        avg_channel_sq_mean=point.output.avg_channel_sq_mean,
+        avg_channel_var=point.output.avg_channel_var,
+        input_correlation=point.output.correlation,
+    )
+
+
+def _blocks(
+    recording: Recording, gradients: list[float | None] | None, expected: list[float] | None
+) -> tuple[BlockSignal, ...]:
+    blocks, seen = [], Counter[str]()
+    for index, point in enumerate(recording.points):
+        seen[point.name] += 1
+        number = seen[point.name]
+        blocks.append(
+            BlockSignal(
+                index=index,
+                name=point.name if number == 1 else f"{point.name}#{number}",
+                kind=point.kind,
+                shape=point.shape,
+                channel_axis=point.channel_axis,
+                transition=point.transition,
+                avg_channel_sq_mean=point.output.avg_channel_sq_mean,
+                avg_channel_var=point.output.avg_channel_var,
+                residual_avg_channel_var=None if point.branch is None else point.branch.avg_channel_var,
+                expected_var=None if expected is None else expected[index],
+                input_correlation=point.output.correlation,
+                avg_sq_gradient=None if gradients is None else gradients[index],
+                dead_channels=point.output.dead_fraction,
+                encloses=point.encloses,
+                woken=point.woken,
+            )
+        )
+    return tuple(blocks)
+
+
+def _expected(model: nn.Module, given: Sequence[float] | None, recording: Recording) -> list[float] | None:
+    """The predicted variances, if there is one for every point."""
+    own = getattr(model, "expected_variances", None)
+    predicted: Any = given if given is not None else own() if callable(own) else None
+    if predicted is None:
+        return None
+    try:
+        numbers = [float(value) for value in predicted]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected_var: {predicted!r} is no sequence of numbers; give one a point") from error
+    if len(numbers) == len(recording.points):
+        return numbers
+    if given is not None:
+        raise ValueError(
+            f"expected_var: {len(numbers)} predictions for {len(recording.points)} measured points; give one a point"
+        )
+    return None
+
+
+def _check_gradients(gradients: list[float | None], recording: Recording) -> None:
+    if len(gradients) != len(recording.points):
+        raise ValueError(
+            f"gradient: the model took another way when it ran again ({len(recording.points)} points, then "
+            f"{len(gradients)}); it draws or counts what cannot be repeated, so choose gradient=False"
+        )
+    if all(value is None for value in gradients):
+        raise ValueError(
+            "gradient: none arrives at any point, as under torch.no_grad or inference_mode; choose gradient=False"
+        )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: {type(model).__name__} is no torch.nn.Module")
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # torch.compile
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _described(listener: Listener) -> dict[str, Any]:
+    shapes = [list(tensor.shape) for tensor in tensors_of(listener.first)]
+    shape = shapes[0] if len(shapes) == 1 else shapes
+    return {"shape": shape, "batches": listener.batches, "examples": listener.examples}

@@ -1,0 +1,246 @@
+"""What an ATen operation does to a signal: the one table the recorder reads.
+
+Names are overload packets without the in-place underscore: ``add`` stands for ``add.Tensor`` and ``add_``.
+An operation in no set is elementwise or structural: it carries its input on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LINEAR = frozenset({"addmm", "mm", "bmm", "baddbmm", "addbmm", "linear", "matmul", "addmv", "mv", "mkldnn_linear"})
+"""Matrix products: weighted if one factor is a parameter, a product of activations otherwise."""
+
+CONVOLUTION = frozenset(
+    {
+        "convolution",
+        "_convolution",
+        "mkldnn_convolution",
+        "cudnn_convolution",
+        "_slow_conv2d_forward",
+        "conv_depthwise3d",
+        "_conv_depthwise2d",
+        "deform_conv2d",
+        "conv2d",
+    }
+)
+
+EMBEDDING = frozenset({"embedding", "_embedding_bag", "embedding_bag"})
+
+RECURRENT = frozenset(
+    {"lstm", "gru", "rnn_tanh", "rnn_relu", "mkldnn_rnn_layer", "_cudnn_rnn", "_thnn_fused_lstm_cell"}
+)
+
+NORM = frozenset(
+    {
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "_batch_norm_with_update",
+        "_batch_norm_no_update",
+        "cudnn_batch_norm",
+        "miopen_batch_norm",
+        "batch_norm",
+        "native_layer_norm",
+        "layer_norm",
+        "native_group_norm",
+        "group_norm",
+        "rms_norm",
+        "_fused_rms_norm",
+    }
+)
+
+ATTENTION = frozenset(
+    {
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_attention_math",
+        "_scaled_dot_product_fused_attention_overrideable",
+        "scaled_dot_product_attention",
+        "_native_multi_head_attention",
+        "_transformer_encoder_layer_fwd",
+    }
+)
+
+POOL = frozenset(
+    {
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "_adaptive_avg_pool2d",
+        "_adaptive_avg_pool3d",
+        "mkldnn_adaptive_avg_pool2d",
+        "max_pool2d_with_indices",
+        "max_pool3d_with_indices",
+        "mkldnn_max_pool2d",
+        "max_pool2d",
+        "upsample_nearest1d",
+        "upsample_nearest2d",
+        "upsample_nearest3d",
+        "upsample_bilinear2d",
+        "upsample_bicubic2d",
+        "upsample_trilinear3d",
+        "_upsample_bilinear2d_aa",
+        "_upsample_bicubic2d_aa",
+        "_fft_r2c",
+        "_fft_c2c",
+        "_fft_c2r",
+        "cumsum",
+        "grid_sampler_2d",
+        "grid_sampler_3d",
+    }
+)
+"""Mixes positions without parameters."""
+
+NONLINEAR = frozenset(
+    {
+        "relu",
+        "relu6",
+        "gelu",
+        "silu",
+        "mish",
+        "sigmoid",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "tanh",
+        "leaky_relu",
+        "_prelu_kernel",
+        "prelu",
+        "rrelu_with_noise",
+        "elu",
+        "celu",
+        "selu",
+        "glu",
+        "softplus",
+        "softshrink",
+        "hardshrink",
+        "threshold",
+        "log_sigmoid_forward",
+        "_softmax",
+        "_log_softmax",
+        "_safe_softmax",
+        "exp",
+        "log",
+        "erf",
+        "sin",
+        "cos",
+        "abs",
+        "pow",
+        "sqrt",
+        "rsqrt",
+        "reciprocal",
+        "square",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "maximum",
+        "minimum",
+        "sign",
+        "where",
+    }
+)
+
+PARTIAL = frozenset(
+    {"slice", "select", "narrow", "split", "split_with_sizes", "unbind", "chunk", "index_select", "index", "gather"}
+)
+"""Keeps a part of its input, where the output is smaller."""
+
+VIEW = frozenset(
+    {
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "_reshape_alias",
+        "flatten",
+        "unsqueeze",
+        "squeeze",
+        "alias",
+        "detach",
+        "clone",
+        "contiguous",
+        "_to_copy",
+        "to",
+        "expand",
+        "permute",
+        "transpose",
+        "t",
+        "as_strided",
+        "copy",
+        "lift_fresh",
+    }
+)
+"""Carries the values on as they are: a scaling before it is still the last thing that happened."""
+
+SCALING = frozenset({"mul", "div"})
+ADDITION = frozenset({"add"})
+
+FACTORY = frozenset(
+    {
+        "empty_like",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "new_empty",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty_strided",
+    }
+)
+"""Takes from its input no more than shape and type."""
+
+
+@cache
+def name_of(function: torch._ops.OpOverload) -> str:
+    """``aten.add_.Tensor`` → ``add``; dunders and private names keep their leading underscore."""
+    name = function.overloadpacket.__name__
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+@cache
+def mutated_arguments(function: torch._ops.OpOverload) -> tuple[int, ...]:
+    """Positions of the arguments an operation writes to."""
+    if not function._schema.is_mutable:
+        return ()
+    arguments = function._schema.arguments
+    return tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+
+
+def weight_and_bias(name: str, arguments: Sequence[Any]) -> tuple[Tensor | None, Tensor | None]:
+    """The weight and the bias among the arguments of a weighted operation or a norm, where it has them."""
+    positions = _WEIGHT_AND_BIAS.get(name, (1, 2) if name in CONVOLUTION or name in NORM else None)
+    if positions is None:
+        return None, None
+    found = [arguments[i] if i is not None and i < len(arguments) else None for i in positions]
+    weight, bias = (value if isinstance(value, Tensor) else None for value in found)
+    return weight, bias
+
+
+_WEIGHT_AND_BIAS: dict[str, tuple[int, int | None]] = {
+    "native_layer_norm": (2, 3),
+    "layer_norm": (2, 3),
+    "rms_norm": (2, None),
+    "_fused_rms_norm": (2, None),
+    "addmm": (2, 0),
+    "mm": (1, None),
+    "linear": (1, 2),
+}
+
+
+def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments, in their order; a schema nests them in lists at most."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (item for item in value if isinstance(item, Tensor))

@@ -1,0 +1,203 @@
+"""What listening to a model gives: the signal propagation plot as data, and its JSON, PNG and HTML forms."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from normfree.signal.files import write_atomically
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Point 0 of the plot: the input of the first block, after stem and pooling.
+
+    Attributes:
+        name: module that received it ("" for the model itself).
+        shape: shape of the tensor in the first batch.
+        channel_axis: axis whose entries are the channels.
+        avg_channel_sq_mean: mean over channels of the squared channel mean.
+        avg_channel_var: mean over channels of the biased channel variance.
+        input_correlation: mean cosine similarity between different examples, or None for one example.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    channel_axis: int
+    avg_channel_sq_mean: float
+    avg_channel_var: float
+    input_correlation: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSignal:
+    """One point of the plot: the activation after one residual addition, or after one weighted layer.
+
+    Attributes:
+        index: position along the network, from 0.
+        name: module that performed the addition; a second addition in one module is ``name#2``.
+        kind: "residual", or "layer" in the plot of a model without residual additions.
+        shape: shape of the activation in the first batch.
+        channel_axis: axis whose entries are the channels.
+        transition: the shortcut is not the identity: it has weights, or changes the size.
+        encloses: how many other residual additions lie inside this one's branch (0 for an ordinary
+            block; more for a long skip connection).
+        avg_channel_sq_mean: mean over channels of the squared channel mean.
+        avg_channel_var: mean over channels of the biased channel variance.
+        residual_avg_channel_var: that variance of the branch's output before it is scaled and added;
+            None for a layer, or where the scale is zero and was not woken.
+        expected_var: the variance the model's own plan predicts for ``avg_channel_var``, if it has one.
+        input_correlation: mean cosine similarity between different examples' features, if there are two.
+        avg_sq_gradient: mean squared gradient of a random projection of the output, where asked for.
+        dead_channels: fraction of channels that are constant over the whole input.
+        woken: names of the zero parameters that silenced this branch and were measured as one.
+    """
+
+    index: int
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    channel_axis: int
+    transition: bool
+    avg_channel_sq_mean: float
+    avg_channel_var: float
+    residual_avg_channel_var: float | None
+    expected_var: float | None = None
+    input_correlation: float | None = None
+    avg_sq_gradient: float | None = None
+    dead_channels: float = 0.0
+    encloses: int = 0
+    woken: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing worth knowing about the signal, in plain words.
+
+    Attributes:
+        kind: "explosion", "attenuation", "mean_shift", "branch_variance", "silenced_branch",
+            "dead_channels", "correlation_collapse" or "non_finite".
+        severity: "error" (it will not train as it is), "warning" or "info".
+        block: index of the block where it shows first, or None for the model as a whole.
+        message: what was seen and where, with the numbers.
+        remedy: what to do about it.
+    """
+
+    kind: str
+    severity: str
+    block: int | None
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalPropagation:
+    """The signal propagation plot of one model, as measured by :func:`normfree.spp`.
+
+    Source: Brock, De, Smith (ICLR 2021), section 3; the definitions of the curves are those of
+    :class:`BlockSignal`.
+    """
+
+    model: str
+    mode: str
+    input: dict[str, Any]
+    entry: Entry
+    blocks: tuple[BlockSignal, ...]
+    findings: tuple[Finding, ...] = ()
+    configuration: dict[str, Any] = field(default_factory=dict)
+
+    def curve(self, name: str) -> list[float | None]:
+        """One curve as a list: point 0 is the entry (None for what only blocks have), then each block."""
+        known = {f.name for f in fields(BlockSignal)}
+        if name not in known:
+            raise ValueError(f"curve: unknown name {name!r}; it must be an attribute of a block: {sorted(known)}")
+        return [getattr(self.entry, name, None), *(getattr(block, name) for block in self.blocks)]
+
+    def renamed(self, model: str) -> SignalPropagation:
+        """The same measurement under another model name (legends, JSON)."""
+        return replace(self, model=model)
+
+    def to_dict(self) -> dict[str, Any]:
+        """This model's entry of ``spp.json``; numbers that are not finite become None."""
+        return _finite_or_none(
+            {
+                "model": self.model,
+                "mode": self.mode,
+                "input": self.input,
+                "entry": asdict(self.entry),
+                "blocks": [asdict(block) for block in self.blocks],
+                "findings": [asdict(finding) for finding in self.findings],
+                "configuration": self.configuration,
+            }
+        )
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write ``{"schema": 1, "models": [...]}`` with this model alone; returns the path."""
+        return write_json(path, [self])
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the curves in the paper's style; returns the matplotlib figure, and saves it if asked."""
+        from normfree.signal.plot import plot_signals
+
+        return plot_signals([self], path)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the interactive report: one file that opens offline; returns the path."""
+        from normfree.signal.report import write_report
+
+        return write_report([self], path)
+
+    def assert_healthy(self, *, ignore: Iterable[str] = ()) -> None:
+        """Fail with the findings as message if any is an error; meant for a model's own test suite.
+
+        Args:
+            ignore: kinds of findings that are expected of this model.
+
+        Raises:
+            ValueError: if ``ignore`` names no kind of finding.
+            AssertionError: with one line per finding of severity "error".
+        """
+        from normfree.signal.findings import KINDS
+
+        ignored = set(ignore)
+        if unknown := ignored - set(KINDS):
+            raise ValueError(f"ignore: unknown kinds of finding {sorted(unknown)}; known are {sorted(KINDS)}")
+        errors = [f for f in self.findings if f.severity == "error" and f.kind not in ignored]
+        if errors:
+            lines = [f"the signal of {self.model} is not healthy at initialisation:"]
+            lines += [f"  {f.kind}: {f.message} Remedy: {f.remedy}" for f in errors]
+            raise AssertionError("\n".join(lines))
+
+    def __str__(self) -> str:
+        lines = [f"SignalPropagation of {self.model}: {len(self.blocks)} points, mode {self.mode}"]
+        for block in self.blocks:
+            residual = block.residual_avg_channel_var
+            branch = "" if residual is None else f"  branch {residual:.4g}"
+            lines.append(
+                f"  {block.index:3d} {block.name}: squared mean {block.avg_channel_sq_mean:.4g}"
+                f"  variance {block.avg_channel_var:.4g}{branch}"
+            )
+        lines += [f"  {f.severity}: {f.message}" for f in self.findings]
+        return "\n".join(lines)
+
+
+def write_json(path: str | Path, signals: Iterable[SignalPropagation]) -> Path:
+    """Write ``spp.json`` for several models; never leaves a half-written file."""
+    document = {"schema": SCHEMA, "models": [signal.to_dict() for signal in signals]}
+    return write_atomically(path, json.dumps(document, allow_nan=False) + "\n")
+
+
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_or_none(item) for item in value]
+    return value

@@ -1,0 +1,234 @@
+"""The interactive report of a signal propagation plot: one HTML file that opens offline.
+
+``report_page.html``, ``.css`` and ``.js`` beside this file are the page; this module fills it. Findings,
+numbers and configuration are plain HTML; the curves are drawn by plotly.js, which is part of the file.
+The page's content security policy forbids it to request anything.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from normfree.signal.files import write_atomically
+from normfree.signal.panels import (
+    COLORS,
+    ENTRY_X,
+    ROUNDING,
+    caption_of,
+    color_of,
+    is_layerwise,
+    needs_log,
+    non_finite_from,
+    panels_of,
+    place_of,
+    shorten,
+    x_label,
+)
+from normfree.signal.propagation import BlockSignal, Finding, SignalPropagation
+from normfree.signal.report_tables import (
+    CURVES,
+    dead_fraction,
+    json_number,
+    numbers_table,
+    points_of,
+    remarks,
+    settings_table,
+    shape_text,
+)
+
+# For plotly and for the swatches in the legend (an SVG line), in pixels.
+_DASHES = ("solid", "9px,3px", "7px,2px,2px,2px", "2px,2px", "4px,3px", "12px,3px,3px,3px")
+_SEVERITIES = ("error", "warning", "info")
+
+
+def write_report(
+    signals: Sequence[SignalPropagation], path: str | Path, *, title: str = "Signal propagation report"
+) -> Path:
+    """Write the interactive report of one or several models as one HTML file of about 5 MB.
+
+    Stacked, linked curves with a logarithmic or linear scale; findings with remedies; every number; and
+    the configuration of the measurement. The file opens without a network.
+
+    Args:
+        signals: the models, in the order of the legend.
+        path: where to write it; an earlier report is replaced as a whole or not at all.
+        title: heading of the page.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: if there is no model to report.
+        ImportError: if plotly is not installed.
+    """
+    if not signals:
+        raise ValueError("signals: got an empty sequence; give at least one SignalPropagation to report")
+    layers = "Where a model has no residual additions, a point is the output of a weighted layer."
+    parts = {
+        "title": escape(title),
+        "style": _page_file("css"),
+        "script": _page_file("js"),
+        "plotly": _plotly().replace("</script", "<\\/script"),
+        "measured": "\n  ".join(f'<p class="measured">{escape(line)}</p>' for line in caption_of(signals)),
+        "summary": "".join(_verdict(signal, number) for number, signal in enumerate(signals)),
+        "legend": "".join(_legend_item(signal, number) for number, signal in enumerate(signals)),
+        "key": _key(signals),
+        "gaps": _gaps(signals),
+        "findings": "".join(_findings(signal, number) for number, signal in enumerate(signals)),
+        "layerwise": layers if any(is_layerwise(signal) for signal in signals) else "",
+        "tables": "".join(numbers_table(signal) for signal in signals),
+        "configuration": settings_table(signals),
+        "data": _inert(_page_data(signals)),
+    }
+    # One pass over the page alone: what looks like a placeholder inside the data stays as it is.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _page_file("html"))
+    return write_atomically(path, page)
+
+
+def _plotly() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ImportError("write_report needs plotly; install it with: pip install plotly") from error
+    return get_plotlyjs()
+
+
+def _page_file(kind: str) -> str:
+    package = resources.files("normfree.signal")
+    return package.joinpath(f"report_page.{kind}").read_text(encoding="utf-8").rstrip()
+
+
+def _inert(value: Any) -> str:
+    """JSON that no HTML parser can mistake for markup, inside a script element."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _page_data(signals: Sequence[SignalPropagation]) -> dict[str, Any]:
+    panels = panels_of(signals)
+    described = [
+        {
+            "curve": panel.curve,
+            "title": panel.title,
+            "reference": panel.reference,
+            "signed": panel.signed,
+            "log": needs_log(panel, signals),
+        }
+        for panel in panels
+    ]
+    models = [_model_data(signal, number) for number, signal in enumerate(signals)]
+    return {"x_label": x_label(signals), "rounding": ROUNDING, "panels": described, "models": models}
+
+
+def _model_data(signal: SignalPropagation, number: int) -> dict[str, Any]:
+    points = points_of(signal)
+    known = {name: signal.curve(name) for name in CURVES}
+    return {
+        "name": signal.model,
+        "unit": "weighted layer" if is_layerwise(signal) else "block",
+        "color": color_of(number),
+        "dash": _dash(number),
+        "names": [point.name or "(the model)" for point in points],
+        "shapes": [shape_text(point.shape) for point in points],
+        "axes": [point.channel_axis for point in points],
+        "transitions": [isinstance(point, BlockSignal) and point.transition for point in points],
+        "dead": [dead_fraction(point) for point in points],
+        "notes": [remarks(point, transition=False) for point in points],
+        "curves": {name: [json_number(value) for value in values] for name, values in known.items()},
+        "gaps": {name: non_finite_from(values) for name, values in known.items()},
+        "expected": [json_number(value) for value in signal.curve("expected_var")],
+    }
+
+
+def _verdict(signal: SignalPropagation, number: int) -> str:
+    counts = {severity: sum(f.severity == severity for f in signal.findings) for severity in _SEVERITIES}
+    words = [f"{n} {severity}{'s' if n > 1 else ''}" for severity, n in counts.items() if n and severity != "info"]
+    worst = next((severity for severity in ("error", "warning") if counts[severity]), "healthy")
+    unit = "weighted layer" if is_layerwise(signal) else "block"
+    size = f"{len(signal.blocks)} {unit}{'' if len(signal.blocks) == 1 else 's'}"
+    verdict = f'<span class="verdict {worst}">{", ".join(words) or "healthy"}</span>'
+    return f'<li data-model="{number}">{escape(shorten(signal.model, 64))}: {size}, {verdict}</li>'
+
+
+def _legend_item(signal: SignalPropagation, number: int) -> str:
+    name = escape(shorten(signal.model, 56))
+    return (
+        f'<button type="button" data-model="{number}" aria-pressed="true" title="{escape(signal.model)} '
+        f'(click: hide or show; double-click: show alone)">{_swatch(number)}<span>{name}</span></button>'
+    )
+
+
+def _swatch(number: int) -> str:
+    dash = "" if _dash(number) == "solid" else f' stroke-dasharray="{_dash(number).replace("px", "")}"'
+    return _line(f'stroke="{color_of(number)}" stroke-width="3"{dash}')
+
+
+def _line(style: str) -> str:
+    line = f'<line x1="0" y1="5" x2="34" y2="5" {style}/>'
+    return f'<svg class="swatch" width="34" height="10" aria-hidden="true">{line}</svg>'
+
+
+def _key(signals: Sequence[SignalPropagation]) -> str:
+    """The marks that are not models: only those that occur."""
+    marks = []
+    if any(value is not None for signal in signals for value in signal.curve("expected_var")):
+        marks.append((_line('stroke="currentColor" stroke-width="1.3" stroke-dasharray="5,4"'), "expected variance"))
+    if any(panel.reference is not None for panel in panels_of(signals)):
+        dotted = _line('stroke="currentColor" stroke-width="1.2" stroke-dasharray="1.5,3"')
+        marks.append((dotted, "variance preserving"))
+    if any(block.transition for signal in signals for block in signal.blocks):
+        circle = '<circle cx="6" cy="5" r="3.6" fill="none" stroke="currentColor" stroke-width="1.5"/>'
+        svg = f'<svg class="swatch" width="12" height="10" aria-hidden="true">{circle}</svg>'
+        marks.append((svg, "transition block"))
+    return "".join(f"<span>{picture}{name}</span>" for picture, name in marks)
+
+
+def _gaps(signals: Sequence[SignalPropagation]) -> str:
+    """Where curves stop because values are not finite, one line for each model and block."""
+    lines = []
+    for signal in signals:
+        starts: dict[int, list[str]] = {}
+        for panel in panels_of([signal]):
+            if (start := non_finite_from(signal.curve(panel.curve))) is not None:
+                starts.setdefault(start, []).append(panel.title.lower())
+        for start, titles in sorted(starts.items()):
+            place = f"{place_of(start)} ({points_of(signal)[start - ENTRY_X].name or 'the model'})"
+            lines.append(f"{signal.model}: {', '.join(titles)} non-finite from {place}; the curve has a gap there.")
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<ul class="gaps" id="gaps">{items}</ul>' if lines else ""
+
+
+def _findings(signal: SignalPropagation, number: int) -> str:
+    order = {severity: rank for rank, severity in enumerate(_SEVERITIES)}
+    found = sorted(signal.findings, key=lambda finding: order.get(finding.severity, len(order)))
+    items = "".join(_finding(finding, signal, number) for finding in found)
+    listed = f'<ol class="findings-list">{items}</ol>' if items else '<p class="no-finding">Nothing to report.</p>'
+    heading = f'<div class="model-heading">{_swatch(number)}<h3>{escape(shorten(signal.model, 64))}</h3></div>'
+    return f'<div class="model-findings" data-model="{number}">{heading}{listed}</div>'
+
+
+def _finding(finding: Finding, signal: SignalPropagation, number: int) -> str:
+    severity = finding.severity if finding.severity in _SEVERITIES else "info"
+    place = "whole model"
+    if finding.block is not None:
+        name = next((f": {escape(b.name)}" for b in signal.blocks if b.index == finding.block and b.name), "")
+        place = (
+            f'<button type="button" class="locate" data-model="{number}" data-block="{finding.block:d}" '
+            f'title="show in the curves">block {finding.block}{name}</button>'
+        )
+    kind = escape(finding.kind.replace("_", " "))
+    return (
+        f'<li class="finding {severity}"><div class="finding-head">'
+        f'<span class="severity">{escape(finding.severity)}: {kind}</span><span>{place}</span></div>'
+        f'<p>{escape(finding.message)}</p><p class="remedy">{escape(finding.remedy)}</p></li>'
+    )
+
+
+def _dash(number: int) -> str:
+    return _DASHES[(number + number // len(COLORS)) % len(_DASHES)]

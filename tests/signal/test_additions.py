@@ -1,0 +1,297 @@
+"""Every way to write x + branch: what counts as an addition, and what is seen past on the way to it."""
+
+from weakref import WeakKeyDictionary
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from normfree.signal import spp
+
+SCALE = 0.3
+SEEN = WeakKeyDictionary()
+"""The branch each block has computed last; on the block itself it would be put back after the measurement."""
+
+
+class Block(nn.Module):
+    """x + branch, where the subclass says how."""
+
+    def __init__(self, channels=6):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.mix = nn.Linear(64, 64)
+        self.scalar = nn.Parameter(torch.tensor(SCALE))
+        self.per_channel = nn.Parameter(torch.linspace(0.1, 1, channels))
+
+    def branch(self, x):
+        branch = self.conv(torch.relu(x))
+        SEEN[self] = branch.detach().clone()
+        return branch
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+def _by_hand(block):
+    return SEEN[block].double().transpose(0, 1).flatten(1).var(1, unbiased=False).mean().item()
+
+
+def _form(forward):
+    """A block whose forward is the given function of itself and its input."""
+    return type(forward.__name__, (Block,), {"forward": forward})
+
+
+def plain(block, x):
+    return x + block.branch(x)
+
+
+def branch_first(block, x):
+    return block.branch(x) + x
+
+
+def in_place_on_shortcut(block, x):
+    branch = block.branch(x)
+    x += branch
+    return x
+
+
+def in_place_on_branch(block, x):
+    return block.branch(x).add_(x)
+
+
+def alpha(block, x):
+    return torch.add(x, block.branch(x), alpha=SCALE)
+
+
+def alpha_in_place(block, x):
+    return x.add_(block.branch(x), alpha=SCALE)
+
+
+def addcmul_by_parameter(block, x):
+    return torch.addcmul(x, block.branch(x), block.per_channel.view(1, -1, 1, 1))
+
+
+def constant(block, x):
+    return x + block.branch(x) * SCALE
+
+
+def constant_in_place(block, x):
+    return x + block.branch(x).mul_(SCALE)
+
+
+def divided(block, x):
+    return x + block.branch(x) / 4
+
+
+def constant_twice(block, x):
+    return x + SCALE * (block.branch(x) * block.scalar)
+
+
+def parameter(block, x):
+    return x + block.scalar * block.branch(x)
+
+
+def layer_scale(block, x):
+    return x + block.per_channel[:, None, None] * block.branch(x)
+
+
+def layer_scale_after_a_permute(block, x):
+    return x + (block.branch(x).permute(0, 2, 3, 1) * block.per_channel).permute(0, 3, 1, 2)
+
+
+def layer_scale_over_tokens(block, x):
+    tokens = block.branch(x).flatten(2).transpose(1, 2)
+    return x + (block.per_channel * tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def layer_scale_after_mixing_positions(block, x):
+    """A linear layer over positions, as in an MLP for tokens: its output's channels are not where it ends."""
+    mixed = block.mix(torch.relu(x).flatten(2))
+    SEEN[block] = mixed.detach().clone()
+    return x + (block.per_channel * mixed.transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def drop_path_without_a_single_survivor(block, x):
+    return x + block.branch(x) * torch.zeros(len(x), 1, 1, 1)
+
+
+def drop_path(block, x):
+    return x + block.branch(x).div(0.5) * x.new_empty(len(x), 1, 1, 1).bernoulli_(0.5)
+
+
+def checkpoint_reentrant(block, x):
+    return x + checkpoint(block.branch, x, use_reentrant=True)
+
+
+def checkpoint_not_reentrant(block, x):
+    return checkpoint(plain, block, x, use_reentrant=False)
+
+
+FORMS = [
+    *(plain, branch_first, in_place_on_shortcut, in_place_on_branch, alpha, alpha_in_place, addcmul_by_parameter),
+    *(constant, constant_in_place, divided, constant_twice, parameter, layer_scale, layer_scale_after_a_permute),
+    *(layer_scale_over_tokens, layer_scale_after_mixing_positions, drop_path_without_a_single_survivor, drop_path),
+    *(checkpoint_reentrant, checkpoint_not_reentrant),
+]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("forward", FORMS, ids=lambda forward: forward.__name__)
+def test_the_branch_is_seen_before_any_scaling(forward):
+    torch.manual_seed(0)
+    blocks = [_form(forward)() for _ in range(3)]
+    signal = spp(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *blocks), torch.randn(4, 3, 8, 8))
+    assert [block.name for block in signal.blocks] == ["1", "2", "3"]
+    assert {block.channel_axis for block in signal.blocks} == {1}
+    measured = [block.residual_avg_channel_var for block in signal.blocks]
+    assert measured == pytest.approx([_by_hand(block) for block in blocks], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["half", "bfloat16", "channels_last"])
+def test_precision_and_memory_layout(layout):
+    torch.manual_seed(0)
+    blocks = [_form(constant)() for _ in range(2)]
+    model, batch = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *blocks), torch.randn(4, 3, 8, 8)
+    if layout == "channels_last":
+        model, batch = model.to(memory_format=torch.channels_last), batch.to(memory_format=torch.channels_last)
+    else:
+        model, batch = getattr(model, layout)(), getattr(batch, layout)()
+    signal = spp(model, batch)
+    assert [(block.name, block.channel_axis) for block in signal.blocks] == [("1", 1), ("2", 1)]
+    # the scaled branch is rounded to 8 bits once more before it is divided out again
+    tolerance = 5e-3 if layout == "bfloat16" else 1e-5
+    measured = [block.residual_avg_channel_var for block in signal.blocks]
+    assert measured == pytest.approx([_by_hand(block) for block in blocks], rel=tolerance)
+
+
+def parallel_convolutions(block, x):
+    return block.conv(x) + block.conv(-x)
+
+
+def different_parts(block, x):
+    """The hierarchy of Res2Net: a part is added to what was computed from another part."""
+    first, second, third = block.conv(x).chunk(3, 1)
+    first = torch.conv2d(first, torch.ones(2, 2, 1, 1))
+    second = torch.conv2d(first + second, torch.ones(2, 2, 1, 1))
+    return torch.cat([first, second, second + third], 1)
+
+
+def attention_with_bias(block, x):
+    """Logits and a position bias, which depends on nothing or on the query."""
+    tokens = block.conv(x).flatten(2).transpose(1, 2)
+    logits = tokens @ tokens.transpose(1, 2) + block.scalar
+    logits = logits + tokens @ block.conv.weight.flatten(1)[:, :1].expand(-1, tokens.shape[1])
+    return (logits.softmax(-1) @ tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def fusion_of_streams(block, x):
+    """Streams of different depth that have each passed nonlinearities, as in a high-resolution network."""
+    return torch.relu(block.conv(x)) + torch.relu(block.conv(torch.relu(block.conv(x))))
+
+
+@pytest.mark.parametrize("forward", [parallel_convolutions, different_parts, attention_with_bias, fusion_of_streams])
+def test_what_is_not_residual(forward):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), _form(forward)(), Block(), _form(forward)())
+    signal = spp(model, torch.randn(4, 3, 8, 8))
+    assert [block.name for block in signal.blocks] == ["2"]
+
+
+class Language(nn.Module):
+    """Words and positions both looked up by the tokens, as in RoBERTa, before an encoder layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.word, self.position = nn.Embedding(50, 16), nn.Embedding(50, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, tokens):
+        return self.layer(self.word(tokens) + self.position(tokens.ne(1).int().cumsum(1)))
+
+
+def test_embeddings_are_summed_not_residual():
+    torch.manual_seed(0)
+    signal = spp(Language(), torch.randint(2, 50, (4, 7)))
+    assert [(block.name, block.channel_axis) for block in signal.blocks] == [("layer", 2), ("layer#2", 2)]
+    assert signal.entry.shape == (4, 7, 16)
+
+
+class Nested(Block):
+    """A long skip over two blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(Block(), Block())
+
+    def forward(self, x):
+        return x + self.conv(self.inner(x))
+
+
+def test_blocks_inside_a_branch():
+    torch.manual_seed(0)
+    signal = spp(nn.Sequential(nn.Conv2d(3, 6, 1), Nested(), Block()), torch.randn(4, 3, 8, 8))
+    found = [(block.name, block.encloses) for block in signal.blocks]
+    assert found == [("1.inner.0", 0), ("1.inner.1", 0), ("1", 2), ("2", 0)]
+
+
+class Conditioned(nn.Module):
+    """A block told of something else, a time or a class: the branch depends on it, the shortcut does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 6, 1), Block()
+        self.projection, self.time = nn.Conv2d(6, 6, 1), nn.Linear(5, 6)
+
+    def forward(self, image, time):
+        x = self.stem(image)
+        x = x + self.block.branch(x + self.time(time)[:, :, None, None])
+        x = self.projection(x) + self.block.branch(self.block.branch(x) * self.time(time)[:, :, None, None])
+        return {"features": x, "classes": (x.mean((2, 3)), None)}
+
+
+def test_two_inputs_and_outputs_of_any_form():
+    torch.manual_seed(0)
+    model, image, time = Conditioned(), torch.randn(4, 3, 8, 8), torch.randn(4, 5)
+    by_position, by_name = spp(model, (image, time)), spp(model, {"time": time, "image": image})
+    assert by_position.blocks == by_name.blocks
+    assert [(block.name, block.transition) for block in by_name.blocks] == [("", False), ("#2", True)]
+    assert by_name.blocks[1].residual_avg_channel_var == pytest.approx(_by_hand(model.block), rel=1e-5)
+    assert by_name.entry.shape == (4, 6, 8, 8)
+
+
+class Silenced(Block):
+    """A branch that starts at zero: by a skip gain, a layer scale or the gain of its last norm."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+        self.norm = nn.BatchNorm2d(6)
+        nn.init.zeros_({"scalar": self.scalar, "per_channel": self.per_channel, "norm.weight": self.norm.weight}[by])
+
+    def forward(self, x):
+        branch = self.norm(self.conv(torch.relu(x)))
+        if self.by == "scalar":
+            return x + self.scalar * branch
+        return x + (branch if self.by == "norm.weight" else branch * self.per_channel[:, None, None])
+
+
+@pytest.mark.parametrize("by", ["scalar", "per_channel", "norm.weight"])
+def test_silenced_branches_are_woken_and_put_back(by):
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Conv2d(3, 6, 1), Silenced(by), Silenced(by)), torch.randn(4, 3, 8, 8)
+    awake, asleep = spp(model, batch), spp(model, batch, wake=False)
+    assert [block.woken for block in awake.blocks] == [(f"1.{by}",), (f"2.{by}",)]
+    for block in awake.blocks:  # batch-normed, and the norm's epsilon is 1e-5
+        assert block.residual_avg_channel_var == pytest.approx(1, abs=1e-3)
+        assert block.avg_channel_var > awake.entry.avg_channel_var
+    for block in asleep.blocks:  # a zero norm leaves nothing, a zero scaling is seen past
+        assert block.woken == ()
+        assert block.avg_channel_var == pytest.approx(asleep.entry.avg_channel_var, rel=1e-5)
+    assert not any(parameter.any() for name, parameter in model.named_parameters() if name.endswith(by))
+
+
+def test_a_compiled_module_is_looked_through():
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Conv2d(3, 6, 1), Block(), Block()), torch.randn(4, 3, 8, 8)
+    assert spp(torch.compile(model), batch).blocks == spp(model, batch).blocks
