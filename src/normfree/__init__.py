@@ -1,0 +1,25 @@
+"""Design, inspect, train and ship neural networks without normalizers.
+
+>>> import normfree
+>>> model = normfree.create_model("nf_resnet50")
+>>> normfree.spp(model).plot("spp.png")  # doctest: +SKIP
+"""
+
+from normfree.models import create_model, list_models
+from normfree.nn import gamma
+from normfree.signal import SignalPropagation, spp
+from normfree.weights import load, load_haiku_weights, load_timm_weights, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SignalPropagation",
+    "create_model",
+    "gamma",
+    "list_models",
+    "load",
+    "load_haiku_weights",
+    "load_timm_weights",
+    "save",
+    "spp",
+]

@@ -1,0 +1,96 @@
+"""Our own weights: one safetensors file that also says how to build the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from normfree.models import Backbone, create_model
+from normfree.signal.files import write_atomically
+
+KEY = "normfree"
+
+
+def save(model: nn.Module, path: str | Path) -> Path:
+    """Write a model of :func:`normfree.create_model` with its name and overrides; the file is whole or not there.
+
+    Args:
+        model: the model.
+        path: where to; by custom ``*.safetensors``.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: if the model does not know how it was built, was built from a callable, or has had a layer
+            exchanged since.
+    """
+    from safetensors.torch import save as to_bytes
+
+    if not isinstance(model, Backbone) or not getattr(model, "config", None):
+        raise ValueError(
+            f"model: {type(model).__name__} was not built by normfree.create_model, so a file could not rebuild it; "
+            "save its state_dict with safetensors.torch.save_file"
+        )
+    try:
+        recipe = json.dumps(model.config)
+    except TypeError as error:
+        raise ValueError(
+            f"model: its overrides cannot be written down ({error}); build it from names and numbers alone"
+        ) from error
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        rebuilt = create_model(**model.config).state_dict()
+    changed = [
+        n for n in {*tensors, *rebuilt} if n not in tensors or n not in rebuilt or tensors[n].shape != rebuilt[n].shape
+    ]
+    if changed:
+        raise ValueError(
+            f"model: {len(changed)} tensors ({', '.join(sorted(changed)[:3])}) are not those of "
+            "create_model(**model.config), so a file could not rebuild it; give create_model what you changed"
+        )
+    return write_atomically(path, to_bytes(tensors, metadata={KEY: recipe}))
+
+
+def load(path: str | Path) -> Backbone:
+    """Rebuild a model that :func:`save` wrote, with its weights.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The model, in evaluation mode and the precision it was saved in.
+
+    Raises:
+        ValueError: if the file is none of ours, or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"path: {str(path)!r} is no file; give one that normfree.save wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"path: {str(path)!r} is no sound safetensors file: {error}") from error
+    if KEY not in metadata:
+        raise ValueError(
+            f"path: {str(path)!r} has weights but not the model they belong to; only files of normfree.save do"
+        )
+    try:
+        config: dict[str, Any] = json.loads(metadata[KEY])
+        model = create_model(**config)
+        precisions = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+        if len(precisions) == 1:
+            model.to(precisions.pop())
+        model.load_state_dict(tensors)
+    except (TypeError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"path: {str(path)!r} does not describe a model this version builds: {reason}") from error
+    return model.eval()

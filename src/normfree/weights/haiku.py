@@ -1,0 +1,139 @@
+"""The authors' published weights into our models."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from normfree.nn import PaddedConv2d
+from normfree.nn.checks import invalid
+from normfree.weights.haiku_names import haiku_names
+from normfree.weights.matching import check_names, check_shapes, copy_in
+from normfree.weights.restricted import read_pickle
+
+Model = TypeVar("Model", bound=nn.Module)
+Tree = Mapping[str, Mapping[str, Any]]
+
+_FORM = "pass {module path: {name: array}}, such as {'NFNet/~/linear': {'w': ..., 'b': ...}}"
+_PARTS = ("params", "state")
+
+
+def load_haiku_weights(model: Model, source: str | Path | Tree) -> Model:
+    """Copy official weights into a model of the same family and sizes.
+
+    Kernels are turned from [height, width, in, out] to [out, in, height, width], linear layers from [in, out] to
+    [out, in]. Every array is used once and every parameter is filled; when anything is wrong, the model is left
+    as it was.
+
+    Args:
+        model: a model of ``create_model``; the official networks have ``padding="same"``.
+        source: a published file (a dill pickle, whatever its name ends in; read as data, nothing in it is run);
+            an ``.npz`` that ``np.savez`` wrote, with keys ``params/<module path>/<name>`` and, for running
+            statistics, ``state/...`` (other keys are none of ours); or ``{module path: {name: array}}``, also as
+            ``{"params": ..., "state": ...}``. Running statistics may be absent: the model's then stay.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: not a model of ours; a file that is neither, or that holds anything but arrays; arrays that
+            are missing, left over, or of another shape.
+
+    Warns:
+        UserWarning: the model pads symmetrically, which changes the logits by 0.04 to 0.9.
+
+    Source: the names are those of the authors' public definitions; see ``normfree.weights.haiku_names``.
+    """
+    names = haiku_names(model)
+    arrays = _arrays(source)
+    statistics = names.statistics if any(name in arrays for name in names.statistics.values()) else {}
+    counters = {ours: name for ours, name in names.counters.items() if name in arrays}
+    wanted = {**names.parameters, **statistics, **counters}
+    given = [name for name in arrays if name not in names.without_counterpart]
+    title = getattr(model, "name", "") or type(model).__name__
+    check_names("source", title, wanted.values(), given, "build the model the weights are of, with its overrides")
+    targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    values = {ours: _tensor(name, arrays[name], targets[ours]) for ours, name in wanted.items()}
+    remedy = "build the model with the weights' num_classes, in_channels, width and se_ratio"
+    check_shapes("source", targets, values, wanted, remedy)
+    copy_in(targets, values)
+    if any(isinstance(part, PaddedConv2d) and part.padding_style == "symmetric" for part in model.modules()):
+        message = "official weights are made for padding='same'; this model pads symmetrically, so its logits differ"
+        warnings.warn(message, stacklevel=2)
+    return model
+
+
+def _arrays(source: str | Path | Tree) -> dict[str, np.ndarray]:
+    """Return the arrays of a file or mapping by their official names, ``<module path>/<name>``."""
+    if isinstance(source, (str, Path)):
+        source = _read_npz(Path(source)) if _is_archive(Path(source)) else read_pickle(source)
+    if not isinstance(source, Mapping):
+        raise invalid("source", type(source).__name__, "is neither a file nor a mapping", _FORM)
+    arrays: dict[str, np.ndarray] = {}
+    for tree in source.values() if source and set(source) <= set(_PARTS) else (source,):
+        for path, tensors in tree.items() if isinstance(tree, Mapping) else [(None, tree)]:
+            if not isinstance(path, str) or not isinstance(tensors, Mapping):
+                raise invalid("source", path, "is no module path with its arrays", _FORM)
+            for name, value in tensors.items():
+                if f"{path}/{name}" in arrays:
+                    raise invalid("source", f"{path}/{name}", "comes twice", "leave one out")
+                arrays[f"{path}/{name}"] = _array(f"{path}/{name}", value)
+    return arrays
+
+
+def _is_archive(path: Path) -> bool:
+    """Tell a zip file, as ``np.savez`` writes, by its beginning; the published ``.npz`` files are none."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _read_npz(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Return the tree in an archive of numpy's; never unpickles."""
+    tree: dict[str, dict[str, np.ndarray]] = {}
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            for key in archive.files:
+                part, _, rest = key.partition("/")
+                if part in _PARTS:
+                    module, _, name = rest.rpartition("/")
+                    tree.setdefault(module, {})[name] = archive[key]
+    except Exception as error:  # zip, zlib and numpy raise ten kinds of their own
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise invalid("source", str(path), f"is no sound archive of arrays ({reason})", "write it again") from error
+    if not tree:
+        remedy = "name the arrays params/<module path>/<name>"
+        raise invalid("source", str(path), "has no array whose name begins with params/", remedy)
+    return tree
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+        if array.dtype.name == "bfloat16":  # JAX's, which numpy itself does not know as a number
+            array = array.astype(np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise invalid("source", name, f"is no array but {type(value).__name__}", _FORM) from error
+    if array.dtype.kind not in "fiub":
+        raise invalid("source", name, f"has dtype {array.dtype}, which is no real number", "pass arrays of numbers")
+    return array
+
+
+def _tensor(name: str, array: np.ndarray, target: Tensor) -> Tensor:
+    """Return an array as a tensor in PyTorch's layout, in a type that keeps all the target can take."""
+    if array.ndim == 4 and name.endswith("/w"):
+        array = array.transpose(3, 2, 0, 1)
+    elif array.ndim == 4 and array.shape[:3] == (1, 1, 1):  # of a norm: one number per channel
+        array = array.reshape(-1)
+    elif array.ndim == 2:
+        array = array.T
+    kind = np.float32 if target.is_floating_point() else np.int64
+    kind = np.float64 if target.dtype == torch.float64 else kind
+    return torch.from_numpy(np.array(array, dtype=kind, order="C"))

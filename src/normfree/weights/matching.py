@@ -1,0 +1,86 @@
+"""Foreign weights into a model: everything once, everything of the right shape, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from normfree.nn.checks import invalid
+
+_SHOWN = 3
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first few names and how many more there are."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def check_names(argument: str, model: str, wanted: Iterable[str], given: Iterable[str], remedy: str) -> None:
+    """Raise unless the given names are the wanted ones.
+
+    Args:
+        argument: whose names they are.
+        model: what wants them, for the message.
+        wanted: names the model needs.
+        given: names at hand.
+        remedy: ends the message.
+
+    Raises:
+        ValueError: names are missing, or left over.
+    """
+    wanted, given = list(wanted), list(given)
+    missing = [name for name in wanted if name not in set(given)]
+    left = [name for name in given if name not in set(wanted)]
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} of {len(wanted)} arrays are missing ({listed(missing)})")
+    if left:
+        parts.append(f"{len(left)} of {len(given)} are left over ({listed(left)})")
+    if parts:
+        raise ValueError(f"{argument}: does not fit {model}: {'; '.join(parts)}; {remedy}")
+
+
+def check_shapes(
+    argument: str, targets: Mapping[str, Tensor], values: Mapping[str, Tensor], sources: Mapping[str, str], remedy: str
+) -> None:
+    """Raise unless each value has its target's shape.
+
+    Args:
+        argument: whose values they are.
+        targets: tensors of the model by our names.
+        values: what goes there, in our layout, by our names.
+        sources: the values' own names, by our names.
+        remedy: ends the message.
+
+    Raises:
+        ValueError: a shape differs; the message names both tensors of the first, and counts the rest.
+    """
+    unlike = [name for name, value in values.items() if value.shape != targets[name].shape]
+    if unlike:
+        name = unlike[0]
+        rest = f" (and {len(unlike) - 1} more)" if len(unlike) > 1 else ""
+        raise ValueError(
+            f"{argument}: {sources[name]} has shape {list(values[name].shape)} in PyTorch's layout "
+            f"but {name} has {list(targets[name].shape)}{rest}; {remedy}"
+        )
+
+
+def copy_in(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy each value into its target, keeping the target's type and device; nothing, if one cannot be moved there.
+
+    Args:
+        targets: tensors of the model, by name.
+        values: tensors of the same shapes, by the same names.
+
+    Raises:
+        ValueError: the model has no storage.
+    """
+    if any(targets[name].is_meta for name in values):
+        raise invalid("model", "on the meta device", "has nowhere to put weights", "call model.to_empty(device='cpu')")
+    moved = {name: value.to(targets[name]) for name, value in values.items()}  # whatever fails, fails here
+    with torch.no_grad():
+        for name, value in moved.items():
+            targets[name].copy_(value)

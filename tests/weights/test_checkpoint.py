@@ -1,0 +1,87 @@
+"""A saved model comes back as it was, and nothing else is mistaken for one."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import normfree
+
+OVERRIDES = {"num_classes": 7, "width": 1, "activation": "silu", "depths": (1, 1, 1, 1), "padding": "same"}
+
+
+@pytest.mark.parametrize("name", ["nf_resnet50", "resnetv2_50", "fixup_resnet50"])
+def test_rebuilds_the_model_with_its_weights_and_statistics(name, tmp_path):
+    overrides = {k: v for k, v in OVERRIDES.items() if name == "nf_resnet50" or k not in ("activation",)}
+    model = normfree.create_model(name, **overrides)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.copy_(torch.rand_like(tensor.double()).to(tensor.dtype))
+    path = normfree.save(model, tmp_path / "deep" / "m.safetensors")
+    again = normfree.load(path)
+    assert again.config == model.config | {"depths": list(overrides["depths"])}
+    assert not again.training
+    state = again.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert [file.name for file in path.parent.iterdir()] == ["m.safetensors"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    model = normfree.create_model("nf_resnet50", **OVERRIDES)
+    path = normfree.save(model, tmp_path / "m.safetensors")
+    before = path.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        normfree.save(normfree.create_model("nf_resnet50", **OVERRIDES), path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_what_is_none_of_ours_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="create_model"):
+        normfree.save(torch.nn.Linear(2, 2), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="no file"):
+        normfree.load(tmp_path / "none.safetensors")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"a": torch.zeros(2)}, foreign)
+    with pytest.raises(ValueError, match="not the model"):
+        normfree.load(foreign)
+    unknown = tmp_path / "unknown.safetensors"
+    save_file({"a": torch.zeros(2)}, unknown, metadata={"normfree": json.dumps({"name": "resnet7"})})
+    with pytest.raises(ValueError, match="resnet7"):
+        normfree.load(unknown)
+    misfit = tmp_path / "misfit.safetensors"
+    save_file({"a": torch.zeros(2)}, misfit, metadata={"normfree": json.dumps({"name": "nf_resnet50"})})
+    with pytest.raises(ValueError, match="does not describe"):
+        normfree.load(misfit)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x00" * 7, struct.pack("<Q", 1 << 60) + b"{}", b"pickle"])
+def test_a_damaged_file_is_refused(damage, tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(damage)
+    with pytest.raises(ValueError, match="no sound safetensors file"):
+        normfree.load(path)
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    path = normfree.save(normfree.create_model("nf_resnet50", **OVERRIDES), tmp_path / "m.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="no sound safetensors file"):
+        normfree.load(path)
+
+
+def test_a_model_with_an_exchanged_layer_is_refused_when_saved_not_when_loaded(tmp_path):
+    model = normfree.create_model("nf_resnet50", **OVERRIDES)
+    model.classifier = torch.nn.Linear(512, 3)
+    with pytest.raises(ValueError, match=r"2 tensors \(classifier\.bias, classifier\.weight\)"):
+        normfree.save(model, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_precision_is_kept(tmp_path):
+    model = normfree.create_model("nf_resnet50", **OVERRIDES).bfloat16()
+    again = normfree.load(normfree.save(model, tmp_path / "m.safetensors"))
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
