@@ -1,0 +1,7 @@
+"""``python -m normfree``."""
+
+import sys
+
+from normfree.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""The commands of ``normfree``, one a file: what a person types, sees and gets."""

@@ -1,0 +1,174 @@
+"""What a model is listened to with: batches of noise or of real images, drawn from one seed.
+
+Photographs are cropped at random (a random area of 30 to 100 % of the image, a random flip) and
+standardized with ImageNet's channel means and deviations, as in training.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+class Probe(Protocol):
+    """A source of batches."""
+
+    def batches(self, shape: Sequence[int], *, count: int, seed: int) -> Iterator[Tensor]:
+        """Draw ``count`` batches.
+
+        Args:
+            shape: of a batch, [N, C, H, W] (noise takes any shape).
+            count: number of batches.
+            seed: of all draws.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What to note of the input."""
+        ...
+
+
+class GaussianNoise:
+    """Unit Gaussian noise."""
+
+    def batches(self, shape: Sequence[int], *, count: int, seed: int) -> Iterator[Tensor]:
+        """Draw batches of the shape."""
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(count):
+            yield torch.randn(*shape, generator=generator)
+
+    def describe(self) -> dict[str, Any]:
+        """What to note of the input."""
+        return {"kind": "gaussian"}
+
+
+class _Cropped(ABC):
+    """Random crops of some images."""
+
+    @abstractmethod
+    def load(self, index: int) -> Any:
+        """Image ``index`` as PIL image or uint8 tensor [3, H, W]."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    def batches(self, shape: Sequence[int], *, count: int, seed: int) -> Iterator[Tensor]:
+        """Draw batches of crops; the images are taken in a random order, again from the start when used up."""
+        from torchvision.transforms import v2
+
+        if len(shape) != 4 or shape[1] != 3:
+            raise ValueError(
+                f"input: images give batches of shape [N, 3, H, W], and the model takes {list(shape)}; "
+                "use --input gaussian"
+            )
+        crop = v2.Compose(
+            [
+                v2.ToImage(),
+                v2.RandomResizedCrop(tuple(shape[2:]), scale=(0.3, 1.0), antialias=True),
+                v2.RandomHorizontalFlip(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            ]
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            order = torch.randperm(len(self)).tolist()
+            state = torch.get_rng_state()
+        for number in range(count):
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(state)
+                chosen = [order[(number * shape[0] + i) % len(order)] for i in range(shape[0])]
+                batch = torch.stack([crop(self.load(index)) for index in chosen])
+                state = torch.get_rng_state()
+            yield batch
+
+
+class Photographs(_Cropped):
+    """Random crops of the two photographs that ship with scikit-learn (a temple and a flower)."""
+
+    def load(self, index: int) -> Tensor:
+        """Photograph 0 or 1, uint8 [3, 427, 640]."""
+        try:
+            from sklearn.datasets import load_sample_images
+        except ImportError as error:
+            raise ImportError("input: photos needs scikit-learn; pip install scikit-learn") from error
+        images: Any = load_sample_images()
+        return torch.from_numpy(images.images[index].copy()).permute(2, 0, 1)
+
+    def __len__(self) -> int:
+        return 2
+
+    def describe(self) -> dict[str, Any]:
+        """What to note of the input."""
+        return {"kind": "photos", "images": "scikit-learn's china.jpg and flower.jpg, random crops"}
+
+
+class ImageFolder(_Cropped):
+    """Random crops of the images in a folder and the folders below it.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        ValueError: if it is no folder, or holds no image.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"input: {str(folder)!r} is no folder; give gaussian, photos or a folder of images")
+        self.files = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not self.files:
+            raise ValueError(
+                f"input: {str(folder)!r} holds no image ({', '.join(sorted(SUFFIXES))}), nor do the folders below it"
+            )
+
+    def load(self, index: int) -> Any:
+        """Decode one image as RGB; a ValueError names the file that does not decode."""
+        from PIL import Image
+
+        path = self.files[index]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(path) as image:
+                    return _rgb(image)
+        except Exception as error:  # a damaged file makes Pillow raise almost anything
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"input: {path} does not decode as an image ({reason}); remove or replace it") from error
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def describe(self) -> dict[str, Any]:
+        """What to note of the input."""
+        return {"kind": "folder", "folder": self.folder.name, "images": len(self.files)}
+
+
+def _rgb(image: Any) -> Any:
+    """An image as 8-bit RGB; sixteen bits are scaled, for Pillow's own conversion would clip them to white."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    return image.convert("RGB")
+
+
+def probe_named(name: str) -> Probe:
+    """The probe a command line asks for: "gaussian", "photos", or a folder."""
+    if name == "gaussian":
+        return GaussianNoise()
+    if name == "photos":
+        return Photographs()
+    return ImageFolder(name)

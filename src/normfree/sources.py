@@ -1,0 +1,150 @@
+"""Models from anywhere, by one word: ours, torchvision's, timm's, a function in a file, a checkpoint."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from normfree.models import create_model
+from normfree.nn.checks import suggestion
+from normfree.weights import load
+
+FORMS = "a name of `normfree models`, torchvision:NAME, timm:NAME, FILE.py:FACTORY, or a checkpoint of normfree.save"
+
+
+class Built(NamedTuple):
+    """A model, and the batch its factory gave with it (None if it gave none)."""
+
+    model: nn.Module
+    batch: Any = None
+
+
+def build(source: str) -> Built:
+    """Build a model, freshly initialised (or as a checkpoint has it).
+
+    A FACTORY may return ``(model, batch)`` to say what the model takes: a tensor, a tuple of positional or a
+    mapping of keyword arguments.
+
+    Args:
+        source: one of :data:`FORMS`. Overrides follow one of our names after a colon:
+            ``nf_resnet50:width=1,activation=silu``.
+
+    Raises:
+        ValueError: if there is no such model; the message names the nearest.
+    """
+    prefix, _, rest = source.partition(":")
+    if prefix == "torchvision":
+        return Built(_torchvision(rest))
+    if prefix == "timm":
+        return Built(_timm(rest))
+    if ".py" in source and Path(source.rpartition(":")[0] or source).suffix == ".py":
+        return _from_file(source)
+    if source.endswith(".safetensors") or (Path(source).is_file() and not rest):
+        return Built(load(source))
+    return Built(create_model(prefix, **_overrides(rest)))
+
+
+def _torchvision(name: str) -> nn.Module:
+    import torchvision
+
+    known = torchvision.models.list_models()
+    if name not in known:
+        raise ValueError(f"model: torchvision has no {name!r}; {suggestion(name, known)}")
+    try:
+        return torchvision.models.get_model(name, weights=None, weights_backbone=None)
+    except (TypeError, ValueError):  # the models without a backbone refuse the argument
+        return torchvision.models.get_model(name, weights=None)
+
+
+def _timm(name: str) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"model: timm:{name} needs timm; pip install 'normfree[timm]'") from error
+    if not timm.is_model(name):
+        raise ValueError(f"model: timm has no {name!r}; {suggestion(name, timm.list_models())}")
+    return timm.create_model(name, pretrained=False)
+
+
+def _from_file(source: str) -> Built:
+    """Call FACTORY of FILE.py; the file's own folder is importable meanwhile."""
+    path, _, factory = source.rpartition(":")
+    file = Path(path)
+    if not path or not factory:
+        raise ValueError(f"model: {source!r} names no factory; write FILE.py:FACTORY")
+    if not file.is_file():
+        raise ValueError(f"model: {source!r}: there is no file {path!r}")
+    try:
+        with _importable(file.parent.resolve()):
+            made = _called(file, factory)
+    except _Told:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(f"model: {source!r} failed with {type(error).__name__}: {reason}") from error
+    model, batch = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: {source!r} returned {type(made).__name__}, not a torch.nn.Module or (module, batch)")
+    return Built(model, batch)
+
+
+class _Told(ValueError):
+    """An error that already says all there is to say."""
+
+
+def _called(file: Path, factory: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"_normfree_source_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    function = getattr(module, factory, None)
+    if not callable(function):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise _Told(f"model: {file} defines no function {factory!r}; {suggestion(factory, names)}")
+    return function()
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Make the modules of a folder importable, and forget them afterwards: another folder may have the same names."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and Path(file).resolve().is_relative_to(folder) and "site-packages" not in Path(file).parts:
+                del sys.modules[name]
+
+
+def _overrides(text: str) -> dict[str, Any]:
+    """``width=1,activation=silu,depths=(1,1,1,1)`` as keyword arguments."""
+    if not text:
+        return {}
+    wrong = f"model: overrides {text!r} are not NAME=VALUE,…; for example width=1,activation=silu"
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError(wrong)
+        names = [keyword.arg for keyword in call.keywords]
+        if None in names or "name" in names or len(set(names)) < len(names):
+            raise ValueError(wrong)
+        return {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(wrong) from error
+
+
+def _value(node: ast.expr) -> Any:
+    """A literal, or a bare word as a string."""
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)

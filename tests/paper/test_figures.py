@@ -1,0 +1,67 @@
+"""The figures' machinery, and their claims on small networks."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from normfree.cli import main
+from normfree.paper import figure1, figure2
+from normfree.paper.figure import Claim, Setting, mean_padding_growth, padding_share
+
+SMALL = Setting(scale="quick", image_size=32, batch_size=2, seeds=1)
+
+
+def test_padding_share_is_the_papers():
+    # S = 32, 16, 8, 4 at 128 px; the three last stand in the paper's appendix of facts as 0.918, 0.840, 0.694
+    assert [round(padding_share(128, stage), 3) for stage in (1, 2, 3)] == [0.918, 0.840, 0.694]
+
+
+def test_padding_growth_is_a_mean_over_blocks():
+    assert mean_padding_growth((1, 0, 0, 2), 128) == pytest.approx(1 + padding_share(128, 3))
+
+
+def test_a_claims_interval_reads_as_what_it_is():
+    def interval(low: float, high: float) -> str:
+        return Claim(text="", label="", low=low, high=high, measure=lambda signal: 0.0).interval
+
+    assert interval(0.0, 0.02) == "≤ 0.02"
+    assert interval(1.0, float("inf")) == "≥ 1"
+    assert interval(1.9, 2.1) == "1.9 … 2.1"
+
+
+@pytest.mark.parametrize("figure", [figure1.FIGURE, figure2.FIGURE], ids=lambda figure: figure.name)
+def test_every_claim_is_about_a_network_of_its_figure(figure):
+    labels = [network.label for network in figure.networks]
+    assert len(set(labels)) == len(labels)
+    assert {claim.label for claim in figure.claims(Setting())} <= set(labels)
+
+
+@pytest.mark.parametrize("name", ["figure1", "figure2"])
+def test_the_command_writes_png_json_and_note_that_agree(name, tmp_path, capsys):
+    words = ["paper", name, "--scale", "quick", "--image-size", "128", "--batch-size", "4", "--seeds", "1"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    apart = {"figure1": ["figure1_unnormalised.png"], "figure2": []}[name]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [f"{name}.png", *apart]
+    document = json.loads((tmp_path / f"{name}.json").read_text())
+    figure = {"figure1": figure1, "figure2": figure2}[name].FIGURE
+    assert [model["model"] for model in document["models"]] == [network.label for network in figure.networks]
+    assert all(len(model["blocks"]) == 24 for model in document["models"])
+    note = (tmp_path / f"{name}.md").read_text()
+    claims = figure.claims(Setting(scale="quick", batch_size=4, seeds=1))
+    assert note.count("| agrees |") == len(claims), note
+
+
+def test_a_wrong_prediction_is_said_to_differ(tmp_path):
+    from normfree.paper.figure import make
+
+    wrong = Claim(text="variance 7", label=figure1.BN_FIRST, low=6.9, high=7.1, measure=lambda s: 0.7)
+    figure = replace(figure1.FIGURE, networks=figure1.FIGURE.networks[:1], claims=lambda setting: [wrong])
+    paths = make(figure, SMALL, tmp_path, lambda text: None)
+    assert "| 0.7 | **differs** |" in paths[-1].read_text()
+
+
+def test_bad_settings_are_one_line(tmp_path, capsys):
+    assert main(["paper", "figure1", "--seeds", "0", "--out", str(tmp_path)]) == 2
+    assert "seeds: 0" in capsys.readouterr().err

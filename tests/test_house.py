@@ -1,0 +1,60 @@
+"""The house's rules, executable: imports run one way, and what must import on a bare machine does."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "normfree"
+
+# What each folder may import of ours: science → models → training → face, never upwards.
+ALLOWED = {
+    "signal": {"signal"},
+    "nn": {"nn"},
+    "models": {"models", "nn"},
+    "weights": {"weights", "models", "nn", "signal"},
+    "data": {"data"},
+    "paper": {"paper", "models", "nn", "signal"},
+}
+
+# Wanted by the command line alone; a bare machine has none of them.
+EXTRAS = ("plotly", "rich", "tyro", "sklearn", "timm", "PIL", "matplotlib")
+
+
+def imports_of(file: Path) -> set[str]:
+    """Our own packages a file imports, wherever in the file."""
+    modules = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            modules += [f"{node.module}.{alias.name}" for alias in node.names]
+    return {name.split(".")[1] for name in modules if name.startswith("normfree.")}
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_imports_run_one_way(folder):
+    files = list((SOURCE / folder).glob("*.py"))
+    assert files
+    for file in files:
+        assert imports_of(file) <= ALLOWED[folder], file.name
+
+
+def test_every_folder_has_its_rule():
+    folders = {path.name for path in SOURCE.iterdir() if (path / "__init__.py").exists()}
+    assert folders == {*ALLOWED, "commands"}
+
+
+def test_the_core_imports_without_what_only_the_face_needs():
+    block = "\n".join(f"sys.modules[{name!r}] = None" for name in EXTRAS)
+    code = f"import sys\n{block}\nimport normfree\nnormfree.create_model('nf_resnet50', width=1)\nprint('fine')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "fine", run.stderr
+
+
+def test_files_stay_one_idea_long():
+    long = {str(f.relative_to(SOURCE)): n for f in SOURCE.rglob("*.py") if (n := len(f.read_text().splitlines())) > 310}
+    assert not long
