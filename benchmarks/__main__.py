@@ -1,0 +1,16 @@
+"""``python -m benchmarks``: run every benchmark, or the one named first."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+BENCHMARKS = ("spp_cost", "sweep")
+
+if __name__ == "__main__":
+    named = sys.argv[1:2]
+    if named and named[0] not in BENCHMARKS:
+        sys.exit(f"benchmarks: {named[0]!r} is not known; choose one of {', '.join(BENCHMARKS)}")
+    for benchmark in named or BENCHMARKS:
+        sys.argv = [f"benchmarks.{benchmark}", *sys.argv[2:]]
+        runpy.run_module(f"benchmarks.{benchmark}", run_name="__main__")
