@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torchvision
 from sklearn.datasets import load_sample_images
 
 from normfree.models import create_model
 from normfree.signal import spp
+
+timm = pytest.importorskip("timm", reason="timm is not installed")
 
 
 def photos(examples: int, size: int) -> torch.Tensor:
@@ -70,3 +71,13 @@ def test_networks_that_do_not_train_have_one(name, kind):
     torch.manual_seed(0)
     with pytest.raises(AssertionError, match=sickness):
         spp(build(), INPUTS[kind]()).assert_healthy()
+
+
+def test_an_explosion_behind_zero_gains_is_a_warning():
+    # SkipInit starts as its shortcuts; what its branches would do is worth a word, and no failure
+    signal = spp(create_model("skipinit_resnet50", width=1, num_classes=10), torch.randn(2, 3, 64, 64))
+    found = {finding.kind: finding for finding in signal.findings}
+    assert found["explosion"].severity == "warning"
+    assert "start them at zero" not in found["explosion"].remedy
+    awake = spp(create_model("resnetv2_50", width=1, num_classes=10, norm=None), torch.randn(2, 3, 64, 64))
+    assert {finding.kind: finding for finding in awake.findings}["explosion"].severity == "error"

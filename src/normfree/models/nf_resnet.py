@@ -1,4 +1,4 @@
-"""Normalizer-free ResNets, without a scalar multiplication of any activation.
+"""Normalizer-free ResNets, without a scalar multiplication of any feature map.
 
     x_{l+1} = x_l + alpha * s * f_l(act(x_l) / beta_l)
 

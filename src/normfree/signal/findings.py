@@ -7,7 +7,7 @@ from math import isfinite
 
 from normfree.signal import rules
 from normfree.signal.nonfinite import NonFinite
-from normfree.signal.propagation import Finding, SignalPropagation
+from normfree.signal.propagation import SEVERITIES, Finding, SignalPropagation
 
 KINDS = (
     "explosion",
@@ -34,8 +34,7 @@ def findings_of(signal: SignalPropagation, non_finite: NonFinite | None = None) 
     found = list(_non_finite(signal, non_finite))
     for rule in rules.RULES:
         found += rule(signal)
-    order = ("error", "warning", "info")
-    return tuple(sorted(found, key=lambda finding: order.index(finding.severity)))
+    return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
 def _non_finite(signal: SignalPropagation, found: NonFinite | None) -> Iterator[Finding]:

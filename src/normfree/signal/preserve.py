@@ -16,11 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfree.signal.statics import written_by
 
-MODES = {
-    "batch-statistics": "evaluation mode, but normalizers use the statistics of the batch, as in the first step",
-    "train": "training mode, dropout and stochastic depth included",
-    "eval": "evaluation mode: normalizers use their running statistics",
-}
+MODES = ("batch-statistics", "train", "eval")
+"""The first is evaluation mode with normalizers on the statistics of the batch, as in the first training step."""
 
 _CONTAINERS = (dict, list, set, collections.deque)
 
@@ -139,7 +136,7 @@ def untouched(model: nn.Module, mode: str) -> Iterator[Preserved]:
 
     Args:
         model: the model.
-        mode: a key of :data:`MODES`.
+        mode: one of :data:`MODES`.
 
     Yields:
         The keeper, to be told of parameters about to be written.

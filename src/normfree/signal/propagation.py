@@ -13,6 +13,9 @@ from normfree.signal.files import write_atomically
 
 SCHEMA = 1
 
+SEVERITIES = ("error", "warning", "info")
+"""Of findings, the most serious first."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:

@@ -30,7 +30,7 @@ from normfree.signal.panels import (
     shorten,
     x_label,
 )
-from normfree.signal.propagation import BlockSignal, Finding, SignalPropagation
+from normfree.signal.propagation import SEVERITIES, BlockSignal, Finding, SignalPropagation
 from normfree.signal.report_tables import (
     CURVES,
     dead_fraction,
@@ -44,7 +44,6 @@ from normfree.signal.report_tables import (
 
 # For plotly and for the swatches in the legend (an SVG line), in pixels.
 _DASHES = ("solid", "9px,3px", "7px,2px,2px,2px", "2px,2px", "4px,3px", "12px,3px,3px,3px")
-_SEVERITIES = ("error", "warning", "info")
 
 
 def write_report(
@@ -147,7 +146,7 @@ def _model_data(signal: SignalPropagation, number: int) -> dict[str, Any]:
 
 
 def _verdict(signal: SignalPropagation, number: int) -> str:
-    counts = {severity: sum(f.severity == severity for f in signal.findings) for severity in _SEVERITIES}
+    counts = {severity: sum(f.severity == severity for f in signal.findings) for severity in SEVERITIES}
     words = [f"{n} {severity}{'s' if n > 1 else ''}" for severity, n in counts.items() if n and severity != "info"]
     worst = next((severity for severity in ("error", "warning") if counts[severity]), "healthy")
     unit = "weighted layer" if is_layerwise(signal) else "block"
@@ -205,7 +204,7 @@ def _gaps(signals: Sequence[SignalPropagation]) -> str:
 
 
 def _findings(signal: SignalPropagation, number: int) -> str:
-    order = {severity: rank for rank, severity in enumerate(_SEVERITIES)}
+    order = {severity: rank for rank, severity in enumerate(SEVERITIES)}
     found = sorted(signal.findings, key=lambda finding: order.get(finding.severity, len(order)))
     items = "".join(_finding(finding, signal, number) for finding in found)
     listed = f'<ol class="findings-list">{items}</ol>' if items else '<p class="no-finding">Nothing to report.</p>'
@@ -214,7 +213,7 @@ def _findings(signal: SignalPropagation, number: int) -> str:
 
 
 def _finding(finding: Finding, signal: SignalPropagation, number: int) -> str:
-    severity = finding.severity if finding.severity in _SEVERITIES else "info"
+    severity = finding.severity if finding.severity in SEVERITIES else "info"
     place = "whole model"
     if finding.block is not None:
         name = next((f": {escape(b.name)}" for b in signal.blocks if b.index == finding.block and b.name), "")

@@ -26,9 +26,10 @@ def _explosion(signal: SignalPropagation) -> Iterator[Finding]:
     if over is None or growth < GROWTH_PER_BLOCK:
         return
     peak = max(blocks, key=lambda b: b.avg_channel_var)
+    asleep = all(block.woken for block in signal.blocks)  # it starts as its shortcuts, which do not explode
     yield Finding(
         kind="explosion",
-        severity="error",
+        severity="warning" if asleep else "error",
         block=over.index,
         message=(
             f"the variance grows {growth:.2f} times per block: from {start:.3g} at the entry past "
@@ -36,7 +37,8 @@ def _explosion(signal: SignalPropagation) -> Iterator[Finding]:
         ),
         remedy=(
             "Make each branch variance preserving and scale it before the addition: x + α·f(x/β) with scaled weight "
-            "standardization and β from the variance plan, or start the branches at zero."
+            "standardization and β from the variance plan"
+            + ("; the zero gains hide it only until they have been trained." if asleep else ", or start them at zero.")
         ),
     )
 
