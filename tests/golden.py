@@ -68,8 +68,11 @@ def _find(model: nn.Module, blocks: list[nn.Module], path: str) -> torch.Tensor:
         return model.get_submodule(_OUTSIDE_BLOCKS[path]).get_parameter(leaf)
     match = re.fullmatch(r"(?:nf_res_block|nf_block)(?:_(\d+))?(?:/~/(.+))?", path)
     assert match, path
-    inside = match[2] or ""
-    return blocks[int(match[1] or 0)].get_submodule(_INSIDE_BLOCKS.get(inside, inside)).get_parameter(leaf)
+    block, inside = blocks[int(match[1] or 0)], match[2]
+    if inside is None:  # the block's own scalar, which the layer that ends its branch holds here
+        (scalar,) = (parameter for name, parameter in block.named_parameters() if name.endswith(f".{leaf}"))
+        return scalar
+    return block.get_submodule(_INSIDE_BLOCKS.get(inside, inside)).get_parameter(leaf)
 
 
 def _to_torch_layout(value: np.ndarray) -> np.ndarray:

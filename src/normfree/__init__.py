@@ -6,7 +6,7 @@
 """
 
 from normfree.models import create_model, list_models
-from normfree.nn import gamma
+from normfree.nn import fold, gamma
 from normfree.signal import SignalPropagation, spp
 from normfree.weights import load, load_haiku_weights, load_timm_weights, save
 
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SignalPropagation",
     "create_model",
+    "fold",
     "gamma",
     "list_models",
     "load",

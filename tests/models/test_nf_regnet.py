@@ -41,7 +41,7 @@ def expected_block(p, x, *, alpha, beta, stride, groups, padding):
     if "squeeze_excite.linear0.weight" in p:
         branch = reference.squeeze_excite(p, branch)
     branch = reference.ws_convolution(p, "conv2", reference.silu(branch))
-    return shortcut + alpha * p["skip_gain"] * branch
+    return shortcut + alpha * p["conv2.skip_gain"] * branch
 
 
 @pytest.mark.parametrize("size", [(6, 8), (7, 5), (1, 4)])
@@ -103,8 +103,8 @@ def test_b0_by_hand():
 def test_initialisation():
     model = small(skipinit_gain=1)
     assert not model.classifier.weight.any()
-    assert all(block.skip_gain == 1 and block.skip_gain.shape == () for block in blocks(model))
-    assert all(block.skip_gain == 0 for block in blocks(small()))
+    assert all(block.conv2.skip_gain == 1 and block.conv2.skip_gain.shape == () for block in blocks(model))
+    assert all(block.conv2.skip_gain == 0 for block in blocks(small()))
     assert model.stem.conv.input_scale == model.final.conv.input_scale == 1
 
 

@@ -42,7 +42,8 @@ def expected_block(p, x, *, alpha, beta, stride, groups, padding):
     branch = reference.ws_convolution(p, "conv2", reference.gelu(branch))
     if "squeeze_excite.linear0.weight" in p:
         branch = reference.squeeze_excite(p, branch)
-    return shortcut + alpha * p["skip_gain"] * branch
+    (skip_gain,) = (value for name, value in p.items() if name.endswith("skip_gain"))
+    return shortcut + alpha * skip_gain * branch
 
 
 @pytest.mark.parametrize("size", [(6, 8), (7, 5), (1, 4)])
@@ -114,8 +115,9 @@ def test_initialisation():
     model = small(skipinit_gain=1, num_classes=1000)
     assert model.classifier.weight.std().item() == pytest.approx(0.01, rel=0.02)
     assert not model.classifier.bias.any()
-    assert all(block.skip_gain == 1 and block.skip_gain.shape == () for block in blocks(model))
-    assert all(block.skip_gain == 0 for block in blocks(small()))
+    gates = [block.squeeze_excite for block in blocks(model)]
+    assert all(gate.skip_gain == 1 and gate.skip_gain.shape == () for gate in gates)
+    assert all(block.squeeze_excite.skip_gain == 0 for block in blocks(small()))
     assert model.stem.conv0.input_scale == model.final.conv.input_scale == 1
     assert model.stem.conv3.input_scale == 1.7015043497085571
 

@@ -85,8 +85,8 @@ def test_resnetv2_normalizers_and_orders(norm, order):
 
 
 def unfolded(convolution, x):
-    """The convolution with its input scale as an explicit multiplication of the input."""
-    weight = convolution.effective_weight() / convolution.input_scale
+    """The convolution with its input scale as an explicit multiplication of the input, without alpha and s."""
+    weight = convolution.scaled_weight(None) / convolution.input_scale
     return convolution.convolve(x * convolution.input_scale, weight, convolution.bias)
 
 
@@ -106,19 +106,20 @@ def test_nf_block_equals_its_unfolded_equation(index, use_se):
     shortcut = x if block.shortcut is None else unfolded(block.shortcut, torch.relu(x))
     branch = unfolded(block.conv0, torch.relu(x))
     branch = unfolded(block.conv2, torch.relu(unfolded(block.conv1, torch.relu(branch))))
+    gate = getattr(block, "squeeze_excite", None)
     if use_se:
-        gate = block.squeeze_excite
         hidden = torch.relu(gate.linear0(branch.mean((2, 3))))
         branch = branch * (2 * torch.sigmoid(gate.linear1(hidden)))[:, :, None, None]
-    torch.testing.assert_close(block(x), shortcut + 0.3 * block.skip_gain * branch)
+    torch.testing.assert_close(block(x), shortcut + 0.3 * (gate if use_se else block.conv2).skip_gain * branch)
 
 
 def test_skipinit_block_equals_its_unfolded_equation():
     block = blocks(randomised(small("skipinit_resnet50")))[0]
     x = torch.randn(2, block.conv0.in_channels, 6, 6, dtype=torch.float64)
     active = torch.relu(x)
-    branch = block.conv2(torch.relu(block.conv1(torch.relu(block.conv0(active)))))
-    torch.testing.assert_close(block(x), block.shortcut(active) + block.skip_gain * branch)
+    hidden = torch.relu(block.conv1(torch.relu(block.conv0(active))))
+    branch = F.conv2d(hidden, block.conv2.weight, block.conv2.bias)
+    torch.testing.assert_close(block(x), block.shortcut(active) + block.conv2.skip_gain * branch)
 
 
 @pytest.mark.parametrize("index", [0, 2])
@@ -129,7 +130,7 @@ def test_fixup_block_equals_its_unfolded_equation(index):
     start = x + b[0]
     hidden = torch.relu(F.conv2d(start, block.conv0.weight) + b[1]) + b[2]
     hidden = torch.relu(F.conv2d(hidden, block.conv1.weight, padding=1) + b[3]) + b[4]
-    branch = F.conv2d(hidden, block.conv2.weight) * block.scale + b[5]
+    branch = F.conv2d(hidden, block.conv2.weight) * block.conv2.skip_gain + b[5]
     shortcut = F.conv2d(start, block.shortcut.weight) if index == 0 else start
     torch.testing.assert_close(block(x), torch.relu(shortcut + branch))
 
@@ -144,7 +145,7 @@ def test_fixup_initialisation():
     assert first.shortcut.weight.std().item() == pytest.approx(math.sqrt(2 / 1024), rel=0.02)
     assert not first.conv2.weight.any()
     assert not model.classifier.weight.any()
-    assert first.scale == 1
+    assert first.conv2.skip_gain == 1
     assert not any(p.any() for n, p in model.named_parameters() if "bias" in n)
 
 
@@ -155,16 +156,16 @@ def test_skipinit_initialisation():
     assert model.stem.conv.bias is None
     assert model.stages[0][0].shortcut.bias is not None
     assert not model.classifier.weight.any()
-    assert model.stages[0][0].skip_gain.shape == ()
-    assert model.stages[0][0].skip_gain == 0
+    assert model.stages[0][0].conv2.skip_gain.shape == ()
+    assert model.stages[0][0].conv2.skip_gain == 0
 
 
 def test_nf_initialisation():
     model = small("nf_resnet50", skipinit_gain=1)
     assert model.classifier.weight.std().item() == pytest.approx(0.01, rel=0.1)
     assert model.stem.conv.input_scale == 1
-    assert all(block.skip_gain == 1 and block.skip_gain.shape == () for block in blocks(model))
-    assert all(block.skip_gain == 0 for block in blocks(small("nf_resnet50")))
+    assert all(block.conv2.skip_gain == 1 and block.conv2.skip_gain.shape == () for block in blocks(model))
+    assert all(block.conv2.skip_gain == 0 for block in blocks(small("nf_resnet50")))
     assert model.expected_variances() == pytest.approx([1.04, 1.04, 1.08, 1.04, 1.04])
 
 

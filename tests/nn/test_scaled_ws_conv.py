@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -106,7 +108,7 @@ def test_standardization_equals_numpy_on_both_sides_of_the_floor(dtype, toleranc
 
 def test_filters_sum_to_zero_and_have_the_norm_of_their_gain():
     layer = randomised(ScaledWSConv2d(5, 7, 3, input_scale=2.0)).double()
-    weight = layer.effective_weight()
+    weight = layer.effective()[0]
     assert weight.sum((1, 2, 3)).abs().max() < 1e-13
     torch.testing.assert_close(weight.flatten(1).norm(dim=1), 2 * layer.gain.abs())
 
@@ -141,44 +143,59 @@ def test_first_and_second_derivatives_by_finite_differences():
     assert torch.autograd.gradgradcheck(function, (rows, gain), eps=1e-8, atol=1e-3)
 
 
-@pytest.mark.parametrize("scale", [0.3, torch.tensor(0.3, dtype=torch.float64)])
+def ending(kind, alpha, skip_gain, **options):
+    """A layer that ends a branch, and its twin that does not."""
+    layer = randomised(kind(3, 4, 3, alpha=alpha, skip_gain=skip_gain, **options)).double()
+    twin = copy.deepcopy(layer)
+    twin.end_branch(1.0, None)
+    return layer, twin
+
+
+@pytest.mark.parametrize("skip_gain", [None, 0.7])
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
 @pytest.mark.parametrize("kind", [ScaledWSConv2d, ScaledConv2d])
-def test_scale_is_the_factor_of_the_output(kind, scale):
-    layer = randomised(kind(3, 4, 3, input_scale=0.5)).double()
+def test_alpha_and_the_skip_gain_are_factors_of_the_output(kind, alpha, skip_gain):
+    layer, twin = ending(kind, alpha, skip_gain, input_scale=0.5)
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    torch.testing.assert_close(layer(x, scale), scale * layer(x), rtol=1e-12, atol=1e-13)
-    plain = nn.functional.conv2d(x, layer.effective_weight(scale), layer.effective_bias(scale), padding=1)
-    torch.testing.assert_close(layer(x, scale), plain)
+    factor = alpha * (1 if skip_gain is None else layer.skip_gain)
+    torch.testing.assert_close(layer(x), factor * twin(x), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(layer(x), nn.functional.conv2d(x, *layer.effective(), padding=1))
+    assert ("skip_gain" in layer.state_dict()) == (skip_gain is not None)
 
 
-def test_gradient_of_the_scale_is_exact():
-    layer = randomised(ScaledWSConv2d(3, 4, 3)).double()
+def test_gradient_of_the_skip_gain_is_exact():
+    layer, twin = ending(ScaledWSConv2d, 0.2, 0.7)
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    scale = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    (folded,) = torch.autograd.grad(layer(x, scale).square().sum(), scale)
-    (explicit,) = torch.autograd.grad((scale * layer(x)).square().sum(), scale)
+    (folded,) = torch.autograd.grad(layer(x).square().sum(), layer.skip_gain)
+    (explicit,) = torch.autograd.grad((0.2 * layer.skip_gain * twin(x)).square().sum(), layer.skip_gain)
     torch.testing.assert_close(folded, explicit, rtol=1e-11, atol=0)
 
 
+@pytest.mark.parametrize("wrong", [{"alpha": -1.0}, {"alpha": "big"}, {"skip_gain": float("nan")}])
+def test_factors_are_checked(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ScaledConv2d(3, 4, 3, **wrong)
+
+
 def test_without_bias():
-    layer = ScaledWSConv2d(3, 4, 3, bias=False)
-    assert layer.effective_bias(2.0) is None
-    assert layer(torch.randn(1, 3, 4, 4), 2.0).shape == (1, 4, 4, 4)
+    layer = ScaledWSConv2d(3, 4, 3, bias=False, alpha=2.0)
+    assert layer.effective()[1] is None
+    assert layer(torch.randn(1, 3, 4, 4)).shape == (1, 4, 4, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_are_standardised_in_float32(dtype):
     layer = ScaledWSConv2d(16, 8, 3)
-    expected = layer.to(dtype).float().effective_weight()
-    actual = layer.to(dtype).effective_weight()
+    expected = layer.to(dtype).float().effective()[0]
+    actual = layer.to(dtype).effective()[0]
     assert actual.dtype == dtype
     torch.testing.assert_close(actual, expected.to(dtype))
 
 
 def test_channels_last_layout_is_kept():
     layer = ScaledWSConv2d(6, 4, 3)
-    expected = layer.effective_weight().clone()
-    actual = layer.to(memory_format=torch.channels_last).effective_weight()
+    expected = layer.effective()[0].clone()
+    actual = layer.to(memory_format=torch.channels_last).effective()[0]
     assert actual.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(actual, expected)
 
@@ -213,10 +230,10 @@ def _hessian(function, point):
 
 
 def test_compiles_whole():
-    layer = randomised(ScaledWSConv2d(3, 4, 3, 2, padding="same"))
-    x, scale = torch.randn(2, 3, 8, 6), torch.tensor(0.5)
+    layer = randomised(ScaledWSConv2d(3, 4, 3, 2, padding="same", alpha=0.2, skip_gain=0.5))
+    x = torch.randn(2, 3, 8, 6)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    expected, actual = layer(x, scale), compiled(x, scale)
+    expected, actual = layer(x), compiled(x)
     torch.testing.assert_close(actual, expected)
     (one,) = torch.autograd.grad(actual.square().sum(), layer.weight)
     (other,) = torch.autograd.grad(expected.square().sum(), layer.weight)

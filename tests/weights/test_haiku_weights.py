@@ -91,7 +91,9 @@ def official_modules(model, name):
         yield network, {"bias1": model.stem.bias.bias, "bias2": model.classifier_bias.bias}
     for index, block in enumerate(block for stage in model.stages for block in stage):
         path = f"{network}/~/{kind}_{index}" if index else f"{network}/~/{kind}"
-        own = dict(block.named_parameters(recurse=False))
+        factor = "scale" if network == "FixUp_ResNet" else "skip_gain"
+        (skip_gain,) = (tensor for key, tensor in block.named_parameters() if key.endswith(".skip_gain"))
+        own = {factor: skip_gain}
         biases = [f"bias{number}{half}" for number in "123" for half in "ab"]
         own |= {biases[i]: getattr(block, f"bias{i}").bias for i in range(6) if network == "FixUp_ResNet"}
         if own:
@@ -121,7 +123,7 @@ def official_tree(model, name):
                 value = value.reshape(1, 1, 1, -1)
                 state[f"{path}/~/{average}"] = {"hidden": value / 2, "average": value, "counter": counter}
         else:
-            arrays = {key: tensor.numpy() for key, tensor in module.state_dict().items()}
+            arrays = {key: tensor.numpy() for key, tensor in module.state_dict().items() if key != "skip_gain"}
             weight = arrays.pop("weight")
             # einsum, for a layout written another way than the library's
             params[path] = {"w": np.einsum("oihw->hwio" if weight.ndim == 4 else "oi->io", weight)}

@@ -86,7 +86,7 @@ def test_official_gains_stay_but_for_timms_eps():
     variance = twin.conv2.weight.flatten(1).var(1, correction=0)
     expected = twin.conv2.gain.flatten() * (variance / (variance + 1e-5)).sqrt()
     torch.testing.assert_close(block.conv1.gain, expected)
-    assert block.skip_gain == twin.skipinit_gain
+    assert block.squeeze_excite.skip_gain == twin.skipinit_gain
     assert torch.equal(model.classifier.weight, other.head.fc.weight)
 
 
@@ -98,7 +98,7 @@ def test_the_models_types_are_kept_and_its_weights_its_own():
     model = load_timm_weights(create_model("nfnet_f0", **NFNET), state)
     pointers = {tensor.data_ptr() for tensor in state.values()}
     assert not pointers & {parameter.data_ptr() for parameter in model.parameters()}
-    assert all(block.skip_gain == 1 for stage in model.stages for block in stage)
+    assert all(block.squeeze_excite.skip_gain == 1 for stage in model.stages for block in stage)
 
 
 def refused(model, state, message):

@@ -70,9 +70,8 @@ class FixUpBlock(nn.Module):
         self.conv1 = _he_fan_out(ScaledConv2d(inner, inner, 3, place.stride, **options), shrink)
         self.bias3 = ScalarBias()
         self.bias4 = ScalarBias()
-        self.conv2 = _he_fan_out(ScaledConv2d(inner, out, 1, **options), 0.0)
+        self.conv2 = _he_fan_out(ScaledConv2d(inner, out, 1, skip_gain=1.0, **options), 0.0)
         self.bias5 = ScalarBias()
-        self.scale = nn.Parameter(torch.ones(()))
         self.shortcut: nn.Module = nn.Identity()
         if place.projects:
             self.shortcut = _he_fan_out(ScaledConv2d(place.in_channels, out, 1, place.stride, **options))
@@ -82,7 +81,7 @@ class FixUpBlock(nn.Module):
         x = self.bias0(x)
         hidden = self.activation(self.bias1(self.conv0(x)))
         hidden = self.activation(self.bias3(self.conv1(self.bias2(hidden))))
-        branch = self.bias5(self.conv2(self.bias4(hidden), self.scale))
+        branch = self.bias5(self.conv2(self.bias4(hidden)))
         return self.activation(self.shortcut(x) + self.stochastic_depth(branch))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -39,6 +40,11 @@ class NFBlockStyle:
     alpha: float
     skipinit_gain: float
     padding: str
+
+    @property
+    def branch_end(self) -> dict[str, Any]:
+        """Arguments of the layer that ends a branch."""
+        return {"alpha": self.alpha, "skip_gain": self.skipinit_gain}
 
 
 def nf_style(
@@ -81,6 +87,7 @@ class NFBackbone(Backbone):
         stem, final, num_features, num_classes, drop_rate, classifier_std: as ``Backbone``'s.
 
     Attributes:
+        alpha: factor of the branches.
         variance_plan: one entry per block.
 
     Raises:
@@ -115,6 +122,7 @@ class NFBackbone(Backbone):
             classifier_std=classifier_std,
             feature_scale=style.gamma,
         )
+        self.alpha = style.alpha
         self.variance_plan = plan
 
     def expected_variances(self) -> list[float]:

@@ -29,7 +29,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normfree.models.grouped_common import GroupedPlace, RegNetLayout, regnet_gate, regnet_variants
@@ -58,28 +57,25 @@ class NFRegNetBlock(nn.Module):
         options: dict[str, Any] = {"padding": style.padding, "input_scale": style.gamma}
         downscaled = {**options, "input_scale": style.gamma / planned.beta}
         convolution, inner, out = style.convolution, place.bottleneck, place.out_channels
-        self.alpha = style.alpha
         self.activation = copy.deepcopy(style.activation)
         self.conv0 = convolution(place.in_channels, inner, 1, **downscaled)
         self.conv1 = convolution(inner, inner, 3, place.stride, groups=place.groups, **options)
         self.squeeze_excite = gate(inner)
-        self.conv2 = convolution(inner, out, 1, **options)
+        self.conv2 = convolution(inner, out, 1, **options, **style.branch_end)
         self.pool = AveragePool2x2() if place.stride == 2 else nn.Identity()
         self.shortcut = convolution(place.in_channels, out, 1, **downscaled) if place.projects else None
         self.stochastic_depth = place.stochastic_depth()
-        self.skip_gain = nn.Parameter(torch.tensor(style.skipinit_gain, dtype=torch.get_default_dtype()))
 
-    def branch(self, activated: Tensor, scale: Tensor) -> Tensor:
-        """Return ``scale * f(activated / beta)``, [N, out_channels, H', W']."""
+    def branch(self, activated: Tensor) -> Tensor:
+        """Return ``alpha * s * f(activated / beta)``, [N, out_channels, H', W']."""
         hidden = self.activation(self.conv0(activated))
         hidden = self.activation(self.squeeze_excite(self.conv1(hidden)))
-        return self.conv2(hidden, scale)
+        return self.conv2(hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.activation(x)
         shortcut = x if self.shortcut is None else self.shortcut(self.pool(activated))
-        branch = self.branch(activated, self.alpha * self.skip_gain)
-        return shortcut + self.stochastic_depth(branch)
+        return shortcut + self.stochastic_depth(self.branch(activated))
 
 
 @register(regnet_variants("nf_regnet_b"))

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normfree.models.layout import BlockPlace
@@ -51,26 +50,23 @@ class NFBlock(nn.Module):
         options: dict[str, Any] = {"padding": style.padding, "input_scale": style.gamma}
         downscaled = {**options, "input_scale": style.gamma / planned.beta}
         convolution, inner, out = style.convolution, place.bottleneck, place.out_channels
-        self.alpha = style.alpha
         self.activation = copy.deepcopy(style.activation)
         self.conv0 = convolution(place.in_channels, inner, 1, **downscaled)
         self.conv1 = convolution(inner, inner, 3, place.stride, **options)
-        self.conv2 = convolution(inner, out, 1, **options)
+        self.conv2 = convolution(inner, out, 1, **options, **style.branch_end)
         self.shortcut = convolution(place.in_channels, out, 1, place.stride, **downscaled) if place.projects else None
         self.stochastic_depth = place.stochastic_depth()
-        self.skip_gain = nn.Parameter(torch.tensor(style.skipinit_gain, dtype=torch.get_default_dtype()))
 
-    def branch(self, activated: Tensor, scale: Tensor) -> Tensor:
-        """Return ``scale * f(activated / beta)``, [N, out_channels, H', W']."""
+    def branch(self, activated: Tensor) -> Tensor:
+        """Return ``alpha * s * f(activated / beta)``, [N, out_channels, H', W']."""
         hidden = self.activation(self.conv0(activated))
         hidden = self.activation(self.conv1(hidden))
-        return self.conv2(hidden, scale)
+        return self.conv2(hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.activation(x)
         shortcut = x if self.shortcut is None else self.shortcut(activated)
-        branch = self.branch(activated, self.alpha * self.skip_gain)
-        return shortcut + self.stochastic_depth(branch)
+        return shortcut + self.stochastic_depth(self.branch(activated))
 
 
 class NFSqueezeExciteBlock(NFBlock):
@@ -85,13 +81,14 @@ class NFSqueezeExciteBlock(NFBlock):
 
     def __init__(self, place: BlockPlace, planned: PlannedBlock, style: NFBlockStyle, se_ratio: float) -> None:
         super().__init__(place, planned, style)
-        self.squeeze_excite = SqueezeExcite(place.out_channels, se_ratio)
+        self.conv2.end_branch(1.0, None)  # the gate does
+        self.squeeze_excite = SqueezeExcite(place.out_channels, se_ratio, **style.branch_end)
 
-    def branch(self, activated: Tensor, scale: Tensor) -> Tensor:
-        """Return ``scale * gate * f(activated / beta)``, [N, out_channels, H', W']."""
+    def branch(self, activated: Tensor) -> Tensor:
+        """Return ``alpha * s * f(activated / beta)``, [N, out_channels, H', W']."""
         hidden = self.activation(self.conv0(activated))
         hidden = self.activation(self.conv1(hidden))
-        return self.squeeze_excite(self.conv2(hidden), scale)
+        return self.squeeze_excite(self.conv2(hidden))
 
 
 @register(resnet_variants("nf_resnet"))

@@ -25,7 +25,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normfree.models.grouped_common import GroupedLayout, GroupedPlace
@@ -105,16 +104,14 @@ class NFNetBlock(nn.Module):
         options: dict[str, Any] = {"padding": style.padding, "input_scale": style.gamma}
         downscaled = {**options, "input_scale": style.gamma / planned.beta}
         convolution, inner, out = style.convolution, place.bottleneck, place.out_channels
-        self.alpha = style.alpha
         self.activation = copy.deepcopy(style.activation)
         self.conv0 = convolution(place.in_channels, inner, 1, **downscaled)
         self.conv1 = convolution(inner, inner, 3, place.stride, groups=place.groups, **options)
         self.conv1b = convolution(inner, inner, 3, groups=place.groups, **options)
-        self.conv2 = convolution(inner, out, 1, **options)
+        self.conv2 = convolution(inner, out, 1, **options, **style.branch_end)
         self.pool = AveragePool2x2() if place.stride == 2 else nn.Identity()
         self.shortcut = convolution(place.in_channels, out, 1, **downscaled) if place.projects else None
         self.stochastic_depth = place.stochastic_depth()
-        self.skip_gain = nn.Parameter(torch.tensor(style.skipinit_gain, dtype=torch.get_default_dtype()))
 
     def hidden(self, activated: Tensor) -> Tensor:
         """Return what the branch's last convolution takes, [N, branch channels, H', W']."""
@@ -122,15 +119,14 @@ class NFNetBlock(nn.Module):
         hidden = self.activation(self.conv1(hidden))
         return self.activation(self.conv1b(hidden))
 
-    def branch(self, activated: Tensor, scale: Tensor) -> Tensor:
-        """Return ``scale * f(activated / beta)``, [N, out_channels, H', W']."""
-        return self.conv2(self.hidden(activated), scale)
+    def branch(self, activated: Tensor) -> Tensor:
+        """Return ``alpha * s * f(activated / beta)``, [N, out_channels, H', W']."""
+        return self.conv2(self.hidden(activated))
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.activation(x)
         shortcut = x if self.shortcut is None else self.shortcut(self.pool(activated))
-        branch = self.branch(activated, self.alpha * self.skip_gain)
-        return shortcut + self.stochastic_depth(branch)
+        return shortcut + self.stochastic_depth(self.branch(activated))
 
 
 class NFNetSqueezeExciteBlock(NFNetBlock):
@@ -145,11 +141,12 @@ class NFNetSqueezeExciteBlock(NFNetBlock):
 
     def __init__(self, place: GroupedPlace, planned: PlannedBlock, style: NFBlockStyle, se_ratio: float) -> None:
         super().__init__(place, planned, style)
-        self.squeeze_excite = SqueezeExcite(place.out_channels, se_ratio)
+        self.conv2.end_branch(1.0, None)  # the gate does
+        self.squeeze_excite = SqueezeExcite(place.out_channels, se_ratio, **style.branch_end)
 
-    def branch(self, activated: Tensor, scale: Tensor) -> Tensor:
-        """Return ``scale * gate * f(activated / beta)``, [N, out_channels, H', W']."""
-        return self.squeeze_excite(self.conv2(self.hidden(activated)), scale)
+    def branch(self, activated: Tensor) -> Tensor:
+        """Return ``alpha * s * f(activated / beta)``, [N, out_channels, H', W']."""
+        return self.squeeze_excite(self.conv2(self.hidden(activated)))
 
 
 def nfnet_stem(in_channels: int, out_channels: int, style: NFBlockStyle) -> nn.Sequential:

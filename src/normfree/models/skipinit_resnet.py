@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normfree.models.backbone import Backbone
@@ -44,17 +43,16 @@ class SkipInitBlock(nn.Module):
         self.activation = copy.deepcopy(activation)
         self.conv0 = ScaledConv2d(place.in_channels, inner, 1, **options)
         self.conv1 = ScaledConv2d(inner, inner, 3, place.stride, **options)
-        self.conv2 = ScaledConv2d(inner, out, 1, **options)
+        self.conv2 = ScaledConv2d(inner, out, 1, skip_gain=skipinit_gain, **options)
         self.shortcut = ScaledConv2d(place.in_channels, out, 1, place.stride, **options) if place.projects else None
         self.stochastic_depth = place.stochastic_depth()
-        self.skip_gain = nn.Parameter(torch.tensor(skipinit_gain, dtype=torch.get_default_dtype()))
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.activation(x)
         shortcut = x if self.shortcut is None else self.shortcut(activated)
         hidden = self.activation(self.conv0(activated))
         hidden = self.activation(self.conv1(hidden))
-        return shortcut + self.stochastic_depth(self.conv2(hidden, self.skip_gain))
+        return shortcut + self.stochastic_depth(self.conv2(hidden))
 
 
 @register(resnet_variants("skipinit_resnet"))

@@ -1,6 +1,8 @@
 """Layers of networks without normalizers, and the constants they need."""
 
 from normfree.nn.activations import ACTIVATIONS, Activation, Elementwise, build_activation
+from normfree.nn.branch_end import BranchEnd
+from normfree.nn.fold import fold
 from normfree.nn.gamma import OFFICIAL_GAMMA, gamma
 from normfree.nn.padding import (
     PADDING_STYLES,
@@ -24,6 +26,7 @@ __all__ = [
     "VARIANCE_FLOOR",
     "Activation",
     "AveragePool2x2",
+    "BranchEnd",
     "Elementwise",
     "MaxPool2d",
     "PaddedConv2d",
@@ -33,6 +36,7 @@ __all__ = [
     "SqueezeExcite",
     "StochasticDepth",
     "build_activation",
+    "fold",
     "gamma",
     "pad_same",
     "same_padding",

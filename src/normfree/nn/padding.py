@@ -68,7 +68,7 @@ def pad_same(
 
 
 class PaddedConv2d(nn.Conv2d):
-    """The geometry of a 2-d convolution that knows the padding styles; ``ScaledConv2d`` adds the arithmetic.
+    """A 2-d convolution that knows the padding styles; ``ScaledConv2d`` adds factors.
 
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias: as ``nn.Conv2d``'s.
@@ -104,12 +104,38 @@ class PaddedConv2d(nn.Conv2d):
         """Weights that feed one output: ``in_channels / groups * height * width``."""
         return self.weight[0].numel()
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve [N, C, H, W] to [N, O, H', W']."""
+        return self.convolve(input, self.weight, self.bias)
+
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve x [N, C, H, W] with the given weight and bias in this layer's geometry."""
         if self.padding_style != "same":
             return self._conv_forward(x, weight, bias)
         x, padding = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def plain(self, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+        """Return a convolution in this layer's geometry that only has the given weight and bias.
+
+        Returns:
+            An ``nn.Conv2d``; a ``PaddedConv2d`` for TensorFlow's padding, which depends on the input's size.
+        """
+        kind, padding = (PaddedConv2d, "same") if self.padding_style == "same" else (nn.Conv2d, self.padding)
+        plain = kind(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            padding=padding,  # type: ignore[arg-type]
+            dilation=self.dilation,  # type: ignore[arg-type]
+            groups=self.groups,
+            bias=bias is not None,
+            device="meta",
+        )
+        plain.weight = nn.Parameter(weight)
+        plain.bias = None if bias is None else nn.Parameter(bias)
+        return plain.train(self.training)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", padding=same" if self.padding_style == "same" else "")

@@ -9,17 +9,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from normfree.nn.branch_end import BranchEnd, Scale
 from normfree.nn.padding import PaddedConv2d, Size2d
 
-Scale = float | Tensor
 
-
-class ScaledConv2d(PaddedConv2d):
+class ScaledConv2d(PaddedConv2d, BranchEnd):
     """A convolution with factors folded into its weight.
 
-    ``y = scale * (conv(input_scale * x, W) + b) = conv(x, scale * input_scale * W) + scale * b``
+    ``y = alpha * s * (conv(input_scale * x, W) + b) = conv(x, alpha * s * input_scale * W) + alpha * s * b``
 
     W is drawn from N(0, init_scale^2 / fan_in), LeCun's normal; b starts at 0.
 
@@ -28,9 +28,11 @@ class ScaledConv2d(PaddedConv2d):
         padding: "symmetric" (default), "same" (TensorFlow's), or explicit numbers.
         input_scale: constant factor of the input, such as gamma / beta.
         init_scale: factor of the initial weight's standard deviation (He: sqrt(2)).
+        alpha: constant factor of the output, at least 0.
+        skip_gain: initial value of s, a learnable 0-d factor of the output; None for none.
 
     Raises:
-        ValueError: unknown padding style.
+        ValueError: unknown padding style; a factor that is no finite number.
 
     Source: the folding is this project's; the factors are those of Brock et al. 2021, sections 3 and 4.
     """
@@ -48,6 +50,8 @@ class ScaledConv2d(PaddedConv2d):
         bias: bool = True,
         input_scale: float = 1.0,
         init_scale: float = 1.0,
+        alpha: float = 1.0,
+        skip_gain: float | None = None,
         **tensor_options: Any,
     ) -> None:
         # Before super().__init__, which draws the weight by calling reset_parameters.
@@ -64,6 +68,7 @@ class ScaledConv2d(PaddedConv2d):
             bias=bias,
             **tensor_options,
         )
+        self.end_branch(alpha, skip_gain, **tensor_options)
 
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to zero."""
@@ -71,26 +76,30 @@ class ScaledConv2d(PaddedConv2d):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def effective_weight(self, scale: Scale | None = None) -> Tensor:
-        """Return the weight [O, I/G, kh, kw] that a plain convolution would need, ``scale`` included."""
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight [O, I/G, kh, kw] and the bias [O] or None that a plain convolution needs instead."""
+        scale = self.branch_scale()
+        bias = self.bias if scale is None or self.bias is None else self.bias * scale
+        return self.scaled_weight(scale), bias
+
+    def scaled_weight(self, scale: Scale | None) -> Tensor:
+        """Return the weight [O, I/G, kh, kw] with the factor of the input and ``scale``, that of the output."""
         weight = self.weight if self.input_scale == 1 else self.weight * self.input_scale
         return weight if scale is None else weight * scale
 
-    def effective_bias(self, scale: Scale | None = None) -> Tensor | None:
-        """Return the bias [O] that a plain convolution would need, ``scale`` included, or None."""
-        return self.bias if scale is None or self.bias is None else self.bias * scale
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve [N, C, H, W] to [N, O, H', W']."""
+        return self.convolve(input, *self.effective())
 
-    def forward(self, input: Tensor, scale: Scale | None = None) -> Tensor:
-        """Convolve.
+    def folded(self) -> nn.Conv2d:
+        """Return a plain convolution of the same outputs: ``nn.Conv2d``, with TensorFlow's padding a ``PaddedConv2d``.
 
-        Args:
-            input: [N, C, H, W].
-            scale: factor of the output, a number or a 0-d tensor.
-
-        Returns:
-            [N, O, H', W'].
+        Its tensors are on the device and in the memory format of this layer's.
         """
-        return self.convolve(input, self.effective_weight(scale), self.effective_bias(scale))
+        with torch.no_grad():
+            weight, bias = self.effective()
+        return self.plain(weight.detach(), None if bias is None else bias.detach())
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", input_scale={self.input_scale:.6g}" if self.input_scale != 1 else "")
+        factors = {"input_scale": self.input_scale, "alpha": self.alpha}
+        return super().extra_repr() + "".join(f", {name}={value:.6g}" for name, value in factors.items() if value != 1)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from normfree.models import Backbone, create_model
+from normfree.nn.fold import Foldable, fold
 from normfree.signal.files import write_atomically
 
 KEY = "normfree"
+FOLDED = "normfree.folded"  # in the metadata of a model that fold has made plain
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
     """Write a model of :func:`normfree.create_model` with its name and overrides; the file is whole or not there.
+
+    A model that :func:`normfree.fold` has made plain is written as such, and comes back plain.
 
     Args:
         model: the model.
@@ -44,7 +48,9 @@ def save(model: nn.Module, path: str | Path) -> Path:
         ) from error
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with torch.device("meta"):
-        rebuilt = create_model(**model.config).state_dict()
+        rebuilt = create_model(**model.config)
+    folded = not any(isinstance(layer, Foldable) for layer in model.modules())
+    rebuilt = (fold(rebuilt) if folded else rebuilt).state_dict()
     changed = [
         n for n in {*tensors, *rebuilt} if n not in tensors or n not in rebuilt or tensors[n].shape != rebuilt[n].shape
     ]
@@ -53,7 +59,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
             f"model: {len(changed)} tensors ({', '.join(sorted(changed)[:3])}) are not those of "
             "create_model(**model.config), so a file could not rebuild it; give create_model what you changed"
         )
-    return write_atomically(path, to_bytes(tensors, metadata={KEY: recipe}))
+    metadata = {KEY: recipe, **({FOLDED: "true"} if folded else {})}
+    return write_atomically(path, to_bytes(tensors, metadata=metadata))
 
 
 def load(path: str | Path) -> Backbone:
@@ -86,6 +93,8 @@ def load(path: str | Path) -> Backbone:
     try:
         config: dict[str, Any] = json.loads(metadata[KEY])
         model = create_model(**config)
+        if FOLDED in metadata:
+            model = cast(Backbone, fold(model))
         precisions = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
         if len(precisions) == 1:
             model.to(precisions.pop())

@@ -29,16 +29,16 @@ from normfree.models import (
 from normfree.nn import ScaledWSConv2d
 from normfree.nn.checks import invalid
 
-# The network's module and its blocks', per family.
-_FAMILIES: dict[type[Backbone], tuple[str, str]] = {
-    NFResNet: ("NF_ResNet", "nf_res_block"),
-    NFRegNet: ("NF_RegNet", "nf_block"),
-    NFNet: ("NFNet", "nf_block"),
-    SkipInitResNet: ("SkipInit_ResNet", "nf_res_block"),
-    FixUpResNet: ("FixUp_ResNet", "res_block"),
-    ResNet: ("ResNet", "res_block_v1"),
-    ResNetV2: ("ResNet", "res_block_v2"),
-    BNRegNet: ("BN_RegNet", "block"),
+# The network's module, its blocks' and, per block, the learnable factor of the branch; per family.
+_FAMILIES: dict[type[Backbone], tuple[str, str, str]] = {
+    NFResNet: ("NF_ResNet", "nf_res_block", "skip_gain"),
+    NFRegNet: ("NF_RegNet", "nf_block", "skip_gain"),
+    NFNet: ("NFNet", "nf_block", "skip_gain"),
+    SkipInitResNet: ("SkipInit_ResNet", "nf_res_block", "skip_gain"),
+    FixUpResNet: ("FixUp_ResNet", "res_block", "scale"),
+    ResNet: ("ResNet", "res_block_v1", ""),
+    ResNetV2: ("ResNet", "res_block_v2", ""),
+    BNRegNet: ("BN_RegNet", "block", ""),
 }
 
 # Our modules outside the blocks, relative to the network.
@@ -66,8 +66,6 @@ _INSIDE: dict[str, str] = {
 
 # Scalars, which belong to the block or the network itself; relative to it, our name with its module's.
 _SCALARS: dict[str, str] = {
-    "skip_gain": "skip_gain",
-    "scale": "scale",
     "bias0.bias": "bias1a",
     "bias1.bias": "bias1b",
     "bias2.bias": "bias2a",
@@ -112,7 +110,7 @@ def haiku_names(model: nn.Module) -> HaikuNames:
 
     Source: as at the top of this file.
     """
-    network, block = _family(model)
+    network, block, factor = _family(model)
     owners = dict(model.named_modules())
     blocks = [name for name in owners if re.fullmatch(r"stages\.\d+\.\d+", name)]
     scopes = {name: f"{network}/~/{block}" + (f"_{index}" if index else "") for index, name in enumerate(blocks)}
@@ -125,6 +123,8 @@ def haiku_names(model: nn.Module) -> HaikuNames:
         if local in _SCALARS:
             return f"{scope}/{_SCALARS[local]}"
         module, _, leaf = local.rpartition(".")
+        if leaf == "skip_gain":
+            return f"{scope}/{factor}"
         owner = owners[name.rpartition(".")[0]]
         if module not in path or leaf not in _leaves(owner):
             raise invalid("model", name, f"{network} has no such tensor", "pass the model as create_model built it")
@@ -140,7 +140,7 @@ def haiku_names(model: nn.Module) -> HaikuNames:
     )
 
 
-def _family(model: nn.Module) -> tuple[str, str]:
+def _family(model: nn.Module) -> tuple[str, str, str]:
     for kind in type(model).__mro__:
         if kind in _FAMILIES:
             return _FAMILIES[kind]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.models import Backbone
+from normfree.models.nf_common import NFBackbone
 from normfree.nn import ACTIVATIONS, OFFICIAL_GAMMA, VARIANCE_FLOOR, PaddedConv2d
 from normfree.nn.checks import invalid
 from normfree.weights.matching import check_names, check_shapes, copy_in
@@ -95,9 +96,9 @@ def _check_definition(model: Backbone, style: TimmStyle) -> None:
         reason = "it has skip gains, as its dm_ models do" if style.official else "it has no skip gains"
         rule = f"timm's network ({reason}) pads {padding!r}"
         raise invalid("padding", " and ".join(sorted(styles)), rule, f"pass padding={padding!r} to create_model")
-    alphas = [block.alpha for stage in model.stages for block in cast(nn.Sequential, stage)]
-    if alphas[0] != TIMM_ALPHA:
-        raise invalid("alpha", alphas[0], f"timm's is {TIMM_ALPHA}", f"pass alpha={TIMM_ALPHA}")
+    alpha = cast(NFBackbone, model).alpha
+    if alpha != TIMM_ALPHA:
+        raise invalid("alpha", alpha, f"timm's is {TIMM_ALPHA}", f"pass alpha={TIMM_ALPHA}")
 
 
 def _timm_gamma(model: Backbone) -> float:

@@ -108,7 +108,7 @@ def timm_names(model: nn.Module, style: TimmStyle) -> dict[str, str]:
         if name.startswith("stages."):
             parts = module.split(".")
             scope, module, table = ".".join(parts[:3]) + ".", ".".join(parts[3:]), inside
-        if (module, leaf) == ("", "skip_gain"):
+        if leaf == "skip_gain":
             if style.official:
                 names[name] = scope + _SKIP_GAIN
             continue

@@ -1,0 +1,130 @@
+"""Folding keeps the function and leaves plain convolutions, in every family, precision and layout."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from normfree.models import create_model
+from normfree.nn import PaddedConv2d, ScaledConv2d, ScaledWSConv2d, SqueezeExcite, fold
+
+SHAPE = {"widths": (16, 24, 32, 32), "depths": (1, 2, 1, 1), "num_classes": 5}
+FAMILIES = {
+    "nf_resnet50": {},
+    "nf_resnet101": {"use_se": True},
+    "nf_regnet_b0": {},
+    "nfnet_f0": {"group_size": 4},
+    "skipinit_resnet50": {},
+    "fixup_resnet50": {},
+    "resnet50": {},
+    "resnetv2_50": {},
+    "bn_regnet_b0": {},
+}
+
+
+def randomised(name: str, **overrides):
+    """A small network with nothing silent: gains, biases and skip gains are drawn, running statistics too."""
+    torch.manual_seed(0)
+    model = create_model(name, **{**SHAPE, **FAMILIES[name], **overrides})
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() < 2:
+                parameter.copy_(torch.randn_like(parameter) * 0.3 + ("gain" in key or "norm" in key))
+        for key, buffer in model.named_buffers():
+            if "running" in key:
+                buffer.uniform_(0.5, 1.5)
+    nn.init.normal_(model.classifier.weight, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 47)])
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_same_outputs_from_plain_convolutions(name, padding, size):
+    model = randomised(name, padding=padding).eval()
+    folded = fold(model)
+    x = torch.randn(2, 3, *size)
+    expected, actual = model(x), folded(x)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    plain = nn.Conv2d if padding == "symmetric" else PaddedConv2d
+    convolutions = [layer for layer in folded.modules() if isinstance(layer, nn.Conv2d)]
+    assert convolutions
+    assert {type(layer) for layer in convolutions} == {plain}
+    assert not any(key.endswith(".gain") for key in folded.state_dict())
+
+
+def test_float64_agrees_to_rounding():
+    model = randomised("nfnet_f0").double().eval()
+    x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    torch.testing.assert_close(fold(model)(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_the_original_is_untouched_and_shares_nothing():
+    model = randomised("nf_resnet101").train()
+    before = copy.deepcopy(model.state_dict())
+    folded = fold(model)
+    with torch.no_grad():
+        for parameter in folded.parameters():
+            parameter.zero_()
+    assert model.training
+    assert not folded.training
+    assert not any(layer.training for layer in folded.modules())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert {name for name, _ in folded.named_modules()} == {name for name, _ in model.named_modules()}
+
+
+def test_only_the_gates_keep_a_skip_gain():
+    assert not any("skip_gain" in key for key in fold(randomised("nf_resnet50")).state_dict())
+    gated = fold(randomised("nfnet_f0"))
+    owners = {type(gated.get_submodule(key.rpartition(".")[0])) for key in gated.state_dict() if "skip_gain" in key}
+    assert owners == {SqueezeExcite}
+
+
+def test_precision_layout_and_device_are_kept():
+    model = randomised("nf_resnet50").to(torch.bfloat16, memory_format=torch.channels_last)
+    weight = fold(model).stages[1][0].conv1.weight
+    assert weight.dtype == torch.bfloat16
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.device("meta"):
+        imagined = create_model("nf_resnet50", **SHAPE)
+    assert fold(imagined).stem.conv.weight.is_meta
+
+
+def test_a_layer_alone_and_a_layer_twice():
+    layer = ScaledWSConv2d(4, 4, 3, input_scale=1.7, alpha=0.2, skip_gain=0.5)
+    x = torch.randn(1, 4, 5, 5)
+    alone = fold(layer)
+    assert type(alone) is nn.Conv2d
+    torch.testing.assert_close(alone(x), layer(x))
+    twice = fold(nn.Sequential(layer, nn.ReLU(), layer))
+    assert twice[0] is twice[2]
+    torch.testing.assert_close(twice(x), layer(layer(x).relu()))
+
+
+def test_folding_again_changes_nothing():
+    once = fold(randomised("nf_regnet_b0"))
+    again = fold(once)
+    assert all(torch.equal(once.state_dict()[key], value) for key, value in again.state_dict().items())
+
+
+def test_geometry_survives():
+    layer = ScaledConv2d(4, 8, (3, 5), (2, 1), dilation=2, groups=2, padding=(1, 3), bias=False, input_scale=0.3)
+    x = torch.randn(2, 4, 11, 12)
+    torch.testing.assert_close(fold(layer)(x), layer(x))
+    assert fold(layer).bias is None
+
+
+def test_what_a_plain_layer_could_not_keep_is_refused():
+    model = randomised("nf_resnet50")
+    handle = model.stages[0][0].conv1.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"model\.stages\.0\.0\.conv1 has hooks.*remove them first"):
+        fold(model)
+    handle.remove()
+    parametrize.register_parametrization(model.stages[0][0].conv0, "weight", nn.Identity())
+    with pytest.raises(ValueError, match=r"conv0 has parametrizations.*remove_parametrizations"):
+        fold(model)
