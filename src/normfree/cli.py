@@ -14,6 +14,7 @@ from rich.console import Console
 
 import normfree
 from normfree.commands.demo import Demo
+from normfree.commands.export import Export
 from normfree.commands.models import Models
 from normfree.commands.paper import Paper
 from normfree.commands.spp import Spp
@@ -22,7 +23,7 @@ from normfree.nn.checks import suggestion
 WIDTH = 110
 """Columns of what is not read on a terminal."""
 
-COMMANDS = {"spp": Spp, "models": Models, "paper": Paper, "demo": Demo}
+COMMANDS = {"spp": Spp, "models": Models, "export": Export, "paper": Paper, "demo": Demo}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,127 @@
+"""``normfree export``: a model as a file that runs without us."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich import filesize
+from rich.console import Console
+from torch import nn
+
+from normfree.export import Exported, to_onnx, to_program
+from normfree.export.staging import check_path
+from normfree.signal import input_shape
+from normfree.sources import build
+
+WRITERS = {"onnx": to_onnx, "pt2": to_program}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Fold a model into plain convolutions and write it as an ONNX file or a torch.export program.
+
+    The file is read back, run on random input and compared with the model; one that differs is not kept.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A checkpoint of normfree.save, a name of `normfree models` (overrides after a colon: nf_resnet50:width=1),
+    torchvision:NAME, timm:NAME, or FILE.py:FACTORY (which may return (model, batch))."""
+    format: Literal["onnx", "pt2"] | None = None
+    """onnx (ONNX Runtime and its like) or pt2 (PyTorch); what --out ends in by default, onnx without it."""
+    dynamic_batch: bool = False
+    """Let the file take any number of examples instead of --batch-size."""
+    batch_size: int | None = None
+    """Examples in a batch; 1 by default."""
+    image_size: int | None = None
+    """Height and width; what the model suggests by default, 224 if it does not."""
+    tolerance: float | None = None
+    """Largest difference from the model, relative to its largest output; 3.5e-4 by default in float32."""
+    seed: int = 0
+    """Of initialisation and input."""
+    out: Path | None = None
+    """File to write; out/export/MODEL.FORMAT by default."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value} is too few; give at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: {self.seed} is no integer from 0 to 2**63 - 1; give one such as 0")
+        self._place()
+
+    def run(self, console: Console) -> None:
+        """Export, and say what was written and how far it differs."""
+        kind, path = self._place()
+        check_path(path, f".{kind}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model, batch = build(self.model)
+            batch = self._batch(model) if batch is None else self._own(batch)
+        with console.status(f"exporting {self.model}"):
+            written = WRITERS[kind](model, batch, path, dynamic_batch=self.dynamic_batch, tolerance=self.tolerance)
+        self._tell(console, written)
+
+    def _batch(self, model: nn.Module) -> torch.Tensor:
+        """Unit Gaussian noise in the model's precision, of the shape it suggests or the sizes asked for."""
+        try:
+            shape = input_shape(model)
+        except ValueError as error:
+            remedy = "let FACTORY of FILE.py return (model, batch)"
+            raise ValueError(f"model: the shape of its input cannot be told; {remedy}") from error
+        if self.image_size is not None:
+            if len(shape) != 3:
+                raise ValueError(f"image_size: the model takes {list(shape)}, not an image; leave --image-size out")
+            shape = (shape[0], self.image_size, self.image_size)
+        parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+        precision = torch.float32 if parameter is None else parameter.dtype
+        return torch.randn(self.batch_size or 1, *shape).to(precision)
+
+    def _own(self, batch: Any) -> Any:
+        """The factory's own batch, which leaves no size to choose."""
+        for name in ("batch_size", "image_size"):
+            if getattr(self, name) is not None:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{name}: the factory gives the batch; leave {option} out, or return the model alone")
+        return batch
+
+    def _place(self) -> tuple[str, Path]:
+        """The format and the file, of which either may say the other."""
+        if self.out is None:
+            kind = self.format or "onnx"
+            word = re.sub(r"\.(safetensors|py)\b", "", self.model.rpartition("/")[2])
+            return kind, Path("out/export") / f"{re.sub(r'[^A-Za-z0-9_.=-]+', '-', word).strip('-')}.{kind}"
+        kind = self.format or self.out.suffix.removeprefix(".")
+        if self.out.suffix != f".{kind}" or kind not in WRITERS:
+            ending = f".{self.format}" if self.format else ".onnx or .pt2"
+            raise ValueError(f"out: {str(self.out)!r} does not end in {ending}; rename it")
+        return kind, self.out
+
+    def _tell(self, console: Console, written: Exported) -> None:
+        """Print what was written, what it was checked with, and how far it differs."""
+        sizes = ", ".join(map(str, written.batch_sizes))
+        lines = {
+            "input": " and ".join(_shape(shape, written.dynamic_batch) for shape in written.input_shapes)
+            + (f", checked with N = {sizes}" if written.dynamic_batch else ""),
+            "operators": ", ".join(f"{count} {name}" for name, count in written.operators.items())
+            + ("" if written.opset is None else f" (ONNX opset {written.opset})"),
+            "folding": f"the folded model differs from the model by {written.folding}",
+            "file": f"the file differs from the folded model by {written.file}; tolerance {written.tolerance:.1e}",
+        }
+        if written.rehearsal is not None:
+            silent = f"{len(written.silent)} all-zero weights and biases"
+            lines["rehearsal"] = f"with the {silent} drawn at random, a scratch file differed by {written.rehearsal}"
+        if not Path(self.model).is_file() and ".py:" not in self.model:
+            lines["note"] = f"these weights are random (seed {self.seed}); give a checkpoint to export trained ones"
+        lines["wrote"] = f"{written.path} ({filesize.decimal(written.size)})"
+        for name, value in lines.items():
+            console.print(f"{name:<10} {value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _shape(shape: tuple[int, ...], dynamic_batch: bool) -> str:
+    return "×".join(["N", *map(str, shape[1:])] if dynamic_batch else map(str, shape))
