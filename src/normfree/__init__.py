@@ -5,14 +5,17 @@
 >>> normfree.spp(model).plot("spp.png")  # doctest: +SKIP
 """
 
+from normfree import optim
 from normfree.models import create_model, list_models
 from normfree.nn import fold, gamma
-from normfree.signal import SignalPropagation, spp
+from normfree.signal import SignalHistory, SignalMonitor, SignalPropagation, spp
 from normfree.weights import load, load_haiku_weights, load_timm_weights, save
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SignalHistory",
+    "SignalMonitor",
     "SignalPropagation",
     "create_model",
     "fold",
@@ -21,6 +24,7 @@ __all__ = [
     "load",
     "load_haiku_weights",
     "load_timm_weights",
+    "optim",
     "save",
     "spp",
 ]
