@@ -19,6 +19,7 @@ ALLOWED = {
     "data": {"data"},
     "export": {"export", "nn", "signal"},
     "paper": {"paper", "models", "nn", "signal"},
+    "train": {"train", "data", "models", "nn", "optim", "signal", "weights"},
 }
 
 # Wanted by the command line alone; a bare machine has none of them.

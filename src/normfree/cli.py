@@ -14,16 +14,28 @@ from rich.console import Console
 
 import normfree
 from normfree.commands.demo import Demo
+from normfree.commands.evaluate import Evaluate
 from normfree.commands.export import Export
 from normfree.commands.models import Models
 from normfree.commands.paper import Paper
+from normfree.commands.predict import Predict
 from normfree.commands.spp import Spp
+from normfree.commands.train import Train
 from normfree.nn.checks import suggestion
 
 WIDTH = 110
 """Columns of what is not read on a terminal."""
 
-COMMANDS = {"spp": Spp, "models": Models, "export": Export, "paper": Paper, "demo": Demo}
+COMMANDS = {
+    "spp": Spp,
+    "models": Models,
+    "train": Train,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "export": Export,
+    "paper": Paper,
+    "demo": Demo,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
