@@ -117,15 +117,23 @@ def test_properties(seed, clip_factor, eps, scale):
     assert all(torch.equal(a, p.grad) for a, p in zip(once, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_measured_in_float32(dtype):
-    """A row of 40 000 sixteenths has norm 12.5; its running sum of squares in half precision would stop at 1 to 8."""
+@pytest.mark.parametrize(
+    ("dtype", "row"),
+    [
+        (torch.bfloat16, [2.0, 0.109375]),  # of norm 2.003, which bfloat16 would round to the limit
+        (torch.float16, [400.0] * 40_000),  # of norm 80 000, which float16 does not have
+    ],
+)
+def test_half_precision_is_measured_in_float32(dtype, row):
     model = nn.Linear(40_000, 2, bias=False, dtype=dtype)
     nn.init.ones_(model.weight)  # norm 200, limit 2
-    model.weight.grad = torch.full_like(model.weight, 0.0625)
+    gradient = torch.zeros(2, 40_000)
+    gradient[:, : len(row)] = torch.tensor(row)
+    model.weight.grad = gradient.to(dtype)
     assert clip_grad_adaptive_(model, 0.01, exclude=()) == 1
-    expected = torch.tensor(0.0625 * 2 / 12.5).to(dtype)
-    assert model.weight.grad.dtype == dtype and bool((model.weight.grad == expected).all())
+    expected = (gradient * (2 / gradient[0].double().norm())).to(dtype)
+    assert model.weight.grad.dtype == dtype
+    torch.testing.assert_close(model.weight.grad, expected)
 
 
 def test_pairs_have_their_outputs_on_axis_0_and_no_gradient_is_nothing_to_do():

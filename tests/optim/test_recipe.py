@@ -38,6 +38,7 @@ class Odd(nn.Module):
         self.norm = nn.LayerNorm([3, 4])  # two axes, and no matrix
         self.layer_scale = nn.Parameter(torch.ones(5, 1, 1))
         self.depthwise = nn.Conv2d(4, 4, 1, groups=4)  # one axis longer than 1, and a weight
+        self.position_bias = nn.Parameter(torch.ones(2, 2))
         self.table = nn.Parameter(torch.ones(3, 3))
         self.tied = nn.Linear(3, 3)
         self.tied.weight = self.table
@@ -50,7 +51,7 @@ def test_what_other_networks_have():
     decayed, undecayed = parameter_groups(model, 0.1)
     attention = {"attention.in_proj_weight", "attention.out_proj.weight"}
     assert names_of(model, decayed) == {"table", "depthwise.weight", *attention}
-    assert {"norm.weight", "norm.bias", "layer_scale", "tied.bias", "attention.bias_k"} < names_of(model, undecayed)
+    assert {"norm.weight", "norm.bias", "layer_scale", "tied.bias", "position_bias"} < names_of(model, undecayed)
     assert len(decayed["params"]) == 4  # shared once
     assert not any("frozen" in n for n in names_of(model, decayed) | names_of(model, undecayed))
     with pytest.raises(ValueError, match="requires a gradient"):

@@ -100,6 +100,11 @@ class SignalMonitor:
     def start(self) -> None:
         """Start the clock and record step 0; after a resumption, only the former."""
         if self._began is None:
+            if self._listens():
+                # The first measurement of a process loads a second or two of Python modules. That is start-up, and
+                # taken for the cost of a record it would put off the next one by minutes.
+                with torch.random.fork_rng(devices=[]):  # for the weight that is drawn
+                    spp(nn.Linear(1, 1), torch.zeros(2, 1))
             self._began = perf_counter()
             if self._listens() and not self.history:
                 self._record(self._measured())
