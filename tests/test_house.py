@@ -15,7 +15,7 @@ ALLOWED = {
     "nn": {"nn"},
     "models": {"models", "nn"},
     "weights": {"weights", "models", "nn", "signal"},
-    "data": {"data"},
+    "data": {"data", "nn"},
     "export": {"export", "nn", "signal"},
     "paper": {"paper", "models", "nn", "signal"},
 }
