@@ -3,12 +3,12 @@
 import datasets
 import pytest
 import torch
+from image_sets import CLASSES, encoded, write_folder, write_parquet, write_shards
 
 from normfree.data import DataConfig, open_evaluation, open_training
 from normfree.data.shards import count_rows, scan_shards
 from normfree.data.sources import expanded
 from normfree.data.splits import split_of
-from image_sets import CLASSES, encoded, write_folder, write_parquet, write_shards
 
 
 def everything(data):
@@ -114,7 +114,7 @@ def test_a_hub_name_is_asked_of_datasets(parquet, monkeypatch):
     assert open_evaluation(data.config).examples == 5
     assert ("someone/insects", "plain", "train", False) in asked
     assert ("someone/insects", "plain", "test", False) in asked
-    with pytest.raises(ValueError, match="examples=None.*pass it"):
+    with pytest.raises(ValueError, match=r"examples=None.*pass it"):
         open_training(DataConfig(source="hub:someone/insects", batch_size=2, streaming=True))
     streamed = DataConfig(source="hub:someone/insects", batch_size=2, streaming=True, examples=26, image_size=12)
     assert open_training(streamed).steps_per_epoch == 13
@@ -192,7 +192,7 @@ def test_a_wrong_source_is_one_line(tmp_path, name, no_network):
 def test_no_split_to_evaluate_on(folder):
     with pytest.raises(ValueError, match="evaluation_split='train' to evaluate on that"):
         open_evaluation(DataConfig(source=str(folder)))
-    with pytest.raises(ValueError, match="evaluation_split='test'.*choose one of train"):
+    with pytest.raises(ValueError, match=r"evaluation_split='test'.*choose one of train"):
         open_evaluation(DataConfig(source=str(folder), evaluation_split="test"))
 
 
@@ -234,5 +234,5 @@ def test_contradictions_are_refused():
         DataConfig(in_memory=True, streaming=True)
     with pytest.raises(ValueError, match="one number per channel"):
         DataConfig(mean=(0.5, 0.5), std=(0.2, 0.2))
-    with pytest.raises(ValueError, match="image_size=16.*the digits have 8"):
+    with pytest.raises(ValueError, match=r"image_size=16.*the digits have 8"):
         open_training(DataConfig(image_size=16))

@@ -57,17 +57,11 @@ class TableFeed:
     """
 
     def __init__(self, opened: Opened, share: Share, config: DataConfig) -> None:
-        self.share, self.epoch, self.step = share, 0, 0
-        self.loader = loader(_decoder(config, opened), self, config, keep=True)
-
-    def __iter__(self) -> Iterator[list[Example]]:
-        """The examples the loader is to fetch."""
-        epoch, seed = self.epoch, self.share.seed
-        for indices in self.share.indices(epoch, self.step):
-            yield [Example(index, (seed, epoch, index)) for index in indices]
+        self.asked = _Numbers(share)
+        self.loader = loader(_decoder(config, opened), self.asked, config, keep=True)
 
     def batches(self, epoch: int, step: int, place: Any) -> Iterator[Fed]:
-        self.epoch, self.step = epoch, step
+        self.asked.epoch, self.asked.step = epoch, step
         for batch in self.loader:
             yield Fed(batch)
 
@@ -82,28 +76,52 @@ class StreamFeed:
     """
 
     def __init__(self, opened: Opened, share: Share, config: DataConfig) -> None:
-        self.share, self.epoch, self.step, self.place = share, 0, 0, None
-        self.places: deque[Place] = deque()
         shards = Shards(opened.rows, opened.reader, share.rank, share.world_size)
-        self.stream = Stream(shards, seed=share.seed, block=config.shuffle_block)
-        self.loader = loader(_decoder(config, None), self, config, keep=True)
+        self.asked = _Records(Stream(shards, seed=share.seed, block=config.shuffle_block), share)
+        self.loader = loader(_decoder(config, None), self.asked, config, keep=True)
+
+    def batches(self, epoch: int, step: int, place: Any) -> Iterator[Fed]:
+        self.asked.begin(epoch, step, None if place is None or step == 0 else Place(**place))
+        for batch in self.loader:
+            yield Fed(batch, self.asked.places.popleft()._asdict())
+
+
+# What a loader is to fetch is an object of its own: were it the feed, feed and loader would hold each other, and
+# workers that Python's cycle collector ends, in whatever thread it runs, keep it waiting for seconds.
+
+
+class _Numbers:
+    """The examples of a table that a loader is to fetch."""
+
+    def __init__(self, share: Share) -> None:
+        self.share, self.epoch, self.step = share, 0, 0
 
     def __iter__(self) -> Iterator[list[Example]]:
-        """The examples the loader is to fetch, ahead of the batches it returns."""
-        share, epoch, size = self.share, self.epoch, self.share.batch_size
+        epoch, seed = self.epoch, self.share.seed
+        for indices in self.share.indices(epoch, self.step):
+            yield [Example(index, (seed, epoch, index)) for index in indices]
+
+
+class _Records:
+    """The examples of a stream that a loader is to decode, and for each batch ahead where its last one was."""
+
+    def __init__(self, stream: Stream, share: Share) -> None:
+        self.stream, self.share = stream, share
+        self.begin(0, 0, None)
+
+    def begin(self, epoch: int, step: int, place: Place | None) -> None:
+        """Say where the next iteration starts."""
+        self.epoch, self.step, self.place = epoch, step, place
+        self.places: deque[Place] = deque()
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        share, epoch, size, places = self.share, self.epoch, self.share.batch_size, self.places
         records = self.stream.records(epoch, self.step * size, self.place)
         for step in range(self.step, share.steps_per_epoch):
             batch = list(islice(records, size))
-            self.places.append(batch[-1][1])
+            places.append(batch[-1][1])
             key = (share.seed, epoch, share.rank)
             yield [Example(record, (*key, step * size + i)) for i, (record, _) in enumerate(batch)]
-
-    def batches(self, epoch: int, step: int, place: Any) -> Iterator[Fed]:
-        self.epoch, self.step = epoch, step
-        self.place = None if place is None or step == 0 else Place(**place)
-        self.places.clear()
-        for batch in self.loader:
-            yield Fed(batch, self.places.popleft()._asdict())
 
 
 def _decoder(config: DataConfig, opened: Opened | None) -> Decoder:
