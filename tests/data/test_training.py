@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -179,6 +180,15 @@ def test_evaluation_gives_every_image_once_over_ranks(folder, parquet, shards):
             assert sorted(seen) == list(range(len(seen))) and len(seen) in (20, 21, 26)
 
 
+def told(run):
+    """What the ValueError says; the error itself is let go, for its frames hold data workers."""
+    try:
+        run()
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("no error")
+
+
 DAMAGE = {3: b"", 8: encoded(8)[:60], 9: b"no image", 20: encoded(20, kind="GIF")[:20]}
 
 
@@ -194,11 +204,11 @@ def damaged(tmp_path):
 @pytest.mark.parametrize("way", [{"in_memory": True}, {"in_memory": False}, {"streaming": True}])
 def test_a_damaged_image_stops_training_and_is_named(damaged, workers, way):
     config = DataConfig(source=damaged, batch_size=13, workers=workers, image_size=12, **way)
-    with pytest.raises(ValueError, match=r"train\.parquet row \d+ \(\d+\.png\) does not decode as an image") as caught:
-        list(open_training(config))
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"row 3 \(3\.png\).*it is empty.*on_bad_image='skip'"):
-        list(open_evaluation(replace(config, evaluation_split="train")))
+    message = told(lambda: list(open_training(config)))
+    assert re.search(r"train\.parquet row \d+ \(\d+\.png\) does not decode as an image", message)
+    assert "\n" not in message
+    message = told(lambda: list(open_evaluation(replace(config, evaluation_split="train"))))
+    assert re.search(r"row 3 \(3\.png\).*it is empty.*on_bad_image='skip'", message)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -110,7 +110,8 @@ class Augmentation(nn.Module):
         assert self.randaugment is not None
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(MIX, self.seed, self.rank, step, 1))
-            return torch.stack([self.randaugment(image) for image in images])
+            varied = torch.stack([self.randaugment(image) for image in images])
+        return varied.contiguous(memory_format=torch.channels_last)
 
 
 def shifted(images: Tensor, offsets: Tensor, most: int) -> Tensor:
