@@ -107,6 +107,8 @@ class FixUpResNet(Backbone):
     Source: Zhang et al. 2019; Brock et al. 2021.
     """
 
+    post_activation = True
+
     def __init__(
         self,
         *,
