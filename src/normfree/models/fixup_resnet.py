@@ -97,6 +97,7 @@ class FixUpResNet(Backbone):
         activation: a name, or a module, function or factory.
         stochdepth_rate: of the last block, nearly; grows linearly from 0. The paper's regularised runs: 0.1.
         drop_rate: dropout before the classifier. The paper's regularised runs: 0.25.
+        stem: "imagenet" (7x7 of stride 2 and a max-pool), or "cifar" (3x3 of stride 1) for small images.
         num_classes: outputs of the classifier, which starts at zero; 0 for none.
         in_channels: channels of the input.
         padding: "symmetric" or "same".
@@ -118,16 +119,20 @@ class FixUpResNet(Backbone):
         activation: Activation = "relu",
         stochdepth_rate: float = 0.1,
         drop_rate: float = 0.25,
+        stem: str = "imagenet",
         num_classes: int = 1000,
         in_channels: int = 3,
         padding: str = "symmetric",
     ) -> None:
-        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate)
+        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate, stem)
         act, _ = build_activation(activation)
         blocks = sum(depths)
-        stem = ScaledConv2d(in_channels, layout.stem_channels, 7, 2, padding=padding, bias=False)
+
+        def stem_convolution(*shape: int, padding: str) -> ScaledConv2d:
+            return _he_fan_out(ScaledConv2d(*shape, padding=padding, bias=False))  # type: ignore[arg-type]
+
         super().__init__(
-            stem=layout.stem(_he_fan_out(stem), bias=ScalarBias(), activation=copy.deepcopy(act)),
+            stem=layout.stem(stem_convolution, bias=ScalarBias(), activation=copy.deepcopy(act)),
             stages=[
                 nn.Sequential(*(FixUpBlock(place, act, blocks, padding) for place in places))
                 for places in layout.places()
