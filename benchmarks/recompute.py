@@ -30,7 +30,7 @@ from normfree.signal import write_atomically
 
 MODELS = {"nf_regnet_b0": "SiLU", "nfnet_f0": "GELU"}
 SHAPE, QUICK_SHAPE = (16, 3, 128, 128), (2, 3, 64, 64)
-ROUNDS, QUICK_ROUNDS = 9, 2
+ROUNDS, QUICK_ROUNDS = 15, 2
 
 
 @contextmanager

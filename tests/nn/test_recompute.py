@@ -63,6 +63,14 @@ def test_gradients_are_bitwise_those_of_what_is_kept(name, padding, autocast):
     assert_equal_gradients(model.to(memory_format=layout), keeping(model), x.to(memory_format=layout))
 
 
+def test_autocast_leaves_float64_alone():
+    model = nn.Sequential(build_activation("silu")[0], ScaledWSConv2d(4, 3, 3)).double()
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == keeping(model)(x).dtype == torch.float64
+    assert_equal_gradients(model, keeping(model), x, enabled=True)
+
+
 @pytest.mark.parametrize("kind", RECOMPUTED)
 def test_an_activation_and_its_convolution_keep_one_tensor(kind):
     activation, _ = build_activation(kind())
@@ -160,6 +168,13 @@ def test_nothing_is_noted_where_nothing_is_kept():
     assert recompute.origin_of(changed) is None
     frozen = ScaledWSConv2d(2, 3, 3).requires_grad_(False)
     assert frozen(activation(x)).grad_fn.name() == "ConvolutionBackward0"
+
+
+def test_a_model_without_values_trains_as_well():
+    with torch.device("meta"):
+        model = create_model("nfnet_f0")
+        model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert model.stem.conv0.weight.grad.shape == (16, 3, 3, 3)
 
 
 def test_no_trace_is_left():

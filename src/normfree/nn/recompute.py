@@ -73,9 +73,10 @@ def note_origin(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Ten
 
 def convolve_recomputing(x: Tensor, origin: Origin, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Convolve x [N, C, H, W], whose origin's tensors are kept for the backward pass in place of x."""
-    if torch.is_autocast_enabled(x.device.type):
-        # Outside of the function, where autograd sees the casts; inside, autocast has nothing left to do.
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        # As autocast does, which leaves float64 alone, but where autograd sees it: outside of the function.
+        dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return _Convolution.apply(x, weight, bias, geometry, origin.function, *origin.sources)  # type: ignore[return-value]
 
