@@ -8,7 +8,9 @@ A tensor that is cheap to make says so: :func:`derived` notes what it was made f
 convolution whose input has an origin keeps the origin's tensors instead, and makes the input anew in its backward
 pass. The same holds for a padded copy of a map, and for a map plus a number.
 
-Compiled models do without: the compiler decides by itself what it keeps.
+Of NF-RegNet-B0 at 16×3×128×128 a training step keeps 117 MiB instead of 190, of NFNet-F0 509 instead of 748; it takes
+1.03 and 1.04 times the processor time on a CPU, the middle half of the rounds 0.98 to 1.10 and 0.98 to 1.06
+(``results/recompute``). Compiled models do without: the compiler decides by itself what it keeps.
 """
 
 from __future__ import annotations
