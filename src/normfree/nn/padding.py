@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.nn.checks import check_choice
-from normfree.nn.recompute import Geometry, average_pool_2x2, convolve_recomputing, derived, origin_of
+from normfree.nn.recompute import Geometry, average_pool_2x2, convolve_recomputing, derive, origin_of
 
 PADDING_STYLES = ("symmetric", "same")
 
@@ -65,10 +65,7 @@ def pad_same(
     rows, columns = (same_padding(x.shape[2 + i], kernels[i], strides[i], dilations[i]) for i in (0, 1))
     extra_row, extra_column = rows[1] - rows[0], columns[1] - columns[0]
     if extra_row or extra_column:
-        pad = functools.partial(F.pad, pad=(0, extra_column, 0, extra_row), value=value)
-        known = origin_of(x)
-        function, sources = (pad, (x,)) if known is None else (lambda *s: pad(known.function(*s)), known.sources)
-        x = derived(pad(x), function, *sources)
+        x = derive(x, functools.partial(F.pad, pad=(0, extra_column, 0, extra_row), value=value))
     return x, (rows[0], columns[0])
 
 

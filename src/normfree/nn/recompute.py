@@ -65,6 +65,14 @@ def origin_of(x: Tensor) -> Origin | None:
     return origin if origin is not None and origin.version == x._version else None
 
 
+def derive(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return ``function(x)``, derived from what x is made from, or from x where that is not known."""
+    known = origin_of(x)
+    if known is None:
+        return derived(function(x), function, x)
+    return derived(function(x), lambda *sources: function(known.function(*sources)), *known.sources)
+
+
 def note_origin(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     """Note an activation's output as derived from its input: a forward hook of the activation module."""
     (x,) = inputs

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from normfree.models import Backbone
-from normfree.weights.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_folder, save_pretrained
+from normfree.weights.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_folder, model_card, save_pretrained
 
 
 def from_pretrained(
@@ -99,9 +99,7 @@ def push_to_hub(
         api = hub.HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if model_card_kwargs or not api.file_exists(repo_id, CARD_FILE, revision=branch):
-            hub_model_class()(model).generate_model_card(repo_id=repo_id, **(model_card_kwargs or {})).save(
-                folder / CARD_FILE
-            )
+            metadata_card(cast(Backbone, model), repo_id, **(model_card_kwargs or {})).save(folder / CARD_FILE)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -110,6 +108,14 @@ def push_to_hub(
             **upload_options,
         )
     return str(commit)
+
+
+def metadata_card(model: Backbone, repository: str, **fields: Any) -> Any:
+    """Return a ``huggingface_hub.ModelCard`` for a repository, with these fields of metadata besides its own."""
+    card = require_huggingface_hub().ModelCard(model_card(model, repository))
+    for field, value in fields.items():
+        setattr(card.data, field, value)
+    return card
 
 
 def require_huggingface_hub() -> ModuleType:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from normfree.models import Backbone
 from normfree.nn.checks import invalid
-from normfree.weights.folder import PLACEHOLDER, TAGS, model_card, save_pretrained
-from normfree.weights.hub import from_pretrained, push_to_hub
+from normfree.weights.folder import PLACEHOLDER, TAGS, save_pretrained
+from normfree.weights.hub import from_pretrained, metadata_card, push_to_hub
 
 
 class HubModel(nn.Module, PyTorchModelHubMixin, library_name="normfree", tags=list(TAGS)):
@@ -52,10 +52,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="normfree", tags=li
 
     def generate_model_card(self, *args: Any, repo_id: str = PLACEHOLDER, **fields: Any) -> ModelCard:
         """Return a model card for a repository, with these fields of metadata besides its own."""
-        card = ModelCard(model_card(self.model, repo_id))
-        for field, value in fields.items():
-            setattr(card.data, field, value)
-        return card
+        return metadata_card(self.model, repo_id, **fields)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_pretrained(self.model, save_directory, card=False)
