@@ -21,7 +21,7 @@ ALLOWED = {
 }
 
 # Wanted by the command line alone; a bare machine has none of them.
-EXTRAS = ("plotly", "rich", "tyro", "sklearn", "timm", "PIL", "matplotlib")
+EXTRAS = ("plotly", "rich", "tyro", "sklearn", "timm", "PIL", "matplotlib", "huggingface_hub")
 
 
 def imports_of(file: Path) -> set[str]:
