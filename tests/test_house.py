@@ -15,6 +15,7 @@ ALLOWED = {
     "nn": {"nn"},
     "models": {"models", "nn"},
     "weights": {"weights", "models", "nn", "signal"},
+    "optim": {"optim", "nn"},
     "data": {"data"},
     "export": {"export", "nn", "signal"},
     "paper": {"paper", "models", "nn", "signal"},

@@ -7,9 +7,10 @@
 
 from typing import Any
 
+from normfree import optim
 from normfree.models import create_model, list_models
 from normfree.nn import fold, gamma
-from normfree.signal import SignalPropagation, spp
+from normfree.signal import SignalHistory, SignalMonitor, SignalPropagation, spp
 from normfree.weights import (
     from_pretrained,
     load,
@@ -23,6 +24,8 @@ from normfree.weights import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "SignalHistory",
+    "SignalMonitor",
     "SignalPropagation",
     "create_model",
     "fold",
@@ -32,6 +35,7 @@ __all__ = [
     "load",
     "load_haiku_weights",
     "load_timm_weights",
+    "optim",
     "push_to_hub",
     "save",
     "save_pretrained",
