@@ -98,29 +98,33 @@ def _verdict(result: dict[str, Any]) -> str:
     return f"{met.count(True)} of {len(met)} targets met"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a set, or one part of it."""
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options, the device and the folder of results decided."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.networks", description=__doc__)
     parser.add_argument("--set", choices=sorted(SETS), default="cpu")
     parser.add_argument("--device", help="where to run; the set's own by default", default="")
     parser.add_argument("--only", default="*", help="shell pattern of parts, such as 'resnet50-*'")
     parser.add_argument("--part", default="", help="run this part in this process")
-    parser.add_argument("--quick", action="store_true", help="tiny images and one round: does it run at all?")
+    parser.add_argument("--quick", action="store_true", help="small networks, one round: does it run at all?")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args(arguments)
     options.device = options.device or {"cpu": "cpu", "gpu": "cuda"}[options.set]
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit("benchmarks.networks: there is no GPU here; give --device cpu to rehearse")
     default = os.environ.get("OUT") or Path("results") / machine_name(options.device)
-    out = options.out or Path(default)
+    options.out = options.out or Path(default)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a set, or one part of it; return 0 if all of it was measured."""
+    options = parsed(arguments)
     comparisons = SETS[options.set]()
-    comparisons = quick(comparisons) if options.quick else comparisons
-    named = {part.name: part for part in comparisons.parts}
     if options.part:
-        run_here(named[options.part], options, out)
+        run_here(next(part for part in comparisons.parts if part.name == options.part), options, options.out)
         return 0
-    return 1 if run_all(comparisons, options, out) else 0
+    return 1 if run_all(quick(comparisons) if options.quick else comparisons, options, options.out) else 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__" and (code := main()):
+    sys.exit(code)

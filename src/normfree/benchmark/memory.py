@@ -45,7 +45,7 @@ def _allocations(call: Callable[[], Any]) -> list[int]:
     results = recorded.profiler.kineto_results
     assert results is not None
     events = [event for event in results.events() if event.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]  # type: ignore[attr-defined]
 
 
 def _highest(changes: list[int]) -> int:

@@ -46,7 +46,12 @@ def measure(
     Raises:
         ValueError: a model that there is not.
     """
-    device = torch.device(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _measured(part, torch.device(device), seed, lenient, say)
+
+
+def _measured(part: Part, device: torch.device, seed: int, lenient: bool, say: Callable[[str], None]) -> dict[str, Any]:
     contenders: dict[str, dict[str, Any]] = {}
     calls: dict[str, Call] = {}
     load = os.getloadavg()[0]
