@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import hardware
+from normfree.benchmark import hardware
 from normfree.models import create_model
 from normfree.nn import padding, recompute
 from normfree.signal import write_atomically

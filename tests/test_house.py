@@ -18,6 +18,7 @@ ALLOWED = {
     "optim": {"optim", "nn"},
     "data": {"data"},
     "export": {"export", "nn", "signal"},
+    "benchmark": {"benchmark", "models", "nn", "signal", "export", "sources"},
     "paper": {"paper", "models", "nn", "signal"},
 }
 
