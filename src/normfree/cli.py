@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 import normfree
+from normfree.commands.benchmark import Benchmark
 from normfree.commands.demo import Demo
 from normfree.commands.export import Export
 from normfree.commands.models import Models
@@ -23,7 +24,14 @@ from normfree.nn.checks import suggestion
 WIDTH = 110
 """Columns of what is not read on a terminal."""
 
-COMMANDS = {"spp": Spp, "models": Models, "export": Export, "paper": Paper, "demo": Demo}
+COMMANDS = {
+    "spp": Spp,
+    "models": Models,
+    "export": Export,
+    "benchmark": Benchmark,
+    "paper": Paper,
+    "demo": Demo,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

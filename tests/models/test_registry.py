@@ -79,7 +79,7 @@ def test_unknown_overrides_are_answered_with_the_accepted():
     with pytest.raises(ValueError, match=r"^alpha=0.2: resnet50 has no such override; it takes "):
         create_model("resnet50", alpha=0.2)
     assert accepted_overrides("skipinit_resnet50") == [
-        "depths", "width", "widths", "activation", "stochdepth_rate", "drop_rate", "skipinit_gain",
+        "depths", "width", "widths", "activation", "stochdepth_rate", "drop_rate", "skipinit_gain", "stem",
     ]  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from normfree.models.layout import BlockPlace
 from normfree.models.registry import register
 from normfree.models.resnet_common import ResNetLayout, resnet_variants
 from normfree.nn import Activation, ScaledConv2d, build_activation
+from normfree.nn.recompute import derived
 
 
 class ScalarBias(nn.Module):
@@ -35,7 +36,7 @@ class ScalarBias(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.bias
+        return derived(x + self.bias, torch.add, x, self.bias)
 
 
 def _he_fan_out(convolution: ScaledConv2d, factor: float = 1.0) -> ScaledConv2d:
@@ -96,6 +97,7 @@ class FixUpResNet(Backbone):
         activation: a name, or a module, function or factory.
         stochdepth_rate: of the last block, nearly; grows linearly from 0. The paper's regularised runs: 0.1.
         drop_rate: dropout before the classifier. The paper's regularised runs: 0.25.
+        stem: "imagenet" (7x7 of stride 2 and a max-pool), or "cifar" (3x3 of stride 1) for small images.
         num_classes: outputs of the classifier, which starts at zero; 0 for none.
         in_channels: channels of the input.
         padding: "symmetric" or "same".
@@ -106,6 +108,8 @@ class FixUpResNet(Backbone):
     Source: Zhang et al. 2019; Brock et al. 2021.
     """
 
+    post_activation = True
+
     def __init__(
         self,
         *,
@@ -115,16 +119,20 @@ class FixUpResNet(Backbone):
         activation: Activation = "relu",
         stochdepth_rate: float = 0.1,
         drop_rate: float = 0.25,
+        stem: str = "imagenet",
         num_classes: int = 1000,
         in_channels: int = 3,
         padding: str = "symmetric",
     ) -> None:
-        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate)
+        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate, stem)
         act, _ = build_activation(activation)
         blocks = sum(depths)
-        stem = ScaledConv2d(in_channels, layout.stem_channels, 7, 2, padding=padding, bias=False)
+
+        def stem_convolution(*shape: int, padding: str) -> ScaledConv2d:
+            return _he_fan_out(ScaledConv2d(*shape, padding=padding, bias=False))  # type: ignore[arg-type]
+
         super().__init__(
-            stem=layout.stem(_he_fan_out(stem), bias=ScalarBias(), activation=copy.deepcopy(act)),
+            stem=layout.stem(stem_convolution, bias=ScalarBias(), activation=copy.deepcopy(act)),
             stages=[
                 nn.Sequential(*(FixUpBlock(place, act, blocks, padding) for place in places))
                 for places in layout.places()

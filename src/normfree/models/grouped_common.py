@@ -106,8 +106,12 @@ class RegNetLayout(GroupedLayout):
     Args: as ``GroupedLayout``'s; ``expansion`` is the factor of a block's input channels.
     """
 
-    stem_stride = 2
     stage_strides = (2, 2, 2, 2)
+
+    @property
+    def stem_stride(self) -> int:
+        """Pixels of the input per cell after the stem."""
+        return 2
 
     @property
     def stem_channels(self) -> int:

@@ -71,7 +71,6 @@ class Layout(ABC, Generic[Place]):
         ValueError: a value that breaks its rule.
     """
 
-    stem_stride: ClassVar[int]
     stage_strides: ClassVar[tuple[int, ...]]
 
     depths: Sequence[int]
@@ -100,6 +99,11 @@ class Layout(ABC, Generic[Place]):
     def stage_channels(self) -> tuple[int, ...]:
         """Output channels of the four stages."""
         return tuple(self.widths or (int(self.width * channels) for channels in self.base_widths))
+
+    @property
+    @abstractmethod
+    def stem_stride(self) -> int:
+        """Pixels of the input per cell after the stem, along each axis."""
 
     @property
     @abstractmethod

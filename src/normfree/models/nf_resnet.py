@@ -108,6 +108,7 @@ class NFResNet(NFBackbone):
         skipinit_gain: initial value of every skip gain; 0 in the paper, 1 to draw its plots.
         conv: "scaled_ws", or "scaled" for plain LeCun weights with the same gamma and beta (the paper's
             mean-shift figure).
+        stem: "imagenet" (7x7 of stride 2 and a max-pool), or "cifar" (3x3 of stride 1) for small images.
         num_classes: outputs of the classifier; 0 for none.
         in_channels: channels of the input.
         padding: "symmetric" or "same".
@@ -132,11 +133,12 @@ class NFResNet(NFBackbone):
         drop_rate: float = 0.25,
         skipinit_gain: float = 0.0,
         conv: str = "scaled_ws",
+        stem: str = "imagenet",
         num_classes: int = 1000,
         in_channels: int = 3,
         padding: str = "symmetric",
     ) -> None:
-        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate)
+        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate, stem)
         convolution = CONVOLUTIONS[check_choice("conv", conv, tuple(CONVOLUTIONS))]
         style = nf_style(activation, alpha, skipinit_gain, padding, convolution)
         ratio = check_number("se_ratio", se_ratio, 0.0, exclusive=True)
@@ -146,7 +148,7 @@ class NFResNet(NFBackbone):
             layout=layout,
             block=block,
             style=style,
-            stem=layout.stem(style.convolution(in_channels, layout.stem_channels, 7, 2, padding=padding)),
+            stem=layout.stem(style.convolution),
             final=copy.deepcopy(style.activation),
             num_features=layout.stage_channels[-1],
             num_classes=num_classes,

@@ -70,8 +70,12 @@ class NFNetLayout(GroupedLayout):
     Args: as ``GroupedLayout``'s; ``expansion`` is that share.
     """
 
-    stem_stride = 4
     stage_strides = (1, 2, 2, 2)
+
+    @property
+    def stem_stride(self) -> int:
+        """Pixels of the input per cell after the stem."""
+        return 4
 
     @property
     def stem_channels(self) -> int:

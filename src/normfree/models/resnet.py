@@ -11,6 +11,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,6 +68,7 @@ class ResNet(Backbone):
         widths: the stages' channels themselves, instead of ``width``.
         activation: a name, or a module, function or factory.
         stochdepth_rate, drop_rate: 0, as in the paper's unregularised runs, which batch norm does best in.
+        stem: "imagenet" (7x7 of stride 2 and a max-pool), or "cifar" (3x3 of stride 1) for small images.
         num_classes: outputs of the classifier; 0 for none.
         in_channels: channels of the input.
         padding: "symmetric" or "same".
@@ -77,6 +79,8 @@ class ResNet(Backbone):
     Source: He et al. 2016.
     """
 
+    post_activation = True
+
     def __init__(
         self,
         *,
@@ -86,17 +90,18 @@ class ResNet(Backbone):
         activation: Activation = "relu",
         stochdepth_rate: float = 0.0,
         drop_rate: float = 0.0,
+        stem: str = "imagenet",
         num_classes: int = 1000,
         in_channels: int = 3,
         padding: str = "symmetric",
     ) -> None:
-        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate)
+        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate, stem)
         act, _ = build_activation(activation)
-        stem = ScaledConv2d(
-            in_channels, layout.stem_channels, 7, 2, padding=padding, bias=False, init_scale=math.sqrt(2)
-        )
+        stem_convolution = partial(ScaledConv2d, bias=False, init_scale=math.sqrt(2))
         super().__init__(
-            stem=layout.stem(stem, norm=nn.BatchNorm2d(layout.stem_channels), activation=copy.deepcopy(act)),
+            stem=layout.stem(
+                stem_convolution, norm=nn.BatchNorm2d(layout.stem_channels), activation=copy.deepcopy(act)
+            ),
             stages=[
                 nn.Sequential(*(PostActivationBlock(place, act, padding) for place in places))
                 for places in layout.places()

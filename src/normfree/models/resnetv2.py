@@ -15,6 +15,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -102,6 +103,7 @@ class ResNetV2(Backbone):
         norm: "batch", "group" (32 groups), "layer" (over channels and space), "instance" (affine) or None.
         order: "norm-act" (BN-ReLU-Conv) or "act-norm" (ReLU-BN-Conv).
         stochdepth_rate, drop_rate: 0, as in the paper's unregularised runs, which batch norm does best in.
+        stem: "imagenet" (7x7 of stride 2 and a max-pool), or "cifar" (3x3 of stride 1) for small images.
         num_classes: outputs of the classifier; 0 for none.
         in_channels: channels of the input.
         padding: "symmetric" or "same".
@@ -123,19 +125,18 @@ class ResNetV2(Backbone):
         order: str = "norm-act",
         stochdepth_rate: float = 0.0,
         drop_rate: float = 0.0,
+        stem: str = "imagenet",
         num_classes: int = 1000,
         in_channels: int = 3,
         padding: str = "symmetric",
     ) -> None:
-        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate)
+        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate, stem)
         check_choice("norm", norm, tuple(NORMS))
         check_choice("order", order, ORDERS)
         preactivation = Preactivation(norm, order, build_activation(activation)[0])
-        stem = ScaledConv2d(
-            in_channels, layout.stem_channels, 7, 2, padding=padding, bias=False, init_scale=math.sqrt(2)
-        )
+        stem_convolution = partial(ScaledConv2d, bias=False, init_scale=math.sqrt(2))
         super().__init__(
-            stem=layout.stem(stem),
+            stem=layout.stem(stem_convolution),
             stages=[
                 nn.Sequential(*(PreactivationBlock(place, preactivation, padding) for place in places))
                 for places in layout.places()

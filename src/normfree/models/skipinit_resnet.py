@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,6 +68,7 @@ class SkipInitResNet(Backbone):
         stochdepth_rate: of the last block, nearly; grows linearly from 0. The paper's regularised runs: 0.1.
         drop_rate: dropout before the classifier. The paper's regularised runs: 0.25.
         skipinit_gain: initial value of every skip gain.
+        stem: "imagenet" (7x7 of stride 2 and a max-pool), or "cifar" (3x3 of stride 1) for small images.
         num_classes: outputs of the classifier, which starts at zero; 0 for none.
         in_channels: channels of the input.
         padding: "symmetric" or "same".
@@ -87,18 +89,17 @@ class SkipInitResNet(Backbone):
         stochdepth_rate: float = 0.1,
         drop_rate: float = 0.25,
         skipinit_gain: float = 0.0,
+        stem: str = "imagenet",
         num_classes: int = 1000,
         in_channels: int = 3,
         padding: str = "symmetric",
     ) -> None:
-        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate)
+        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate, stem)
         act, _ = build_activation(activation)
         gain = check_number("skipinit_gain", skipinit_gain)
-        stem = ScaledConv2d(
-            in_channels, layout.stem_channels, 7, 2, padding=padding, bias=False, init_scale=math.sqrt(2)
-        )
+        stem_convolution = partial(ScaledConv2d, bias=False, init_scale=math.sqrt(2))
         super().__init__(
-            stem=layout.stem(stem),
+            stem=layout.stem(stem_convolution),
             stages=[
                 nn.Sequential(*(SkipInitBlock(place, act, gain, padding) for place in places))
                 for places in layout.places()

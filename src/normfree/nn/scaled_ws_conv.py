@@ -136,10 +136,11 @@ def _standardized_above_floor(rows: Tensor, gain: Tensor, scale: float) -> Tenso
         return None
     filters, fan_in = rows.shape
     weight = gain * (scale / math.sqrt(fan_in))
-    standardized, _, inverse_deviation = torch.native_group_norm(rows, weight, None, 1, filters, fan_in, filters, _TINY)
+    sizes = (1, filters, fan_in, filters)
     try:
+        standardized, _, inverse_deviation = torch.native_group_norm(rows, weight, None, *sizes, _TINY)
         below = inverse_deviation.detach().amax().item() > math.sqrt(fan_in / VARIANCE_FLOOR)
-    except RuntimeError:  # a batch of weights under vmap, or weights without values
+    except RuntimeError:  # a batch of weights or of gains under vmap, or weights without values
         return None
     return None if below else standardized
 

@@ -72,7 +72,7 @@ def spp(
     Source: Brock, De, Smith, "Characterizing signal propagation to close the performance gap in
     unnormalized ResNets", ICLR 2021, section 3. The input correlation and the gradient are additions.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     if points not in POINTS:
         raise ValueError(f"points: {points!r} is not known; choose one of {', '.join(map(repr, POINTS))}")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
@@ -189,11 +189,12 @@ def _check_gradients(gradients: list[float | None], recording: Recording) -> Non
         )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that a compiled, data-parallel or Lightning Fabric wrapper holds."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: {type(model).__name__} is no torch.nn.Module")
     while True:
-        inner = getattr(model, "_orig_mod", None)  # torch.compile
+        inner = getattr(model, "_orig_mod", getattr(model, "_original_module", None))  # torch.compile, Fabric
         if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = model.module
         if not isinstance(inner, nn.Module):

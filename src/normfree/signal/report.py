@@ -7,15 +7,12 @@ The page's content security policy forbids it to request anything.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from normfree.signal.files import write_atomically
+from normfree.signal.page import inert, page_file, plotly_source, write_page
 from normfree.signal.panels import (
     COLORS,
     ENTRY_X,
@@ -71,9 +68,9 @@ def write_report(
     layers = "Where a model has no residual additions, a point is the output of a weighted layer."
     parts = {
         "title": escape(title),
-        "style": _page_file("css"),
-        "script": _page_file("js"),
-        "plotly": _plotly().replace("</script", "<\\/script"),
+        "style": page_file("report_page.css"),
+        "script": page_file("report_page.js"),
+        "plotly": plotly_source(),
         "measured": "\n  ".join(f'<p class="measured">{escape(line)}</p>' for line in caption_of(signals)),
         "summary": "".join(_verdict(signal, number) for number, signal in enumerate(signals)),
         "legend": "".join(_legend_item(signal, number) for number, signal in enumerate(signals)),
@@ -83,30 +80,9 @@ def write_report(
         "layerwise": layers if any(is_layerwise(signal) for signal in signals) else "",
         "tables": "".join(numbers_table(signal) for signal in signals),
         "configuration": settings_table(signals),
-        "data": _inert(_page_data(signals)),
+        "data": inert(_page_data(signals)),
     }
-    # One pass over the page alone: what looks like a placeholder inside the data stays as it is.
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _page_file("html"))
-    return write_atomically(path, page)
-
-
-def _plotly() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ImportError("write_report needs plotly; install it with: pip install plotly") from error
-    return get_plotlyjs()
-
-
-def _page_file(kind: str) -> str:
-    package = resources.files("normfree.signal")
-    return package.joinpath(f"report_page.{kind}").read_text(encoding="utf-8").rstrip()
-
-
-def _inert(value: Any) -> str:
-    """JSON that no HTML parser can mistake for markup, inside a script element."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return write_page(path, "report_page.html", parts)
 
 
 def _page_data(signals: Sequence[SignalPropagation]) -> dict[str, Any]:

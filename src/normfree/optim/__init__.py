@@ -1,0 +1,19 @@
+"""Optimization without normalizers: adaptive gradient clipping, parameter groups, schedule, weight averaging."""
+
+from normfree.optim.averaging import WeightAverage
+from normfree.optim.clipping import clip_grad_adaptive_
+from normfree.optim.clipping_optimizer import AdaptiveGradientClipping
+from normfree.optim.groups import nesterov_sgd, parameter_groups
+from normfree.optim.schedule import warmup_cosine, warmup_cosine_factor
+from normfree.optim.units import final_linear
+
+__all__ = [
+    "AdaptiveGradientClipping",
+    "WeightAverage",
+    "clip_grad_adaptive_",
+    "final_linear",
+    "nesterov_sgd",
+    "parameter_groups",
+    "warmup_cosine",
+    "warmup_cosine_factor",
+]

@@ -1,0 +1,182 @@
+"""The units of a network: the slices of each parameter that adaptive gradient clipping measures and clips.
+
+A unit is what one output of a layer owns of the layer's weight. Which axis that is depends on the layer:
+
+    linear, embedding               [out, in]              axis 0
+    convolution, grouped too        [out, in/G, ...]       axis 0
+    transposed convolution          [in, out, ...]         axis 1
+    ... of G groups                 [in, out/G, ...]       seen as [G, in/G, out/G, ...], axes 0 and 2
+    vectors, scalars, and all with one axis longer than 1: the whole parameter is one unit
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils.parametrize import ParametrizationList
+
+from normfree.nn.checks import invalid, suggestion
+
+Parameters = nn.Module | Iterable[tuple[str, Tensor]]
+
+HEADS = ("classifier", "fc", "head", "heads")
+"""What networks call the part that ends in their final linear layer."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """One parameter and how it divides into units.
+
+    Attributes:
+        name: of the parameter.
+        parameter: the parameter itself.
+        groups: of a transposed convolution, whose first axis is to be seen as [groups, in / groups]; otherwise 1.
+        kept: axes (after that) whose entries are the units; none if the parameter is one unit.
+    """
+
+    name: str
+    parameter: Tensor
+    groups: int = 1
+    kept: tuple[int, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many units there are, over all shards of the parameter."""
+        shape = self.parameter.shape
+        shape = shape if self.groups == 1 else (self.groups, shape[0] // self.groups, *shape[1:])
+        return math.prod(shape[axis] for axis in self.kept)
+
+    def arranged(self, tensor: Tensor) -> Tensor:
+        """Return the parameter's values or gradient, or a shard of them, as a view whose axes ``kept`` are units."""
+        tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        return tensor if self.groups == 1 else tensor.unflatten(0, (self.groups, -1))
+
+    def norms(self, arranged: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the norm of each unit of an arranged tensor, with the axes that it sums over kept at size 1."""
+        summed = [axis for axis in range(arranged.dim()) if axis not in self.kept]
+        return torch.linalg.vector_norm(arranged, 2, summed, keepdim=True, dtype=dtype)
+
+
+def units_of(parameters: Parameters, exclude: Iterable[str] | None = None) -> list[Units]:
+    """Say how every parameter divides into units, those excluded left out.
+
+    Args:
+        parameters: a module; or pairs (name, parameter), which do not say what layer a parameter belongs to: axis 0
+            is then taken to be the output's, and ``exclude`` must be given.
+        exclude: names of parameters, or of modules for all of theirs. By default the weight of a module's final
+            linear layer, see :func:`final_linear`; ``()`` for none.
+
+    Returns:
+        One entry for each parameter, shared ones once.
+
+    Raises:
+        ValueError: for a name that no parameter has, pairs without ``exclude``, and parameters that FSDP1 has
+            flattened.
+    """
+    if isinstance(exclude, str):
+        raise invalid("exclude", exclude, "must be a collection of names", f"pass exclude=[{exclude!r}]")
+    if isinstance(parameters, nn.Module):
+        model = original(parameters)
+        owned = list(_owned(model))
+        excluded = _final_weights(model) if exclude is None else _named((n for n, *_ in owned), exclude)
+    else:
+        owned = [(name, parameter, None) for name, parameter in _checked_pairs(parameters)]
+        if exclude is None:
+            rule = "bare parameters do not tell which of them is the final linear layer's weight"
+            raise invalid("exclude", None, rule, "pass the model, or name what to leave alone; exclude=() clips all")
+        excluded = _named((n for n, *_ in owned), exclude)
+    # By identity: a tied weight has two names, and is left alone if either is excluded.
+    left_out = {id(parameter) for name, parameter, _ in owned if name in excluded}
+    found: dict[int, Units] = {}
+    for name, parameter, owner in owned:
+        if id(parameter) not in left_out and id(parameter) not in found:
+            found[id(parameter)] = _units(name, parameter, owner)
+    return list(found.values())
+
+
+def original(model: nn.Module) -> nn.Module:
+    """Return the module that a compiled, data-parallel or Fabric wrapper holds."""
+    while True:
+        inner = getattr(model, "_orig_mod", getattr(model, "_original_module", None))
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def final_linear(model: nn.Module) -> str | None:
+    """Return the name of the network's final linear layer, or None if it does not end in one.
+
+    It is the last linear layer of the child called "classifier", "fc", "head" or "heads". Where there is no such
+    child, the one child that has parameters is looked into (a training wrapper around a network), and failing that
+    it is the last layer with a weight, if that is linear.
+    """
+    head = next((name for name, _ in reversed(list(model.named_children())) if name in HEADS), None)
+    if head is not None:
+        linears = [name for name, m in model.get_submodule(head).named_modules(prefix=head) if isinstance(m, nn.Linear)]
+        return linears[-1] if linears else None
+    inner = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+    own = any(parameter is not None for parameter in model.parameters(recurse=False))
+    if len(inner) == 1 and not own and not isinstance(model, nn.Sequential | nn.Linear):
+        found = final_linear(model.get_submodule(inner[0]))
+        return None if found is None else f"{inner[0]}.{found}".rstrip(".")
+    weighted = [owner for _, parameter, owner in _owned(model) if parameter.dim() > 1]
+    if not weighted or not isinstance(weighted[-1], nn.Linear):
+        return None
+    return next(name for name, module in model.named_modules() if module is weighted[-1])
+
+
+def _owned(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
+    """Every name of every parameter with the layer it belongs to, which for parametrizations is the layer above."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for prefix, module in modules.items():
+        owner = module
+        if isinstance(module, ParametrizationList):
+            owner = modules[prefix.rpartition(".parametrizations.")[0]]
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            yield name, parameter, owner
+
+
+def _final_weights(model: nn.Module) -> set[str]:
+    """The final linear layer's weight, by all the names a parametrization may have split it into."""
+    layer = final_linear(model)
+    if layer is None:
+        return set()
+    prefix = f"{layer}." if layer else ""
+    starts = (f"{prefix}weight", f"{prefix}parametrizations.weight.")
+    return {name for name, _ in model.named_parameters(remove_duplicate=False) if name.startswith(starts)}
+
+
+def _named(names: Iterable[str], exclude: Iterable[str]) -> set[str]:
+    known, excluded = list(names), set[str]()
+    for wanted in exclude:
+        matching = {name for name in known if name == wanted or name.startswith(f"{wanted}.")}
+        if not matching:
+            raise invalid("exclude", wanted, "no parameter or module has this name", suggestion(wanted, known))
+        excluded |= matching
+    return excluded
+
+
+def _checked_pairs(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for item in parameters:
+        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Tensor)):
+            rule = "must be a module, or give pairs (name, parameter)"
+            raise invalid("parameters", type(item).__name__, rule, "pass the model, or model.named_parameters()")
+        yield item
+
+
+def _units(name: str, parameter: Tensor, owner: nn.Module | None) -> Units:
+    if getattr(parameter, "_fsdp_flattened", False):
+        rule = "FullyShardedDataParallel flattens parameters, which then have no units"
+        raise invalid("parameters", name, rule, "shard with torch.distributed.fsdp.fully_shard")
+    if sum(size > 1 for size in parameter.shape) <= 1:
+        return Units(name, parameter)
+    if isinstance(owner, _ConvTransposeNd) and parameter.dim() > 2:
+        return Units(name, parameter, owner.groups, (1,) if owner.groups == 1 else (0, 2))
+    return Units(name, parameter, kept=(0,))

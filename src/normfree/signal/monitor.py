@@ -1,0 +1,256 @@
+"""Listen to a model while it trains: its signal propagation plot every few steps, at a hundredth of the time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_map
+
+from normfree.signal.history import SignalHistory
+from normfree.signal.inputs import Batch
+from normfree.signal.measure import spp, unwrapped
+from normfree.signal.preserve import MODES
+from normfree.signal.propagation import SignalPropagation
+
+CURVES = ("avg_channel_sq_mean", "avg_channel_var", "residual_avg_channel_var", "avg_sq_gradient")
+
+
+class SignalMonitor:
+    """Records ``spp`` of one fixed batch through training, and leaves the training bit for bit as it is.
+
+    ::
+
+        with SignalMonitor(model, probe) as monitor:  # records step 0
+            for images, labels in loader:
+                ...
+                optimizer.step()
+                monitor.step()
+        monitor.to_html("signal.html")  # a slider over the steps
+
+    Only rank 0 listens; other ranks wait for it in their next collective. The model may be compiled or wrapped for
+    data parallelism: the module inside is listened to.
+
+    Args:
+        model: the model that is trained.
+        batch: what to listen with: a tensor, a tuple of positional or a mapping of keyword arguments, of a few
+            examples (8 to 32); it is copied. None for Gaussian noise of the shape the model suggests.
+        every: steps between records. None (default) listens as often as ``share`` allows.
+        share: without ``every``, the largest part of the time since the start that listening may take. The records
+            of the first and of the last step are made in any case.
+        writer: a TensorBoard ``SummaryWriter``, or whatever has its ``add_scalar``.
+        tag: first part of the names of the scalars.
+        mode, points, gradient, wake, seed, name: as ``spp``'s; ``wake`` is off, for in training the network is
+            what its gains make it.
+
+    Attributes:
+        history: the records, a ``SignalHistory``: a list of (step, ``SignalPropagation``).
+        steps: steps taken.
+        failures: (step, message) of measurements that failed after the first, such as for weights that have become
+            infinite; each is a warning too, for a monitor does not end a run.
+
+    Raises:
+        ValueError: for options that make no sense, and models that one rank cannot run alone (sharded parameters,
+            SyncBatchNorm over several ranks); when it starts, as ``spp``.
+
+    Source: the curves are those of Brock, De, Smith, ICLR 2021, section 3.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch | None = None,
+        *,
+        every: int | None = None,
+        share: float = 0.01,
+        writer: Any = None,
+        tag: str = "signal",
+        name: str | None = None,
+        mode: str = "batch-statistics",
+        points: str = "auto",
+        gradient: bool = False,
+        wake: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+            raise ValueError(f"every: {every!r} is no number of steps; give 1 or more, or None to go by the time")
+        if not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ValueError(f"share: {share!r} is no part of the time; give a number above 0 and up to 1, as 0.01")
+        if mode not in MODES:
+            raise ValueError(f"mode: {mode!r} is not known; choose one of {', '.join(map(repr, MODES))}")
+        self.model = unwrapped(model)
+        _check_alone(self.model, mode)
+        self.every, self.share, self.writer, self.tag = every, share, writer, tag
+        self._batch = _copied(batch)
+        self._options: dict[str, Any] = {"mode": mode, "points": points, "gradient": gradient, "wake": wake}
+        self._options |= {"seed": seed, "name": name}
+        self.history = SignalHistory()
+        self.failures: list[tuple[int, str]] = []
+        self.steps = 0
+        self._spent = self._last_cost = self._before = 0.0
+        self._began: float | None = None
+        self._asked = 0  # the step of the latest attempt to measure
+
+    def start(self) -> None:
+        """Start the clock and record step 0; after a resumption, only the former."""
+        if self._began is None:
+            if self._listens():
+                # The first measurement of a process loads a second or two of Python modules. That is start-up, and
+                # taken for the cost of a record it would put off the next one by minutes.
+                with torch.random.fork_rng(devices=[]):  # for the weight that is drawn
+                    spp(nn.Linear(1, 1), torch.zeros(2, 1))
+            self._began = perf_counter()
+            if self._listens() and not self.history:
+                self._record(self._measured())
+
+    def step(self, steps: int | None = None) -> SignalPropagation | None:
+        """Note that the optimizer has taken a step, and listen if it is time.
+
+        Args:
+            steps: steps taken so far, where the loop counts them itself; one more than last time by default.
+
+        Returns:
+            The record, if one was made.
+        """
+        self.start()
+        self.steps = self.steps + 1 if steps is None else steps
+        return self._try() if self._listens() and self._due() else None
+
+    def stop(self) -> None:
+        """Record the last step, unless it has been, and stop the clock."""
+        if self._began is None:
+            return
+        if self._listens() and self._asked != self.steps:
+            self._try()
+        self._before, self._began = self.elapsed, None
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds between the start and now, or the stop; of resumed runs, all together."""
+        return self._before + (0.0 if self._began is None else perf_counter() - self._began)
+
+    @property
+    def cost(self) -> float:
+        """The part of the time that listening has taken so far."""
+        return self._spent / self.elapsed if self.elapsed else 0.0
+
+    def _listens(self) -> bool:
+        grouped = distributed.is_available() and distributed.is_initialized()
+        return not grouped or distributed.get_rank() == 0
+
+    def _due(self) -> bool:
+        if self.steps == self._asked:
+            return False
+        if self.every is not None:
+            return self.steps // self.every != self._asked // self.every
+        return self._spent + self._last_cost <= self.share * self.elapsed
+
+    def _try(self) -> SignalPropagation | None:
+        try:
+            signal = self._measured()
+        except ValueError as error:
+            self.failures.append((self.steps, str(error)))
+            warnings.warn(f"the signal of step {self.steps} could not be measured: {error}", stacklevel=3)
+            return None
+        self._record(signal)
+        return signal
+
+    def _measured(self) -> SignalPropagation:
+        if any(parameter.device.type != "cpu" for parameter in self.model.parameters()):
+            torch.accelerator.synchronize()  # the training step's time is not ours
+        began, self._asked = perf_counter(), self.steps
+        try:
+            return spp(self.model, self._batch, **self._options)
+        finally:
+            self._last_cost = perf_counter() - began
+            self._spent += self._last_cost
+
+    def _record(self, signal: SignalPropagation) -> None:
+        self.history.append((self.steps, signal))
+        if self.writer is None:
+            return
+        for curve in CURVES:
+            for index, value in enumerate(signal.curve(curve)):
+                if value is not None:
+                    place = "entry" if index == 0 else f"{index - 1:03d}"
+                    self.writer.add_scalar(f"{self.tag}/{curve}/{place}", value, self.steps)
+        self.writer.add_scalar(f"{self.tag}/cost", self.cost, self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The history as plain data, see ``SignalHistory.to_dict``."""
+        return self.history.to_dict()
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write the history, which ``SignalHistory.load`` reads back exactly; returns the path."""
+        return self.history.to_json(path)
+
+    def to_html(self, path: str | Path, *, title: str = "Signal propagation through training") -> Path:
+        """Write the page with the slider: one file that opens offline; returns the path."""
+        return self.history.to_html(path, title=title)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it takes to go on after an interruption, as plain data."""
+        times = {"elapsed": self.elapsed, "spent": self._spent, "last_cost": self._last_cost}
+        counts = {"steps": self.steps, "asked": self._asked}
+        return {**counts, **times, "failures": [list(one) for one in self.failures], **self.history.to_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave; the next ``start`` records nothing anew.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        history = SignalHistory.from_dict(state)
+        if missing := {"steps", "asked", "elapsed", "spent", "last_cost", "failures"} - set(state):
+            raise ValueError(f"state: it lacks {sorted(missing)}; give what SignalMonitor.state_dict returned")
+        self.history, self.steps, self._asked = history, state["steps"], state["asked"]
+        self._before, self._spent, self._last_cost = state["elapsed"], state["spent"], state["last_cost"]
+        self.failures = [(step, message) for step, message in state["failures"]]
+        self._began = None if self._began is None else perf_counter()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.stop()
+
+
+def _copied(batch: Batch | None) -> Batch | None:
+    """The batch in memory of its own, so that it stays the same whatever the loop does to it."""
+    if batch is None:
+        return None
+    if not isinstance(batch, (Tensor, tuple, Mapping)):
+        raise ValueError(
+            f"batch: {type(batch).__name__} is no fixed batch; give a tensor, a tuple of positional or a dict of "
+            "keyword arguments, such as the images of next(iter(loader))"
+        )
+    plain = dict(batch) if isinstance(batch, Mapping) else batch
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, plain)
+
+
+def _check_alone(model: nn.Module, mode: str) -> None:
+    """Refuse a model whose forward pass rank 0 cannot run without the others: both would wait for ever."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "model: its parameters are sharded, and one rank cannot listen alone; record an unsharded run, or call "
+            "normfree.spp on a gathered copy"
+        )
+    if mode != "eval" and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise ValueError(
+            "model: SyncBatchNorm waits for all ranks, and only one listens; choose mode='eval', or give the monitor "
+            "the model before its conversion"
+        )

@@ -1,0 +1,188 @@
+"""The plots of a training run as one plotly figure: a slider over the steps, and the first plot behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from normfree.signal.history import SignalHistory
+from normfree.signal.panels import (
+    COLORS,
+    ENTRY_X,
+    Panel,
+    drawn_curve,
+    finite_values,
+    limits_of,
+    needs_log,
+    panels_of,
+    x_label,
+)
+from normfree.signal.propagation import SignalPropagation
+
+MOST_FRAMES = 200
+"""More steps than that are thinned out: a slider has no more positions, and the page stays small."""
+
+_FAINT, _GRID = "rgba(128,128,128,0.75)", "rgba(128,128,128,0.22)"
+_PANEL_HEIGHT, _TITLES, _SLIDER = 185, 34, 130  # pixels
+
+
+def slider_figure(history: SignalHistory) -> Any:
+    """Draw a history as a ``plotly.graph_objects.Figure``.
+
+    One panel for each curve, with axes that hold for all steps, so that what moves is the signal. The plot of the
+    first record stays behind as a grey line; the slider and the play button go through the records.
+
+    Args:
+        history: at least one record; more than 200 are thinned out evenly, the first and last kept.
+
+    Raises:
+        ValueError: for a history without records.
+        ImportError: if plotly is not installed.
+    """
+    if not history:
+        raise ValueError("history: it has no records; start the monitor first")
+    try:
+        from plotly import graph_objects
+    except ImportError as error:
+        raise ImportError("the figure needs plotly; install it with: pip install plotly") from error
+    history = history.thinned(MOST_FRAMES)
+    signals, panels = history.signals, panels_of(history.signals)
+    still, moving = _still_traces(signals, panels), _moving_traces(signals[-1], panels)
+    # The slider starts at the last record, which is what one asks about first.
+    figure = graph_objects.Figure(data=[*still, *moving], layout=_layout(history, panels))
+    numbers = list(range(len(still), len(still) + len(moving)))
+    figure.frames = [
+        graph_objects.Frame(name=str(step), data=_moving_traces(signal, panels, bare=True), traces=numbers)
+        for step, signal in history
+    ]
+    return figure
+
+
+def _still_traces(signals: Sequence[SignalPropagation], panels: Sequence[Panel]) -> list[dict[str, Any]]:
+    """What does not move: the first record, the expected variance, the reference line."""
+    traces = []
+    for row, panel in enumerate(panels):
+        common = {"type": "scatter", "mode": "lines", "yaxis": f"y{_axis(row)}", "hoverinfo": "skip"}
+        y = _shown(drawn_curve(signals[0], panel.curve), needs_log(panel, signals))
+        first = {"name": "first record", "legendgroup": "first", "showlegend": row == 0}
+        traces.append({**common, **first, "x": _xs(y), "y": y, "line": {"color": _FAINT, "width": 2}})
+        expected = signals[0].curve("expected_var")
+        if panel.curve == "avg_channel_var" and any(value is not None for value in expected):
+            line = {"color": _FAINT, "dash": "5px,4px", "width": 1.3}
+            named = {"name": "expected at initialisation", "showlegend": True}
+            traces.append({**common, **named, "x": _xs(expected), "y": expected, "line": line})
+        if panel.reference is not None:
+            line = {"color": _FAINT, "dash": "1.5px,3px", "width": 1.2}
+            ends, level = [ENTRY_X, len(y) + ENTRY_X - 1], [panel.reference] * 2
+            traces.append({**common, "showlegend": False, "x": ends, "y": level, "line": line})
+    return traces
+
+
+def _moving_traces(signal: SignalPropagation, panels: Sequence[Panel], bare: bool = False) -> list[dict[str, Any]]:
+    """The curves of one record; bare, only what differs from record to record."""
+    traces: list[dict[str, Any]] = []
+    names = [signal.entry.name or "(the model)", *(block.name or "(the model)" for block in signal.blocks)]
+    for row, panel in enumerate(panels):
+        y = [value if value is not None and math.isfinite(value) else None for value in signal.curve(panel.curve)]
+        trace: dict[str, Any] = {"type": "scatter", "x": _xs(y), "y": y}
+        if not bare:
+            color = COLORS[0]
+            trace |= {"mode": "lines+markers", "yaxis": f"y{_axis(row)}", "name": "this step", "showlegend": row == 0}
+            trace |= {"line": {"color": color, "width": 2}, "marker": {"color": color, "size": 5}}
+            trace |= {"legendgroup": "now", "text": [_safe(name) for name in names]}
+            trace["hovertemplate"] = "%{text}<br>%{y:.4g}<extra></extra>"
+        traces.append(trace)
+    return traces
+
+
+def _layout(history: SignalHistory, panels: Sequence[Panel]) -> dict[str, Any]:
+    signals, rows = history.signals, len(panels)
+    inner = rows * (_PANEL_HEIGHT + _TITLES)
+    layout: dict[str, Any] = {
+        "height": inner + _SLIDER + 40,
+        "margin": {"l": 64, "r": 16, "t": 40, "b": _SLIDER},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"size": 12, "color": "#808080"},
+        "hovermode": "closest",
+        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "yref": "paper", "font": {"size": 12}},
+        "annotations": [],
+        "sliders": [_slider(history)],
+        "updatemenus": [_buttons()],
+        "xaxis": {
+            "anchor": f"y{_axis(rows - 1)}",
+            "title": {"text": x_label(signals), "standoff": 6},
+            "range": [ENTRY_X - 0.3, max(len(signal.blocks) for signal in signals) - 0.7],
+            "labelalias": {"-1": "entry", "\u22121": "entry"},
+            "tickformat": "d",
+            "zeroline": False,
+            "gridcolor": _GRID,
+        },
+    }
+    for row, panel in enumerate(panels):
+        top = 1 - (row * (_PANEL_HEIGHT + _TITLES) + _TITLES) / inner
+        layout[f"yaxis{_axis(row)}"] = _y_axis(panel, signals, [max(0.0, top - _PANEL_HEIGHT / inner), top])
+        heading = {"text": f"<b>{panel.title}</b>", "x": 0, "y": top, "xref": "paper", "yref": "paper"}
+        heading |= {"xanchor": "left", "yanchor": "bottom", "yshift": 3, "showarrow": False, "font": {"size": 13}}
+        layout["annotations"].append(heading)
+    return layout
+
+
+def _y_axis(panel: Panel, signals: Sequence[SignalPropagation], domain: list[float]) -> dict[str, Any]:
+    log = needs_log(panel, signals)
+    values = [value for value in finite_values(panel, signals) if value > 0 or not log]
+    axis: dict[str, Any] = {"type": "log" if log else "linear", "domain": domain, "gridcolor": _GRID, "nticks": 6}
+    axis |= {"zerolinecolor": _GRID, "exponentformat": "power"}
+    if values:
+        low, high = limits_of(values, log)
+        axis["range"] = [math.log10(low), math.log10(high)] if log else [low, high]
+        if log:  # whole decades: plotly would label 2 and 5 in between
+            axis["dtick"] = max(1, round(math.log10(high / low) / 5))
+    return axis
+
+
+def _slider(history: SignalHistory) -> dict[str, Any]:
+    now = {"mode": "immediate", "frame": {"duration": 0, "redraw": False}, "transition": {"duration": 0}}
+    return {
+        "active": len(history) - 1,
+        "currentvalue": {"prefix": "step ", "xanchor": "left", "font": {"size": 15}},
+        "pad": {"t": 62, "l": 0},
+        "x": 0,
+        "len": 1,
+        "ticklen": 0,
+        "minorticklen": 0,
+        "font": {"color": "rgba(0,0,0,0)"},  # a label for each position would overlap; the value is told above
+        "steps": [{"label": str(step), "method": "animate", "args": [[str(step)], now]} for step in history.steps],
+    }
+
+
+def _buttons() -> dict[str, Any]:
+    play = {"mode": "immediate", "fromcurrent": True, "frame": {"duration": 120, "redraw": False}}
+    play["transition"] = {"duration": 0}
+    pause = {"mode": "immediate", "frame": {"duration": 0, "redraw": False}, "transition": {"duration": 0}}
+    buttons = [
+        {"label": "Play", "method": "animate", "args": [None, play]},
+        {"label": "Pause", "method": "animate", "args": [[None], pause]},
+    ]
+    place = {"x": 1, "y": 0, "xanchor": "right", "yanchor": "top", "pad": {"t": 48}}
+    return {"type": "buttons", "direction": "left", "showactive": False, "buttons": buttons, **place}
+
+
+def _shown(values: Sequence[float | None], log: bool) -> list[float | None]:
+    """A curve without what its axis cannot show."""
+    finite = [value if value is not None and math.isfinite(value) else None for value in values]
+    return [None if log and value is not None and value <= 0 else value for value in finite]
+
+
+def _xs(values: Sequence[Any]) -> list[int]:
+    return [x + ENTRY_X for x in range(len(values))]
+
+
+def _axis(row: int) -> str:
+    return "" if row == 0 else str(row + 1)
+
+
+def _safe(text: str) -> str:
+    """Text as plotly's small HTML shows it."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,147 @@
+"""The figure with its slider, and the page around it: what is in them, and what a real browser makes of it."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import sys
+from dataclasses import replace
+
+import pytest
+
+from normfree.signal import SignalHistory
+from normfree.signal.monitor_figure import MOST_FRAMES
+from normfree.signal.propagation import BlockSignal, Entry, Finding, SignalPropagation
+
+pytest.importorskip("plotly")
+
+EVIL = "</script><script>alert(1)</script>"
+
+
+def signal_of(variance: float, name: str = "net", findings: tuple[Finding, ...] = ()) -> SignalPropagation:
+    """Three blocks whose variance grows from one to the next by this factor."""
+    blocks = tuple(
+        BlockSignal(
+            index=i,
+            name=f"{name}.{i}",
+            kind="residual",
+            shape=(2, 8, 4, 4),
+            channel_axis=1,
+            transition=i == 0,
+            avg_channel_sq_mean=0.01,
+            avg_channel_var=variance**i,
+            residual_avg_channel_var=1.0,
+            expected_var=1.0 + 0.04 * i,
+        )
+        for i in range(3)
+    )
+    entry = Entry(name="stem", shape=(2, 8, 4, 4), channel_axis=1, avg_channel_sq_mean=0.02, avg_channel_var=1.0)
+    given = {"kind": "given", "examples": 2}
+    return SignalPropagation(model=name, mode="train", input=given, entry=entry, blocks=blocks, findings=findings)
+
+
+FOUND = Finding(kind="explosion", severity="error", block=2, message="it <b>grows</b>", remedy="scale it")
+HISTORY = SignalHistory([(0, signal_of(1.1)), (50, signal_of(20.0, findings=(FOUND,))), (100, signal_of(2.0))])
+
+
+def test_a_frame_for_each_step_moves_the_curves_and_nothing_else():
+    figure = HISTORY.figure()
+    assert [frame.name for frame in figure.frames] == ["0", "50", "100"]
+    assert [step.label for step in figure.layout.sliders[0].steps] == ["0", "50", "100"]
+    assert figure.layout.sliders[0].active == 2
+    titles = [note.text for note in figure.layout.annotations]
+    assert titles == [
+        "<b>Average channel squared mean</b>",
+        "<b>Average channel variance</b>",
+        "<b>Residual average channel variance</b>",
+    ]
+    frame = figure.frames[1]
+    drawn = [figure.data[number] for number in frame.traces]
+    assert [trace.name for trace in drawn] == ["this step"] * 3
+    assert list(frame.data[1].y) == [1.0, 1.0, 20.0, 400.0] and list(drawn[1].y) == [1.0, 1.0, 2.0, 4.0]
+    first = next(trace for trace in figure.data if trace.name == "first record" and trace.yaxis == "y2")
+    assert list(first.y) == pytest.approx([1.0, 1.0, 1.1, 1.21])
+    low, high = figure.layout.yaxis2.range
+    assert figure.layout.yaxis2.type == "log" and 10**low < 1 and 10**high > 400  # holds for every frame
+
+
+def test_long_histories_are_thinned_with_their_ends_kept():
+    history = SignalHistory((step, signal_of(1.0)) for step in range(0, 5000, 10))
+    thin = history.thinned(MOST_FRAMES)
+    assert len(thin) == len(set(thin.steps)) == MOST_FRAMES and (thin.steps[0], thin.steps[-1]) == (0, 4990)
+    assert len(history.figure().frames) == MOST_FRAMES
+
+
+def test_values_that_are_not_finite_are_gaps():
+    broken = SignalHistory([(0, signal_of(1.0)), (1, signal_of(math.inf))])
+    assert list(broken.figure().frames[1].data[1].y) == [1.0, 1.0, None, None]
+
+
+def test_the_page_asks_for_nothing_and_tells_what_matters_without_javascript(tmp_path):
+    from plotly.offline import get_plotlyjs
+
+    path = HISTORY.to_html(tmp_path / "out" / "signal.html")
+    assert [file.name for file in path.parent.iterdir()] == ["signal.html"]
+    text = path.read_text()
+    assert get_plotlyjs() in text
+    page = text.replace(get_plotlyjs(), "")
+    assert not re.findall(r"https?://|\bfetch\(|XMLHttpRequest|@import|url\(|\bimport\(", page)
+    assert "default-src 'none'" in page and "{{" not in page
+    assert "net: 3 records, steps 0 to 100" in page and "Numbers of step 100" in page
+    assert "it &lt;b&gt;grows&lt;/b&gt;" in page and "step 50, then gone" in page and "scale it" in page
+
+
+def test_names_are_inert(tmp_path):
+    evil = replace(FOUND, message=EVIL, remedy=EVIL)
+    history = SignalHistory([(0, signal_of(1.0, EVIL)), (1, signal_of(1.0, EVIL, (evil,)))])
+    page = history.to_html(tmp_path / "r.html", title=EVIL + "{{data}}").read_text()
+    assert EVIL not in page and page.count("<script") == page.count("</script") == 3 + page.count("<\\/script")
+
+
+def test_errors(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no records"):
+        SignalHistory().to_html(tmp_path / "r.html")
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    with pytest.raises(ImportError, match="pip install plotly"):
+        HISTORY.to_html(tmp_path / "r.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def becomes(page, expression, value):
+    """Whether an expression takes a value within two seconds; the page's policy forbids playwright's own waiting."""
+    for _ in range(40):
+        if page.evaluate(expression) == value:
+            return True
+        page.wait_for_timeout(50)
+    return False
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (400, "dark")])
+def test_in_a_browser_the_slider_moves_the_curves(tmp_path, width, scheme):
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is missing")
+    playwright = pytest.importorskip("playwright.sync_api")
+    path, noise = HISTORY.to_html(tmp_path / "signal.html"), []
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.on("pageerror", lambda error: noise.append(str(error)))
+        page.on("console", lambda message: noise.append(message.text))
+        page.on("request", lambda request: noise.append(request.url))
+        page.goto(path.as_uri())
+        page.wait_for_selector("body[data-ready]", timeout=30_000)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        variance = "chart.data.find(t => t.name === 'this step' && t.yaxis === 'y2').y"
+        assert page.evaluate(variance) == [1, 1, 2, 4]
+        page.locator(".slider-group").scroll_into_view_if_needed()
+        rail = page.locator(".slider-rail-touch-rect").bounding_box()
+        page.mouse.click(rail["x"] + rail["width"] / 2, rail["y"] + rail["height"] / 2)
+        assert becomes(page, f"{variance}[3]", 400)
+        assert "step 50" in page.locator(".slider-group").text_content()
+        page.get_by_text("Play", exact=True).click()
+        assert becomes(page, f"{variance}[3]", 4)
+        browser.close()
+    assert [line for line in noise if not line.startswith((path.as_uri(), "data:", "blob:"))] == []
