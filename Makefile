@@ -6,6 +6,8 @@ PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c '$(IS_SUPPORTED)' 2>/dev/null && echo $$p && break; done),python3)
 PYTEST_ARGS ?= -n 2
 BENCH_ARGS ?=
+# Of the machine with the GPU, which has torch and needs no .venv: a Python that runs src/ as it is.
+GPU_PYTHON ?= python3
 
 VENV := .venv
 RUN := $(VENV)/bin/python -m
@@ -14,7 +16,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench constraints clean FORCE
+.PHONY: help demo test lint format bench gpu constraints clean FORCE
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
@@ -34,8 +36,11 @@ format: $(STAMP)  ## fix what ruff can fix, then format
 	$(RUN) ruff check --fix-only .
 	$(RUN) ruff format .
 
-bench: $(STAMP)  ## time against peers (BENCH_ARGS="...")
-	$(RUN) benchmarks $(BENCH_ARGS)
+bench: $(STAMP)  ## time networks beside peers and their limit (BENCH_ARGS="...")
+	$(RUN) benchmarks networks --set cpu $(BENCH_ARGS)
+
+gpu:  ## the same on a GPU, with GPU_PYTHON's torch, into $OUT or results/
+	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks networks --set gpu $(BENCH_ARGS)
 
 constraints: $(STAMP)  ## record the versions in .venv as the pinned ones
 	@$(RUN) pip list --format=freeze --exclude normfree --exclude pip > $(VENV)/versions.txt

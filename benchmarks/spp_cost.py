@@ -23,8 +23,8 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from benchmarks.machine import hardware
+from normfree.benchmark import hardware, interleaved, ratios, seconds, shown, spread
 from normfree.models import create_model
 from normfree.signal import spp, write_atomically
 
@@ -84,38 +84,22 @@ def resnet50() -> nn.Module:
     return torchvision.models.resnet50()
 
 
-def seconds(call: Callable[[], None]) -> float:
-    """Wall-clock time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, quartiles and extremes."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": statistics.median(values), "q1": low, "q3": high, "min": min(values), "max": max(values)}
-
-
 def timed(shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
     """Question 1."""
     model, x = resnet50(), torch.randn(shape)
-    times: dict[str, list[float]] = {name: [] for name in CALLS}
     for call in CALLS.values():
         call(model, x)
-    for _ in range(rounds):
-        for name, call in CALLS.items():
-            times[name].append(seconds(lambda call=call: call(model, x)))
-    ratios = {
-        "spp / plain": [b / a for a, b in zip(times["plain"], times["spp"], strict=True)],
-        "timm / plain": [b / a for a, b in zip(times["plain"], times["timm"], strict=True)],
-        "spp / timm": [b / a for a, b in zip(times["timm"], times["spp"], strict=True)],
+    times = interleaved({name: partial(call, model, x) for name, call in CALLS.items()}, rounds=rounds)
+    compared = {
+        "spp / plain": ratios(times["spp"], times["plain"]),
+        "timm / plain": ratios(times["timm"], times["plain"]),
+        "spp / timm": ratios(times["spp"], times["timm"]),
     }
     return {
         "shape": list(shape),
         "rounds": rounds,
         "seconds": {name: spread(values) for name, values in times.items()},
-        "ratios": {name: spread(values) for name, values in ratios.items()},
+        "ratios": {name: spread(values) for name, values in compared.items()},
         "raw_seconds": times,
     }
 
@@ -204,12 +188,12 @@ def table(result: dict[str, Any]) -> str:
     for name in CALLS:
         ratio, share = timing["ratios"].get(f"{name} / plain"), memory["ratios"].get(f"{name} / plain")
         lines.append(
-            f"| {name} | {_shown(timing['seconds'][name])} | {_shown(ratio) if ratio else '1'} | "
+            f"| {name} | {shown(timing['seconds'][name])} | {shown(ratio) if ratio else '1'} | "
             f"{memory['mebibytes'][name]['median']:.0f} | {f'{share:.3f}' if share else '1'} |"
         )
     lines += [
         "",
-        f"spp / timm: {_shown(timing['ratios']['spp / timm'])}. Targets: at most {TARGETS['time']:.2f} times the time "
+        f"spp / timm: {shown(timing['ratios']['spp / timm'])}. Targets: at most {TARGETS['time']:.2f} times the time "
         f"and {TARGETS['memory']:.2f} times the peak memory of the plain pass, and faster than timm's hooks.",
         "",
         "Overhead per block, milliseconds (2×3×32×32, 32 channels):",
@@ -222,10 +206,6 @@ def table(result: dict[str, Any]) -> str:
         exponent = "–" if found["exponent"] is None else f"{found['exponent']:.2f}"
         lines.append(f"| {family}… | {' | '.join(cells)} | {exponent} |")
     return "\n".join(lines) + "\n"
-
-
-def _shown(values: dict[str, float]) -> str:
-    return f"{values['median']:.3f} ({values['q1']:.3f} to {values['q3']:.3f})"
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ import torch
 import torchvision
 from torch import nn
 
-from benchmarks.machine import hardware
 from benchmarks.sweep_structure import stated_additions
+from normfree.benchmark import hardware
 from normfree.signal import SignalPropagation, spp, write_atomically
 
 LARGEST = 150e6

@@ -75,3 +75,22 @@ def silu(x):
 def gelu(x):
     """The tanh approximation, times gamma, the official constant."""
     return 1.7015043497085571 * 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def relu(x):
+    """The positive part, without a gain."""
+    return np.maximum(x, 0)
+
+
+def plain_convolution(parameters, name, x, **geometry):
+    """A convolution with its weight as it is, and a bias if there is one under ``name``."""
+    weight = parameters[f"{name}.weight"]
+    bias = parameters.get(f"{name}.bias", np.zeros(len(weight)))
+    return convolution(x, weight, bias, **geometry)
+
+
+def batch_norm(parameters, name, x):
+    """Over examples and space, with biased variance and 1e-5; scale and offset under ``name``."""
+    mean, variance = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
+    scale, offset = (parameters[f"{name}.{part}"][:, None, None] for part in ("weight", "bias"))
+    return (x - mean) / np.sqrt(variance + 1e-5) * scale + offset

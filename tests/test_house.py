@@ -16,14 +16,15 @@ ALLOWED = {
     "models": {"models", "nn"},
     "weights": {"weights", "models", "nn", "signal"},
     "optim": {"optim", "nn"},
-    "data": {"data"},
+    "data": {"data", "nn"},
     "export": {"export", "nn", "signal"},
+    "benchmark": {"benchmark", "models", "nn", "signal", "export", "sources"},
     "paper": {"paper", "models", "nn", "signal"},
     "train": {"train", "data", "models", "nn", "optim", "signal", "weights"},
 }
 
 # Wanted by the command line alone; a bare machine has none of them.
-EXTRAS = ("plotly", "rich", "tyro", "sklearn", "timm", "PIL", "matplotlib")
+EXTRAS = ("plotly", "rich", "tyro", "sklearn", "timm", "PIL", "matplotlib", "huggingface_hub")
 
 
 def imports_of(file: Path) -> set[str]:

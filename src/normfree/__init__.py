@@ -5,11 +5,21 @@
 >>> normfree.spp(model).plot("spp.png")  # doctest: +SKIP
 """
 
+from typing import Any
+
 from normfree import optim
 from normfree.models import create_model, list_models
 from normfree.nn import fold, gamma
 from normfree.signal import SignalHistory, SignalMonitor, SignalPropagation, spp
-from normfree.weights import load, load_haiku_weights, load_timm_weights, save
+from normfree.weights import (
+    from_pretrained,
+    load,
+    load_haiku_weights,
+    load_timm_weights,
+    push_to_hub,
+    save,
+    save_pretrained,
+)
 
 __version__ = "0.1.0"
 
@@ -19,12 +29,24 @@ __all__ = [
     "SignalPropagation",
     "create_model",
     "fold",
+    "from_pretrained",
     "gamma",
     "list_models",
     "load",
     "load_haiku_weights",
     "load_timm_weights",
     "optim",
+    "push_to_hub",
     "save",
+    "save_pretrained",
     "spp",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return ``HubModel``, whose class needs huggingface_hub, when it is asked for."""
+    if name == "HubModel":
+        from normfree.weights.hub import hub_model_class
+
+        return hub_model_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 import normfree
+from normfree.commands.benchmark import Benchmark
 from normfree.commands.demo import Demo
 from normfree.commands.evaluate import Evaluate
 from normfree.commands.export import Export
@@ -33,6 +34,7 @@ COMMANDS = {
     "evaluate": Evaluate,
     "predict": Predict,
     "export": Export,
+    "benchmark": Benchmark,
     "paper": Paper,
     "demo": Demo,
 }

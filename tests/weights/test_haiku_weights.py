@@ -92,8 +92,8 @@ def official_modules(model, name):
     for index, block in enumerate(block for stage in model.stages for block in stage):
         path = f"{network}/~/{kind}_{index}" if index else f"{network}/~/{kind}"
         factor = "scale" if network == "FixUp_ResNet" else "skip_gain"
-        (skip_gain,) = (tensor for key, tensor in block.named_parameters() if key.endswith(".skip_gain"))
-        own = {factor: skip_gain}
+        skip_gains = [tensor for key, tensor in block.named_parameters() if key.endswith(".skip_gain")]
+        own = dict(zip([factor], skip_gains, strict=False))  # none, or one
         biases = [f"bias{number}{half}" for number in "123" for half in "ab"]
         own |= {biases[i]: getattr(block, f"bias{i}").bias for i in range(6) if network == "FixUp_ResNet"}
         if own:

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from torch import nn
 
 import normfree
+from normfree.commands.devices import device_named
 from normfree.commands.outputs import check_folder, write_signals
 from normfree.commands.tables import print_signal
 from normfree.data import GaussianNoise, Probe, probe_named
@@ -80,7 +81,7 @@ class Spp:
     def measure(self, console: Console) -> list[SignalPropagation]:
         """One measurement a model, in the order given."""
         probe = probe_named(self.input)
-        device = self._device()
+        device = device_named(self.device)
         signals = []
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("listening", total=len(self.models))
@@ -131,17 +132,6 @@ class Spp:
         if size is not None:
             shape = (*shape[:-2], size, size) if len(shape) >= 3 else (_image_channels(model), size, size)
         return (self.batch_size, *shape)
-
-    def _device(self) -> torch.device:
-        if self.device is None:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device: {self.device!r} is not to be had here ({reason}); use cpu") from error
-        return device
 
     def _command(self) -> str:
         """The command line that does this again."""

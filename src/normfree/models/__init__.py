@@ -6,6 +6,7 @@ from normfree.models.fixup_resnet import FixUpResNet
 from normfree.models.nf_regnet import NFRegNet
 from normfree.models.nf_resnet import NFResNet
 from normfree.models.nfnet import NFNet
+from normfree.models.pyramid import FeaturePyramidBackbone, PyramidLevel
 from normfree.models.registry import accepted_overrides, create_model, list_models
 from normfree.models.resnet import ResNet
 from normfree.models.resnetv2 import ResNetV2
@@ -15,10 +16,12 @@ __all__ = [
     "BNRegNet",
     "Backbone",
     "FeatureInfo",
+    "FeaturePyramidBackbone",
     "FixUpResNet",
     "NFNet",
     "NFRegNet",
     "NFResNet",
+    "PyramidLevel",
     "ResNet",
     "ResNetV2",
     "SkipInitResNet",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -46,10 +46,13 @@ class Backbone(nn.Module):
     Attributes:
         name: the name ``create_model`` built it by; empty if built otherwise.
         config: arguments with which ``create_model`` builds another like it.
+        post_activation: whether the blocks end in their activation, instead of beginning with it.
 
     Raises:
         ValueError: negative num_classes; a drop_rate outside [0, 1).
     """
+
+    post_activation: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ from normfree.models.layout import BlockPlace
 from normfree.models.registry import register
 from normfree.models.resnet_common import ResNetLayout, resnet_variants
 from normfree.nn import Activation, ScaledConv2d, build_activation
+from normfree.nn.recompute import derived
 
 
 class ScalarBias(nn.Module):
@@ -35,7 +36,7 @@ class ScalarBias(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.bias
+        return derived(x + self.bias, torch.add, x, self.bias)
 
 
 def _he_fan_out(convolution: ScaledConv2d, factor: float = 1.0) -> ScaledConv2d:
@@ -106,6 +107,8 @@ class FixUpResNet(Backbone):
 
     Source: Zhang et al. 2019; Brock et al. 2021.
     """
+
+    post_activation = True
 
     def __init__(
         self,

@@ -79,6 +79,8 @@ class ResNet(Backbone):
     Source: He et al. 2016.
     """
 
+    post_activation = True
+
     def __init__(
         self,
         *,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from normfree.nn.checks import invalid, suggestion
 from normfree.nn.gamma import gamma
+from normfree.nn.recompute import note_origin
 
 # Slopes and approximations are those of the official (JAX) functions, which the gammas were sampled from.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -31,6 +32,23 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": nn.Softplus,
     "tanh": nn.Tanh,
 }
+
+# Cheap functions of their input alone, whose gradient needs that input: see ``normfree.nn.recompute``. ReLU, sigmoid
+# and tanh are absent, for their gradient needs their output.
+RECOMPUTED: tuple[type[nn.Module], ...] = (
+    nn.CELU,
+    nn.ELU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.LeakyReLU,
+    nn.LogSigmoid,
+    nn.Mish,
+    nn.ReLU6,
+    nn.SELU,
+    nn.SiLU,
+    nn.Softplus,
+    nn.Softsign,
+)
 
 Activation = str | Callable[..., Any]
 
@@ -67,7 +85,7 @@ def build_activation(activation: Activation) -> tuple[nn.Module, float]:
     if isinstance(activation, str):
         if activation not in ACTIVATIONS:
             raise invalid("activation", activation, "unknown name", suggestion(activation, ACTIVATIONS))
-        return ACTIVATIONS[activation](), gamma(activation)
+        return _recomputed(ACTIVATIONS[activation]()), gamma(activation)
     if not callable(activation):
         remedy = f"pass a module, a function or one of {', '.join(ACTIVATIONS)}"
         raise invalid("activation", activation, "must be a name or a callable", remedy)
@@ -76,7 +94,14 @@ def build_activation(activation: Activation) -> tuple[nn.Module, float]:
         if getattr(part, "inplace", False):
             part.inplace = False  # type: ignore[assignment]
     _check_keeps_input(activation, module)
-    return module, gamma(module)
+    return _recomputed(module), gamma(module)
+
+
+def _recomputed(module: nn.Module) -> nn.Module:
+    """Return an activation module that lets the convolution after it keep the activation's input, if it can."""
+    if type(module) in RECOMPUTED:
+        module.register_forward_hook(note_origin)
+    return module
 
 
 def _as_module(activation: Callable[..., Any]) -> nn.Module:

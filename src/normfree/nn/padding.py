@@ -10,12 +10,14 @@ padded cells, total // 2 of them before and the rest after: one more after when 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.nn.checks import check_choice
+from normfree.nn.recompute import Geometry, average_pool_2x2, convolve_recomputing, derive, origin_of
 
 PADDING_STYLES = ("symmetric", "same")
 
@@ -63,7 +65,7 @@ def pad_same(
     rows, columns = (same_padding(x.shape[2 + i], kernels[i], strides[i], dilations[i]) for i in (0, 1))
     extra_row, extra_column = rows[1] - rows[0], columns[1] - columns[0]
     if extra_row or extra_column:
-        x = F.pad(x, (0, extra_column, 0, extra_row), value=value)
+        x = derive(x, functools.partial(F.pad, pad=(0, extra_column, 0, extra_row), value=value))
     return x, (rows[0], columns[0])
 
 
@@ -110,10 +112,16 @@ class PaddedConv2d(nn.Conv2d):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve x [N, C, H, W] with the given weight and bias in this layer's geometry."""
-        if self.padding_style != "same":
+        padding = self.padding
+        if self.padding_style == "same":
+            x, padding = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+        elif self.padding_mode != "zeros" or isinstance(padding, str):
             return self._conv_forward(x, weight, bias)
-        x, padding = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
-        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+        geometry = Geometry(self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        origin = origin_of(x)
+        if origin is None or not weight.requires_grad:
+            return F.conv2d(x, weight, bias, *geometry)
+        return convolve_recomputing(x, origin, weight, bias, geometry)
 
     def plain(self, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
         """Return a convolution in this layer's geometry that only has the given weight and bias.
@@ -177,4 +185,4 @@ class AveragePool2x2(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
+        return average_pool_2x2(x)

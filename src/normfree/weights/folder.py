@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from normfree.models import Backbone, create_model
+from normfree.nn.checks import invalid
 from normfree.nn.fold import Foldable, fold
 from normfree.signal.files import write_atomically
 from normfree.weights.checkpoint import load, save
@@ -55,14 +56,13 @@ accurate they are, and their license.
 """
 
 
-def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
+def save_pretrained(model: nn.Module, folder: str | Path, *, card: bool = True) -> Path:
     """Write a model of :func:`normfree.create_model` as a folder that :func:`normfree.from_pretrained` reads.
-
-    A model card (``README.md``) is written where there is none; one that is there is kept.
 
     Args:
         model: the model.
         folder: where to; made if missing. Files of an older model are replaced, each whole.
+        card: whether to write a model card (``README.md``) where there is none; one that is there is kept.
 
     Returns:
         The folder.
@@ -72,12 +72,12 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder: {str(folder)!r} is a file; give a folder")
+        raise invalid("folder", str(folder), "is a file", "give a folder")
     # First, because it also checks the model: one that cannot be saved leaves an older folder as it was.
     save(model, folder / WEIGHTS_FILE)
     assert isinstance(model, Backbone)
     write_atomically(folder / CONFIG_FILE, json.dumps(model.config, indent=2) + "\n")
-    if not (folder / CARD_FILE).exists():
+    if card and not (folder / CARD_FILE).exists():
         write_atomically(folder / CARD_FILE, model_card(model))
     return folder
 
@@ -100,50 +100,50 @@ def load_folder(folder: str | Path, **overrides: Any) -> Backbone:
     folder = Path(folder)
     config = _read_config(folder)
     if not (folder / WEIGHTS_FILE).is_file():
-        raise ValueError(f"{str(folder)!r} has no {WEIGHTS_FILE}, and weights in any other form are not read")
+        rule = f"has no {WEIGHTS_FILE}, and weights in any other form are not read"
+        raise invalid("folder", str(folder), rule, "save the model anew")
     model = load(folder / WEIGHTS_FILE)
     described = json.loads(json.dumps(model.config))
     if at_odds := [key for key in {**described, **config} if described.get(key, ...) != config.get(key, ...)]:
-        raise ValueError(
-            f"{str(folder)!r}: {CONFIG_FILE} and {WEIGHTS_FILE} are not of one model, they differ in "
-            f"{', '.join(at_odds[:3])}; save the model anew, and change it by giving overrides when loading"
-        )
+        rule = f"{CONFIG_FILE} and {WEIGHTS_FILE} are not of one model, they differ in {', '.join(at_odds[:3])}"
+        raise invalid("folder", str(folder), rule, "save the model anew, and give overrides when loading")
     changed = {key: value for key, value in overrides.items() if value != model.config.get(key, ...)}
     return _changed(model, changed) if changed else model
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """Return what the folder's ``config.json`` says, if it looks like one of ours."""
+    remedy = "give a folder of normfree.save_pretrained"
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{str(folder)!r} has no {CONFIG_FILE}; only folders of normfree.save_pretrained are read")
+        raise invalid("folder", str(folder), f"has no {CONFIG_FILE}", remedy)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is no sound JSON file: {error}") from error
+        raise invalid("folder", str(folder), f"{CONFIG_FILE} is no sound JSON file ({error})", remedy) from error
     if not isinstance(config, dict) or not isinstance(config.get("name"), str):
-        raise ValueError(f"{str(path)!r} does not name a model of normfree; it was written by something else")
+        raise invalid("folder", str(folder), f"{CONFIG_FILE} does not name a model of normfree", remedy)
     return config
 
 
 def _changed(model: Backbone, overrides: dict[str, Any]) -> Backbone:
     """Return a model like this one but for some overrides, with its weights."""
-    state = model.state_dict()
     if "name" in overrides:
-        raise ValueError(f"name={overrides['name']!r}: the weights are of {model.name}; leave the name out")
+        raise invalid("name", overrides["name"], f"the weights are of {model.name}", "leave the name out")
     other = create_model(**{**model.config, **overrides})
     if not any(isinstance(layer, Foldable) for layer in model.modules()):
         other = cast(Backbone, fold(other))
+    other.to(next(model.parameters()).dtype)
+    state, own = model.state_dict(), other.state_dict()
     if other.num_classes != model.num_classes:
-        fresh = {key: value for key, value in other.state_dict().items() if key.startswith("classifier.")}
-        state = {key: value for key, value in state.items() if not key.startswith("classifier.")} | fresh
-    own = other.state_dict()
-    missing = [key for key in own if key not in state]
-    misfits = missing + [key for key, tensor in state.items() if key not in own or own[key].shape != tensor.shape]
+        # The classifier is a fresh one, and so is FixUp's bias before it.
+        state = {key: tensor for key, tensor in state.items() if not key.startswith("classifier")}
+        state |= {key: tensor for key, tensor in own.items() if key.startswith("classifier")}
+    shapes, wanted = ({key: tensor.shape for key, tensor in tensors.items()} for tensors in (state, own))
+    misfits = [key for key in {**shapes, **wanted} if shapes.get(key) != wanted.get(key)]
     if misfits:
         given = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
         raise ValueError(f"{given}: {len(misfits)} tensors of the weights do not fit ({misfits[0]}); leave it out")
-    other.to(next(tensor.dtype for tensor in model.parameters()))
     other.load_state_dict(state)
     return other.eval()
 

@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
-import copy
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from normfree.models import Backbone
-from normfree.weights.folder import CONFIG_FILE, WEIGHTS_FILE, load_folder
+from normfree.weights.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_folder, model_card, save_pretrained
 
 
 def from_pretrained(
@@ -63,25 +63,59 @@ def from_pretrained(
         raise ValueError(f"source={str(source)!r}: {str(error).splitlines()[0]}") from error
 
 
-def push_to_hub(model: nn.Module, repo_id: str, **options: Any) -> str:
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    branch: str | None = None,
+    model_card_kwargs: dict[str, Any] | None = None,
+    **upload_options: Any,
+) -> str:
     """Upload a model of :func:`normfree.create_model` to the Hugging Face hub, as one commit.
-
-    The repository is made if there is none. Its model card (``README.md``) is written if it has none.
 
     Args:
         model: the model.
-        repo_id: the repository's name, such as ``"org/name"``.
-        options: ``private``, ``token``, ``branch``, ``commit_message``, ``create_pr``, … of
-            ``huggingface_hub.PyTorchModelHubMixin.push_to_hub``.
+        repo_id: the repository's name, such as ``"org/name"``; made if there is none.
+        commit_message: says what is uploaded.
+        private: whether a repository that is made is private; as the owner's settings say by default.
+        token: by default the one of ``hf auth login``.
+        branch: the repository's main branch by default.
+        model_card_kwargs: fields of the model card's metadata, such as ``{"license": "apache-2.0"}``. With them a new
+            card takes the place of the repository's; without, a card that is there is kept.
+        upload_options: ``create_pr``, ``delete_patterns``, … of ``huggingface_hub.HfApi.upload_folder``.
 
     Returns:
         The commit's URL.
 
     Raises:
-        ValueError: as :func:`normfree.save`; huggingface_hub is not installed; the hub refuses.
+        ValueError: as :func:`normfree.save`; huggingface_hub is not installed; the hub refuses, or does not answer.
     """
-    # A copy that shares the tensors: the model's class stays what it is.
-    return hub_model_class().of(copy.copy(model)).push_to_hub(repo_id, **options)
+    with tempfile.TemporaryDirectory() as temporary, hub_errors(f"repo_id={repo_id!r}") as hub:
+        # First, because it also checks the model: no repository is made for one that cannot be saved.
+        folder = save_pretrained(model, Path(temporary) / "model", card=False)
+        api = hub.HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if model_card_kwargs or not api.file_exists(repo_id, CARD_FILE, revision=branch):
+            metadata_card(cast(Backbone, model), repo_id, **(model_card_kwargs or {})).save(folder / CARD_FILE)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=branch,
+            commit_message=commit_message or "Upload the model with normfree",
+            **upload_options,
+        )
+    return str(commit)
+
+
+def metadata_card(model: Backbone, repository: str, **fields: Any) -> Any:
+    """Return a ``huggingface_hub.ModelCard`` for a repository, with these fields of metadata besides its own."""
+    card = require_huggingface_hub().ModelCard(model_card(model, repository))
+    for field, value in fields.items():
+        setattr(card.data, field, value)
+    return card
 
 
 def require_huggingface_hub() -> ModuleType:

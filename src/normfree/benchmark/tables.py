@@ -1,0 +1,74 @@
+"""Comparisons as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from normfree.benchmark.machine import versions
+from normfree.benchmark.timing import shown
+
+
+def markdown(results: Sequence[dict[str, Any]], title: str) -> str:
+    """Return a page: the promises and whether they were kept, then a table per comparison.
+
+    Args:
+        results: as ``measure`` returns them; at least one.
+        title: of the page.
+    """
+    assert results
+    lines = [f"# {title}", "", f"{versions(results[0]['hardware'])}; seed {results[0]['seed']}.", ""]
+    if any(result["targets"] for result in results):
+        lines += promises(results)
+    for result in results:
+        lines += ["", f"## {result['title']}", "", *comparison(result)]
+    return "\n".join(lines) + "\n"
+
+
+def promises(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the lines of a table of all targets."""
+    lines = ["| comparison | ratio | target | measured, median (quartiles) | |", "|---|---|---|---|---|"]
+    for result in results:
+        for target in result["targets"]:
+            measured = target["measured"]
+            verdict = {True: "met", False: "**missed**", None: "not measured"}[target["met"]]
+            found = (
+                "–"
+                if measured is None
+                else shown(measured)
+                if target["quantity"] == "time"
+                else f"{measured['median']:.3f}"
+            )
+            ratio = f"{target['of']} / {target['over']}, {target['quantity']}"
+            lines.append(f"| {result['title']} | {ratio} | ≤ {target['at_most']:.2f} | {found} | {verdict} |")
+    return lines
+
+
+def comparison(result: dict[str, Any]) -> list[str]:
+    """Return the lines of one comparison's table."""
+    training = result["task"] == "training"
+    head = ["", "milliseconds, median (quartiles)", "first / this"] + ["peak memory, MiB"] * training
+    setting = f"{result['batch_size']}×3×{result['image_size']}×{result['image_size']}, {result['precision']}"
+    lines = [
+        f"{setting}, on {result['device']}; {result['rounds']} interleaved rounds, "
+        f"load {result['hardware']['load']:.2f} at the start.",
+        "",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+    ]
+    first = next((c["seconds"]["median"] for c in result["contenders"].values() if "seconds" in c), None)
+    for label, found in result["contenders"].items():
+        if "failed" in found:
+            lines.append(f"| {label} | {found['failed']} " + "| – " * (len(head) - 2) + "|")
+            continue
+        milliseconds = {key: 1e3 * value for key, value in found["seconds"].items()}
+        cells = [label, shown(milliseconds, 2), f"{first / found['seconds']['median']:.3f}"]
+        if training:
+            cells.append(f"{found['peak_bytes'] / 2**20:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _found(measured: dict[str, float], quantity: str) -> str:
+    """Return a ratio in words: memory is counted, and has no spread."""
+    return shown(measured) if quantity == "time" else f"{measured['median']:.3f}"

@@ -1,0 +1,160 @@
+"""One tensor kept for an activation and the convolution after it, where autograd would keep two.
+
+For its gradient a smooth activation such as SiLU keeps its input x, and the convolution after it keeps its own
+input, act(x). Only one of them is needed: what is cheap to compute from x again need not be kept. (ReLU has no
+such pair: its gradient is known from its output, which is the convolution's input.)
+
+A tensor that is cheap to make says so: :func:`derived` notes what it was made from, its *origin*. A
+convolution whose input has an origin keeps the origin's tensors instead, and makes the input anew in its backward
+pass. The same holds for a padded copy of a map, and for a map plus a number.
+
+Of NF-RegNet-B0 at 16×3×128×128 a training step keeps 117 MiB instead of 190, of NFNet-F0 509 instead of 748; it takes
+1.03 and 1.04 times the processor time on a CPU, the middle half of the rounds 0.98 to 1.10 and 0.98 to 1.06
+(``results/recompute``). Compiled models do without: the compiler decides by itself what it keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# Beside the tensors, not on them, so that a tensor with an origin is copied and pickled like any other.
+_origins = WeakTensorKeyDictionary()
+
+
+class Origin(NamedTuple):
+    """How a tensor is made: ``function(*sources)``, as of its version, the number of in-place changes to it."""
+
+    function: Callable[..., Tensor]
+    sources: tuple[Tensor, ...]
+    version: int
+
+
+class Geometry(NamedTuple):
+    """Stride, padding, dilation (each height and width) and groups of a convolution."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def derived(output: Tensor, function: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+    """Return ``output``, with a note that it is ``function(*sources)``.
+
+    Args:
+        output: what the function returned.
+        function: gives the same whenever it is called, in training as in evaluation, and is cheap.
+        sources: what it was given.
+    """
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and output.requires_grad:
+        _origins[output] = Origin(function, sources, output._version)
+    return output
+
+
+def origin_of(x: Tensor) -> Origin | None:
+    """Return how a tensor is made, if that is known and nothing has changed it since."""
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return None
+    origin = _origins.get(x)
+    return origin if origin is not None and origin.version == x._version else None
+
+
+def derive(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return ``function(x)``, derived from what x is made from, or from x where that is not known."""
+    known = origin_of(x)
+    if known is None:
+        return derived(function(x), function, x)
+    return derived(function(x), lambda *sources: function(known.function(*sources)), *known.sources)
+
+
+def note_origin(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """Note an activation's output as derived from its input: a forward hook of the activation module."""
+    (x,) = inputs
+    # Under autocast some activations compute in float32: asked again, outside of it, they get such an input.
+    dtype = output.dtype
+    derived(output, lambda x: module.forward(x.to(dtype)), x)
+
+
+def convolve_recomputing(x: Tensor, origin: Origin, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Convolve x [N, C, H, W], whose origin's tensors are kept for the backward pass in place of x."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        # As autocast does, which leaves float64 alone, but where autograd sees it: outside of the function.
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _Convolution.apply(x, weight, bias, geometry, origin.function, *origin.sources)  # type: ignore[return-value]
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution that keeps the tensors its input is made from, not its input.
+
+    Differentiable twice: in the second pass the input's dependence on its sources is seen through their gradients.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, function: Any, *sources: Tensor
+    ) -> Tensor:
+        return F.conv2d(x, weight, bias, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, weight, bias, ctx.geometry, ctx.function, *sources = inputs
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        ctx.save_for_backward(weight, *sources)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *sources = ctx.saved_tensors
+        x = ctx.function(*sources).to(weight.dtype)
+        stride, padding, dilation, groups = ctx.geometry
+        wanted = list(ctx.needs_input_grad[:3])
+        found = torch.ops.aten.convolution_backward(
+            gradients[0], x, weight, ctx.bias_sizes, stride, padding, dilation, False, [0, 0], groups, wanted
+        )
+        return *found, None, None, *(None for _ in sources)
+
+
+def average_pool_2x2(x: Tensor) -> Tensor:
+    """Return the means of x [N, C, H, W] over 2x2 windows of stride 2; those over the edge average what exists.
+
+    Autograd would keep x, of which the gradient needs the shape alone. Where x has an origin of that shape, which is
+    kept anyway, it is taken instead.
+    """
+    origin = origin_of(x)
+    if origin is None or origin.sources[0].shape != x.shape:
+        return F.avg_pool2d(x, *_HALVING)
+    return _AveragePool.apply(x, origin.sources[0])  # type: ignore[return-value]
+
+
+# Kernel, stride, padding, ceil_mode, count_include_pad.
+_HALVING = (2, 2, 0, True, False)
+
+
+class _AveragePool(torch.autograd.Function):
+    """A 2x2 average pool of stride 2 that keeps any tensor of its input's shape."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, shaped: Tensor) -> Tensor:
+        return F.avg_pool2d(x, *_HALVING)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (shaped,) = ctx.saved_tensors
+        kernel, stride, padding, *modes = _HALVING
+        both = ([kernel] * 2, [stride] * 2, [padding] * 2)
+        return torch.ops.aten.avg_pool2d_backward(gradients[0], shaped, *both, *modes, None), None
