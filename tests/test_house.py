@@ -16,6 +16,7 @@ ALLOWED = {
     "models": {"models", "nn"},
     "weights": {"weights", "models", "nn", "signal"},
     "data": {"data"},
+    "convert": {"convert", "nn", "signal"},
     "export": {"export", "nn", "signal"},
     "paper": {"paper", "models", "nn", "signal"},
 }

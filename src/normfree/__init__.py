@@ -5,6 +5,7 @@
 >>> normfree.spp(model).plot("spp.png")  # doctest: +SKIP
 """
 
+from normfree.convert import convert
 from normfree.models import create_model, list_models
 from normfree.nn import fold, gamma
 from normfree.signal import SignalPropagation, spp
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SignalPropagation",
+    "convert",
     "create_model",
     "fold",
     "gamma",
