@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ class Ending:
     Attributes:
         addition: where it is added.
         modules: names of the modules that carry its factor; none where ``problem`` says why.
-        correction: what else belongs to that factor: 2 behind a sigmoid's gate.
+        correction: what restores a gate: 2 for a sigmoid's.
         problem: why no module can carry it, in words.
     """
 
@@ -163,7 +162,3 @@ class _Walk:
             if name is not None:
                 raise _Blocked(f"it is scaled by a parameter of its own, {name}")
 
-
-def factors_of(ending: Ending, alpha: float, skip_gain: float) -> dict[str, Any]:
-    """The factors a branch's last module gets."""
-    return {"alpha": alpha * ending.correction, "skip_gain": skip_gain}

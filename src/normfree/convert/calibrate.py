@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.convert.dataflow import resting
 from normfree.nn.branch_end import BranchEnd
 from normfree.signal.inputs import Batch, call
-from normfree.signal.preserve import untouched
 
 
-def measured_scales(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[str, float]:
+def measured_scales(model: nn.Module, names: Iterable[str], batch: Batch, *, heads: bool) -> dict[str, float]:
     """The input scale of each named layer under which its output has a mean square of 1.
 
     The filters sum to zero, so the mean square is the variance plus what differing channel means bring; of
@@ -24,6 +24,7 @@ def measured_scales(model: nn.Module, names: Iterable[str], batch: Batch) -> dic
         model: the converted model; its layers keep the scales found.
         names: of the layers.
         batch: what to measure with.
+        heads: run what runs in training alone, too.
 
     Raises:
         ValueError: a layer's input is constant, so that no scale gives its output a variance.
@@ -34,7 +35,7 @@ def measured_scales(model: nn.Module, names: Iterable[str], batch: Batch) -> dic
     gains = [m.skip_gain for m in model.modules() if isinstance(m, BranchEnd) and m.skip_gain is not None]
     kept = [gain.detach().clone() for gain in gains]
     try:
-        with torch.no_grad(), untouched(model, "eval"):
+        with torch.no_grad(), resting(model, heads=heads):
             for gain in gains:
                 gain.fill_(1)
             call(model, batch)

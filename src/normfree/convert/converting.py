@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from normfree.convert.calibrate import measured_scales
-from normfree.convert.dataflow import Dataflow, record
+from normfree.convert.dataflow import Dataflow, record_all
 from normfree.convert.fresh import fresh_plan
 from normfree.convert.kinds import class_name, is_norm
 from normfree.convert.pretrained import fill, pretrained_plan
@@ -67,7 +67,7 @@ def convert(
     _check(model, start, alpha, skip_gain, beta, seed)
     batch = placed_like(model, gaussian_like_input_of(model) if example_input is None else example_input)
     check_batch(batch)
-    flow = record(model, batch)
+    flow, heads = record_all(model, batch)
     structure = Structure(flow)
     notes: list[str] = []
     folds: dict[str, str] = {}
@@ -95,7 +95,7 @@ def convert(
     if start == "pretrained":
         fill(model, converted, changes, folds)
         return converted
-    return _measured(converted, conversion, batch)
+    return _measured(converted, conversion, batch, heads=heads)
 
 
 def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: str, seed: int) -> None:
@@ -115,10 +115,10 @@ def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: s
             )
 
 
-def _measured(converted: nn.Module, conversion: Conversion, batch: Batch) -> nn.Module:
+def _measured(converted: nn.Module, conversion: Conversion, batch: Batch, *, heads: bool) -> nn.Module:
     """Set the input scales that are still open, and enter them into the record."""
-    waiting = [c.name for c in conversion.changes if c.now != "BranchScale" and c.input_scale is None and _is_layer(c)]
-    scales = measured_scales(converted, waiting, batch) if waiting else {}
+    waiting = [change.name for change in conversion.changes if _is_layer(change) and change.input_scale is None]
+    scales = measured_scales(converted, waiting, batch, heads=heads) if waiting else {}
     changes = tuple(
         replace(change, input_scale=scales[change.name]) if change.name in scales and _is_layer(change) else change
         for change in conversion.changes

@@ -7,8 +7,8 @@ choice) and the calls of the modules that conversion may exchange.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from normfree.signal.graph import Node, Residual
 from normfree.signal.inputs import Batch, examples_in, tensors_of
 from normfree.signal.listening import run
 from normfree.signal.modules import ModuleStack
-from normfree.signal.preserve import untouched
+from normfree.signal.preserve import Preserved, untouched
 from normfree.signal.recorder import Recorder
 
 
@@ -192,13 +192,44 @@ def _is_of_interest(module: nn.Module) -> bool:
     return is_norm(module) or is_layer(module) or next(module.children(), None) is None
 
 
-def record(model: nn.Module, batch: Batch) -> Dataflow:
-    """Run a model once, in evaluation mode, and keep its dataflow; the model is given back as it was.
+@contextmanager
+def resting(model: nn.Module, *, heads: bool) -> Iterator[Preserved]:
+    """Put a model into evaluation mode and back; with ``heads`` its containers believe that they are training.
+
+    Auxiliary heads run in training alone. Dropout and norms, which have no children, stay in evaluation mode.
+    """
+    with untouched(model, "eval") as preserved:
+        for module in model.modules():
+            if heads and next(module.children(), None) is not None and not is_norm(module):
+                module.training = True
+        yield preserved
+
+
+def record_all(model: nn.Module, batch: Batch) -> tuple[Dataflow, bool]:
+    """Record a model, with its auxiliary heads if only so all norms run; also whether that was so."""
+    flow = record(model, batch)
+    norms = sum(is_norm(module) for module in model.modules())
+    if len(flow.called(is_norm)) == norms:
+        return flow, False
+    try:
+        more = record(model, batch, heads=True)
+    except ValueError:  # training wants something else, such as targets
+        return flow, False
+    return (more, True) if len(more.called(is_norm)) > len(flow.called(is_norm)) else (flow, False)
+
+
+def record(model: nn.Module, batch: Batch, *, heads: bool = False) -> Dataflow:
+    """Run a model once and keep its dataflow; the model is given back as it was.
+
+    Args:
+        model: the model, which runs in evaluation mode.
+        batch: its input.
+        heads: have what runs in training alone run, too.
 
     Raises:
         ValueError: the model does not take the batch; one line says where it failed.
     """
-    with untouched(model, "eval") as preserved:
+    with resting(model, heads=heads) as preserved:
         stack = ModuleStack(model)
         tensors = tensors_of(batch)
         recorder = DataflowRecorder(
@@ -223,11 +254,6 @@ def record(model: nn.Module, batch: Batch) -> Dataflow:
             for handle in handles:
                 handle.remove()
     return recorder.flow
-
-
-def shared(calls: dict[str, list[Call]]) -> set[str]:
-    """Names of modules that ran more than once."""
-    return {name for name, count in Counter({name: len(made) for name, made in calls.items()}).items() if count > 1}
 
 
 def passes_unchanged(step: Step) -> bool:

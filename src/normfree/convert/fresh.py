@@ -7,8 +7,8 @@ from torch import nn
 from normfree.convert.branches import Ending, endings
 from normfree.convert.kinds import TWINS, activation_in, base_of, class_name, fan_in
 from normfree.convert.record import Change, Kept
-from normfree.convert.rewrite import BARE, SCALED, WITH_ACTIVATION
-from normfree.convert.structure import Structure, layers_to_standardize, removable_norms
+from normfree.convert.rewrite import BARE, COPY, SCALED, WITH_ACTIVATION
+from normfree.convert.structure import Structure, layers_to_standardize, needs_copy, removable_norms
 from normfree.convert.variances import Scale, input_scales
 
 MEASURED = "measured"
@@ -52,11 +52,13 @@ def fresh_plan(
 def _norm_out(structure: Structure, name: str) -> Change:
     norm = structure.norms[name][0].module
     fused = activation_in(norm)
+    copied = any(needs_copy(structure, call) for call in structure.norms[name])
+    stays = f"; its {', '.join(class_name(part) for _, part in fused)} stays" if fused else ""
     return Change(
         name=name,
         was=class_name(norm),
-        now=WITH_ACTIVATION if fused else BARE,
-        reason="removed" + (f"; its {', '.join(class_name(part) for _, part in fused)} stays" if fused else ""),
+        now=COPY if copied else WITH_ACTIVATION if fused else BARE,
+        reason="removed" + stays + ("; what follows writes in place, so it gets a copy" if copied else ""),
     )
 
 
@@ -73,8 +75,8 @@ def _layer(
         was=class_name(module),
         now="ScaledConv2d" if bare else TWINS[base].__name__,
         reason=scale.reason + place + bare,
-        input_scale=scale.value,
-        alpha=alpha * carriers[name].correction if ends else None,
+        input_scale=None if scale.value is None else scale.value * (carriers[name].correction if ends else 1),
+        alpha=alpha if ends else None,
         skip_gain=skip_gain if ends else None,
     )
 
@@ -87,6 +89,7 @@ def _scaled(module: nn.Module, name: str, ending: Ending, alpha: float, skip_gai
         was=class_name(module),
         now=SCALED,
         reason=f"{what} at the end of the branch added in {ending.addition.name or 'the model'}{correction}",
-        alpha=alpha * ending.correction,
+        alpha=alpha,
         skip_gain=skip_gain,
+        correction=ending.correction if ending.correction != 1 else None,
     )

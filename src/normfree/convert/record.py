@@ -32,6 +32,7 @@ class Change:
         input_scale: constant factor of a layer's input (γ / β); None for what is no layer.
         alpha: constant factor of the output of what ends a residual branch.
         skip_gain: initial value of its learnable factor; None for none.
+        correction: factor of a gate's output that belongs to the gate; None for what is no gate.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Change:
     input_scale: float | None = None
     alpha: float | None = None
     skip_gain: float | None = None
+    correction: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,6 @@ class Conversion:
 
 def described(change: Change) -> str:
     """What stands in a module's place now, with its factors."""
-    factors = {"input_scale": change.input_scale, "alpha": change.alpha, "skip_gain": change.skip_gain}
+    factors = {name: getattr(change, name) for name in ("input_scale", "correction", "alpha", "skip_gain")}
     shown = [f"{name}={value:.4g}" for name, value in factors.items() if value is not None]
     return f"{change.now}({', '.join(shown)})" if shown else change.now

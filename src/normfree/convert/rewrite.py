@@ -13,7 +13,8 @@ from normfree import nn as ours
 from normfree.convert.kinds import KEPT_TWINS, SAME_PADDED, TWINS, activation_in, class_name
 from normfree.convert.record import Change, Conversion
 
-BARE, WITH_ACTIVATION, AFFINE, SCALED = "Identity", "Activation", "ChannelAffine", "BranchScale"
+BARE, WITH_ACTIVATION, COPY = "Identity", "Activation", "Copy"
+AFFINE, SCALED = "ChannelAffine", "BranchScale"
 
 
 def rewritten(model: nn.Module, conversion: Conversion) -> nn.Module:
@@ -59,13 +60,13 @@ def _made(old: nn.Module, change: Change) -> nn.Module:
         input_scale = 1.0 if change.input_scale is None else change.input_scale
         return layer_like(old, _LAYERS[change.now], input_scale=input_scale, **factors)
     if change.now == SCALED:
-        return nn.Sequential(old, ours.BranchScale(**factors))
+        return nn.Sequential(old, ours.BranchScale(correction=change.correction or 1.0, **factors))
     if change.now == AFFINE:
         mean = old.get_buffer("running_mean")
         affine = ours.ChannelAffine(mean.numel()).to(device=mean.device, dtype=mean.dtype)
         return nn.Sequential(affine, *_activations(old)) if activation_in(old) else affine
-    assert change.now in (BARE, WITH_ACTIVATION), change.now
-    left = _activations(old)
+    assert change.now in (BARE, WITH_ACTIVATION, COPY), change.now
+    left = [ours.Copy(), *_activations(old)] if change.now == COPY else _activations(old)
     return left[0] if len(left) == 1 else nn.Sequential(*left) if left else nn.Identity()
 
 

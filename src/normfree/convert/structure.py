@@ -145,6 +145,30 @@ def _is_convolution(call: Call | None) -> bool:
     return call is not None and not isinstance(call.module, nn.Linear)
 
 
+def needs_copy(structure: Structure, call: Call) -> bool:
+    """Whether what follows a norm writes in place on what the norm's input, once that is the same tensor, still is for.
+
+    The output of a layer that feeds the norm alone may be overwritten: nobody else reads it, not the layer either.
+    """
+    if structure.directly_behind(call.input, alone=True) is not None:
+        return False
+    flow, inside = structure.flow, f"{call.name}."
+    waiting, seen = [call.output], {call.output}
+    if any(op.mutated_arguments(step.function) for step in flow.steps if step.module.startswith(inside)):
+        return True
+    while waiting:
+        node = waiting.pop()
+        assert node is not None
+        for step in flow.readers(node):
+            if op.mutated_arguments(step.function):
+                return True
+            for made in step.outputs if passes_unchanged(step) else ():
+                if made not in seen:
+                    seen.add(made)
+                    waiting.append(made)
+    return False
+
+
 def layers_to_standardize(structure: Structure, removed: set[str]) -> tuple[list[str], dict[str, str]]:
     """The layers that take over what removed norms did, and why the others stay.
 

@@ -1,7 +1,7 @@
 """Layers of networks without normalizers, and the constants they need."""
 
 from normfree.nn.activations import ACTIVATIONS, Activation, Elementwise, build_activation
-from normfree.nn.affine import BranchScale, ChannelAffine
+from normfree.nn.affine import BranchScale, ChannelAffine, Copy
 from normfree.nn.branch_end import BranchEnd
 from normfree.nn.fold import fold
 from normfree.nn.gamma import OFFICIAL_GAMMA, gamma
@@ -48,6 +48,7 @@ __all__ = [
     "BranchEnd",
     "BranchScale",
     "ChannelAffine",
+    "Copy",
     "Elementwise",
     "KeptMean",
     "KeptMeanConv1d",

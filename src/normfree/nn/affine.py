@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.nn.branch_end import BranchEnd
-from normfree.nn.checks import check_integer
+from normfree.nn.checks import check_integer, check_number
 
 
 class ChannelAffine(nn.Module):
@@ -37,9 +37,12 @@ class ChannelAffine(nn.Module):
 
 
 class BranchScale(BranchEnd):
-    """Scale x by ``alpha * s``: for a branch that ends in an activation, which no layer's weight can scale.
+    """Scale x by ``correction * alpha * s``: for a branch whose end no layer's weight can scale.
+
+    Behind the sigmoid of a gate it stands on [N, C] numbers; behind an activation it multiplies the map.
 
     Args:
+        correction: what belongs to the branch itself: 2 for a gate of one half; 1 otherwise.
         alpha: constant factor, at least 0.
         skip_gain: initial value of s, a learnable 0-d factor; None for none.
 
@@ -47,13 +50,22 @@ class BranchScale(BranchEnd):
         ValueError: a factor that is no finite number, or a negative alpha.
     """
 
-    def __init__(self, *, alpha: float = 1.0, skip_gain: float | None = None) -> None:
+    def __init__(self, *, correction: float = 1.0, alpha: float = 1.0, skip_gain: float | None = None) -> None:
         super().__init__()
+        self.correction = check_number("correction", correction, 0.0)
         self.end_branch(alpha, skip_gain)
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.branch_scale()
+        x = x if self.correction == 1 else x * self.correction
         return x if scale is None else x * scale
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha:g}"
+        return f"correction={self.correction:g}, alpha={self.alpha:g}"
+
+
+class Copy(nn.Module):
+    """Give a copy: in place of a normalizer whose output is written in place while its input is still needed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()
