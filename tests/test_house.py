@@ -16,7 +16,7 @@ ALLOWED = {
     "models": {"models", "nn"},
     "weights": {"weights", "models", "nn", "signal"},
     "data": {"data"},
-    "convert": {"convert", "nn", "signal"},
+    "convert": {"convert", "nn", "signal", "weights"},
     "export": {"export", "nn", "signal"},
     "paper": {"paper", "models", "nn", "signal"},
 }

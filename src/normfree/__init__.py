@@ -5,11 +5,11 @@
 >>> normfree.spp(model).plot("spp.png")  # doctest: +SKIP
 """
 
-from normfree.convert import convert
+from normfree.convert import convert, load, save
 from normfree.models import create_model, list_models
 from normfree.nn import fold, gamma
 from normfree.signal import SignalPropagation, spp
-from normfree.weights import load, load_haiku_weights, load_timm_weights, save
+from normfree.weights import load_haiku_weights, load_timm_weights
 
 __version__ = "0.1.0"
 
