@@ -60,7 +60,7 @@ class Convert:
 
     def run(self, console: Console) -> None:
         """Build, convert, write, and say what was changed."""
-        built, described = prepared(self)
+        built, _ = prepared(self)
         with console.status(f"converting {self.model}"):
             converted = converted_as(self, built)
         conversion = _record_of(converted)

@@ -79,9 +79,7 @@ class Doctor:
 
     def _signal(self, model: nn.Module, name: str, batch: Any, described: dict[str, Any]) -> SignalPropagation:
         configuration = {"command": f"normfree doctor {self.model}", "start": self.start}
-        return spp(
-            model, batch, name=name, seed=self.seed, input_description=described, configuration=configuration
-        )
+        return spp(model, batch, name=name, seed=self.seed, input_description=described, configuration=configuration)
 
     def _write(self, signals: list[SignalPropagation], conversion: Conversion | None, reason: str) -> list[Path]:
         self.out.mkdir(parents=True, exist_ok=True)

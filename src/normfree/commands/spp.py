@@ -179,6 +179,7 @@ def _image_channels(model: nn.Module) -> int:
 
 
 def precision_of(model: nn.Module) -> torch.dtype:
+    """The precision of a model's parameters."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     return torch.float32 if parameter is None else parameter.dtype
 

@@ -111,7 +111,9 @@ def print_conversion(console: Console, conversion: Conversion) -> None:
     for head in ("module", "before", "after", "why"):
         table.add_column(head, overflow="fold")
     rows = conversion.rows()
-    shown = rows if len(rows) <= ROWS else list({(row[1], row[2].partition("(")[0]): row for row in rows[::-1]}.values())
+    shown = (
+        rows if len(rows) <= ROWS else list({(row[1], row[2].partition("(")[0]): row for row in rows[::-1]}.values())
+    )
     for row in sorted(shown, key=rows.index):
         table.add_row(*(escape(cell) for cell in row))
     console.print(table)

@@ -161,4 +161,3 @@ class _Walk:
             name = self.owners.get(value.untyped_storage().data_ptr()) if isinstance(value, Tensor) else None
             if name is not None:
                 raise _Blocked(f"it is scaled by a parameter of its own, {name}")
-

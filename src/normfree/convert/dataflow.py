@@ -144,9 +144,7 @@ class DataflowRecorder(Recorder):
         nodes = [self.nodes[operand] for operand in operands]
         result = run()
         branch, shortcut = nodes[found.branch], nodes[1 - found.branch]
-        self.flow.additions.append(
-            Addition(self.stack.name, found.ancestor, shortcut, branch, self.nodes[result])
-        )
+        self.flow.additions.append(Addition(self.stack.name, found.ancestor, shortcut, branch, self.nodes[result]))
         return result
 
     def _run(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], active: list[Tensor]) -> Any:

@@ -72,9 +72,10 @@ def load(path: str | Path, *, original: nn.Module | None = None) -> nn.Module:
         return checkpoint.load(path)
     conversion = _record_in(metadata, path)
     if original is None:
-        how = f"normfree.sources.build({conversion.source!r}).model" if conversion.source else "as it was converted"
+        how = f"normfree.sources.build({conversion.source!r}).model" if conversion.source else "with any weights"
         raise ValueError(
-            f"original: {str(path)!r} holds a converted {conversion.model}; pass the model it was converted from ({how})"
+            f"original: {str(path)!r} holds a converted {conversion.model}; "
+            f"pass the model it was converted from ({how})"
         )
     try:
         model = rewritten(original, conversion)

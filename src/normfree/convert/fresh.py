@@ -45,7 +45,9 @@ def fresh_plan(
             changes.append(_scaled(modules[name], name, ending, alpha, skip_gain))
     kept = [Kept(name=n, was=class_name(modules[n]), reason=reason, norm=True) for n, reason in norms_kept.items()]
     kept += [Kept(name=n, was=class_name(modules[n]), reason=reason) for n, reason in layers_kept.items()]
-    notes = [f"branch added in {e.addition.name or 'the model'} keeps its size: {e.problem}" for e in found if e.problem]
+    notes = [
+        f"branch added in {e.addition.name or 'the model'} keeps its size: {e.problem}" for e in found if e.problem
+    ]
     return changes, kept, notes
 
 

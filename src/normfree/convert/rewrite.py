@@ -109,4 +109,3 @@ def _padding(old: Any) -> Any:
     if old.padding == "valid":
         return tuple(0 for _ in old.kernel_size)
     return old.padding
-

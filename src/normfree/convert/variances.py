@@ -28,8 +28,7 @@ from normfree.signal.graph import Node
 
 # Elementwise, with nothing but numbers beside the activation.
 _ELEMENTWISE = (
-    op.NONLINEAR
-    - {"_softmax", "_log_softmax", "_safe_softmax", "glu"}
+    op.NONLINEAR - {"_softmax", "_log_softmax", "_safe_softmax", "glu"}
     | op.SCALING
     | {"add", "sub", "rsub", "neg", "sgn", "log1p", "expm1"}
 )
@@ -205,11 +204,15 @@ def _replayed(steps: list[Step], base: Node, last: Node) -> Callable[[Tensor], T
 
     def function(x: Tensor) -> Tensor:
         values = {base: x}
+
+        def given(value: Any) -> Any:
+            return _given(value, values)
+
         for step in steps:
             if step.name in op.VIEW or step.name in op.NORM:
                 result: Any = values[step.inputs[0]]
             else:
-                args, kwargs = tree_map(lambda value: _given(value, values), (step.args, step.kwargs))
+                args, kwargs = tree_map(given, (step.args, step.kwargs))
                 result = step.function(*args, **kwargs)
             results = result if isinstance(result, (tuple, list)) else [result]
             values |= dict(zip(step.outputs, results, strict=False))

@@ -44,8 +44,8 @@ class ScaledWSLayer(BranchEnd):
     Source: Brock et al. 2021, section 4, for 2-d convolutions; the other layouts are this project's.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any  # the torch classes declare them differently
+    bias: Any
     gain: nn.Parameter
 
     def __init__(
