@@ -76,12 +76,14 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def base_of(module: nn.Module, *, fresh: bool) -> type[nn.Module] | None:
-    """The torch class a layer behaves as; None where a subclass may do what is not known.
+    """The torch class a layer behaves as; None where a subclass, or a hook, may do what is not known.
 
     Args:
         module: the layer.
         fresh: its weight is drawn anew, so that a standardization of its own does not matter.
     """
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
     if type(module) in TWINS:
         return type(module)
     name = class_name(module)

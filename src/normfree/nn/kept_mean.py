@@ -1,12 +1,13 @@
 """Standardised layers that keep a mean: what a trained layer and the BatchNorm behind it fold into.
 
-    W_eff_i = g_i * (W_i - mean(W_i)) / sqrt(N * var(W_i)) + m_i
+    W_eff_i = g_i * (W_i - mean(W_i)) / sqrt(N * var(W_i)) + m_i / sqrt(N)
 
-g_i     learnable gain, one per filter
-m_i     learnable mean, one per filter, added to each of its N weights
+g_i     learnable gain, one per filter: the norm of what deviates from its mean
+m_i     learnable mean, one per filter, as the norm of N equal weights
 
-A trained filter rarely sums to zero, so standardization alone would change the function; with ``g_i`` the norm and
-``m_i`` the mean of the weight that is wanted, it is any weight at all, and trains at any batch size.
+A trained filter rarely sums to zero, so standardization alone would change the function; with the mean it is any
+weight at all, and trains at any batch size. Both factors stand before vectors of norm 1, so that a learning rate
+means to them what it means to a plain weight. (A mean added to each weight as it is would move N times as fast.)
 """
 
 from __future__ import annotations
@@ -49,23 +50,27 @@ class KeptMean(_Layer):
     def scaled_weight(self, scale: Scale | None) -> Tensor:
         """Return the standardised weight plus the kept mean, with the factors of both."""
         mean = self.kept_mean if scale is None else self.kept_mean * scale
-        return super().scaled_weight(scale) + self._per_filter(mean)
+        return super().scaled_weight(scale) + self._per_filter(mean * self.fan_in**-0.5)
 
     @torch.no_grad()
     def become(self, weight: Tensor, bias: Tensor | None, factor: Tensor) -> None:
         """Have the effective weight be ``weight`` with filter i times ``factor_i``, and the bias be ``bias``.
 
         Args:
-            weight: in the layer's layout; it is kept as the raw weight.
+            weight: in the layer's layout. The raw weight becomes it with the factors' magnitudes, so that it, too,
+                trains at the pace of a plain weight; where a factor is zero it keeps its own size.
             bias: [O], or None where the layer has none.
             factor: [O].
         """
-        self.weight.copy_(weight)
-        filters = self.filters(weight.double()).flatten(1)
-        mean, factor = filters.mean(1), factor.double()
-        norm = (filters - mean[:, None]).square().sum(1).clamp_min(VARIANCE_FLOOR).sqrt()
-        self.gain.copy_(factor * norm / self.constant)
-        self.kept_mean.copy_(factor * mean)
+        factor = factor.double()
+        magnitude = torch.where(factor == 0, 1.0, factor.abs())
+        filters = self.filters(weight.double())
+        filters = filters * magnitude.view(-1, *[1] * (filters.dim() - 1))
+        self.weight.copy_(self.weight_of(filters))
+        rows, sign = filters.flatten(1), factor.sign()
+        norm = (rows - rows.mean(1, keepdim=True)).square().sum(1).clamp_min(VARIANCE_FLOOR).sqrt()
+        self.gain.copy_(sign * norm / self.constant)
+        self.kept_mean.copy_(sign * rows.mean(1) * self.fan_in**0.5)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
