@@ -38,7 +38,7 @@ def test_bad_input_is_one_line(model, options, message):
 
 def test_a_norm_inside_a_scripted_module():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.Sequential(nn.BatchNorm2d(4))))
-    with pytest.raises(ValueError, match="model: 1 is a scripted Sequential.*convert the model before scripting it"):
+    with pytest.raises(ValueError, match=r"model: 1 is a scripted Sequential.*convert the model before scripting it"):
         normfree.convert(model, IMAGES)
 
 
@@ -51,7 +51,7 @@ def test_a_forward_that_needs_another_input():
         def forward(self, x, mask):
             return self.body(x) * mask
 
-    with pytest.raises(ValueError, match="mask.*give a batch that the model's forward takes"):
+    with pytest.raises(ValueError, match=r"mask.*give a batch that the model's forward takes"):
         normfree.convert(Two(), IMAGES)
     mask = torch.ones(4, 1, 14, 14)
     for batch in ((IMAGES, mask), {"x": IMAGES, "mask": mask}):
