@@ -129,3 +129,32 @@ def test_the_default_input_is_noise_of_the_shape_the_model_suggests():
 
 def test_branches_are_named_where_their_module_has_no_name():
     assert normfree.convert(pre_activation(), IMAGES).conversion.summary().startswith("Sequential converted (fresh): ")
+
+
+def test_a_norm_behind_a_convolution_that_is_no_layer_stays():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+            self.norm, self.body = nn.BatchNorm2d(4), nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+
+        def forward(self, x):
+            return self.body(self.norm(nn.functional.conv2d(x, self.weight)))
+
+    kept = normfree.convert(Own(), IMAGES).conversion.norms_left
+    assert [one.name for one in kept] == ["norm"]
+    assert kept[0].reason == "the model before it computes convolution with a weight of no known layer"
+
+
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+def test_our_own_comparisons_convert_too(start, padding):
+    torch.manual_seed(0)
+    sizes = {"widths": (16, 16, 16, 16), "depths": (1, 1, 1, 1)}
+    model = normfree.create_model("resnetv2_50", **sizes, num_classes=3, padding=padding).eval()
+    images = torch.randn(2, 3, 32, 32)
+    converted = normfree.convert(model, images, start=start)
+    assert not converted.conversion.norms_left
+    assert converted(images).shape == model(images).shape
+    if start == "pretrained":
+        torch.testing.assert_close(converted(images), model(images), rtol=1e-4, atol=1e-5)

@@ -139,18 +139,34 @@ def test_a_branch_that_ends_in_an_activation_is_scaled_behind_it():
     assert isinstance(model[1].act[1], BranchScale)
 
 
+class Scaled(nn.Module):
+    """A branch with a layer scale of its own; ``behind`` is what its last layer's output goes through."""
+
+    def __init__(self, behind):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.layer_scale = nn.Parameter(torch.full((16, 1, 1), 0.5))
+        self.behind = behind
+
+    def forward(self, x):
+        return x + self.layer_scale * self.behind(self.bn(self.conv(x)))
+
+
+def test_a_layer_scale_stands_for_the_skip_gain():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), Scaled(lambda y: y), Scaled(lambda y: y))
+    record = normfree.convert(model, IMAGES).conversion
+    first, second = (change for change in record.changes if change.alpha is not None)
+    assert first.alpha == 0.2 and first.skip_gain is None
+    assert first.reason.endswith("ends the branch added in 2, whose 2.layer_scale stands for the skip gain")
+    assert second.input_scale == pytest.approx(1 / math.sqrt(1 + 0.2**2 * 0.5**2))
+
+
 def test_what_cannot_be_scaled_is_told():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
-            self.layer_scale = nn.Parameter(torch.full((16, 1, 1), 1e-6))
-
-        def forward(self, x):
-            return x + self.layer_scale * self.bn(self.conv(x))
-
-    record = normfree.convert(nn.Sequential(nn.Conv2d(3, 16, 3), Scaled()), IMAGES).conversion
-    assert record.notes == ("branch added in 1 keeps its size: it is scaled by a parameter of its own, 1.layer_scale",)
+    up = nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2))
+    record = normfree.convert(nn.Sequential(nn.Conv2d(3, 16, 3), Scaled(up)), IMAGES).conversion
+    assert record.notes == (
+        "branch added in 1 keeps its size: it ends in upsample_nearest2d, which no weight lies behind",
+    )
     assert all(change.alpha is None for change in record.changes)
 
 

@@ -28,12 +28,16 @@ class Ending:
         addition: where it is added.
         modules: names of the modules that carry its factor; none where ``problem`` says why.
         correction: what restores a gate: 2 for a sigmoid's.
+        learned: name of a parameter of the branch's own that scales it, and so stands for the skip gain; "" for none.
+        square: mean square of that parameter, 1 for none.
         problem: why no module can carry it, in words.
     """
 
     addition: Addition
     modules: tuple[str, ...] = ()
     correction: float = 1.0
+    learned: str = ""
+    square: float = 1.0
     problem: str = ""
 
 
@@ -43,7 +47,7 @@ class _Blocked(Exception):
 
 def endings(structure: Structure, model: nn.Module, removed: set[str], chosen: Iterable[str]) -> list[Ending]:
     """The ending of every residual branch that loses its norms, in order; each module ends one branch at most."""
-    owners = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
+    owners = {p.untyped_storage().data_ptr(): (name, p) for name, p in model.named_parameters()}
     found, taken, standardized = [], dict[str, str](), set(chosen)
     for addition in structure.flow.additions:
         if not changes_branch(structure, addition, removed):
@@ -66,7 +70,7 @@ class _Walk:
     def __init__(
         self,
         structure: Structure,
-        owners: dict[int, str],
+        owners: dict[int, tuple[str, Tensor]],
         removed: set[str],
         standardized: set[str],
         addition: Addition,
@@ -74,13 +78,14 @@ class _Walk:
         self.structure, self.owners, self.removed = structure, owners, removed
         self.standardized, self.addition = standardized, addition
         self.modules: dict[str, None] = {}
-        self.correction = 1.0
+        self.correction = self.square = 1.0
+        self.learned = ""
 
     def ending(self) -> Ending:
         waiting = [self.addition.branch]
         while waiting:
             waiting += self._behind(waiting.pop())
-        return Ending(self.addition, tuple(self.modules), self.correction)
+        return Ending(self.addition, tuple(self.modules), self.correction, self.learned, self.square)
 
     def _behind(self, node: Node) -> list[Node]:
         """What lies behind an activation that a factor passes; or note the module that carries it."""
@@ -101,7 +106,7 @@ class _Walk:
         if gated is not None:
             return self._gated(*gated)
         if step.name in op.SCALING and len(step.inputs) == 1:
-            self._check_not_learned(step)
+            self._note_learned(step)
             return [step.inputs[0]]
         if step.name in _LINEAR or step.name == "add":
             return list(step.inputs)
@@ -156,8 +161,9 @@ class _Walk:
             return None
         return step.module if calls[0].output is node or calls[0].output in step.outputs else None
 
-    def _check_not_learned(self, step: Step) -> None:
+    def _note_learned(self, step: Step) -> None:
         for value in step.args:
-            name = self.owners.get(value.untyped_storage().data_ptr()) if isinstance(value, Tensor) else None
-            if name is not None:
-                raise _Blocked(f"it is scaled by a parameter of its own, {name}")
+            found = self.owners.get(value.untyped_storage().data_ptr()) if isinstance(value, Tensor) else None
+            if found is not None:
+                self.learned = found[0]
+                self.square *= float(found[1].detach().double().square().mean())

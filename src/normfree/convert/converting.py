@@ -64,6 +64,7 @@ def convert(
 
     Source: Brock, De, Smith, ICLR 2021, sections 3 and 4; the rules for foreign structures are this project's.
     """
+    model = getattr(model, "_orig_mod", model)  # of a compiled one
     _check(model, start, alpha, skip_gain, beta, seed)
     batch = placed_like(model, gaussian_like_input_of(model) if example_input is None else example_input)
     check_batch(batch)

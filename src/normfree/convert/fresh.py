@@ -70,7 +70,7 @@ def _layer(
     base = base_of(module, fresh=True)
     assert base is not None
     ends = name in carriers
-    place = f"; ends the branch added in {carriers[name].addition.name or 'the model'}" if ends else ""
+    place = _place(carriers[name]) if ends else ""
     bare = "; one weight a filter leaves nothing to standardize" if fan_in(module) == 1 else ""
     return Change(
         name=name,
@@ -79,7 +79,7 @@ def _layer(
         reason=scale.reason + place + bare,
         input_scale=None if scale.value is None else scale.value * (carriers[name].correction if ends else 1),
         alpha=alpha if ends else None,
-        skip_gain=skip_gain if ends else None,
+        skip_gain=skip_gain if ends and not carriers[name].learned else None,
     )
 
 
@@ -90,8 +90,14 @@ def _scaled(module: nn.Module, name: str, ending: Ending, alpha: float, skip_gai
         name=name,
         was=class_name(module),
         now=SCALED,
-        reason=f"{what} at the end of the branch added in {ending.addition.name or 'the model'}{correction}",
+        reason=f"{what}{_place(ending)}{correction}",
         alpha=alpha,
-        skip_gain=skip_gain,
+        skip_gain=None if ending.learned else skip_gain,
         correction=ending.correction if ending.correction != 1 else None,
     )
+
+
+def _place(ending: Ending) -> str:
+    """Which branch a module ends, for its reason."""
+    own = f", whose {ending.learned} stands for the skip gain" if ending.learned else ""
+    return f"; ends the branch added in {ending.addition.name or 'the model'}{own}"

@@ -86,6 +86,8 @@ def base_of(module: nn.Module, *, fresh: bool) -> type[nn.Module] | None:
         return None
     if type(module) in TWINS:
         return type(module)
+    if type(module) in (ours.PaddedConv2d, ours.ScaledConv2d) and (fresh or type(module) is ours.PaddedConv2d):
+        return nn.Conv2d
     name = class_name(module)
     if isinstance(module, nn.Conv2d) and (name in SAME_PADDED | STANDARDIZED) and (fresh or name not in STANDARDIZED):
         return nn.Conv2d

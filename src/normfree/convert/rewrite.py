@@ -104,7 +104,7 @@ def layer_like(old: Any, kind: Callable[..., nn.Module], **factors: Any) -> nn.M
 
 def _padding(old: Any) -> Any:
     """Explicit numbers, or "same": for a stride of 1, torch's own is TensorFlow's."""
-    if class_name(old) in SAME_PADDED:
+    if class_name(old) in SAME_PADDED or getattr(old, "padding_style", "") == "same":
         return "same"
     if old.padding == "valid":
         return tuple(0 for _ in old.kernel_size)

@@ -138,6 +138,19 @@ def _reason_to_keep(structure: Structure, calls: list[Call]) -> str:
     unknown = next((c for c in behind if c is not None and base_of(c.module, fresh=True) is None), None)
     if unknown is not None:
         return f"{unknown.name} before it is a {class_name(unknown.module)}, which has no standardized twin"
+    return next((reason for call in calls if (reason := _unknown_operation(structure, call))), "")
+
+
+def _unknown_operation(structure: Structure, call: Call) -> str:
+    """Why a norm stays behind a convolution or matrix product that is no layer we know; "" where it is none."""
+    node, flow = call.input, structure.flow
+    while node is not None and node not in structure.layer_at:
+        step = flow.made_by.get(node)
+        if step is None:
+            return ""
+        if step.name in op.CONVOLUTION or (step.name in op.LINEAR and step.outputs[0].step.weighted):
+            return f"{step.module or 'the model'} before it computes {step.name} with a weight of no known layer"
+        node = step.inputs[0] if passes_unchanged(step) else None
     return ""
 
 

@@ -71,15 +71,15 @@ def _planned(
         for call in structure.layers[name]:
             if call.output is not None:
                 variance[call.output] = alpha**2 if name in carriers else 1.0
-    sums = {ending.addition.output: ending.addition for ending in found if ending.modules}
+    sums = {ending.addition.output: ending for ending in found if ending.modules}
     for step in structure.flow.steps:
         for node in step.outputs[:1]:
             if node in variance or not step.inputs:
                 continue
             known = [variance.get(each) for each in step.inputs]
             if node in sums:
-                shortcut = variance.get(sums[node].shortcut)
-                value = None if shortcut is None else shortcut + alpha**2
+                shortcut = variance.get(sums[node].addition.shortcut)
+                value = None if shortcut is None else shortcut + alpha**2 * sums[node].square
             else:
                 value = _after(step, known, structure.flow, _is_removed_norm(structure, node, removed))
             if value is not None:
