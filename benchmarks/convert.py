@@ -133,7 +133,7 @@ def _line(row: dict[str, Any]) -> str:
         "none" if row["leak"] == 0 else f"{row['leak']:.1e}",
         training.get("learning_rate", "–"),
         training.get("deleted", "–"),
-        "–" if loss is None else f"{loss[0]:.2f} → {loss[1]:.2f}",
+        "–" if loss is None else f"{loss[0]:.2f} → {loss[1]:.2f}" + ", diverges" * (training["outcome"] == "diverges"),
         f"{row['pretrained']:.1e}" if row["pretrained"] is not None else row["not_pretrained"],
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
@@ -151,7 +151,7 @@ def _count(rows: list[dict[str, Any]], probe: str) -> int:
 
 def _learns(row: dict[str, Any]) -> bool:
     first, last = row["training"]["converted"]
-    return last < first  # also false for a loss that is not a number
+    return row["training"]["outcome"] != "diverges" and last < first
 
 
 def page(rows: list[dict[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from normfree.convert.kinds import is_norm
 from normfree.data import probe_named
 from normfree.signal import spp
 
-LARGEST, LARGEST_TRAINED, SLOWEST = 150e6, 40e6, 0.25
+LARGEST, LARGEST_TRAINED, SLOWEST = 150e6, 40e6, 0.5
 """Parameters of what is converted and of what is trained, and seconds that a step of training may take."""
 
 FIXED_SIZES = {
@@ -33,8 +33,9 @@ FIXED_SIZES = {
 }
 """Heights and widths of models that do not take any size; all others get 64."""
 
-RATES, OTHERWISE = (0.01, 0.03, 0.1), 0.03
-"""Learning rates tried until the norm-deleted model diverges, and the one where it never does (SGD, momentum 0.9)."""
+RATES, OTHERWISE, WARM_UP = (0.003, 0.01, 0.03, 0.1), 0.03, 50
+"""Learning rates tried until the norm-deleted model diverges, and the one where it never does;
+SGD, momentum 0.9, batches of 8, a linear warm-up of 50 steps."""
 
 
 def checked(name: str, steps: int) -> dict[str, Any]:
@@ -120,15 +121,16 @@ def _training(model: nn.Module, converted: nn.Module, steps: int) -> dict[str, A
     batches = _digits()
     found: dict[str, Any] = {"learning_rate": OTHERWISE, "deleted": "does not diverge"}
     for rate in RATES:
-        _, outcome = _losses(without_norms(model), batches, rate, steps=min(steps, 60))
+        _, outcome = _losses(without_norms(model), batches, rate, steps=min(steps, 80))
         if outcome == "too slow":
             return {"learning_rate": "–", "deleted": "–", "converted": None}
         if outcome == "diverges":
             found = {"learning_rate": rate, "deleted": outcome}
             break
-    losses, _ = _losses(converted, batches, found["learning_rate"], steps=steps)
-    tenth = max(1, steps // 10)
-    return found | {"converted": [sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth], "steps": len(losses)}
+    losses, outcome = _losses(converted, batches, found["learning_rate"], steps=steps)
+    tenth = max(1, len(losses) // 10)
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    return found | {"outcome": outcome, "converted": [first, last], "steps": len(losses)}
 
 
 def without_norms(model: nn.Module) -> nn.Module:
@@ -155,6 +157,7 @@ def _losses(
     begun = time.perf_counter()
     for step in range(steps):
         images, labels = batches(step)
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / WARM_UP)
         optimizer.zero_grad()
         loss = F.cross_entropy(_logits(model(images)), labels)
         losses.append(float(loss.detach()))
