@@ -139,6 +139,26 @@ def test_a_branch_that_ends_in_an_activation_is_scaled_behind_it():
     assert isinstance(model[1].act[1], BranchScale)
 
 
+def test_parallel_layers_add_their_variances_and_concatenated_ones_average_them():
+    class Parallel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+            self.right = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+            self.sum = nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+            self.cat = nn.Sequential(nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8))
+
+        def forward(self, x):
+            left = self.left(x)
+            total = left + self.right(x)
+            return self.sum(total), self.cat(torch.cat([left, total], 1))
+
+    record = normfree.convert(Parallel(), IMAGES).conversion
+    scales = {change.name: change.input_scale for change in record.changes if change.input_scale is not None}
+    assert scales["sum.1"] == pytest.approx(normfree.gamma(nn.ReLU()) / math.sqrt(2))
+    assert scales["cat.0"] == pytest.approx(1 / math.sqrt((1 + 2) / 2))
+
+
 class Scaled(nn.Module):
     """A branch with a layer scale of its own; ``behind`` is what its last layer's output goes through."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class _Walk:
     def __init__(
         self,
         structure: Structure,
-        owners: dict[int, tuple[str, Tensor]],
+        owners: Mapping[int, tuple[str, Tensor]],
         removed: set[str],
         standardized: set[str],
         addition: Addition,
