@@ -19,7 +19,7 @@ from normfree.convert.kinds import is_norm
 from normfree.data import probe_named
 from normfree.signal import spp
 
-LARGEST, LARGEST_TRAINED, SLOWEST = 150e6, 40e6, 0.5
+LARGEST, LARGEST_TRAINED, SLOWEST = 150e6, 30e6, 0.3
 """Parameters of what is converted and of what is trained, and seconds that a step of training may take."""
 
 FIXED_SIZES = {
@@ -33,7 +33,7 @@ FIXED_SIZES = {
 }
 """Heights and widths of models that do not take any size; all others get 64."""
 
-RATES, OTHERWISE, WARM_UP = (0.003, 0.01, 0.03, 0.1), 0.03, 50
+RATES, OTHERWISE, WARM_UP = (0.03, 0.1), 0.03, 50
 """Learning rates tried until the norm-deleted model diverges, and the one where it never does;
 SGD, momentum 0.9, batches of 8, a linear warm-up of 50 steps."""
 
@@ -121,7 +121,7 @@ def _training(model: nn.Module, converted: nn.Module, steps: int) -> dict[str, A
     batches = _digits()
     found: dict[str, Any] = {"learning_rate": OTHERWISE, "deleted": "does not diverge"}
     for rate in RATES:
-        _, outcome = _losses(without_norms(model), batches, rate, steps=min(steps, 80))
+        _, outcome = _losses(without_norms(model), batches, rate, steps=steps)
         if outcome == "too slow":
             return {"learning_rate": "–", "deleted": "–", "converted": None}
         if outcome == "diverges":
