@@ -301,7 +301,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Fault drill",
         "",
-        f"{where['cpu']}, {where['cores']} cores, Python {where['python']}, torch {where['torch']}; seed {result['seed']}.",
+        f"{where['cpu']}, {where['cores']} cores, Python {where['python']}, torch {where['torch']}; "
+        f"seed {result['seed']}.",
         "",
         "| drill | outcome | silent corruptions | lost runs |",
         "|---|---|---|---|",

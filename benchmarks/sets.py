@@ -17,6 +17,10 @@ BATCH_NORM = Contender("torchvision:resnet50", name="BN ResNet-50, torchvision")
 TIMM = Contender("timm:nf_resnet50", name="nf_resnet50, timm")
 FOLDED = Contender(OURS.source, ("folded",), name="NF-ResNet-50, folded")
 
+# Networks for images of 32 px, of 1.5 and 0.2 million parameters.
+CIFAR_50 = f"nf_resnet50:{PLAIN},stem=cifar,num_classes=10,widths=(64,128,256,512)"
+CIFAR_26 = f"nf_resnet50:{PLAIN},stem=cifar,num_classes=10,widths=(32,64,128,256),depths=(2,2,2,2)"
+
 # Both with the dropout and the stochastic depth that each is trained with.
 REGNET = Contender("nf_regnet_b0:skipinit_gain=1", name="NF-RegNet-B0")
 REGNET_LIMIT = Contender(REGNET.source, ("limit",), name="its limit")
@@ -159,8 +163,8 @@ def cpu() -> Comparisons:
         resnet_inference(1, onnx=True, rounds=31, budget=40),
         resnet_inference(16, onnx=True, rounds=7, budget=40),
         regnet_training(batch_size=16, image_size=192, rounds=11, budget=45),
-        standardization_share("cifar-nf-resnet50", "NF-ResNet-50 for CIFAR", "benchmarks/cifar.py:nf_resnet50"),
-        standardization_share("cifar-nf-resnet26", "NF-ResNet-26 for CIFAR", "benchmarks/cifar.py:nf_resnet26"),
+        standardization_share("cifar-nf-resnet50", "NF-ResNet-50 for CIFAR", CIFAR_50),
+        standardization_share("cifar-nf-resnet26", "NF-ResNet-26 for CIFAR", CIFAR_26),
         resnet_training("resnet50-fp32-64", "Training step, ResNet-50, fp32, batch 64", beats=FP32, **small, **times),
         resnet_training(
             "resnet50-bf16-64",
@@ -196,7 +200,7 @@ def gpu() -> Comparisons:
         resnet_inference(1, precision="bfloat16", onnx=False, rounds=51, budget=10),
         resnet_inference(256, precision="bfloat16", onnx=False, rounds=21, budget=10),
         regnet_training(batch_size=256, image_size=192, precision="bfloat16", rounds=21, budget=15),
-        standardization_share("cifar-nf-resnet50", "NF-ResNet-50 for CIFAR", "benchmarks/cifar.py:nf_resnet50"),
+        standardization_share("cifar-nf-resnet50", "NF-ResNet-50 for CIFAR", CIFAR_50),
     ]
     return Comparisons(title="Networks side by side, on a GPU", parts=parts, part_limit=200, total_limit=520)
 

@@ -17,6 +17,7 @@ ALLOWED = {
     "weights": {"weights", "models", "nn", "signal"},
     "optim": {"optim", "nn"},
     "data": {"data", "nn"},
+    "convert": {"convert", "nn", "signal", "weights"},
     "export": {"export", "nn", "signal"},
     "benchmark": {"benchmark", "models", "nn", "signal", "export", "sources"},
     "paper": {"paper", "models", "nn", "signal"},

@@ -14,7 +14,9 @@ from rich.console import Console
 
 import normfree
 from normfree.commands.benchmark import Benchmark
+from normfree.commands.convert import Convert
 from normfree.commands.demo import Demo
+from normfree.commands.doctor import Doctor
 from normfree.commands.evaluate import Evaluate
 from normfree.commands.export import Export
 from normfree.commands.models import Models
@@ -33,6 +35,8 @@ COMMANDS = {
     "train": Train,
     "evaluate": Evaluate,
     "predict": Predict,
+    "convert": Convert,
+    "doctor": Doctor,
     "export": Export,
     "benchmark": Benchmark,
     "paper": Paper,
@@ -47,18 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after ``normfree``; those of the process by default.
 
     Returns:
-        0, or 2 for an error the user can mend, told in one line on standard error.
+        0 (or what the command returns: 1 where ``doctor`` finds a model not healthy), or 2 for an error the user
+        can mend, told in one line on standard error.
     """
     try:
         command = _parsed(arguments)
-        command.run(Console(width=None if sys.stdout.isatty() else WIDTH))
+        return command.run(Console(width=None if sys.stdout.isatty() else WIDTH)) or 0
     except (ValueError, OSError, ImportError) as error:
         print(f"normfree: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("normfree: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parsed(arguments: Sequence[str] | None) -> Any:

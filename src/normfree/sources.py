@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from normfree.models import create_model
+from normfree.convert import load, stored_conversion
+from normfree.models import create_model, list_models
 from normfree.models.overrides import parse_overrides
 from normfree.nn.checks import suggestion
-from normfree.weights import load
 
-FORMS = "a name of `normfree models`, torchvision:NAME, timm:NAME, FILE.py:FACTORY, or a checkpoint of normfree.save"
+FORMS = (
+    "a name of `normfree models`, torchvision:NAME, timm:NAME, FILE.py:FACTORY, a checkpoint of normfree.save, or "
+    "the folder of a run or of its checkpoint"
+)
 
 
 class Built(NamedTuple):
@@ -47,8 +50,26 @@ def build(source: str) -> Built:
     if ".py" in source and Path(source.rpartition(":")[0] or source).suffix == ".py":
         return _from_file(source)
     if source.endswith(".safetensors") or (Path(source).is_file() and not rest):
-        return Built(load(source))
+        return _from_checkpoint(source)
+    if Path(source).is_dir() and not rest and prefix not in list_models():
+        from normfree.train.trained import weights_of
+
+        return _from_checkpoint(str(weights_of(source)))
     return Built(create_model(prefix, **parse_overrides(rest)))
+
+
+def _from_checkpoint(path: str) -> Built:
+    """A checkpoint; a converted model is made of its original, which the record says how to build."""
+    conversion = stored_conversion(path)
+    if conversion is None:
+        return Built(load(path))
+    if conversion.source is None:
+        raise ValueError(
+            f"model: {path!r} was converted from a {conversion.model} of your own, which its record cannot build; "
+            "write FILE.py:FACTORY that returns normfree.load(path, original=...)"
+        )
+    original = build(conversion.source)
+    return Built(load(path, original=original.model), original.batch)
 
 
 def _torchvision(name: str) -> nn.Module:

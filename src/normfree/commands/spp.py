@@ -98,7 +98,8 @@ class Spp:
         model = model.to(device)
         described: dict[str, Any] = {"kind": "the factory's own"}
         if batch is None:
-            shape, dtype = self._shape(model, probe), _precision(model)
+            shape = batch_shape(model, probe, image_size=self.image_size, batch_size=self.batch_size)
+            dtype = precision_of(model)
             drawn = probe.batches(shape, count=self.batches, seed=self.seed)
             batch, described = (one.to(device, dtype) for one in drawn), probe.describe()
         try:
@@ -118,21 +119,6 @@ class Spp:
             remedy = "let FACTORY of FILE.py return (model, batch) if the model takes something else"
             raise ValueError(str(error).replace("give a batch that the model's forward takes", remedy)) from error
 
-    def _shape(self, model: nn.Module, probe: Probe) -> tuple[int, ...]:
-        """The shape of a batch: as the model suggests, unless an image size is asked for."""
-        size = self.image_size
-        try:
-            shape = input_shape(model)
-        except ValueError:
-            if isinstance(probe, GaussianNoise) and size is None:
-                raise ValueError(
-                    "model: its input shape cannot be told; let FACTORY of FILE.py return (model, batch)"
-                ) from None
-            shape = (3, 224, 224)
-        if size is not None:
-            shape = (*shape[:-2], size, size) if len(shape) >= 3 else (_image_channels(model), size, size)
-        return (self.batch_size, *shape)
-
     def _command(self) -> str:
         """The command line that does this again."""
         words = ["normfree", "spp", *self.models]
@@ -145,6 +131,22 @@ class Spp:
             else:
                 words += [option, str(value)]
         return shlex.join(words)
+
+
+def batch_shape(model: nn.Module, probe: Probe, *, image_size: int | None, batch_size: int) -> tuple[int, ...]:
+    """The shape of a batch: as the model suggests, unless an image size is asked for."""
+    try:
+        shape = input_shape(model)
+    except ValueError:
+        if isinstance(probe, GaussianNoise) and image_size is None:
+            raise ValueError(
+                "model: its input shape cannot be told; let FACTORY of FILE.py return (model, batch)"
+            ) from None
+        shape = (3, 224, 224)
+    if image_size is not None:
+        sized = (image_size, image_size)
+        shape = (*shape[:-2], *sized) if len(shape) >= 3 else (_image_channels(model), *sized)
+    return (batch_size, *shape)
 
 
 def _told_apart(signals: list[SignalPropagation]) -> list[SignalPropagation]:
@@ -166,7 +168,8 @@ def _image_channels(model: nn.Module) -> int:
     return 3 if convolution is None else convolution.in_channels
 
 
-def _precision(model: nn.Module) -> torch.dtype:
+def precision_of(model: nn.Module) -> torch.dtype:
+    """The precision of a model's parameters."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     return torch.float32 if parameter is None else parameter.dtype
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from normfree.convert import Conversion
 from normfree.signal import BlockSignal, SignalPropagation
 
 ROWS = 24
@@ -102,3 +103,23 @@ def _number(value: float | None) -> str:
     if value == 0:
         return "0"
     return f"{value:.3f}" if 0.01 <= abs(value) < 1000 else f"{value:.2e}"
+
+
+def print_conversion(console: Console, conversion: Conversion) -> None:
+    """Print what a conversion changed, as a table; of many changes the first of each kind."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for head in ("module", "before", "after", "why"):
+        table.add_column(head, overflow="fold")
+    rows = conversion.rows()
+    shown = (
+        rows if len(rows) <= ROWS else list({(row[1], row[2].partition("(")[0]): row for row in rows[::-1]}.values())
+    )
+    for row in sorted(shown, key=rows.index):
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
+    if len(shown) < len(rows):
+        console.print(f"[dim]one of each kind; all {len(rows)} are in the record[/dim]")
+    for note in conversion.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    console.print(conversion.summary(), highlight=False, markup=False)
+    console.print()

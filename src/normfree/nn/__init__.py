@@ -1,9 +1,20 @@
 """Layers of networks without normalizers, and the constants they need."""
 
 from normfree.nn.activations import ACTIVATIONS, Activation, Elementwise, build_activation
+from normfree.nn.affine import BranchScale, ChannelAffine, Copy
 from normfree.nn.branch_end import BranchEnd
 from normfree.nn.fold import fold
 from normfree.nn.gamma import OFFICIAL_GAMMA, gamma
+from normfree.nn.kept_mean import (
+    KeptMean,
+    KeptMeanConv1d,
+    KeptMeanConv2d,
+    KeptMeanConv3d,
+    KeptMeanConvTranspose1d,
+    KeptMeanConvTranspose2d,
+    KeptMeanConvTranspose3d,
+    KeptMeanLinear,
+)
 from normfree.nn.padding import (
     PADDING_STYLES,
     AveragePool2x2,
@@ -15,6 +26,14 @@ from normfree.nn.padding import (
 )
 from normfree.nn.scaled_conv import ScaledConv2d
 from normfree.nn.scaled_ws_conv import VARIANCE_FLOOR, ScaledWSConv2d, standardize
+from normfree.nn.scaled_ws_layers import (
+    ScaledWSConv1d,
+    ScaledWSConv3d,
+    ScaledWSConvTranspose1d,
+    ScaledWSConvTranspose2d,
+    ScaledWSConvTranspose3d,
+    ScaledWSLinear,
+)
 from normfree.nn.squeeze_excite import SqueezeExcite
 from normfree.nn.stochastic_depth import StochasticDepth
 from normfree.nn.variance_plan import PlannedBlock, variance_plan
@@ -27,12 +46,29 @@ __all__ = [
     "Activation",
     "AveragePool2x2",
     "BranchEnd",
+    "BranchScale",
+    "ChannelAffine",
+    "Copy",
     "Elementwise",
+    "KeptMean",
+    "KeptMeanConv1d",
+    "KeptMeanConv2d",
+    "KeptMeanConv3d",
+    "KeptMeanConvTranspose1d",
+    "KeptMeanConvTranspose2d",
+    "KeptMeanConvTranspose3d",
+    "KeptMeanLinear",
     "MaxPool2d",
     "PaddedConv2d",
     "PlannedBlock",
     "ScaledConv2d",
+    "ScaledWSConv1d",
     "ScaledWSConv2d",
+    "ScaledWSConv3d",
+    "ScaledWSConvTranspose1d",
+    "ScaledWSConvTranspose2d",
+    "ScaledWSConvTranspose3d",
+    "ScaledWSLinear",
     "SqueezeExcite",
     "StochasticDepth",
     "build_activation",

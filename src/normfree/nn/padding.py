@@ -141,6 +141,8 @@ class PaddedConv2d(nn.Conv2d):
             bias=bias is not None,
             device="meta",
         )
+        plain.padding_mode = self.padding_mode
+        plain._reversed_padding_repeated_twice = list(self._reversed_padding_repeated_twice)
         plain.weight = nn.Parameter(weight)
         plain.bias = None if bias is None else nn.Parameter(bias)
         return plain.train(self.training)

@@ -100,19 +100,20 @@ def standardize(weight: Tensor, gain: Tensor, scale: float = 1.0) -> Tensor:
     ``scale * gain_i * (W_i - mean(W_i)) * rsqrt(max(N * var(W_i), 1e-4))``
 
     Args:
-        weight: [O, I, kh, kw], in any memory format (kept); float16 and bfloat16 are computed in float32.
+        weight: [O, I, kh, kw], in any memory format (kept), or filters of any other shape [O, …]; float16 and
+            bfloat16 are computed in float32.
         gain: [O].
         scale: a constant.
 
     Returns:
-        [O, I, kh, kw], of the weight's type.
+        A tensor of the weight's shape and type.
 
     Source: Brock et al. 2021, equation 1 of section 4.
     """
     if weight.dtype in (torch.float16, torch.bfloat16):
         return standardize(weight.float(), gain.float(), scale).to(weight.dtype)
     # Moments do not mind the order within a row: reading channels last keeps that layout without a copy.
-    last = not weight.is_contiguous()
+    last = weight.dim() == 4 and not weight.is_contiguous()
     ordered = weight.permute(0, 2, 3, 1) if last else weight
     rows = ordered.flatten(1)
     standardized = _standardized_above_floor(rows, gain, scale)

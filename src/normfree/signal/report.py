@@ -44,7 +44,11 @@ _DASHES = ("solid", "9px,3px", "7px,2px,2px,2px", "2px,2px", "4px,3px", "12px,3p
 
 
 def write_report(
-    signals: Sequence[SignalPropagation], path: str | Path, *, title: str = "Signal propagation report"
+    signals: Sequence[SignalPropagation],
+    path: str | Path,
+    *,
+    title: str = "Signal propagation report",
+    appendix: str = "",
 ) -> Path:
     """Write the interactive report of one or several models as one HTML file of about 5 MB.
 
@@ -55,6 +59,7 @@ def write_report(
         signals: the models, in the order of the legend.
         path: where to write it; an earlier report is replaced as a whole or not at all.
         title: heading of the page.
+        appendix: HTML of one's own (escaped by whoever gives it), put before the numbers.
 
     Returns:
         The path.
@@ -78,6 +83,7 @@ def write_report(
         "gaps": _gaps(signals),
         "findings": "".join(_findings(signal, number) for number, signal in enumerate(signals)),
         "layerwise": layers if any(is_layerwise(signal) for signal in signals) else "",
+        "appendix": appendix,
         "tables": "".join(numbers_table(signal) for signal in signals),
         "configuration": settings_table(signals),
         "data": inert(_page_data(signals)),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normfree.models import Backbone, create_model
 from normfree.nn.fold import Foldable, fold
@@ -75,17 +75,8 @@ def load(path: str | Path) -> Backbone:
     Raises:
         ValueError: if the file is none of ours, or damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"path: {str(path)!r} is no file; give one that normfree.save wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"path: {str(path)!r} is no sound safetensors file: {error}") from error
+    metadata, tensors = contents(path)
     if KEY not in metadata:
         raise ValueError(
             f"path: {str(path)!r} has weights but not the model they belong to; only files of normfree.save do"
@@ -103,3 +94,22 @@ def load(path: str | Path) -> Backbone:
         reason = str(error).splitlines()[0]
         raise ValueError(f"path: {str(path)!r} does not describe a model this version builds: {reason}") from error
     return model.eval()
+
+
+def contents(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and the tensors of a safetensors file.
+
+    Raises:
+        ValueError: if there is no such file, or it is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"path: {str(path)!r} is no file; give one that normfree.save wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            return file.metadata() or {}, tensors
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"path: {str(path)!r} is no sound safetensors file: {error}") from error

@@ -1,0 +1,194 @@
+"""Convert every architecture at hand, and check what the conversion promises.
+
+``python -m benchmarks.convert [--only PATTERN] [--out results/convert] [--fresh] [--workers 2] [--steps 200]`` writes
+``models.json`` and a table, ``README.md``. Each model runs in a process of its own, and models already in
+``models.json`` are kept, so that an interrupted run goes on.
+
+For each model: the *fresh* conversion, what normalizers it leaves, its signal on gaussian images and on photographs,
+whether an example's output depends on another, and training on the digits at a learning rate where the model with
+its norms simply deleted diverges; the *pretrained* conversion, against the original with randomised statistics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.convert_checks import checked
+from benchmarks.machine import hardware
+from normfree.signal import write_atomically
+
+CLASSIFIERS = """
+resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d resnext101_32x8d resnext101_64x4d wide_resnet50_2
+wide_resnet101_2 regnet_x_400mf regnet_x_800mf regnet_x_1_6gf regnet_x_3_2gf regnet_x_8gf regnet_x_16gf regnet_x_32gf
+regnet_y_400mf regnet_y_800mf regnet_y_1_6gf regnet_y_3_2gf regnet_y_8gf regnet_y_16gf regnet_y_32gf regnet_y_128gf
+mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5 mnasnet0_75 mnasnet1_0 mnasnet1_3 efficientnet_b0
+efficientnet_b1 efficientnet_b2 efficientnet_b3 efficientnet_b4 efficientnet_b5 efficientnet_b6 efficientnet_b7
+efficientnet_v2_s efficientnet_v2_m efficientnet_v2_l convnext_tiny convnext_small convnext_base convnext_large
+densenet121 densenet161 densenet169 densenet201 shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x1_5
+shufflenet_v2_x2_0 googlenet inception_v3 maxvit_t swin_t swin_s swin_b swin_v2_t swin_v2_s swin_v2_b vit_b_16
+vit_b_32 vit_l_16 vit_l_32 vit_h_14
+"""
+
+SEGMENTERS = """
+fcn_resnet50 fcn_resnet101 deeplabv3_resnet50 deeplabv3_resnet101 deeplabv3_mobilenet_v3_large
+lraspp_mobilenet_v3_large
+"""
+
+DETECTORS = """
+fasterrcnn_resnet50_fpn fasterrcnn_resnet50_fpn_v2 fasterrcnn_mobilenet_v3_large_fpn
+fasterrcnn_mobilenet_v3_large_320_fpn fcos_resnet50_fpn retinanet_resnet50_fpn retinanet_resnet50_fpn_v2
+maskrcnn_resnet50_fpn maskrcnn_resnet50_fpn_v2 keypointrcnn_resnet50_fpn ssdlite320_mobilenet_v3_large
+"""
+
+TIMM = """
+resnet26 resnet26d seresnet18 ecaresnext26t_32x4d skresnet18 resnet50_clip resnetblur18 res2net50_14w_8s resnest14d
+resnetv2_50 resnetv2_50d_gn resnetv2_50x1_bit regnetz_b16 botnet26t_256 halonet26t lambda_resnet26t repvgg_a0
+mobileone_s0 convmixer_768_32 convnext_atto convnextv2_atto cs3darknet_s cspresnet50 darknet53 densenet121 dla34 dpn68
+efficientnet_b0 tf_efficientnetv2_b0 mobilenetv1_100 mobilenetv2_050 mixnet_s mobilenetv4_conv_small_035 lcnet_050
+efficientvit_b0 fastvit_t8 fasternet_t0 ghostnet_050 hgnetv2_b0 hrnet_w18_small inception_next_atto inception_resnet_v2
+inception_v4 mobilevit_xxs poolformer_s12 rdnet_tiny repghostnet_050 repvit_m1 rexnet_100 selecsls42b starnet_s1
+tresnet_m ese_vovnet19b_slim_dw vovnet39a xception41 xception41p
+"""
+
+
+def names() -> list[str]:
+    """Every model of the table, as ``library:name``."""
+    torchvision = (CLASSIFIERS + SEGMENTERS + DETECTORS).split()
+    return [f"torchvision:{name}" for name in torchvision] + [f"timm:{name}" for name in TIMM.split()]
+
+
+def measured(name: str, steps: int) -> dict[str, Any]:
+    """One row, in a process of its own; a process that fails leaves its last line as the reason."""
+    command = [sys.executable, "-m", "benchmarks.convert", "--one", name, "--steps", str(steps)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
+    lines = run.stdout.strip().splitlines()
+    if run.returncode or not lines:
+        last = (run.stderr.strip().splitlines() or ["no output"])[-1]
+        return {"model": name, "failure": f"exit code {run.returncode}: {last[:200]}"}
+    return json.loads(lines[-1])
+
+
+def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
+    """The Markdown page: totals, then one line a model."""
+    good = [row for row in rows if "changes" in row]
+    whole = [row for row in good if not row["norms_left"]]
+    trained = [row for row in good if row.get("training", {}).get("converted") is not None]
+    diverging = [row for row in trained if row["training"]["deleted"] == "diverges"]
+    kept = [row for row in good if row["pretrained"] is not None]
+    totals = {
+        "models": len(rows),
+        "converted": len(good),
+        "of these without any norm left": len(whole),
+        "healthy on gaussian images / on photographs": f"{_count(good, 'gaussian')} / {_count(good, 'photos')}",
+        "no example sees another": sum(row["leak"] == 0 for row in good),
+        "trained": len(trained),
+        "of these, the norm-deleted twin diverges": len(diverging),
+        "of these, converted and finite, its loss falling": sum(_learns(row) for row in diverging),
+        "pretrained conversions within 1e-4": f"{sum(row['pretrained'] < 1e-4 for row in kept)} of {len(kept)}",
+    }
+    lines = [
+        "# Every architecture, converted",
+        "",
+        *__doc__.strip().splitlines()[2:],
+        "",
+        "The largest models are converted and compared only; `–` marks what was not run.",
+        "",
+        ", ".join(f"{key} {value}" for key, value in machine.items()) + ".",
+        "",
+        "| total | |",
+        "|---|---|",
+        *(f"| {what} | {number} |" for what, number in totals.items()),
+        "",
+        "| model | M param. | px | norms: before, left | unscaled branches | gaussian | photos | leak "
+        "| lr | norms deleted | converted: loss | pretrained error |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *map(_line, rows)]) + "\n"
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "changes" not in row:
+        return f"| {row['model']} | {row.get('failure')} |" + " |" * 10
+    training = row.get("training") or {}
+    loss = training.get("converted")
+    cells = [
+        row["model"],
+        row["millions"],
+        row["image_size"],
+        f"{row['norms']}, {row['norms_left'] or '0'}",
+        row["unscaled"] or "0",
+        _health(row["gaussian"]),
+        _health(row["photos"]),
+        "none" if row["leak"] == 0 else f"{row['leak']:.1e}",
+        training.get("learning_rate", "–"),
+        training.get("deleted", "–"),
+        "–" if loss is None else f"{loss[0]:.2f} → {loss[1]:.2f}" + ", diverges" * (training["outcome"] == "diverges"),
+        f"{row['pretrained']:.1e}" if row["pretrained"] is not None else row["not_pretrained"],
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _health(kinds: list[str] | None) -> str:
+    if kinds is None:
+        return "–"
+    return ", ".join(kinds) or "healthy"
+
+
+def _count(rows: list[dict[str, Any]], probe: str) -> int:
+    return sum(row[probe] == [] for row in rows)
+
+
+def _learns(row: dict[str, Any]) -> bool:
+    first, last = row["training"]["converted"]
+    return row["training"]["outcome"] != "diverges" and last < first
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The results as JSON, a model a line."""
+    models = ",\n".join(json.dumps(row) for row in rows)
+    return f'{{"machine": {json.dumps(hardware())}, "models": [\n{models}\n]}}\n'
+
+
+def main(arguments: list[str] | None = None, say: Callable[[str], None] = print) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=__doc__)
+    parser.add_argument("--only", default="*", help="shell pattern of names, such as 'timm:res*'")
+    parser.add_argument("--out", type=Path, default=Path("results/convert"))
+    parser.add_argument("--fresh", action="store_true", help="measure again what models.json already has")
+    parser.add_argument("--workers", type=int, default=2, help="processes at once, of one thread each")
+    parser.add_argument("--steps", type=int, default=200, help="of training")
+    parser.add_argument("--one", help="check one model in this process, and print its row")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if options.one:
+        warnings.filterwarnings("ignore")
+        say(json.dumps(checked(options.one, options.steps)))
+        return
+    path = options.out / "models.json"
+    before = json.loads(path.read_text()) if path.exists() and not options.fresh else {}
+    if before.get("machine", hardware()) != hardware():
+        raise SystemExit(f"{path} was measured elsewhere or with other versions; give --fresh or another --out")
+    rows = {row["model"]: row for row in before.get("models", [])}
+    waiting = [name for name in names() if fnmatch.fnmatch(name, options.only) and name not in rows]
+    with ThreadPoolExecutor(options.workers) as pool:
+        for row in pool.map(lambda name: measured(name, options.steps), waiting):
+            rows[row["model"]] = row
+            say(f"{row['model']}: {row.get('failure') or _line(row)}")
+            write_atomically(path, page([rows[each] for each in names() if each in rows]))
+    ordered = [rows[each] for each in names() if each in rows]
+    write_atomically(options.out / "README.md", table(ordered, hardware()))
+
+
+if __name__ == "__main__":
+    main()

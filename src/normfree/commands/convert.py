@@ -1,0 +1,133 @@
+"""``normfree convert``: a model without its normalizers, as a checkpoint that every other command takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from torch import nn
+
+from normfree.commands.outputs import check_folder
+from normfree.commands.spp import batch_shape, precision_of
+from normfree.commands.tables import print_conversion
+from normfree.convert import Conversion, conversion_of, convert, save
+from normfree.data import probe_named
+from normfree.nn.checks import check_choice
+from normfree.sources import Built, build
+from normfree.weights.checkpoint import contents
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Take the normalizers out of a model, and write it as a checkpoint with the record of every change.
+
+    The checkpoint is a MODEL to all other commands. Beside it, .json has the record alone.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """torchvision:NAME, timm:NAME, FILE.py:FACTORY (which may return (model, batch)), a name of `normfree models`,
+    or a checkpoint of normfree.save."""
+    out: Path
+    """Checkpoint to write; by custom *.safetensors."""
+    start: Literal["fresh", "pretrained"] = "fresh"
+    """fresh: new, variance-preserving weights; pretrained: the function of the trained model, kept."""
+    weights: Path | None = None
+    """State dict of the model before conversion, as safetensors."""
+    alpha: float = 0.2
+    """Factor of the residual branches (fresh)."""
+    skip_gain: float = 0.0
+    """Initial value of their learnable factor (fresh)."""
+    beta: Literal["plan", "measured"] = "plan"
+    """plan: closed forms of input scales where there are any; measured: all on the input (fresh)."""
+    input: str = "gaussian"
+    """What to run and measure with: gaussian, photos, or a folder of images."""
+    image_size: int | None = None
+    """Height and width; what the model suggests by default, 224 if it does not."""
+    batch_size: int = 8
+    """Examples in the batch."""
+    seed: int = 0
+    """Of initialisation and input."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self.batch_size, self.image_size, self.seed)
+        if self.out.is_dir() or self.out.suffix != ".safetensors":
+            raise ValueError(f"out: {str(self.out)!r} is no checkpoint's name; give one that ends in .safetensors")
+        check_folder(self.out.parent)
+
+    def run(self, console: Console) -> None:
+        """Build, convert, write, and say what was changed."""
+        built, _ = prepared(self)
+        with console.status(f"converting {self.model}"):
+            converted = converted_as(self, built)
+        conversion = _record_of(converted)
+        print_conversion(console, conversion)
+        paths = [save(converted, self.out), conversion.to_json(self.out.with_suffix(".json"))]
+        console.print("wrote " + " ".join(str(path) for path in paths), highlight=False, soft_wrap=True)
+
+
+def prepared(options: Any) -> tuple[Built, dict[str, Any]]:
+    """The model a command asks for, with its weights, and the batch to convert and measure with.
+
+    Args:
+        options: a command with the fields of :class:`Convert`.
+
+    Returns:
+        The model and its batch, and what to note of the batch.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        built = build(options.model)
+    if options.weights is not None:
+        _load_weights(built.model, options.weights)
+    if built.batch is not None:
+        return built, {"kind": "the factory's own"}
+    probe = probe_named(options.input)
+    shape = batch_shape(built.model, probe, image_size=options.image_size, batch_size=options.batch_size)
+    drawn = next(iter(probe.batches(shape, count=1, seed=options.seed)))
+    return Built(built.model, drawn.to(precision_of(built.model))), probe.describe()
+
+
+def converted_as(options: Any, built: Built) -> nn.Module:
+    """The model converted with a command's options."""
+    return convert(
+        built.model,
+        built.batch,
+        start=check_choice("start", options.start, ("fresh", "pretrained")),
+        alpha=options.alpha,
+        skip_gain=options.skip_gain,
+        beta=options.beta,
+        seed=options.seed,
+        source=options.model,
+    )
+
+
+def check_sizes(batch_size: int, image_size: int | None, seed: int) -> None:
+    """Refuse sizes and seeds that are none.
+
+    Raises:
+        ValueError: naming which.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size} is too few; give at least 1")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size: {image_size} is no size; give at least 1, usually 32 to 256")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: {seed} is no integer from 0 to 2**63 - 1; give one such as 0")
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    try:
+        model.load_state_dict(contents(path)[1])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"weights: {str(path)!r} are not this model's: {reason}; give its own state dict") from error
+
+
+def _record_of(converted: nn.Module) -> Conversion:
+    conversion = conversion_of(converted)
+    assert conversion is not None, "convert leaves its record"
+    return conversion

@@ -1,0 +1,115 @@
+"""``normfree doctor``: is a model's signal healthy, and what would it be without normalizers?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from torch import nn
+
+from normfree.commands.convert import check_sizes, converted_as, prepared
+from normfree.commands.outputs import check_folder
+from normfree.commands.tables import print_conversion, print_signal
+from normfree.convert import Conversion, conversion_of
+from normfree.signal import SignalPropagation, spp, write_json
+from normfree.signal.plot import plot_signals
+from normfree.signal.report import write_report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Examine a model: its signal, what is wrong with it, and the same model converted.
+
+    Writes report.html (both signals overlaid, findings, every change), spp.json, spp.png and conversion.json. The exit
+    code is 0 if no finding about the model as it is given is an error, and 1 otherwise, so that it can gate a CI.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """torchvision:NAME, timm:NAME, FILE.py:FACTORY (which may return (model, batch)), a name of `normfree models`,
+    or a checkpoint of normfree.save."""
+    start: Literal["fresh", "pretrained"] = "fresh"
+    """How the converted model begins."""
+    weights: Path | None = None
+    """State dict of the model, as safetensors."""
+    alpha: float = 0.2
+    """Factor of the residual branches after conversion."""
+    beta: Literal["plan", "measured"] = "plan"
+    """plan: closed forms of input scales where there are any; measured: all on the input."""
+    input: str = "gaussian"
+    """gaussian, photos, or a folder of images."""
+    image_size: int | None = None
+    """Height and width; what the model suggests by default, 224 if it does not."""
+    batch_size: int = 8
+    """Examples in the batch."""
+    seed: int = 0
+    """Of initialisation and input."""
+    out: Path = Path("out/doctor")
+    """Folder to write to."""
+
+    skip_gain: tyro.conf.Suppress[float] = 0.0
+
+    def __post_init__(self) -> None:
+        check_sizes(self.batch_size, self.image_size, self.seed)
+        check_folder(self.out)
+
+    def run(self, console: Console) -> int:
+        """Examine, convert, examine again, write; the exit code."""
+        built, described = prepared(self)
+        before = self._signal(built.model, self.model, built.batch, described)
+        print_signal(console, before)
+        signals, conversion, reason = [before], None, ""
+        try:
+            converted = converted_as(self, built)
+        except ValueError as error:
+            reason = str(error)
+            console.print(f"not converted: {reason}", highlight=False, markup=False)
+        else:
+            conversion = conversion_of(converted)
+            assert conversion is not None, "convert leaves its record"
+            signals.append(self._signal(converted, f"{self.model}, converted", built.batch, described))
+            print_conversion(console, conversion)
+            print_signal(console, signals[1])
+        paths = self._write(signals, conversion, reason)
+        console.print("wrote " + " ".join(str(path) for path in paths), highlight=False, soft_wrap=True)
+        return int(not is_healthy(before))
+
+    def _signal(self, model: nn.Module, name: str, batch: Any, described: dict[str, Any]) -> SignalPropagation:
+        configuration = {"command": f"normfree doctor {self.model}", "start": self.start}
+        return spp(model, batch, name=name, seed=self.seed, input_description=described, configuration=configuration)
+
+    def _write(self, signals: list[SignalPropagation], conversion: Conversion | None, reason: str) -> list[Path]:
+        self.out.mkdir(parents=True, exist_ok=True)
+        plot_signals(signals, self.out / "spp.png")
+        paths = [write_json(self.out / "spp.json", signals), self.out / "spp.png"]
+        if conversion is not None:
+            paths.append(conversion.to_json(self.out / "conversion.json"))
+        appendix = changes_section(conversion, reason)
+        title = f"Examination of {self.model}"
+        return [*paths, write_report(signals, self.out / "report.html", title=title, appendix=appendix)]
+
+
+def is_healthy(signal: SignalPropagation) -> bool:
+    """Whether no finding is an error."""
+    return not any(finding.severity == "error" for finding in signal.findings)
+
+
+def changes_section(conversion: Conversion | None, reason: str) -> str:
+    """The report's section on the conversion: every change and what was left alone; or why there is none."""
+    if conversion is None:
+        return f'<section id="conversion"><h2>Conversion</h2><p>{escape(reason)}</p></section>'
+    heads = "".join(f"<th class=text>{head}</th>" for head in ("module", "before", "after", "why"))
+    rows = "".join(
+        "<tr>" + "".join(f"<td class=text>{escape(cell)}</td>" for cell in row) + "</tr>" for row in conversion.rows()
+    )
+    notes = "".join(f"<li>{escape(note)}</li>" for note in conversion.notes)
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    return (
+        f'<section id="conversion"><h2>Conversion</h2><p>{escape(conversion.summary())}</p>'
+        + (f"<ul>{notes}</ul>" if notes else "")
+        + f'<details><summary>every change and what was left alone</summary><div class="scroll">{table}</div></details>'
+        + "</section>"
+    )

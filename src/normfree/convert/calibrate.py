@@ -1,0 +1,78 @@
+"""Measure the input scales that have no closed form, in one pass: every layer runs on what those before it give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.convert.dataflow import resting
+from normfree.nn.branch_end import BranchEnd
+from normfree.signal.inputs import Batch, call
+
+
+def measured_scales(model: nn.Module, names: Iterable[str], batch: Batch, *, heads: bool) -> dict[str, float]:
+    """The input scale of each named layer under which its output has a mean square of 1.
+
+    The filters sum to zero, so the mean square is the variance plus what differing channel means bring; of
+    features pooled to one position it is the quantity that does not depend on how alike the examples are. Layers
+    are set one after another as the signal reaches them, with branches awake (skip gains of one).
+
+    Args:
+        model: the converted model; its layers keep the scales found.
+        names: of the layers.
+        batch: what to measure with.
+        heads: run what runs in training alone, too.
+
+    Raises:
+        ValueError: a layer's input is constant, so that no scale gives its output a variance.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, float] = {}
+    handles = [modules[name].register_forward_pre_hook(_setter(name, found)) for name in names]
+    gains = [m.skip_gain for m in model.modules() if isinstance(m, BranchEnd) and m.skip_gain is not None]
+    kept = [gain.detach().clone() for gain in gains]
+    try:
+        with torch.no_grad(), resting(model, heads=heads):
+            for gain in gains:
+                gain.fill_(1)
+            call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        with torch.no_grad():
+            for gain, value in zip(gains, kept, strict=True):
+                gain.copy_(value)
+    for name, scale in found.items():
+        modules[name].input_scale = scale  # type: ignore[assignment]
+    return found
+
+
+def _setter(name: str, found: dict[str, float]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: Any, inputs: tuple[Any, ...]) -> None:
+        if name in found:
+            return
+        mean_square = float(_plain_output(module, inputs[0]).double().square().mean())
+        if not mean_square > 0:
+            raise ValueError(
+                f"example_input: what reaches {name} is constant, so its scale cannot be measured; "
+                "give a batch of several different examples"
+            )
+        found[name] = module.input_scale = mean_square**-0.5
+
+    return hook
+
+
+def _plain_output(module: Any, x: Tensor) -> Tensor:
+    """The layer's output with an input scale of 1, no bias and no branch factor."""
+    before: Mapping[str, Any] = {"input_scale": module.input_scale, "alpha": module.alpha}
+    bias, gain = module._parameters["bias"], module._parameters["skip_gain"]
+    module.input_scale = module.alpha = 1.0
+    module._parameters["bias"] = module._parameters["skip_gain"] = None
+    try:
+        return module.forward(x)
+    finally:
+        vars(module).update(before)
+        module._parameters["bias"], module._parameters["skip_gain"] = bias, gain

@@ -1,0 +1,259 @@
+"""The dataflow of someone else's model as conversion needs it: what every layer and every norm is fed by, and feeds.
+
+The signal recorder already knows each activation, its ancestors and which additions are residual. Here it also
+keeps the operations between the activations (so that an activation function can be run again on numbers of our
+choice) and the calls of the modules that conversion may exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves, tree_map
+
+from normfree.convert.kinds import is_layer, is_norm
+from normfree.signal import operations as op
+from normfree.signal.graph import Node, Residual
+from normfree.signal.inputs import Batch, examples_in, tensors_of
+from normfree.signal.listening import run
+from normfree.signal.modules import ModuleStack
+from normfree.signal.preserve import Preserved, untouched
+from normfree.signal.recorder import Recorder
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One operation on activations.
+
+    Attributes:
+        name: as :mod:`normfree.signal.operations` names it.
+        function: the operation itself.
+        args, kwargs: its arguments, activations replaced by their nodes.
+        inputs: the activations among them, in order.
+        outputs: the activations it made.
+        module: the innermost running module.
+    """
+
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    module: str
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One run of a module that conversion may exchange (or that makes an activation as a whole).
+
+    Attributes:
+        name: the module's qualified name.
+        module: the module.
+        input, output: activations it took (the first) and gave; None where it took or gave none.
+        shape: of the input.
+    """
+
+    name: str
+    module: nn.Module
+    input: Node | None
+    output: Node | None
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Addition:
+    """A residual addition: ``output = shortcut + branch``, both from ``ancestor``."""
+
+    name: str
+    ancestor: Node
+    shortcut: Node
+    branch: Node
+    output: Node
+
+
+@dataclass(eq=False)
+class Dataflow:
+    """What one forward pass did.
+
+    Attributes:
+        steps: every operation on activations, in order.
+        calls: runs of leaf modules, norms and layers, in the order they ended.
+        additions: the residual ones.
+        outputs: what the model returned.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    additions: list[Addition] = field(default_factory=list)
+    outputs: list[Node] = field(default_factory=list)
+    made_by: dict[Node, Step] = field(default_factory=dict)
+    read_by: dict[Node, list[Step]] = field(default_factory=dict)
+    shapes: dict[Node, tuple[int, ...]] = field(default_factory=dict)
+
+    def add(self, step: Step) -> None:
+        """Enter an operation."""
+        self.steps.append(step)
+        for node in step.outputs:
+            self.made_by[node] = step
+        for node in step.inputs:
+            self.read_by.setdefault(node, []).append(step)
+
+    def readers(self, node: Node) -> Sequence[Step]:
+        """The operations that read an activation."""
+        return self.read_by.get(node, ())
+
+    def called(self, kind: Callable[[nn.Module], bool]) -> dict[str, list[Call]]:
+        """The calls of every module of a kind, by name, in the order they first ran."""
+        found: dict[str, list[Call]] = {}
+        for call in self.calls:
+            if kind(call.module):
+                found.setdefault(call.name, []).append(call)
+        return found
+
+    def backwards(self, node: Node, stop: Callable[[Node], bool]) -> Iterator[Node]:
+        """``node`` and all it was computed from, not looking behind an activation where ``stop`` holds."""
+        seen, waiting = {node}, [node]
+        while waiting:
+            current = waiting.pop()
+            yield current
+            if stop(current):
+                continue
+            for parent in current.parents:
+                if parent not in seen and parent.dominator is not None:
+                    seen.add(parent)
+                    waiting.append(parent)
+
+
+class DataflowRecorder(Recorder):
+    """Keeps operations and residual additions; measures nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.flow = Dataflow()
+        self.entered: list[tuple[nn.Module, Node | None, tuple[int, ...]]] = []
+
+    def on_addition(self, found: Residual, operands: Sequence[Tensor], run: Callable[[], Tensor]) -> Tensor:
+        """Note which operand was what, before an addition in place makes the one into the sum."""
+        nodes = [self.nodes[operand] for operand in operands]
+        result = run()
+        branch, shortcut = nodes[found.branch], nodes[1 - found.branch]
+        self.flow.additions.append(Addition(self.stack.name, found.ancestor, shortcut, branch, self.nodes[result]))
+        return result
+
+    def _run(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], active: list[Tensor]) -> Any:
+        inputs = tuple(self.nodes[tensor] for tensor in active)
+        known = {id(tensor): node for tensor, node in zip(active, inputs, strict=True)}
+
+        def noted(value: Any) -> Any:
+            return known.get(id(value), value) if isinstance(value, Tensor) else value
+
+        kept, kept_kwargs = tree_map(noted, tuple(args)), tree_map(noted, dict(kwargs))
+        for tensor, node in zip(active, inputs, strict=True):
+            self.flow.shapes.setdefault(node, tuple(tensor.shape))
+        result = super()._run(name, func, args, kwargs, active)
+        made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor) and tensor in self.nodes]
+        outputs = tuple(self.nodes[tensor] for tensor in made)
+        for tensor, node in zip(made, outputs, strict=True):
+            self.flow.shapes[node] = tuple(tensor.shape)
+        self.flow.add(Step(name, func, kept, kept_kwargs, inputs, outputs, self.stack.name))
+        return result
+
+    def node_in(self, value: Any) -> Node | None:
+        """The first activation in a module's arguments or result."""
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor) and leaf in self.nodes:
+                return self.nodes[leaf]
+        return None
+
+    def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """A module begins: remember what it was given."""
+        if module in self.stack.names and _is_of_interest(module):
+            node = self.node_in(inputs)
+            self.entered.append((module, node, self.flow.shapes.get(node, ()) if node else ()))
+
+    def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """A module ends: its call is complete."""
+        if self.entered and self.entered[-1][0] is module:
+            _, node, shape = self.entered.pop()
+            name = self.stack.names[module]
+            self.flow.calls.append(Call(name, module, node, self.node_in(output), shape))
+
+
+def _is_of_interest(module: nn.Module) -> bool:
+    return is_norm(module) or is_layer(module) or next(module.children(), None) is None
+
+
+@contextmanager
+def resting(model: nn.Module, *, heads: bool) -> Iterator[Preserved]:
+    """Put a model into evaluation mode and back; with ``heads`` its containers believe that they are training.
+
+    Auxiliary heads run in training alone. Dropout and norms, which have no children, stay in evaluation mode.
+    """
+    with untouched(model, "eval") as preserved:
+        for module in model.modules():
+            if heads and next(module.children(), None) is not None and not is_norm(module):
+                module.training = True
+        yield preserved
+
+
+def record_all(model: nn.Module, batch: Batch) -> tuple[Dataflow, bool]:
+    """Record a model, with its auxiliary heads if only so all norms run; also whether that was so."""
+    flow = record(model, batch)
+    norms = sum(is_norm(module) for module in model.modules())
+    if len(flow.called(is_norm)) == norms:
+        return flow, False
+    try:
+        more = record(model, batch, heads=True)
+    except ValueError:  # training wants something else, such as targets
+        return flow, False
+    return (more, True) if len(more.called(is_norm)) > len(flow.called(is_norm)) else (flow, False)
+
+
+def record(model: nn.Module, batch: Batch, *, heads: bool = False) -> Dataflow:
+    """Run a model once and keep its dataflow; the model is given back as it was.
+
+    Args:
+        model: the model, which runs in evaluation mode.
+        batch: its input.
+        heads: have what runs in training alone run, too.
+
+    Raises:
+        ValueError: the model does not take the batch; one line says where it failed.
+    """
+    with resting(model, heads=heads) as preserved:
+        stack = ModuleStack(model)
+        tensors = tensors_of(batch)
+        recorder = DataflowRecorder(
+            model,
+            tensors,
+            stack=stack,
+            before_writing=preserved.before_writing,
+            examples=examples_in(batch),
+            wake=False,
+        )
+        for tensor in tensors:
+            recorder.flow.shapes[recorder.nodes[tensor]] = tuple(tensor.shape)
+        handles = [
+            register_module_forward_pre_hook(recorder.enter),
+            register_module_forward_hook(recorder.leave),
+        ]
+        try:
+            with preserved.guarding(tensors), torch.no_grad(), stack.followed(), recorder:
+                outputs = run(model, batch, stack)
+            recorder.flow.outputs = [recorder.nodes[t] for t in outputs if t in recorder.nodes]
+        finally:
+            for handle in handles:
+                handle.remove()
+    return recorder.flow
+
+
+def passes_unchanged(step: Step) -> bool:
+    """Whether an operation carries its one input on as it is, but for its layout."""
+    return step.name in op.VIEW and len(step.inputs) == 1

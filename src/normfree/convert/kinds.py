@@ -1,0 +1,125 @@
+"""What conversion knows of other people's modules: which are norms, and which layers have a standardised twin."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from normfree import nn as ours
+
+TWINS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: ours.ScaledWSConv1d,
+    nn.Conv2d: ours.ScaledWSConv2d,
+    nn.Conv3d: ours.ScaledWSConv3d,
+    nn.ConvTranspose1d: ours.ScaledWSConvTranspose1d,
+    nn.ConvTranspose2d: ours.ScaledWSConvTranspose2d,
+    nn.ConvTranspose3d: ours.ScaledWSConvTranspose3d,
+    nn.Linear: ours.ScaledWSLinear,
+}
+"""The standardised layer in place of each plain one."""
+
+KEPT_TWINS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: ours.KeptMeanConv1d,
+    nn.Conv2d: ours.KeptMeanConv2d,
+    nn.Conv3d: ours.KeptMeanConv3d,
+    nn.ConvTranspose1d: ours.KeptMeanConvTranspose1d,
+    nn.ConvTranspose2d: ours.KeptMeanConvTranspose2d,
+    nn.ConvTranspose3d: ours.KeptMeanConvTranspose3d,
+    nn.Linear: ours.KeptMeanLinear,
+}
+"""The same with a kept mean per filter."""
+
+# Convolutions of other libraries, by class name, and the torch class they are with which padding: what they do
+# besides is padding like TensorFlow's, or a standardization of their own that ours replaces in a fresh model.
+SAME_PADDED = frozenset({"Conv2dSame", "StdConv2dSame", "ScaledStdConv2dSame"})
+STANDARDIZED = frozenset({"StdConv2d", "StdConv2dSame"})
+
+# Norms by class name, where their base class does not tell: frozen statistics, and root mean squares.
+FROZEN = frozenset({"FrozenBatchNorm2d", "FrozenBatchNormAct2d"})
+ROOT_MEAN_SQUARE = ("RmsNorm", "RMSNorm", "SimpleNorm", "EvoNorm", "FilterResponseNorm")
+
+_BATCH = (nn.modules.batchnorm._BatchNorm,)
+_INSTANCE = (nn.modules.instancenorm._InstanceNorm,)
+
+
+def class_name(module: nn.Module) -> str:
+    """A module's class, as the record names it."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return str(getattr(module, "original_name", type(module).__name__))
+    return type(module).__name__
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalizes."""
+    return isinstance(module, (*_BATCH, *_INSTANCE, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)) or (
+        class_name(module) in FROZEN or class_name(module).startswith(ROOT_MEAN_SQUARE)
+    )
+
+
+def is_map_norm(module: nn.Module) -> bool:
+    """Whether a norm is one of convolutional networks; a LayerNorm over the last axis is so only behind one."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or class_name(module).startswith(ROOT_MEAN_SQUARE):
+        return "2d" in class_name(module).lower()
+    return is_norm(module)
+
+
+def is_removable(module: nn.Module) -> bool:
+    """Whether what a norm does beside normalizing is known (an activation and a dropout at most)."""
+    return not class_name(module).startswith(("EvoNorm", "FilterResponseNorm")) and not isinstance(
+        module, torch.jit.ScriptModule
+    )
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a convolution or a linear layer, of torch or a subclass."""
+    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+
+
+def base_of(module: nn.Module, *, fresh: bool) -> type[nn.Module] | None:
+    """The torch class a layer behaves as; None where a subclass, or a hook, may do what is not known.
+
+    Args:
+        module: the layer.
+        fresh: its weight is drawn anew, so that a standardization of its own does not matter.
+    """
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if type(module) in TWINS:
+        return type(module)
+    if type(module) in (ours.PaddedConv2d, ours.ScaledConv2d) and (fresh or type(module) is ours.PaddedConv2d):
+        return nn.Conv2d
+    name = class_name(module)
+    if isinstance(module, nn.Conv2d) and (name in SAME_PADDED | STANDARDIZED) and (fresh or name not in STANDARDIZED):
+        return nn.Conv2d
+    return None
+
+
+def fan_in(module: nn.Module) -> int:
+    """Weights that feed one output of a layer."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return weight.numel() // module.out_channels
+    return weight[0].numel()
+
+
+def constants_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """The scale and shift [C], in float64, that a norm is in evaluation mode; None if it looks at its input then."""
+    mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+    if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
+        return None
+    eps = getattr(module, "eps", None)
+    if not isinstance(eps, float):
+        return None
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    scale = (variance.detach().double() + eps).rsqrt()
+    if isinstance(weight, Tensor):
+        scale = scale * weight.detach().double()
+    shift = -mean.detach().double() * scale
+    return scale, shift + bias.detach().double() if isinstance(bias, Tensor) else shift
+
+
+def activation_in(norm: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules a fused norm runs after normalizing, in their order."""
+    parts = [(name, getattr(norm, name, None)) for name in ("drop", "act")]
+    return [(name, part) for name, part in parts if isinstance(part, nn.Module) and not isinstance(part, nn.Identity)]

@@ -1,0 +1,104 @@
+"""The plan of a pretrained start: every norm's constants into the layer before it, the function kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.convert.kinds import KEPT_TWINS, activation_in, base_of, class_name, constants_of, fan_in
+from normfree.convert.record import Change, Kept
+from normfree.convert.rewrite import AFFINE, BARE, WITH_ACTIVATION
+from normfree.convert.structure import Structure
+from normfree.nn import ChannelAffine, KeptMean, ScaledConv2d
+
+
+def pretrained_plan(structure: Structure) -> tuple[list[Change], list[Kept], dict[str, str]]:
+    """What to change so that the function in evaluation mode stays.
+
+    Returns:
+        The changes, what is kept, and for each norm that folds the layer it folds into.
+    """
+    changes: list[Change] = []
+    kept: list[Kept] = []
+    folds: dict[str, str] = {}
+    for name, calls in structure.norms.items():
+        norm = calls[0].module
+        if constants_of(norm) is None:
+            reason = "it normalizes by its own input in evaluation mode, too: it has no constants to fold"
+            kept.append(Kept(name=name, was=class_name(norm), reason=reason, norm=True))
+            continue
+        layer, reason = _layer_before(structure, name)
+        if layer is None:
+            changes.append(Change(name=name, was=class_name(norm), now=AFFINE, reason=f"stays an affine map: {reason}"))
+            continue
+        folds[name] = layer
+        module = structure.layers[layer][0].module
+        now = WITH_ACTIVATION if activation_in(norm) else BARE
+        changes.append(Change(name=layer, was=class_name(module), now=_twin(module), reason=f"carries {name}"))
+        changes.append(Change(name=name, was=class_name(norm), now=now, reason=f"folded into {layer}"))
+    modules = {name: calls[0].module for name, calls in structure.layers.items()}
+    carriers = set(folds.values())
+    kept += [
+        Kept(name=name, was=class_name(module), reason="no normalizer folds into it")
+        for name, module in modules.items()
+        if name not in carriers
+    ]
+    return changes, kept, folds
+
+
+def _twin(module: nn.Module) -> str:
+    base = base_of(module, fresh=False)
+    assert base is not None
+    return ScaledConv2d.__name__ if fan_in(module) == 1 else KEPT_TWINS[base].__name__
+
+
+def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
+    """The layer a norm folds into, or None and why there is none."""
+    calls = structure.norms[norm]
+    behind = [structure.directly_behind(call.input, alone=True) for call in calls]
+    layers = {call.name for call in behind if call is not None}
+    if None in behind or not layers:
+        return None, "it follows no layer alone, but a sum, a concatenation, a pool or an activation"
+    if len(layers) > 1:
+        return None, f"several layers share it ({', '.join(sorted(layers))})"
+    layer = layers.pop()
+    module = structure.layers[layer][0].module
+    if len(structure.layers[layer]) != len(calls):
+        return None, f"{layer} before it is used elsewhere, too"
+    base = base_of(module, fresh=False)
+    if base is None:
+        return None, f"{layer} before it is a {class_name(module)}, whose weight is not its own"
+    if fan_in(module) == 1 and not isinstance(module, nn.Conv2d):
+        return None, f"{layer} before it has one weight a filter"
+    return layer, ""
+
+
+@torch.no_grad()
+def fill(original: nn.Module, converted: nn.Module, changes: list[Change], folds: dict[str, str]) -> None:
+    """Give the converted modules the numbers that keep the function."""
+    for change in changes:
+        norm = original.get_submodule(change.name)
+        if change.now == AFFINE:
+            scale, shift = _constants(norm)
+            affine: Any = converted.get_submodule(change.name)
+            affine = affine if isinstance(affine, ChannelAffine) else affine[0]
+            affine.weight.copy_(scale)
+            affine.bias.copy_(shift)
+    for name, layer in folds.items():
+        scale, shift = _constants(original.get_submodule(name))
+        old: Any = original.get_submodule(layer)
+        new: Any = converted.get_submodule(layer)
+        bias = shift if old.bias is None else shift + scale * old.bias.double()
+        if isinstance(new, KeptMean):
+            new.become(old.weight, bias, scale)
+        else:
+            new.weight.copy_(old.weight.double() * scale.view(-1, 1, 1, 1))
+            new.bias.copy_(bias)
+
+
+def _constants(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    constants = constants_of(norm)
+    assert constants is not None, "planned as a norm with constants"
+    return constants

@@ -1,0 +1,142 @@
+"""The record of a conversion: every change and everything left alone, for people and for machines.
+
+It is also the recipe: :func:`normfree.convert.rewrite.rewritten` makes the converted model of the original and this.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from normfree.nn.checks import invalid
+from normfree.signal import write_atomically
+
+SCHEMA = 1
+
+STARTS = ("fresh", "pretrained")
+"""Weights drawn anew for a variance-preserving start, or the function of the trained model kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One module exchanged.
+
+    Attributes:
+        name: of the module.
+        was: its class.
+        now: the class in its place.
+        reason: why, in words.
+        input_scale: constant factor of a layer's input (γ / β); None for what is no layer.
+        alpha: constant factor of the output of what ends a residual branch.
+        skip_gain: initial value of its learnable factor; None for none.
+        correction: factor of a gate's output that belongs to the gate; None for what is no gate.
+    """
+
+    name: str
+    was: str
+    now: str
+    reason: str
+    input_scale: float | None = None
+    alpha: float | None = None
+    skip_gain: float | None = None
+    correction: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """One module (or functional operation) that conversion left alone, and why."""
+
+    name: str
+    was: str
+    reason: str
+    norm: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What :func:`normfree.convert` did to a model.
+
+    Attributes:
+        model: class of the original.
+        start, alpha, beta, seed: the arguments.
+        input_shapes: of the example input's tensors.
+        source: how to build the original again, where that is known: a name the command line takes.
+        changes: in the order the modules ran.
+        kept: what was left alone.
+        notes: what else a reader should know, such as a branch that could not be scaled.
+    """
+
+    model: str
+    start: str
+    alpha: float
+    beta: str
+    seed: int
+    input_shapes: tuple[tuple[int, ...], ...] = ()
+    source: str | None = None
+    changes: tuple[Change, ...] = ()
+    kept: tuple[Kept, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def norms_left(self) -> tuple[Kept, ...]:
+        """The normalizers the converted model still has."""
+        return tuple(kept for kept in self.kept if kept.norm)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record in plain types, ``{"schema": 1, …}``."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write :meth:`to_dict`; the file is whole or not there; returns the path."""
+        return write_atomically(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Conversion:
+        """Read what :meth:`to_dict` gave.
+
+        Raises:
+            ValueError: it is no such record, or one of another schema.
+        """
+        if document.get("schema") != SCHEMA:
+            raise invalid("schema", document.get("schema"), f"must be {SCHEMA}", "use the version that wrote it")
+        try:
+            known = {one.name: document[one.name] for one in fields(cls)}
+            known["changes"] = tuple(Change(**change) for change in known["changes"])
+            known["kept"] = tuple(Kept(**kept) for kept in known["kept"])
+            known["input_shapes"] = tuple(tuple(shape) for shape in known["input_shapes"])
+            return cls(**{**known, "notes": tuple(known["notes"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"document: it is no record of a conversion ({error}); give one of to_dict") from error
+
+    def summary(self) -> str:
+        """One line: what was exchanged for what, and what is left."""
+        counts: dict[str, int] = {}
+        for change in self.changes:
+            counts[change.now] = counts.get(change.now, 0) + 1
+        made = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+        left = f"{len(self.norms_left)} normalizers left" if self.norms_left else "no normalizer left"
+        return f"{self.model} converted ({self.start}): {made}; {left}"
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """The table's rows: module, before, after, why; what is kept has "kept" for after."""
+        changed = [(one.name, one.was, described(one), one.reason) for one in self.changes]
+        return changed + [(one.name, one.was, "kept", one.reason) for one in self.kept]
+
+    def __str__(self) -> str:
+        rows = [("module", "before", "after", "why"), *self.rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = [self.summary(), ""]
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
+            lines.append("  ".join([*cells, row[3]]).rstrip())
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def described(change: Change) -> str:
+    """What stands in a module's place now, with its factors."""
+    factors = {name: getattr(change, name) for name in ("input_scale", "correction", "alpha", "skip_gain")}
+    shown = [f"{name}={value:.4g}" for name, value in factors.items() if value is not None]
+    return f"{change.now}({', '.join(shown)})" if shown else change.now

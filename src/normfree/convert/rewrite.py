@@ -1,0 +1,111 @@
+"""Exchange modules of a copy of the original, as a record says: no dataflow is needed, so a file can be rebuilt."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from normfree import nn as ours
+from normfree.convert.kinds import KEPT_TWINS, SAME_PADDED, TWINS, activation_in, class_name
+from normfree.convert.record import Change, Conversion
+
+BARE, WITH_ACTIVATION, COPY = "Identity", "Activation", "Copy"
+AFFINE, SCALED = "ChannelAffine", "BranchScale"
+
+
+def rewritten(model: nn.Module, conversion: Conversion) -> nn.Module:
+    """Return a copy of the original with every change of a record made, and the record as its ``conversion``.
+
+    Weights that are new are drawn from the record's seed; the caller's random state is left alone.
+
+    Raises:
+        ValueError: the record names modules the model does not have, or of another class.
+    """
+    converted = copy.deepcopy(model)
+    modules = dict(converted.named_modules())
+    exchanged: dict[nn.Module, nn.Module] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(conversion.seed)
+        for change in conversion.changes:
+            old = modules.get(change.name)
+            if old is None or class_name(old) != change.was:
+                found = "nothing" if old is None else class_name(old)
+                raise ValueError(
+                    f"original: {change.name} is {found}, and the record changes a {change.was}; "
+                    "give the model that was converted, built with the same arguments"
+                )
+            exchanged[old] = _made(exchanged.get(old, old), change).train(old.training)
+    for new in exchanged.values():
+        if isinstance(new, nn.Sequential) and isinstance(new[-1], ours.BranchScale):
+            new[-1].to(**_options(model))
+    converted = exchanged.get(converted, converted)
+    for module in list(converted.modules()):
+        for name, child in module._modules.items():
+            while child in exchanged:  # a norm becomes its activation, which may have been exchanged itself
+                child = module._modules[name] = exchanged[child]
+    converted.conversion = conversion  # type: ignore[assignment]
+    return converted
+
+
+def _made(old: nn.Module, change: Change) -> nn.Module:
+    """The module a change puts in the place of an old one."""
+    factors: dict[str, Any] = {}
+    if change.alpha is not None:
+        factors = {"alpha": change.alpha, "skip_gain": change.skip_gain}
+    if change.now in _LAYERS:
+        input_scale = 1.0 if change.input_scale is None else change.input_scale
+        return layer_like(old, _LAYERS[change.now], input_scale=input_scale, **factors)
+    if change.now == SCALED:
+        return nn.Sequential(old, ours.BranchScale(correction=change.correction or 1.0, **factors))
+    if change.now == AFFINE:
+        mean = old.get_buffer("running_mean")
+        affine = ours.ChannelAffine(mean.numel()).to(device=mean.device, dtype=mean.dtype)
+        return nn.Sequential(affine, *_activations(old)) if activation_in(old) else affine
+    assert change.now in (BARE, WITH_ACTIVATION, COPY), change.now
+    left = [ours.Copy(), *_activations(old)] if change.now == COPY else _activations(old)
+    return left[0] if len(left) == 1 else nn.Sequential(*left) if left else nn.Identity()
+
+
+_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    kind.__name__: kind for kind in (*TWINS.values(), *KEPT_TWINS.values(), ours.ScaledConv2d)
+}
+
+
+def _activations(norm: nn.Module) -> list[nn.Module]:
+    return [part for _, part in activation_in(norm)]
+
+
+def _options(module: nn.Module) -> dict[str, Any]:
+    """The device and precision of a module that has tensors."""
+    tensor = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
+    return {} if tensor is None else {"device": tensor.device, "dtype": tensor.dtype}
+
+
+def layer_like(old: Any, kind: Callable[..., nn.Module], **factors: Any) -> nn.Module:
+    """A layer of a kind in the geometry of an old one, with a bias, its weight drawn on the CPU."""
+    if isinstance(old, nn.Linear):
+        new: Any = kind(old.in_features, old.out_features, **factors)
+    else:
+        options: dict[str, Any] = {"dilation": old.dilation, "groups": old.groups}
+        if isinstance(old, nn.modules.conv._ConvTransposeNd):
+            options["output_padding"] = old.output_padding
+        new = kind(
+            old.in_channels, old.out_channels, old.kernel_size, old.stride, padding=_padding(old), **options, **factors
+        )
+        if old.padding_mode != "zeros":
+            new.padding_mode = old.padding_mode
+            new._reversed_padding_repeated_twice = list(old._reversed_padding_repeated_twice)
+    return new.to(device=old.weight.device, dtype=old.weight.dtype)
+
+
+def _padding(old: Any) -> Any:
+    """Explicit numbers, or "same": for a stride of 1, torch's own is TensorFlow's."""
+    if class_name(old) in SAME_PADDED or getattr(old, "padding_style", "") == "same":
+        return "same"
+    if old.padding == "valid":
+        return tuple(0 for _ in old.kernel_size)
+    return old.padding

@@ -1,0 +1,71 @@
+"""What is left of a normalizer where its constants cannot be folded into a layer, and a branch's factor there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from normfree.nn.branch_end import BranchEnd
+from normfree.nn.checks import check_integer, check_number
+
+
+class ChannelAffine(nn.Module):
+    """Scale and shift every channel of x [N, C, …]: ``y = weight_c * x + bias_c``.
+
+    It normalizes nothing: examples stay independent, and training and evaluation are one function. It does
+    multiply an activation, which a layer with the factor in its weight spares; it is for the places no layer reaches.
+
+    Args:
+        channels: C.
+
+    Attributes:
+        weight, bias: [C], learnable, start at 1 and 0.
+
+    Raises:
+        ValueError: channels below 1.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        check_integer("channels", channels, 1)
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, *[1] * (x.dim() - 2))
+        return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
+
+
+class BranchScale(BranchEnd):
+    """Scale x by ``correction * alpha * s``: for a branch whose end no layer's weight can scale.
+
+    Behind the sigmoid of a gate it stands on [N, C] numbers; behind an activation it multiplies the map.
+
+    Args:
+        correction: what belongs to the branch itself: 2 for a gate of one half; 1 otherwise.
+        alpha: constant factor, at least 0.
+        skip_gain: initial value of s, a learnable 0-d factor; None for none.
+
+    Raises:
+        ValueError: a factor that is no finite number, or a negative alpha.
+    """
+
+    def __init__(self, *, correction: float = 1.0, alpha: float = 1.0, skip_gain: float | None = None) -> None:
+        super().__init__()
+        self.correction = check_number("correction", correction, 0.0)
+        self.end_branch(alpha, skip_gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.branch_scale()
+        x = x if self.correction == 1 else x * self.correction
+        return x if scale is None else x * scale
+
+    def extra_repr(self) -> str:
+        return f"correction={self.correction:g}, alpha={self.alpha:g}"
+
+
+class Copy(nn.Module):
+    """Give a copy: in place of a normalizer whose output is written in place while its input is still needed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()

@@ -1,0 +1,121 @@
+"""Standardised layers that keep a mean: what a trained layer and the BatchNorm behind it fold into.
+
+    W_eff_i = g_i * (W_i - mean(W_i)) / sqrt(N * var(W_i)) + m_i / sqrt(N)
+
+g_i     learnable gain, one per filter: the norm of what deviates from its mean
+m_i     learnable mean, one per filter, as the norm of N equal weights
+
+A trained filter rarely sums to zero, so standardization alone would change the function; with the mean it is any
+weight at all, and trains at any batch size. Both factors stand before vectors of norm 1, so that a learning rate
+means to them what it means to a plain weight. (A mean added to each weight as it is would move N times as fast.)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.nn.branch_end import Scale
+from normfree.nn.scaled_ws_conv import VARIANCE_FLOOR, ScaledWSConv2d
+from normfree.nn.scaled_ws_layers import (
+    ScaledWSConv1d,
+    ScaledWSConv3d,
+    ScaledWSConvTranspose1d,
+    ScaledWSConvTranspose2d,
+    ScaledWSConvTranspose3d,
+    ScaledWSLayer,
+    ScaledWSLinear,
+)
+
+_Layer = ScaledWSLayer if TYPE_CHECKING else object
+
+
+class KeptMean(_Layer):
+    """Gives the layer that follows it in a class's bases a learnable mean per filter.
+
+    Attributes:
+        kept_mean: [O], starts at 0.
+
+    Source: this project's.
+    """
+
+    kept_mean: nn.Parameter
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.kept_mean = nn.Parameter(torch.zeros_like(self.gain))
+
+    def scaled_weight(self, scale: Scale | None) -> Tensor:
+        """Return the standardised weight plus the kept mean, with the factors of both."""
+        mean = self.kept_mean if scale is None else self.kept_mean * scale
+        return super().scaled_weight(scale) + self._per_filter(mean * self.fan_in**-0.5)
+
+    @torch.no_grad()
+    def become(self, weight: Tensor, bias: Tensor | None, factor: Tensor) -> None:
+        """Have the effective weight be ``weight`` with filter i times ``factor_i``, and the bias be ``bias``.
+
+        Args:
+            weight: in the layer's layout. The raw weight becomes it with the factors' magnitudes, so that it, too,
+                trains at the pace of a plain weight; where a factor is zero it keeps its own size.
+            bias: [O], or None where the layer has none.
+            factor: [O].
+        """
+        factor = factor.double()
+        magnitude = torch.where(factor == 0, 1.0, factor.abs())
+        filters = self.filters(weight.double())
+        filters = filters * magnitude.view(-1, *[1] * (filters.dim() - 1))
+        self.weight.copy_(self.weight_of(filters))
+        rows, sign = filters.flatten(1), factor.sign()
+        norm = (rows - rows.mean(1, keepdim=True)).square().sum(1).clamp_min(VARIANCE_FLOOR).sqrt()
+        self.gain.copy_(sign * norm / self.constant)
+        self.kept_mean.copy_(sign * rows.mean(1) * self.fan_in**0.5)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
+    def _per_filter(self, values: Tensor) -> Tensor:
+        """[O] in a shape that adds to the weight."""
+        shape = self.filters(self.weight).shape
+        return self.weight_of(values.view(-1, *[1] * (len(shape) - 1)).expand(shape))
+
+
+class KeptMeanConv2d(KeptMean, ScaledWSConv2d):  # type: ignore[misc]  # the 2-d convolution has a base of its own
+    """A standardised 2-d convolution with a kept mean per filter."""
+
+    @property
+    def constant(self) -> float:
+        """The constant factor of the standardised weight."""
+        return self.input_scale
+
+    def filters(self, weight: Tensor) -> Tensor:
+        """Return the weight, whose rows are the filters already."""
+        return weight
+
+    def weight_of(self, filters: Tensor) -> Tensor:
+        """Return the filters, which are a weight already."""
+        return filters
+
+
+class KeptMeanLinear(KeptMean, ScaledWSLinear):
+    """A standardised linear layer with a kept mean per filter."""
+
+
+class KeptMeanConv1d(KeptMean, ScaledWSConv1d):
+    """A standardised 1-d convolution with a kept mean per filter."""
+
+
+class KeptMeanConv3d(KeptMean, ScaledWSConv3d):
+    """A standardised 3-d convolution with a kept mean per filter."""
+
+
+class KeptMeanConvTranspose1d(KeptMean, ScaledWSConvTranspose1d):
+    """A standardised transposed 1-d convolution with a kept mean per filter."""
+
+
+class KeptMeanConvTranspose2d(KeptMean, ScaledWSConvTranspose2d):
+    """A standardised transposed 2-d convolution with a kept mean per filter."""
+
+
+class KeptMeanConvTranspose3d(KeptMean, ScaledWSConvTranspose3d):
+    """A standardised transposed 3-d convolution with a kept mean per filter."""

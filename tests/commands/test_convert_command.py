@@ -1,0 +1,134 @@
+"""`normfree convert` and `normfree doctor` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import normfree
+from normfree.cli import main
+from normfree.sources import build
+
+FACTORIES = """
+import torch
+from torch import nn
+
+def batch_norm(factor=1.0):
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())]
+    layers += [Block() for _ in range(3)]
+    return nn.Sequential(*layers), torch.randn(4, 3, 12, 12)
+
+class Block(nn.Module):
+    def __init__(self, scale=1.0, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.conv, self.norm, self.scale = nn.Conv2d(8, 8, 3, padding=1), norm(8), scale
+
+    def forward(self, x):
+        return x + self.norm(self.conv(x)) * self.scale
+
+class Nothing(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+
+    def forward(self, x):
+        return x
+
+def exploding():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), *(Block(8.0, Nothing) for _ in range(12))), torch.randn(4, 3, 12, 12)
+
+def loaded():
+    import normfree
+    return normfree.load("model.safetensors", original=batch_norm()[0])
+"""
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(FACTORIES)
+    return "nets.py:batch_norm"
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+def test_convert_writes_a_checkpoint_that_other_commands_take(source, tmp_path, capsys):
+    assert run("convert", source, "--out", "model.safetensors", "--skip-gain", "0.5") == 0
+    told = capsys.readouterr().out
+    assert "4 ScaledWSConv2d, 4 Identity; no normalizer left" in told
+    assert "wrote model.safetensors model.json" in told
+    record = json.loads((tmp_path / "model.json").read_text())
+    assert record["source"] == source and len(record["changes"]) == 8
+    built = build("model.safetensors")
+    assert tuple(built.batch.shape) == (4, 3, 12, 12)
+    assert float(built.model.state_dict()["1.conv.skip_gain"]) == 0.5
+    assert run("spp", "model.safetensors", "--out", "spp") == 0
+    assert run("export", "model.safetensors", "--out", "model.pt2") == 0
+    assert (tmp_path / "model.pt2").is_file() and (tmp_path / "spp" / "spp.json").is_file()
+
+
+def test_convert_keeps_the_function_of_given_weights(source, tmp_path):
+    model = build(source).model
+    with torch.no_grad():
+        model[0][1].running_mean += 0.5
+        model[1].norm.running_var *= 3
+    save_file(model.state_dict(), tmp_path / "trained.safetensors")
+    words = ("--start", "pretrained", "--weights", "trained.safetensors", "--out", "kept.safetensors")
+    assert run("convert", source, *words) == 0
+    x = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(build("kept.safetensors").model(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_ones_own_is_loaded_with_its_original(source, tmp_path):
+    model = normfree.convert(*build(source))
+    normfree.save(model, tmp_path / "model.safetensors")
+    assert run("spp", "model.safetensors", "--out", "spp") == 2
+    assert isinstance(build("nets.py:loaded").model[0][1], torch.nn.Identity)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--out", "model.bin"), "is no checkpoint's name; give one that ends in .safetensors"),
+        (("--out", "m.safetensors", "--batch-size", "0"), "batch_size: 0 is too few"),
+        (("--out", "m.safetensors", "--weights", "none.safetensors"), "is no file"),
+        (("--out", "m.safetensors", "--alpha", "-1"), "alpha=-1.0: must be a finite number"),
+    ],
+)
+def test_mistakes_are_one_line(source, capsys, words, message):
+    assert run("convert", source, *words) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+
+
+def test_weights_of_another_model(source, tmp_path, capsys):
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    assert run("convert", source, "--out", "m.safetensors", "--weights", "other.safetensors") == 2
+    assert "give its own state dict" in capsys.readouterr().err
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_doctor_overlays_both_signals_and_lists_the_changes(source, tmp_path):
+    assert run("doctor", source, "--out", "doctor") == 0
+    found = json.loads((tmp_path / "doctor" / "spp.json").read_text())["models"]
+    assert [one["model"] for one in found] == [source, f"{source}, converted"]
+    page = (tmp_path / "doctor" / "report.html").read_text()
+    assert '<section id="conversion">' in page and "1.conv" in page and "ScaledWSConv2d(" in page
+    assert len(json.loads((tmp_path / "doctor" / "conversion.json").read_text())["changes"]) == 8
+    assert (tmp_path / "doctor" / "spp.png").is_file()
+
+
+def test_doctor_fails_for_a_model_that_is_not_healthy(source, tmp_path, capsys):
+    assert run("doctor", "nets.py:exploding", "--out", "doctor") == 1
+    told = capsys.readouterr().out
+    assert "explosion" in told
+    assert "not converted: model: Sequential has nothing to convert: it has no normalizer" in told
+    page = (tmp_path / "doctor" / "report.html").read_text()
+    assert "has nothing to convert" in page
+    assert not (tmp_path / "doctor" / "conversion.json").exists()

@@ -1,0 +1,160 @@
+"""What conversion refuses, each with one clear line, and what it leaves alone with its reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from convert.nets import post_activation, pre_activation
+from torch import nn
+
+import normfree
+
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def convolution(norm=None):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm or nn.BatchNorm2d(4), nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), {}, "nothing to convert: it has no normalizer; use it as it is"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(768, 4), nn.LayerNorm(4)), {}, "stands between linear and attention"),
+        (convolution(nn.GroupNorm(2, 4)), {"start": "pretrained"}, 'no constants to fold; choose start="fresh"'),
+        (convolution(), {"start": "warm"}, "start='warm': unknown choice; choose one of 'fresh', 'pretrained'"),
+        (convolution(), {"beta": "guess"}, "choose one of 'plan', 'measured'"),
+        (convolution(), {"alpha": -1.0}, "alpha=-1.0: must be a finite number"),
+        (convolution(), {"skip_gain": float("nan")}, "skip_gain=nan"),
+        (convolution(), {"seed": -1}, "seed=-1"),
+        (lambda x: x, {}, "model: function is no torch.nn.Module"),
+    ],
+)
+def test_bad_input_is_one_line(model, options, message):
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as raised:
+        normfree.convert(model, IMAGES, **options)
+    assert message in str(raised.value)
+
+
+def test_a_norm_inside_a_scripted_module():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.Sequential(nn.BatchNorm2d(4))))
+    with pytest.raises(ValueError, match=r"model: 1 is a scripted Sequential.*convert the model before scripting it"):
+        normfree.convert(model, IMAGES)
+
+
+def test_a_forward_that_needs_another_input():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = convolution()
+
+        def forward(self, x, mask):
+            return self.body(x) * mask
+
+    with pytest.raises(ValueError, match=r"mask.*give a batch that the model's forward takes"):
+        normfree.convert(Two(), IMAGES)
+    mask = torch.ones(4, 1, 14, 14)
+    for batch in ((IMAGES, mask), {"x": IMAGES, "mask": mask}):
+        assert normfree.convert(Two(), batch).conversion.norms_left == ()
+
+
+def test_a_batch_without_values_or_variance():
+    with pytest.raises(ValueError, match="is empty"):
+        normfree.convert(convolution(), IMAGES[:0])
+    with pytest.raises(ValueError, match="example_input: what reaches 0 is constant"):
+        normfree.convert(convolution(), torch.zeros(4, 3, 16, 16))
+
+
+class Shared(nn.Module):
+    """One norm behind two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.norm, self.own = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.own(self.norm(self.second(self.norm(self.first(x)))))
+
+
+def test_a_shared_norm_stays_in_a_fresh_model_and_is_told():
+    record = normfree.convert(Shared(), IMAGES).conversion
+    assert [(kept.name, kept.reason) for kept in record.norms_left] == [
+        ("norm", "several layers share it (first, second)")
+    ]
+
+
+def test_a_shared_norm_becomes_an_affine_map_in_a_pretrained_one():
+    model = Shared().eval()
+    converted = normfree.convert(model, IMAGES, start="pretrained")
+    assert "several layers share it" in next(c.reason for c in converted.conversion.changes if c.name == "norm")
+    torch.testing.assert_close(converted(IMAGES), model(IMAGES))
+
+
+def test_layers_whose_weight_is_not_their_own_stay():
+    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="has no standardized twin"):
+        normfree.convert(model, IMAGES)
+    hooked = convolution()
+    hooked[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="which has no standardized twin"):
+        normfree.convert(hooked, IMAGES)
+
+
+def test_a_functional_norm_is_told():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = convolution()
+
+        def forward(self, x):
+            return nn.functional.layer_norm(self.body(x), (14, 14))
+
+    record = normfree.convert(Functional(), IMAGES).conversion
+    assert record.notes == ("the model normalizes in its own forward (no module); it still does",)
+
+
+def test_what_never_ran_is_told():
+    model = convolution()
+    model.unused = nn.Identity()
+    model.unused.norm = nn.BatchNorm2d(4)
+    kept = normfree.convert(model, IMAGES).conversion.norms_left
+    assert [(one.name, one.reason) for one in kept] == [("unused.norm", "it did not run on the example input")]
+
+
+def test_the_default_input_is_noise_of_the_shape_the_model_suggests():
+    torch.manual_seed(0)
+    assert normfree.convert(post_activation(), start="pretrained").conversion.input_shapes == ((8, 3, 224, 224),)
+
+
+def test_branches_are_named_where_their_module_has_no_name():
+    assert normfree.convert(pre_activation(), IMAGES).conversion.summary().startswith("Sequential converted (fresh): ")
+
+
+def test_a_norm_behind_a_convolution_that_is_no_layer_stays():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+            self.norm, self.body = nn.BatchNorm2d(4), nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+
+        def forward(self, x):
+            return self.body(self.norm(nn.functional.conv2d(x, self.weight)))
+
+    kept = normfree.convert(Own(), IMAGES).conversion.norms_left
+    assert [one.name for one in kept] == ["norm"]
+    assert kept[0].reason == "the model before it computes convolution with a weight of no known layer"
+
+
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+def test_our_own_comparisons_convert_too(start, padding):
+    torch.manual_seed(0)
+    sizes = {"widths": (16, 16, 16, 16), "depths": (1, 1, 1, 1)}
+    model = normfree.create_model("resnetv2_50", **sizes, num_classes=3, padding=padding).eval()
+    images = torch.randn(2, 3, 32, 32)
+    converted = normfree.convert(model, images, start=start)
+    assert not converted.conversion.norms_left
+    assert converted(images).shape == model(images).shape
+    if start == "pretrained":
+        torch.testing.assert_close(converted(images), model(images), rtol=1e-4, atol=1e-5)

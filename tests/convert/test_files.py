@@ -1,0 +1,129 @@
+"""The record, converted models as files, and what else works on a converted model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from convert.nets import Gate, UNet, post_activation, pre_activation, randomise
+from torch import nn
+
+import normfree
+from normfree.convert import Conversion, stored_conversion
+
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def converted(start="fresh", build=lambda: post_activation(Gate)):
+    torch.manual_seed(0)
+    model = normfree.convert(randomise(build()), IMAGES, start=start, skip_gain=0.5)
+    return model.eval()
+
+
+def test_the_record_reads_back_as_it_was(tmp_path):
+    record = converted().conversion
+    document = json.loads(record.to_json(tmp_path / "record.json").read_text())
+    assert document["schema"] == 1
+    assert Conversion.from_dict(document) == record
+    with pytest.raises(ValueError, match="schema=2: must be 1"):
+        Conversion.from_dict({**document, "schema": 2})
+    with pytest.raises(ValueError, match="no record of a conversion"):
+        Conversion.from_dict({"schema": 1})
+
+
+def test_the_printed_record_has_every_change_and_everything_left():
+    record = converted().conversion
+    lines = str(record).splitlines()
+    assert "no normalizer left" in lines[0]
+    assert any(line.startswith("1.conv2") and "γ = 1.713 of relu" in line for line in lines)
+    assert any(line.startswith("5.bn2") and line.endswith("removed") for line in lines)
+    assert any(line.startswith("8 ") and "kept" in line for line in lines)
+    assert len(lines) == 3 + len(record.changes) + len(record.kept)
+
+
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+@pytest.mark.parametrize("build", [lambda: post_activation(Gate), pre_activation, UNet])
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_converted_model_comes_back_from_its_file(tmp_path, start, build, folded):
+    model = converted(start, build)
+    model = normfree.fold(model) if folded else model
+    path = normfree.save(model, tmp_path / "model.safetensors")
+    assert stored_conversion(path) == model.conversion
+    back = normfree.load(path, original=build())  # of any weights
+    with torch.no_grad():
+        assert torch.equal(back(IMAGES), model(IMAGES))
+    assert back.conversion == model.conversion
+
+
+def test_files_that_do_not_fit(tmp_path):
+    path = normfree.save(converted(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="holds a converted Sequential; pass the model it was converted from"):
+        normfree.load(path)
+    with pytest.raises(ValueError, match="it is not the model that"):
+        normfree.load(path, original=UNet())
+    ours = normfree.create_model("nf_resnet50", widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_classes=2)
+    path = normfree.save(ours, tmp_path / "ours.safetensors")
+    assert stored_conversion(path) is None
+    assert type(normfree.load(path)) is type(ours)
+    with pytest.raises(ValueError, match="holds no converted model; leave it out"):
+        normfree.load(path, original=UNet())
+    changed = converted()
+    del changed[1]
+    with pytest.raises(ValueError, match="is gone, so a file could not rebuild it"):
+        normfree.save(changed, tmp_path / "changed.safetensors")
+    assert not (tmp_path / "changed.safetensors").exists()
+
+
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+def test_folding_leaves_plain_layers_and_the_function(start):
+    model = converted(start)
+    plain = normfree.fold(model)
+    assert {type(m) for m in plain.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
+    with torch.no_grad():
+        torch.testing.assert_close(plain(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_the_exported_file_is_the_model(tmp_path):
+    from normfree.export import to_program
+
+    exported = to_program(converted(), IMAGES, tmp_path / "model.pt2")
+    assert exported.path.is_file()
+
+
+def test_half_and_double_precision():
+    torch.manual_seed(0)
+    model = post_activation().double()
+    twice = normfree.convert(model, IMAGES.double())
+    assert {p.dtype for p in twice.parameters()} == {torch.float64}
+    once = normfree.convert(post_activation().bfloat16(), IMAGES.bfloat16())
+    assert {p.dtype for p in once.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_opacus_accepts_it_and_one_private_step_runs(start):
+    opacus = pytest.importorskip("opacus")
+    from opacus.validators import ModuleValidator
+
+    model = converted(start).train()
+    for module in model.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False
+    assert ModuleValidator.validate(model, strict=False) == []
+    assert ModuleValidator.validate(post_activation(), strict=False) != []
+    data = torch.utils.data.TensorDataset(IMAGES, torch.arange(4))
+    private, optimizer, loader = opacus.PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=torch.utils.data.DataLoader(data, batch_size=4),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+    )
+    before = {name: parameter.detach().clone() for name, parameter in private.named_parameters()}
+    for images, labels in loader:
+        torch.nn.functional.cross_entropy(private(images), labels).backward()
+        assert all(parameter.grad_sample is not None for parameter in private.parameters())
+        optimizer.step()
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in private.named_parameters())

@@ -1,0 +1,293 @@
+"""The fresh start: norms out, standardized layers in, branches scaled, and a signal that keeps its variance."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torchvision
+from convert.nets import (
+    FunctionalGate,
+    Gate,
+    Generator,
+    PostActivation,
+    UNet,
+    post_activation,
+    pre_activation,
+)
+from torch import nn
+
+import normfree
+from normfree.convert.kinds import is_norm
+from normfree.nn import BranchScale, ScaledWSConv2d, ScaledWSConvTranspose2d, ScaledWSLinear
+
+IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def norms_in(model):
+    return [name for name, module in model.named_modules() if is_norm(module)]
+
+
+def test_a_preactivation_network_follows_the_variance_plan():
+    model = pre_activation()
+    record = normfree.convert(model, IMAGES).conversion
+    scales = {change.name: change.input_scale for change in record.changes if change.input_scale is not None}
+    gamma, alpha = normfree.gamma(nn.SiLU()), record.alpha
+    assert scales["1.conv2"] == pytest.approx(gamma)
+    # block 1 is a transition: its shortcut gives 1, its branch alpha²; block 2 adds another alpha²
+    assert scales["2.conv1"] == pytest.approx(gamma / math.sqrt(1 + alpha**2))
+    assert scales["3.conv1"] == pytest.approx(gamma / math.sqrt(1 + 2 * alpha**2))
+    assert scales["3.down"] == scales["3.conv1"]
+    assert scales["4.conv1"] == pytest.approx(gamma / math.sqrt(1 + alpha**2)), "reset at the projection"
+    assert norms_in(model) and not norms_in(normfree.convert(model, IMAGES))
+
+
+def test_the_measured_signal_is_the_planned_one():
+    signal = normfree.spp(normfree.convert(pre_activation(), IMAGES), IMAGES)
+    signal.assert_healthy()
+    # 16 to 64 channels drawn once: a branch's variance has a spread of about sqrt(2 / channels) at worst, less what
+    # zero padding takes (0.918 of each 3x3 convolution at 16 pixels)
+    for block, expected in zip(signal.blocks, (1.04, 1.08, 1.04, 1.08, 1.12), strict=True):
+        assert block.avg_channel_var == pytest.approx(expected, rel=0.25)
+        assert block.residual_avg_channel_var == pytest.approx(0.9, abs=0.3)
+
+
+def test_activations_in_place_do_not_reach_the_shortcut():
+    model = normfree.convert(pre_activation(), IMAGES)
+    copied = {change.name for change in model.conversion.changes if change.now == "Copy"}
+    assert {"2.norm1", "3.norm1", "4.norm1", "5.norm1"} <= copied
+    assert not {"1.norm1", "1.norm2"} & copied, "nobody else reads what the layer before gives"
+    x = torch.randn(2, 32, 8, 8)
+    before = x.clone()
+    with torch.no_grad():
+        model[2](x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("norm", [lambda c: nn.GroupNorm(4, c), nn.InstanceNorm2d, nn.SyncBatchNorm])
+def test_other_norms_go_the_same_way(norm):
+    assert not norms_in(normfree.convert(pre_activation(norm), IMAGES))
+
+
+def test_postactivation_resnet50_and_nf_resnet50_have_the_same_branches():
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    converted = normfree.spp(normfree.convert(torchvision.models.resnet50(weights=None), images), images)
+    ours = normfree.spp(normfree.create_model("nf_resnet50"), images)
+    assert len(converted.blocks) == 16
+    for block, reference in zip(converted.blocks[:13], ours.blocks[:13], strict=True):  # maps of 8 pixels and more
+        assert block.residual_avg_channel_var == pytest.approx(reference.residual_avg_channel_var, rel=0.1)
+        if block.transition:
+            assert block.avg_channel_var == pytest.approx(reference.avg_channel_var, rel=0.1)
+
+
+def test_a_gate_carries_the_branch_factor_and_the_two_that_it_halves():
+    record = normfree.convert(post_activation(Gate), IMAGES).conversion
+    gates = [change for change in record.changes if change.now == "BranchScale"]
+    assert [gate.name for gate in gates] == [f"{block}.gate.sigmoid" for block in range(1, 6)]
+    assert all(gate.correction == 2 and gate.alpha == 0.2 and gate.skip_gain == 0 for gate in gates)
+    assert {"1.gate.fc1", "1.gate.fc2"} <= {
+        kept.name for kept in record.kept if kept.reason == "it only computes a gate"
+    }
+
+
+@pytest.mark.parametrize("gate", [Gate, FunctionalGate])
+def test_a_gated_branch_keeps_its_variance(gate):
+    signal = normfree.spp(normfree.convert(post_activation(gate), IMAGES), IMAGES)
+    # three 3x3 convolutions' worth of padding and few channels; half of it unless the gate's 2 is there
+    assert all(block.residual_avg_channel_var > 0.45 for block in signal.blocks[:3])
+
+
+def test_a_functional_gate_leaves_the_factor_to_the_layer_before():
+    record = normfree.convert(post_activation(FunctionalGate), IMAGES).conversion
+    last = next(change for change in record.changes if change.name == "2.conv2")
+    assert last.alpha == 0.2
+    assert last.input_scale == pytest.approx(2 * normfree.gamma(nn.ReLU()))
+
+
+def test_a_unet_that_no_tracer_follows():
+    model = normfree.convert(UNet(), IMAGES)
+    assert not norms_in(model)
+    assert isinstance(model.up[0], ScaledWSConvTranspose2d) and isinstance(model.join[0], ScaledWSConv2d)
+    assert type(model.out) is nn.Conv2d
+    with torch.no_grad():
+        y = model.join[0](torch.cat([model.down(IMAGES), model.up(model.low(model.down(IMAGES)))], 1))
+    assert float(y.square().mean()) == pytest.approx(1, rel=0.15)
+
+
+def test_a_generator():
+    z = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    model = normfree.convert(Generator(), z)
+    assert isinstance(model.start[0], ScaledWSLinear) and isinstance(model.up1[0], ScaledWSConvTranspose2d)
+    assert type(model.up2) is nn.ConvTranspose2d, "no normalizer follows the last layer"
+    assert float(model.start[0](z).detach().var()) == pytest.approx(1, rel=0.2)
+    assert not norms_in(model)
+
+
+def test_a_branch_that_ends_in_an_activation_is_scaled_behind_it():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.act = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()
+
+        def forward(self, x):
+            return x + self.act(self.bn(self.conv(x)))
+
+    model = normfree.convert(nn.Sequential(nn.Conv2d(3, 16, 3), Block()), IMAGES)
+    assert isinstance(model[1].act[1], BranchScale)
+
+
+def test_parallel_layers_add_their_variances_and_concatenated_ones_average_them():
+    class Parallel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+            self.right = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+            self.sum = nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+            self.cat = nn.Sequential(nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8))
+
+        def forward(self, x):
+            left = self.left(x)
+            total = left + self.right(x)
+            return self.sum(total), self.cat(torch.cat([left, total], 1))
+
+    record = normfree.convert(Parallel(), IMAGES).conversion
+    scales = {change.name: change.input_scale for change in record.changes if change.input_scale is not None}
+    assert scales["sum.1"] == pytest.approx(normfree.gamma(nn.ReLU()) / math.sqrt(2))
+    assert scales["cat.0"] == pytest.approx(1 / math.sqrt((1 + 2) / 2))
+
+
+class Scaled(nn.Module):
+    """A branch with a layer scale of its own; ``behind`` is what its last layer's output goes through."""
+
+    def __init__(self, behind):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.layer_scale = nn.Parameter(torch.full((16, 1, 1), 0.5))
+        self.behind = behind
+
+    def forward(self, x):
+        return x + self.layer_scale * self.behind(self.bn(self.conv(x)))
+
+
+def test_a_layer_scale_stands_for_the_skip_gain():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), Scaled(lambda y: y), Scaled(lambda y: y))
+    record = normfree.convert(model, IMAGES).conversion
+    first, second = (change for change in record.changes if change.alpha is not None)
+    assert first.alpha == 0.2 and first.skip_gain is None
+    assert first.reason.endswith("ends the branch added in 2, whose 2.layer_scale stands for the skip gain")
+    assert second.input_scale == pytest.approx(1 / math.sqrt(1 + 0.2**2 * 0.5**2))
+
+
+def test_what_cannot_be_scaled_is_told():
+    up = nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2))
+    record = normfree.convert(nn.Sequential(nn.Conv2d(3, 16, 3), Scaled(up)), IMAGES).conversion
+    assert record.notes == (
+        "branch added in 1 keeps its size: it ends in upsample_nearest2d, which no weight lies behind",
+    )
+    assert all(change.alpha is None for change in record.changes)
+
+
+def test_other_activations_have_their_own_gamma_however_they_are_written():
+    def made(x):
+        return x * torch.sigmoid(1.702 * x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+            self.conv2, self.bn2 = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.bn2(self.conv2(made(self.bn(self.conv1(x)))))
+
+    record = normfree.convert(Net(), IMAGES).conversion
+    scale = next(change for change in record.changes if change.name == "conv2")
+    assert scale.input_scale == pytest.approx(normfree.gamma(made))
+    assert "sigmoid" in scale.reason
+
+
+def test_measured_scales_make_every_output_a_unit():
+    model = normfree.convert(post_activation(), IMAGES, beta="measured")
+    assert all("measured" in change.reason for change in model.conversion.changes if change.input_scale is not None)
+    seen = {}
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, ScaledWSConv2d)]
+    for layer in layers:
+        if layer[1].skip_gain is not None:
+            nn.init.ones_(layer[1].skip_gain)
+    for name, layer in layers:
+        layer.register_forward_hook(
+            lambda m, _, y, name=name: seen.update({name: float(y.square().mean()) / m.alpha**2})
+        )
+    with torch.no_grad():
+        model.eval()(IMAGES)
+    assert set(seen) == {name for name, _ in layers}
+    assert all(value == pytest.approx(1, rel=1e-3) for value in seen.values())
+
+
+def test_auxiliary_heads_lose_their_norms_too():
+    class Headed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+            self.aux = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+
+        def forward(self, x):
+            x = self.body(x)
+            return (x, self.aux(x)) if self.training else x
+
+    assert not norms_in(normfree.convert(Headed(), IMAGES))
+
+
+def test_examples_do_not_see_each_other_and_the_original_is_untouched():
+    torch.manual_seed(0)
+    model = post_activation(Gate)
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    converted = normfree.convert(model, IMAGES).train()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in converted.modules())
+    x = IMAGES[:3].clone().requires_grad_()
+    converted(x)[0].sum().backward()
+    assert float(x.grad[0].abs().max()) > 0
+    assert float(x.grad[1:].abs().max()) == 0
+
+
+def test_the_same_seed_gives_the_same_weights():
+    first, second = (normfree.convert(post_activation(), IMAGES).state_dict() for _ in range(2))
+    assert torch.equal(first["0.0.weight"], second["0.0.weight"])
+    other = normfree.convert(post_activation(), IMAGES, seed=1).state_dict()
+    assert not torch.equal(first["0.0.weight"], other["0.0.weight"])
+
+
+def test_it_trains_where_the_model_without_its_norms_diverges():
+    # eighteen blocks without norms: torch's own initialisation of ReLU networks with kaiming doubles every block
+    torch.manual_seed(0)
+    blocks = [PostActivation(16, 16) for _ in range(18)]
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+    labels = torch.arange(16) % 4
+    images = IMAGES[:, :, :12, :12] + labels.view(-1, 1, 1, 1)
+    deleted = copy.deepcopy(model)
+    for block in deleted[1:19]:
+        block.bn1, block.bn2 = nn.Identity(), nn.Identity()
+    assert not losses(deleted, images, labels)[-1] < 10
+    trained = losses(normfree.convert(model, images), images, labels)
+    assert trained[-1] < 0.6 * trained[0]
+
+
+def losses(model, images, labels):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    found = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images), labels)
+        found.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+    return found

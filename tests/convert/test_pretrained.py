@@ -1,0 +1,161 @@
+"""The pretrained start: the function of the model in evaluation mode, without its normalizers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from convert.nets import Gate, Generator, PostActivation, UNet, post_activation, pre_activation, randomise
+from torch import nn
+
+import normfree
+from normfree.convert import conversion_of
+from normfree.convert.kinds import is_norm
+from normfree.nn import ChannelAffine, KeptMeanConv2d
+
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+NETS = {
+    "post": (post_activation, IMAGES),
+    "gated": (lambda: post_activation(Gate), IMAGES),
+    "pre": (pre_activation, IMAGES),
+    "unet": (UNet, IMAGES),
+    "generator": (Generator, torch.randn(3, 8, generator=torch.Generator().manual_seed(0))),
+    "instance": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+        IMAGES,
+    ),
+    "one dimension": (
+        lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU()),
+        torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0)),
+    ),
+    "three": (
+        lambda: nn.Sequential(nn.Conv3d(3, 4, 3, groups=1), nn.BatchNorm3d(4), nn.ReLU()),
+        torch.randn(2, 3, 5, 5, 5, generator=torch.Generator().manual_seed(0)),
+    ),
+    "one weight a filter": (
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 1, groups=3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 1)),
+        IMAGES,
+    ),
+    "reflected": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(4)),
+        IMAGES,
+    ),
+    "same": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.BatchNorm2d(4, affine=False)), IMAGES),
+}
+
+
+def relative(first, second):
+    return float((first - second).abs().max() / second.abs().max())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_function_stays_in_both_modes_and_folded(name):
+    build, batch = NETS[name]
+    torch.manual_seed(0)
+    model = randomise(build()).eval()
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        wanted = model(batch)
+        converted = normfree.convert(model, batch, start="pretrained")
+        assert not any(is_norm(module) for module in converted.modules())
+        assert relative(converted(batch), wanted) < 1e-5
+        assert relative(converted.train()(batch), wanted) < 1e-5
+        assert relative(normfree.fold(converted)(batch), wanted) < 1e-5
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_resnet18_in_double_precision_to_rounding():
+    torch.manual_seed(0)
+    model = randomise(torchvision.models.resnet18(weights=None)).double().eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    converted = normfree.convert(model, x, start="pretrained")
+    with torch.no_grad():
+        assert relative(converted(x), model(x)) < 1e-12
+    assert len(converted.conversion.changes) == 40
+
+
+def test_a_norm_no_layer_reaches_stays_an_affine_map_and_says_so():
+    converted = normfree.convert(randomise(pre_activation()), IMAGES, start="pretrained")
+    affine = {name for name, module in converted.named_modules() if isinstance(module, ChannelAffine)}
+    told = {change.name: change.reason for change in conversion_of(converted).changes if change.now == "ChannelAffine"}
+    assert affine == set(told)
+    assert "2.norm1" in affine and "2.norm2" not in affine
+    assert "follows no layer alone" in told["2.norm1"]
+
+
+def test_every_new_number_trains():
+    converted = normfree.convert(randomise(post_activation()), IMAGES, start="pretrained").train()
+    converted(IMAGES[:1]).square().sum().backward()
+    layers = [module for module in converted.modules() if isinstance(module, KeptMeanConv2d)]
+    assert len(layers) == 13
+    for layer in layers:
+        for parameter in (layer.weight, layer.gain, layer.kept_mean, layer.bias):
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0
+
+
+def test_norms_without_constants_stay_and_are_told():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    record = normfree.convert(model, IMAGES, start="pretrained").conversion
+    assert [kept.name for kept in record.norms_left] == ["1"]
+    assert "no constants" in record.norms_left[0].reason
+
+
+def test_a_convolution_read_elsewhere_is_not_folded_into():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.bn(y) + y.tanh()
+
+    model = randomise(Twice()).eval()
+    converted = normfree.convert(model, IMAGES, start="pretrained")
+    assert type(converted.conv) is nn.Conv2d
+    with torch.no_grad():
+        assert relative(converted(IMAGES), model(IMAGES)) < 1e-5
+
+
+def deep():
+    """Eight blocks, the last five on a quarter of the image's height and width."""
+    stem = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+    sizes = ((16, 16), (16, 32, 2), (32, 32), (32, 32, 2), (32, 32), (32, 32), (32, 32), (32, 32))
+    blocks = [PostActivation(*size) for size in sizes]
+    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+def test_finetuning_at_batch_size_one_improves_where_batch_norm_does_not_run():
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 8 - 1
+    labels = torch.tensor(digits.target)
+    torch.manual_seed(0)
+    model = deep()
+    train(model, images[:400], labels[:400], batch=20, steps=60, rate=0.02)
+    start = accuracy(model, images[1000:], labels[1000:])
+    converted = normfree.convert(model, images[:2], start="pretrained")
+    assert accuracy(converted, images[1000:], labels[1000:]) == start
+    train(converted, images[400:1000], labels[400:1000], batch=1, steps=400, rate=0.0003)
+    assert accuracy(converted, images[1000:], labels[1000:]) > start + 0.02
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model.train()(images[:1, :, :4, :4])  # maps of 1 x 1: BatchNorm does not run at all
+    converted.train()(images[:1, :, :4, :4])
+
+
+def train(model, images, labels, *, batch, steps, rate):
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    model.train()
+    for step in range(steps):
+        chosen = [(step * batch + i) % len(images) for i in range(batch)]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def accuracy(model, images, labels):
+    return float((model.eval()(images).argmax(1) == labels).float().mean())
