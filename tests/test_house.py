@@ -16,11 +16,12 @@ ALLOWED = {
     "models": {"models", "nn"},
     "weights": {"weights", "models", "nn", "signal"},
     "optim": {"optim", "nn"},
-    "data": {"data"},
+    "data": {"data", "nn"},
     "convert": {"convert", "nn", "signal", "weights"},
     "export": {"export", "nn", "signal"},
     "benchmark": {"benchmark", "models", "nn", "signal", "export", "sources"},
     "paper": {"paper", "models", "nn", "signal"},
+    "train": {"train", "data", "models", "nn", "optim", "signal", "weights"},
 }
 
 # Wanted by the command line alone; a bare machine has none of them.

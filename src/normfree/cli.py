@@ -17,10 +17,13 @@ from normfree.commands.benchmark import Benchmark
 from normfree.commands.convert import Convert
 from normfree.commands.demo import Demo
 from normfree.commands.doctor import Doctor
+from normfree.commands.evaluate import Evaluate
 from normfree.commands.export import Export
 from normfree.commands.models import Models
 from normfree.commands.paper import Paper
+from normfree.commands.predict import Predict
 from normfree.commands.spp import Spp
+from normfree.commands.train import Train
 from normfree.nn.checks import suggestion
 
 WIDTH = 110
@@ -29,6 +32,9 @@ WIDTH = 110
 COMMANDS = {
     "spp": Spp,
     "models": Models,
+    "train": Train,
+    "evaluate": Evaluate,
+    "predict": Predict,
     "convert": Convert,
     "doctor": Doctor,
     "export": Export,

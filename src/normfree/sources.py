@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -13,10 +12,14 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from normfree.convert import load, stored_conversion
-from normfree.models import create_model
+from normfree.models import create_model, list_models
+from normfree.models.overrides import parse_overrides
 from normfree.nn.checks import suggestion
 
-FORMS = "a name of `normfree models`, torchvision:NAME, timm:NAME, FILE.py:FACTORY, or a checkpoint of normfree.save"
+FORMS = (
+    "a name of `normfree models`, torchvision:NAME, timm:NAME, FILE.py:FACTORY, a checkpoint of normfree.save, or "
+    "the folder of a run or of its checkpoint"
+)
 
 
 class Built(NamedTuple):
@@ -48,7 +51,11 @@ def build(source: str) -> Built:
         return _from_file(source)
     if source.endswith(".safetensors") or (Path(source).is_file() and not rest):
         return _from_checkpoint(source)
-    return Built(create_model(prefix, **_overrides(rest)))
+    if Path(source).is_dir() and not rest and prefix not in list_models():
+        from normfree.train.trained import weights_of
+
+        return _from_checkpoint(str(weights_of(source)))
+    return Built(create_model(prefix, **parse_overrides(rest)))
 
 
 def _from_checkpoint(path: str) -> Built:
@@ -140,25 +147,3 @@ def _importable(folder: Path) -> Iterator[None]:
             file = getattr(sys.modules[name], "__file__", None)
             if file and Path(file).resolve().is_relative_to(folder) and "site-packages" not in Path(file).parts:
                 del sys.modules[name]
-
-
-def _overrides(text: str) -> dict[str, Any]:
-    """``width=1,activation=silu,depths=(1,1,1,1)`` as keyword arguments."""
-    if not text:
-        return {}
-    wrong = f"model: overrides {text!r} are not NAME=VALUE,…; for example width=1,activation=silu"
-    try:
-        call = ast.parse(f"f({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-            raise ValueError(wrong)
-        names = [keyword.arg for keyword in call.keywords]
-        if None in names or "name" in names or len(set(names)) < len(names):
-            raise ValueError(wrong)
-        return {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(wrong) from error
-
-
-def _value(node: ast.expr) -> Any:
-    """A literal, or a bare word as a string."""
-    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)

@@ -1,5 +1,23 @@
-"""Images to listen with: noise, two photographs that ship with scikit-learn, or a folder."""
+"""Images: to listen with, to train on and to evaluate on, from folders, parquet, shards, the hub or the package."""
 
+from normfree.data.augmentation import Augmentation, Standardization
+from normfree.data.config import AugmentationConfig, DataConfig
+from normfree.data.evaluation import EvaluationData, open_evaluation
 from normfree.data.probe import GaussianNoise, ImageFolder, Photographs, Probe, probe_named
+from normfree.data.training import TrainingData, open_training
 
-__all__ = ["GaussianNoise", "ImageFolder", "Photographs", "Probe", "probe_named"]
+__all__ = [
+    "Augmentation",
+    "AugmentationConfig",
+    "DataConfig",
+    "EvaluationData",
+    "GaussianNoise",
+    "ImageFolder",
+    "Photographs",
+    "Probe",
+    "Standardization",
+    "TrainingData",
+    "open_evaluation",
+    "open_training",
+    "probe_named",
+]

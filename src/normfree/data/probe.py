@@ -6,7 +6,6 @@ standardized with ImageNet's channel means and deviations, as in training.
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD
+from normfree.data.decode import DamagedImage, decode
+from normfree.data.sources import SUFFIXES
 
 
 class Probe(Protocol):
@@ -136,17 +135,11 @@ class ImageFolder(_Cropped):
 
     def load(self, index: int) -> Any:
         """Decode one image as RGB; a ValueError names the file that does not decode."""
-        from PIL import Image
-
         path = self.files[index]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(path) as image:
-                    return _rgb(image)
-        except Exception as error:  # a damaged file makes Pillow raise almost anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"input: {path} does not decode as an image ({reason}); remove or replace it") from error
+            return decode(path)
+        except DamagedImage as damage:
+            raise ValueError(f"input: {path} does not decode as an image ({damage}); remove or replace it") from damage
 
     def __len__(self) -> int:
         return len(self.files)
@@ -154,15 +147,6 @@ class ImageFolder(_Cropped):
     def describe(self) -> dict[str, Any]:
         """What to note of the input."""
         return {"kind": "folder", "folder": self.folder.name, "images": len(self.files)}
-
-
-def _rgb(image: Any) -> Any:
-    """An image as 8-bit RGB; sixteen bits are scaled, for Pillow's own conversion would clip them to white."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    return image.convert("RGB")
 
 
 def probe_named(name: str) -> Probe:

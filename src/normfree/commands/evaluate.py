@@ -1,0 +1,104 @@
+"""``normfree evaluate``: how good a trained network is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from normfree.data import DataConfig, EvaluationData, open_evaluation
+from normfree.signal.files import write_atomically
+
+OVERRIDES = {
+    "source": "source",
+    "split": "evaluation_split",
+    "image_size": "image_size",
+    "batch_size": "batch_size",
+    "workers": "workers",
+    "on_bad_image": "on_bad_image",
+}
+"""Fields of the data that an option changes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure loss, top-1 and top-5 of a trained network, on the data of its run or on other data.
+
+    Under torchrun the images are divided among the processes.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A run's folder, a checkpoint's folder, or a .safetensors, .onnx or .pt2 file."""
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
+    """Run whose data and preparation apply; the one the model lies in by default."""
+    source: str | None = None
+    """Other data: digits, a folder, *.parquet, *.tar, hub:OWNER/NAME."""
+    split: str | None = None
+    """Split to evaluate on; validation if there is one, else test, by default."""
+    image_size: int | None = None
+    """Height and width; as in the run by default."""
+    batch_size: int | None = None
+    """Images at once; 256 by default."""
+    workers: int | None = None
+    """Processes that decode; as in the run by default."""
+    on_bad_image: Literal["error", "skip"] | None = None
+    """What a damaged image does; as in the run by default."""
+    limit_eval_steps: int | None = None
+    """Evaluate on so many batches only."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware multiplies it natively; else fp32. Exported files have their own."""
+    json: Path | None = None
+    """File to write the numbers and the confusion matrix to."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "batch_size", "limit_eval_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value} is too few; give at least 1")
+
+    def run(self, console: Console) -> None:
+        """Evaluate, and say how good it is."""
+        from normfree.train.evaluation import evaluate
+        from normfree.train.precision import launched
+        from normfree.train.trained import open_trained
+
+        trained = open_trained(self.model, self.run_folder)
+        fabric = launched(
+            "cpu" if trained.exported else self.accelerator, "fp32" if trained.exported else self.precision
+        )
+        data = self._data(trained.data, fabric.global_rank, fabric.world_size)
+        network = trained.network.to(fabric.device)
+        found = evaluate(network, data, fabric, limit=self.limit_eval_steps)
+        if not fabric.is_global_zero:
+            return
+        top5 = "" if found.top5 is None else f"  top-5 {100 * found.top5:.2f} %"
+        skipped = f"  {len(data.bad_images)} bad images" if data.bad_images else ""
+        line = f"accuracy {100 * found.top1:.2f} %{top5}  loss {found.loss:.4f}  of {found.examples:,} images{skipped}"
+        console.print(line, highlight=False, soft_wrap=True)
+        if self.json is not None:
+            result: dict[str, Any] = {"model": self.model, "source": data.config.source, **found.to_dict()}
+            result |= {"classes": list(data.class_names), "bad_images": data.bad_images}
+            console.print(f"wrote {write_atomically(self.json, json.dumps(result) + chr(10))}", soft_wrap=True)
+
+    def _data(self, known: DataConfig | None, rank: int, world_size: int) -> EvaluationData:
+        """The run's data with what the options change."""
+        if known is None and self.source is None:
+            raise ValueError(
+                f"source: {self.model!r} lies in no run, so its data are not known; pass --source or --run"
+            )
+        config = known or DataConfig()
+        changes = {field: getattr(self, option) for option, field in OVERRIDES.items()}
+        changes = {field: value for field, value in changes.items() if value is not None}
+        if self.source is not None and known is not None and self.source != known.source:
+            # What was found in the run's own data does not hold for others.
+            changes |= {"in_memory": "auto", "streaming": "auto", "image_column": None, "label_column": None}
+        return open_evaluation(
+            dataclasses.replace(config, **{"batch_size": 256, **changes}), rank=rank, world_size=world_size
+        )

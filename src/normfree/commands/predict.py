@@ -1,0 +1,91 @@
+"""``normfree predict``: what is in images, according to a trained network."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from torch import Tensor
+
+from normfree.nn.checks import check_integer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Name the most probable classes of images."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A run's folder, a checkpoint's folder, or a .safetensors, .onnx or .pt2 file."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files."""
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
+    """Run that says how images are prepared and what the classes are; the one the model lies in by default."""
+    image_size: int | None = None
+    """Height and width; as in the run by default, 224 without one."""
+    top: int = 5
+    """Classes to name."""
+    json: bool = False
+    """Print JSON: a list of {"image", "predictions": [{"class", "index", "probability"}]}."""
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise ValueError("images: none given; for example: normfree predict runs/digits image.png")
+        check_integer("top", self.top, 1)
+        if self.image_size is not None:
+            check_integer("image_size", self.image_size, 1)
+
+    def run(self, console: Console) -> None:
+        """Read all images first, then predict and tell."""
+        from normfree.train.trained import open_trained
+
+        trained = open_trained(self.model, self.run_folder)
+        images = self._images(trained)
+        with torch.no_grad():
+            logits = torch.cat([trained.network(part) for part in images.split(64)])
+        found = [
+            {"image": str(path), "predictions": self._predictions(row, trained.class_names)}
+            for path, row in zip(self.images, logits.float().softmax(1), strict=True)
+        ]
+        if self.json:
+            sys.stdout.write(json.dumps(found, indent=1) + "\n")
+            return
+        for one in found:
+            console.print(one["image"], highlight=False, markup=False, soft_wrap=True)
+            for predicted in one["predictions"]:
+                line = f"  {100 * predicted['probability']:6.2f} %  {predicted['class']}"
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _images(self, trained: Any) -> Tensor:
+        """All images as one standardized batch; a ValueError names a file that does not decode."""
+        import numpy as np
+
+        from normfree.data import DataConfig, Standardization
+        from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD
+        from normfree.data.crops import CentreCrop
+        from normfree.data.decode import DamagedImage, decode
+
+        data = trained.data or DataConfig(image_size=224, in_channels=3, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        crop = CentreCrop(self.image_size or data.image_size or 224, data.crop_ratio)
+        rows = []
+        for path in self.images:
+            if not path.is_file():
+                raise ValueError(f"images: there is no file {str(path)!r}")
+            try:
+                image = np.asarray(crop(decode(path, data.in_channels or 3)))
+            except DamagedImage as damage:
+                raise ValueError(f"images: {path} does not decode as an image ({damage})") from damage
+            rows.append(torch.from_numpy(image.copy()).reshape(*image.shape[:2], -1).permute(2, 0, 1))
+        return Standardization(*data.statistics)(torch.stack(rows))
+
+    def _predictions(self, probabilities: Tensor, names: tuple[str, ...] | None) -> list[dict[str, Any]]:
+        values, indices = probabilities.topk(min(self.top, len(probabilities)))
+        return [
+            {"class": names[index] if names else str(index), "index": index, "probability": value}
+            for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+        ]

@@ -1,0 +1,176 @@
+"""What to train and evaluate on, and how images are varied: two frozen configs, checked when made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from normfree.nn.checks import check_choice, check_flag, check_integer, check_number, invalid
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+LARGEST_MAGNITUDE = 10
+"""RandAugment's scale: 10 is the strongest that torchvision's operations are defined for (its own scale's 30)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    """How training images are varied.
+
+    The inception crop and RandAugment of images that are decoded on the fly happen in the data workers; shift,
+    flip, mixing and standardization happen in batches on the device.
+    """
+
+    crop: Literal["inception", "shift", "none"] = "inception"
+    """inception: a random area of a random aspect, resized; shift: padded by zeros and moved, as on CIFAR."""
+    area: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the image an inception crop takes."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Narrowest and widest aspect of an inception crop."""
+    shift: int = 4
+    """Largest shift, in pixels."""
+    flip: bool = True
+    """Mirror half of the images."""
+    randaugment_layers: int = 0
+    """RandAugment's operations per image; 0 switches it off, the NFNets take 4."""
+    randaugment_magnitude: int = 5
+    """Their strength, 0 to 10; the NFNets take 5 (F0) and 10 (F1). The official 15 of F2 and up lies outside
+    torchvision's range."""
+    mixup: float = 0.0
+    """Parameter of MixUp's beta distribution; 0 switches it off, the NF-RegNets and NFNets take 0.2."""
+    cutmix: float = 0.0
+    """Parameter of CutMix's beta distribution; 0 switches it off, 1 cuts areas of every size alike. With both,
+    MixUp takes the first half of each batch and CutMix the second."""
+
+    def __post_init__(self) -> None:
+        check_choice("crop", self.crop, ("inception", "shift", "none"))
+        for name in ("area", "aspect"):
+            _check_range(name, getattr(self, name))
+        if self.area[1] > 1:
+            raise invalid("area", self.area, "a crop takes at most the whole image", "pass two shares up to 1")
+        check_flag("flip", self.flip)
+        for name in ("shift", "randaugment_layers", "randaugment_magnitude"):
+            check_integer(name, getattr(self, name), 0)
+        if self.randaugment_magnitude > LARGEST_MAGNITUDE:
+            rule = f"must be at most {LARGEST_MAGNITUDE}, the end of the scale"
+            raise invalid("randaugment_magnitude", self.randaugment_magnitude, rule, "pass 10 or fewer")
+        for name in ("mixup", "cutmix"):
+            check_number(name, getattr(self, name), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from, and in what shape they arrive.
+
+    None stands for "as the data say": an opened set's ``config`` has every field resolved.
+    """
+
+    source: str = "digits"
+    """digits (embedded); a folder of class folders, or of split folders (train, validation, test) with class
+    folders; a folder or glob of .parquet files; .tar shards of WebDataset (a glob, or braces as in
+    train-{000..127}.tar); hub:OWNER/NAME of a Hugging Face data set, with :CONFIGURATION where it has several."""
+    training_split: str = "train"
+    """Split to train on."""
+    evaluation_split: str | None = None
+    """Split to evaluate on; validation if there is one, else test."""
+    image_column: str | None = None
+    """Column of the images; the first that holds images by default."""
+    label_column: str | None = None
+    """Column of the labels; the first that holds classes, or is called label, by default."""
+    num_classes: int | None = None
+    """Number of classes, where the source does not say."""
+    examples: int | None = None
+    """Training images a streamed source holds, where it does not say."""
+    evaluation_examples: int | None = None
+    """Evaluation images a streamed source holds, where it does not say."""
+    in_channels: Literal[1, 3] | None = None
+    """1 (grey) or 3 (RGB); 1 for the digits, else 3."""
+    image_size: int | None = None
+    """Height and width; by default that of the images if they all have one square size, else 224."""
+    crop_ratio: float = 0.875
+    """Share of the shorter side that the centre crop of an evaluated image takes."""
+    mean: tuple[float, ...] | None = None
+    """Channel means to subtract, of pixels in 0 to 1; of the training images where they lie in memory, else
+    ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Channel deviations to divide by, as with the means."""
+    batch_size: int = 128
+    """Images in a batch of one rank."""
+    workers: int = 0
+    """Processes that decode, per rank; 0 decodes in the training process."""
+    prefetch: int = 2
+    """Batches each worker has ready."""
+    in_memory: Literal["auto"] | bool = "auto"
+    """Decode everything once into one tensor; auto: where all images have the size asked for and fit in 1 GiB."""
+    streaming: Literal["auto"] | bool = "auto"
+    """Read in the order of the files, shuffled in blocks; auto: .tar shards only."""
+    shuffle_block: int = 1024
+    """Streamed images that are shuffled together."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """What a damaged image does: stop with an error naming it, or be counted and replaced by another of its batch."""
+    cache_folder: Path | None = None
+    """Where downloads and converted parquet go; that of Hugging Face datasets (HF_HOME, XDG_CACHE_HOME) by default."""
+    seed: int = 0
+    """Of the order and of every augmentation."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    """How training images are varied."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str) or not self.source:
+            raise invalid("source", self.source, "must name data", "pass digits, a folder or files")
+        for name in ("batch_size", "prefetch", "shuffle_block"):
+            check_integer(name, getattr(self, name), 1)
+        for name in ("workers", "seed"):
+            check_integer(name, getattr(self, name), 0)
+        if self.seed >= 2**63:
+            raise invalid("seed", self.seed, "must be below 2**63", "pass one such as 0")
+        for name in ("num_classes", "examples", "evaluation_examples", "image_size"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
+        check_choice("in_channels", self.in_channels, (None, 1, 3))
+        check_choice("in_memory", self.in_memory, ("auto", True, False))
+        check_choice("streaming", self.streaming, ("auto", True, False))
+        check_choice("on_bad_image", self.on_bad_image, ("error", "skip"))
+        if not 0 < check_number("crop_ratio", self.crop_ratio) <= 1:
+            raise invalid("crop_ratio", self.crop_ratio, "must be above 0 and at most 1", "pass 0.875")
+        if self.in_memory is True and self.streaming is True:
+            raise invalid("in_memory", True, "data are streamed or held in memory, not both", "pass streaming=False")
+        self._check_statistics()
+
+    @property
+    def channels(self) -> int:
+        """1 or 3; of a resolved config."""
+        assert self.in_channels is not None
+        return self.in_channels
+
+    @property
+    def size(self) -> int:
+        """Height and width; of a resolved config."""
+        assert self.image_size is not None
+        return self.image_size
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Means and deviations; of a resolved config."""
+        assert self.mean is not None and self.std is not None
+        return self.mean, self.std
+
+    def _check_statistics(self) -> None:
+        if (self.mean is None) != (self.std is None):
+            raise invalid("mean", self.mean, "means and deviations belong together", "pass both, or neither")
+        if self.mean is None or self.std is None:
+            return
+        channels = self.in_channels or len(self.mean)
+        for name, values, least in (("mean", self.mean, None), ("std", self.std, 0.0)):
+            if len(values) != channels or channels not in (1, 3):
+                raise invalid(name, values, "must have one number per channel (1 or 3)", "pass that many")
+            for value in values:
+                check_number(name, value) if least is None else check_number(name, value, least, exclusive=True)
+
+
+def _check_range(name: str, values: Sequence[float]) -> None:
+    if len(values) != 2 or not 0 < check_number(name, values[0]) <= check_number(name, values[1]):
+        raise invalid(name, values, "must be two numbers, above 0 and ascending", f"pass {name}=(least, most)")

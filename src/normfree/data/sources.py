@@ -1,0 +1,296 @@
+"""From one word to rows: an image folder, parquet files, WebDataset shards, or a name on the Hugging Face hub.
+
+Everything is read by Hugging Face ``datasets``; images stay encoded until a worker decodes them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import functools
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from normfree.data.config import DataConfig
+from normfree.data.records import Namer
+from normfree.data.shards import count_rows, scan_shards
+from normfree.data.splits import grouped, split_of
+from normfree.nn.checks import invalid
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+SMALL = 2**30
+"""Bytes of parquet that are read into memory as they are."""
+
+
+class Source(Protocol):
+    """Where rows come from."""
+
+    splits: tuple[str, ...]
+    """What it is divided into."""
+    streams: bool
+    """Whether it is better read in order than copied."""
+
+    def rows(self, split: str, *, streaming: bool) -> Any:
+        """The rows of a split, as a Hugging Face data set with images left encoded (or an iterable one)."""
+        ...
+
+    def counted(self, split: str) -> tuple[int | None, int | None]:
+        """Examples and classes of a split, each None where only reading everything would tell."""
+        ...
+
+    def namer(self, split: str) -> Namer:
+        """What to call a row."""
+        ...
+
+
+def source_named(config: DataConfig) -> Source:
+    """The source a config names.
+
+    Raises:
+        ValueError: if there is none of that name, or nothing in it.
+    """
+    name = config.source
+    if name.startswith("hub:"):
+        return HubSource(config)
+    if Path(name).is_dir():
+        if files := sorted(str(file) for file in Path(name).rglob("*.parquet")):
+            return FileSource("parquet", grouped(files), config)
+        return FolderSource(Path(name))
+    files = list(itertools.chain.from_iterable(_matching(pattern) for pattern in expanded(name)))
+    if not files:
+        rule = "there is no such folder or file"
+        raise invalid("source", name, rule, "pass digits, a folder, *.parquet or *.tar files, or hub:OWNER/NAME")
+    for suffix, kind in ((".parquet", "parquet"), (".tar", "webdataset")):
+        if all(file.endswith(suffix) for file in files):
+            return FileSource(kind, grouped(files), config)
+    raise invalid("source", name, "files must all be .parquet or all be .tar", "pass a folder to read image files")
+
+
+def expanded(pattern: str) -> list[str]:
+    """Braces written out: ``a-{08..10}`` is a-08, a-09, a-10, and ``{x,y}`` is x, y."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, listed = match.groups()
+    if listed is not None:
+        parts = listed.split(",")
+    else:
+        parts = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return [word for part in parts for word in expanded(f"{head}{part}{tail}")]
+
+
+def _matching(pattern: str) -> list[str]:
+    return [pattern] if "://" in pattern else sorted(glob.glob(pattern, recursive=True))
+
+
+@contextlib.contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Keep ``datasets`` from counting downloads over the network, and from drawing bars."""
+    import datasets
+    from datasets import config
+
+    counts, bars = config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.is_progress_bar_enabled()
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        if bars:
+            datasets.enable_progress_bars()
+
+
+class FolderSource:
+    """Class folders of images, or split folders with class folders in them; nothing is copied.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        ValueError: if it holds no class folder, or no image.
+    """
+
+    streams = False
+
+    def __init__(self, folder: Path) -> None:
+        inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        named = {path.name: path for path in inside if split_of(path.name) is not None}
+        whole = len(named) == len(inside) > 0
+        self.folders = named if whole else {"train": folder}
+        self.splits = tuple(self.folders)
+        classes = {path.name for part in self.folders.values() for path in part.iterdir() if path.is_dir()}
+        self.class_names = tuple(sorted(name for name in classes if not name.startswith(".")))
+        if not self.class_names:
+            remedy = "put the images of each class in a folder of its name"
+            raise invalid("source", str(folder), "the folder holds no class folders", remedy)
+
+    def rows(self, split: str, *, streaming: bool) -> Any:
+        rows = self._listed(split)
+        return rows.to_iterable_dataset(num_shards=min(len(rows), 64)) if streaming else rows
+
+    @functools.cache  # noqa: B019 (a source lives as long as its data)
+    def _listed(self, split: str) -> Any:
+        import datasets
+
+        folder = self.folders[split]
+        labels, paths = [], []
+        for number, name in enumerate(self.class_names):
+            found = (folder / name).rglob("*")
+            files = sorted(str(file) for file in found if file.suffix.lower() in SUFFIXES)
+            paths += files
+            labels += [number] * len(files)
+        if not paths:
+            rule = f"its class folders hold no image ({', '.join(sorted(SUFFIXES))})"
+            raise invalid("source", str(folder), rule, "pass a folder of images")
+        features = datasets.Features(
+            {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=list(self.class_names))}
+        )
+        return datasets.Dataset.from_dict({"image": paths, "label": labels}, features=features)
+
+    def counted(self, split: str) -> tuple[int | None, int | None]:
+        return len(self.rows(split, streaming=False)), len(self.class_names)
+
+    def namer(self, split: str) -> Namer:
+        return _by_path
+
+
+class FileSource:
+    """Parquet files or WebDataset shards.
+
+    Args:
+        kind: parquet or webdataset, as ``datasets`` calls them.
+        files: by split, paths or addresses.
+        config: for the cache and what the files do not say.
+    """
+
+    def __init__(self, kind: str, files: dict[str, list[str]], config: DataConfig) -> None:
+        self.kind, self.files, self.config = kind, files, config
+        self.splits = tuple(files)
+        self.streams = kind == "webdataset"
+
+    def rows(self, split: str, *, streaming: bool) -> Any:
+        if self.kind == "parquet" and not streaming and self._is_small(split):
+            return self._read(split)
+        if self.kind == "webdataset" and None in (self.config.examples, self.config.num_classes):
+            self.counted(split)  # names the shard that is damaged
+        files = {"train": self.files[split]}
+        return _loaded(self.config, self.kind, data_files=files, split="train", streaming=streaming)
+
+    def _is_small(self, split: str) -> bool:
+        files = self.files[split]
+        return not any("://" in file for file in files) and sum(map(os.path.getsize, files)) <= SMALL
+
+    def _read(self, split: str) -> Any:
+        """The encoded rows of small parquet files, in memory: ``datasets`` would write a copy of them first."""
+        import datasets
+        from datasets.table import InMemoryTable
+        from pyarrow import parquet
+
+        count_rows(self.files[split])  # names the file that is damaged
+        with explained(self.config.source):
+            tables = [datasets.Dataset(InMemoryTable(parquet.read_table(file))) for file in self.files[split]]
+            return _encoded(datasets.concatenate_datasets(tables))
+
+    @functools.cache  # noqa: B019 (a source lives as long as its data)
+    def counted(self, split: str) -> tuple[int | None, int | None]:
+        files = self.files[split]
+        if any("://" in file for file in files):
+            return None, None
+        if self.kind == "parquet":
+            return sum(count_rows(files)), None
+        return scan_shards(files)
+
+    def namer(self, split: str) -> Namer:
+        files = self.files[split]
+        if self.kind != "parquet" or any("://" in file for file in files):
+            return _by_path
+        ends = list(itertools.accumulate(count_rows(files)))
+        return ParquetNames(files, ends)
+
+
+class ParquetNames:
+    """Names rows by file and row, counted from zero; the row's own path is added where there is one."""
+
+    def __init__(self, files: list[str], ends: list[int]) -> None:
+        self.files, self.ends = files, ends
+
+    def __call__(self, number: int, path: str | None, shard: int | None = None) -> str:
+        file = bisect.bisect_right(self.ends, number) if shard is None else shard
+        row = number - (self.ends[file - 1] if file and shard is None else 0)
+        return f"{self.files[file]} row {row}" + (f" ({path})" if path else "")
+
+
+class HubSource:
+    """A data set of the Hugging Face hub (or a folder laid out like one)."""
+
+    streams = False
+
+    def __init__(self, config: DataConfig) -> None:
+        import datasets
+
+        _, self.name, *rest = config.source.split(":", 2)
+        self.configuration = rest[0] if rest else None
+        self.config = config
+        with quiet_datasets(), explained(config.source):
+            self.splits = tuple(datasets.get_dataset_split_names(self.name, self.configuration))
+
+    def rows(self, split: str, *, streaming: bool) -> Any:
+        return _loaded(self.config, self.name, self.configuration, split=split, streaming=streaming)
+
+    def counted(self, split: str) -> tuple[int | None, int | None]:
+        info = self.rows(split, streaming=True).info
+        known = (info.splits or {}).get(split)
+        return (known.num_examples or None) if known else None, None
+
+    def namer(self, split: str) -> Namer:
+        return _by_path
+
+
+def _by_path(number: int, path: str | None, shard: int | None = None) -> str:
+    return path or (f"example {number}" if shard is None else f"example {number} of shard {shard}")
+
+
+def _loaded(config: DataConfig, *words: Any, **options: Any) -> Any:
+    """``datasets.load_dataset``, silent, off the network for files, its errors in one line."""
+    import datasets
+
+    cache = str(config.cache_folder) if config.cache_folder else None
+    with quiet_datasets(), explained(config.source):
+        return _encoded(datasets.load_dataset(*words, **options, cache_dir=cache))
+
+
+def _encoded(rows: Any) -> Any:
+    """The same rows, their images left encoded."""
+    import datasets
+
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
+
+
+@contextlib.contextmanager
+def explained(source: str) -> Iterator[None]:
+    """Tell in one line what reading a source ran into."""
+    try:
+        yield
+    except Exception as error:  # datasets, pyarrow and the hub's client have no common one
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise invalid("source", source, f"could not be read ({reason})", "mend the files or the name") from error
+
+
+def readable(rows: Iterable[dict[str, Any]], source: str) -> Iterator[dict[str, Any]]:
+    """The same rows; what reading them runs into is one line that names the source."""
+    with explained(source):
+        yield from rows

@@ -1,0 +1,237 @@
+"""How a network is trained: one frozen config, checked when made, of which every recipe is an instance."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from normfree.data import DataConfig
+from normfree.models.overrides import parse_overrides
+from normfree.models.registry import accepted_overrides
+from normfree.nn.checks import check_choice, check_flag, check_integer, check_number, check_rate, invalid
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """SGD with Nesterov momentum, a warm-up from zero, and half a cosine.
+
+    Biases, gains, skip gains and a normalizer's parameters are not decayed.
+    """
+
+    learning_rate: float = 0.1
+    """Highest learning rate, for a batch of `--optimizer.reference-batch` images."""
+    reference_batch: int | None = 256
+    """The learning rate grows linearly with the batch from here; None: it is the same at every batch."""
+    momentum: float = 0.9
+    """Of SGD, above 0."""
+    weight_decay: float = 5e-5
+    """Of weights; the paper takes 5e-5 for NF-ResNets and 1e-4 for their twins with BatchNorm."""
+    warmup_epochs: float = 5
+    """Epochs in which the learning rate grows from 0; at most all."""
+    final_learning_rate: float = 0.0
+    """Where the cosine ends."""
+    clip_factor: float | None = None
+    """Adaptive gradient clipping's lambda, 0.01 for NFNets: a unit's gradient is at most this share of its weight;
+    None: no clipping."""
+    clip_eps: float = 1e-3
+    """Smallest norm a unit's weight counts with."""
+
+    def __post_init__(self) -> None:
+        check_number("learning_rate", self.learning_rate, 0, exclusive=True)
+        if self.reference_batch is not None:
+            check_integer("reference_batch", self.reference_batch, 1)
+        if check_rate("momentum", self.momentum) == 0:
+            raise invalid("momentum", self.momentum, "Nesterov's look-ahead needs one", "pass 0.9")
+        for name in ("weight_decay", "warmup_epochs", "final_learning_rate"):
+            check_number(name, getattr(self, name), 0)
+        if self.clip_factor is not None:
+            check_number("clip_factor", self.clip_factor, 0, exclusive=True)
+        check_number("clip_eps", self.clip_eps, 0, exclusive=True)
+
+    def peak(self, batch_size: int) -> float:
+        """Return the highest learning rate for a batch: ``learning_rate * batch_size / reference_batch``."""
+        return self.learning_rate * (batch_size / self.reference_batch if self.reference_batch else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole training run.
+
+    The batch is the recipe's on any number of ranks: each takes at most `--data.batch-size` images at once, and
+    gradients are accumulated over as many of those as the batch needs. The same command again goes on where the
+    run was interrupted.
+    """
+
+    name: str
+    """Of the run, whose folder is runs/NAME unless `--out` says otherwise."""
+    model: str
+    """A name of `normfree models`, overrides after a colon: nf_resnet50:width=1,skipinit_gain=1."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images and augmentation."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer, schedule and clipping."""
+    epochs: int = 90
+    """Passes over the training images."""
+    batch_size: int = 1024
+    """Images per optimizer step, over all ranks."""
+    label_smoothing: float = 0.1
+    """Share of the target that is spread over all classes."""
+    average_decay: float | None = None
+    """Decay of the weights' exponential moving average, which is then what is evaluated; None: no average."""
+    seed: int = 0
+    """Of initialisation, order, augmentation and dropout."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs if there are any."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """auto: one process, or DistributedDataParallel under torchrun; fsdp shards weights, gradients and optimizer."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 (mixed with fp32) where the hardware multiplies it natively, recent CPUs too; else fp32."""
+    channels_last: bool = True
+    """Keep images and filters with channels last, which convolutions are faster with."""
+    compile: bool = False
+    """Compile the network (torch.compile): minutes at the start, faster steps."""
+    on_nonfinite: Literal["error", "skip"] = "error"
+    """What a loss that is not finite does: stop the run and name the module it began in, or skip that step."""
+    signal_every: int | None = None
+    """Steps between signal propagation plots of the network in training; None: as often as a hundredth of the
+    time allows; 0: none."""
+    log_every: int = 20
+    """Steps between rows of train.csv and TensorBoard."""
+    evaluate_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints, beside those at the end of each epoch."""
+    keep: int = 2
+    """Newest checkpoints to keep, beside the best."""
+    evaluation_size: int | None = None
+    """Height and width of evaluated images; those of training by default."""
+    limit_train_steps: int | None = None
+    """Stop after so many steps in all, on the whole run's schedule: a smoke run."""
+    limit_eval_steps: int | None = None
+    """Evaluate on so many batches only."""
+    out: Path | None = None
+    """Folder of the run; runs/NAME by default."""
+
+    def __post_init__(self) -> None:
+        if not self.name or Path(self.name).name != self.name:
+            raise invalid("name", self.name, "must be a plain word", "name the run after its recipe, or use --out")
+        self._check_model()
+        for name in ("epochs", "batch_size", "log_every", "evaluate_every", "keep"):
+            check_integer(name, getattr(self, name), 1)
+        if self.signal_every is not None:
+            check_integer("signal_every", self.signal_every, 0)
+        for name in ("checkpoint_every", "evaluation_size", "limit_train_steps", "limit_eval_steps"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
+        check_integer("seed", self.seed, 0)
+        check_rate("label_smoothing", self.label_smoothing)
+        if self.average_decay is not None:
+            check_rate("average_decay", self.average_decay)
+        for name in ("channels_last", "compile"):
+            check_flag(name, getattr(self, name))
+        for name in ("accelerator", "strategy", "precision", "on_nonfinite"):
+            check_choice(name, getattr(self, name), typing.get_args(typing.get_type_hints(type(self))[name]))
+        if self.optimizer.warmup_epochs > self.epochs:
+            rule = f"is longer than all {self.epochs} epochs"
+            raise invalid("warmup_epochs", self.optimizer.warmup_epochs, rule, "pass fewer, or train for longer")
+
+    def _check_model(self) -> None:
+        accepted = accepted_overrides(self.model_name)
+        for override in self.model_overrides:
+            if override not in accepted:
+                rule = f"{self.model_name} has no override {override}"
+                raise invalid("model", self.model, rule, f"it takes {', '.join(accepted)}")
+
+    @property
+    def model_name(self) -> str:
+        """What stands before the colon of ``model``."""
+        return self.model.partition(":")[0]
+
+    @property
+    def model_overrides(self) -> dict[str, Any]:
+        """What stands after the colon of ``model``."""
+        return parse_overrides(self.model.partition(":")[2])
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's files go."""
+        return self.out if self.out is not None else Path("runs") / self.name
+
+    def accumulation(self, world_size: int) -> int:
+        """Return how many batches of each rank make one optimizer step.
+
+        Args:
+            world_size: number of ranks.
+
+        Raises:
+            ValueError: if the batch cannot be split evenly.
+        """
+        batches = math.ceil(self.batch_size / (world_size * self.data.batch_size))
+        if self.batch_size % (world_size * batches):
+            rule = f"cannot be split evenly over {world_size} rank(s) and {batches} batch(es) each"
+            remedy = f"pass a multiple of {world_size * batches}, or another --data.batch-size"
+            raise invalid("batch_size", self.batch_size, rule, remedy)
+        return batches
+
+    def rank_data(self, world_size: int) -> DataConfig:
+        """Return the data of one rank: its share of a batch, drawn from the run's seed."""
+        batch_size = self.batch_size // (world_size * self.accumulation(world_size))
+        return dataclasses.replace(self.data, batch_size=batch_size, seed=self.seed)
+
+
+FREE = frozenset(
+    {"out", "name", "accelerator", "on_nonfinite", "signal_every", "log_every", "evaluate_every", "checkpoint_every"}
+    | {"keep", "limit_train_steps", "limit_eval_steps"}
+)
+"""Fields that may change when a run goes on: none of them decides what is learned."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config as plain values that JSON keeps."""
+    return {
+        one.name: to_dict(value) if dataclasses.is_dataclass(value) else _plain(value)
+        for one in dataclasses.fields(config)
+        for value in [getattr(config, one.name)]
+    }
+
+
+def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """Return the config that :func:`to_dict` gave.
+
+    Args:
+        kind: its class.
+        values: what was given.
+
+    Raises:
+        ValueError: if a value breaks its rule, or a field is not the class's.
+    """
+    hints = typing.get_type_hints(kind)
+    if unknown := set(values) - set(hints):
+        raise ValueError(
+            f"config: {', '.join(sorted(unknown))} is no field of {kind.__name__}; another version wrote it"
+        )
+    return kind(**{name: _typed(hints[name], value) for name, value in values.items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """A plain value as its field's type has it: nested configs, tuples and paths."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if isinstance(value, Mapping):
+        return from_dict(next(kind for kind in kinds if dataclasses.is_dataclass(kind)), value)  # type: ignore[arg-type]
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if isinstance(value, str) and Path in kinds else value

@@ -1,0 +1,114 @@
+"""How good a network is: loss, top-1, top-5 and confusion over a whole set, on one process or many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from normfree.data import EvaluationData
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        examples: that were evaluated, over all ranks.
+        loss: mean cross-entropy, without label smoothing, in nats.
+        top1: share of examples whose class has the highest logit.
+        top5: share whose class is among the five highest; None with fewer than six classes.
+        confusion: examples by true class (rows) and predicted class.
+    """
+
+    examples: int
+    loss: float
+    top1: float
+    top5: float | None
+    confusion: list[list[int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON has it: a loss that is not finite is None."""
+        return {**asdict(self), "loss": self.loss if math.isfinite(self.loss) else None}
+
+    def figures(self) -> dict[str, Any]:
+        """The numbers without the confusion matrix."""
+        return {name: value for name, value in asdict(self).items() if name != "confusion"}
+
+
+def evaluate(
+    network: nn.Module, data: EvaluationData, fabric: Fabric, *, limit: int | None = None, sharded: bool = False
+) -> Evaluation:
+    """Evaluate a network; it is left in the mode it came in.
+
+    Args:
+        network: takes standardized images [N, C, H, W] and returns logits [N, classes], on Fabric's device.
+        data: this rank's batches.
+        fabric: whose precision and processes to use.
+        limit: batches of each rank, at most.
+        sharded: ranks must run equally many batches, because they gather the network's weights together.
+
+    Returns:
+        The same on all ranks.
+    """
+    from torchmetrics import MeanMetric, MetricCollection
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+    classes = len(data.class_names)
+    metrics = MetricCollection({"confusion": MulticlassConfusionMatrix(classes)}, compute_groups=False)
+    if classes > 5:
+        metrics["top5"] = MulticlassAccuracy(classes, top_k=5, average="micro")
+    metrics, mean_loss = metrics.to(fabric.device), MeanMetric(nan_strategy="disable").to(fabric.device)
+    training = network.training
+    network.eval()
+    batches = _to_device(islice(iter(data), limit), data.standardization().to(fabric.device), fabric)
+    try:
+        with torch.no_grad():
+            for images, targets in _in_step(batches, fabric) if sharded else batches:
+                with fabric.autocast():
+                    logits = network(images)
+                if len(targets):
+                    logits = logits.float()
+                    metrics.update(logits, targets)
+                    mean_loss.update(functional.cross_entropy(logits, targets, reduction="none"))
+    finally:
+        network.train(training)
+    found = metrics.compute()
+    confusion = found["confusion"]
+    examples = int(confusion.sum())
+    return Evaluation(
+        examples=examples,
+        loss=float(mean_loss.compute()),
+        top1=int(confusion.trace()) / max(1, examples),
+        top5=float(found["top5"]) if "top5" in found else None,
+        confusion=confusion.cpu().tolist(),
+    )
+
+
+def _to_device(
+    batches: Iterable[tuple[Tensor, Tensor]], standardization: nn.Module, fabric: Fabric
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Standardized images and targets, on the device."""
+    for images, targets in batches:
+        yield standardization(images.to(fabric.device, non_blocking=True)), targets.to(fabric.device)
+
+
+def _in_step(batches: Iterator[tuple[Tensor, Tensor]], fabric: Fabric) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, and after the last its images again without targets while another rank still has some."""
+    images, targets = next(batches)
+    while True:
+        yield images, targets
+        following = next(batches, None)
+        images, targets = (images, targets[:0]) if following is None else following
+        waiting = torch.tensor(float(following is not None), device=fabric.device)
+        if not fabric.all_reduce(waiting, reduce_op="sum"):
+            return

@@ -1,0 +1,210 @@
+"""The report of a training run: curves, the signal through training, confusion, configuration; opens offline.
+
+``report_page.html`` and ``.js`` beside this file are the page; its style is that of the signal's report.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from normfree.signal import SignalHistory, write_atomically
+from normfree.signal.monitor_figure import slider_figure
+from normfree.signal.page import inert, page_file, plotly_source
+from normfree.train.records import Row, read_rows
+
+GRID = "rgba(128,128,128,0.22)"
+COLORS = ("#0b6fb8", "#c8501e")
+MOST_NAMED = 40
+"""Classes whose names stand at the confusion matrix."""
+
+SILENT = "Nobody listened: --signal-every 0, or a sharded network."
+LISTENED = (
+    "The first images of the evaluation went through the network every so often: after every block the squared mean, "
+    "the variance, and the variance of the branch before it was scaled and added. Drag the slider, or let it play."
+)
+
+
+def write_training_report(
+    folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any], history: SignalHistory | None
+) -> Path:
+    """Write ``report.html`` of a run from its curves, as one file that opens without a network.
+
+    Args:
+        folder: of the run, with ``train.csv`` and ``eval.csv``.
+        config: what ``config.json`` holds.
+        metrics: what ``metrics.json`` holds.
+        history: of the network's signal, if somebody listened.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: if plotly is not installed.
+    """
+    training, evaluation = read_rows(folder / "train.csv"), read_rows(folder / "eval.csv")
+    figures = curve_figures(training, evaluation)
+    if history:
+        figures["signal"] = json.loads(slider_figure(history).to_json())
+    found = metrics["evaluation"]
+    if found is not None:
+        figures["confusion"] = confusion_figure(found["confusion"], config["derived"]["classes"])
+    parts = {
+        "title": escape(f"Training run: {metrics['recipe']}"),
+        "style": page_file("report_page.css"),
+        "script": _own("report_page.js"),
+        "plotly": plotly_source(),
+        "described": escape(_described(config, metrics)),
+        "figures": _figures(metrics, training),
+        "signal": f"<p>{LISTENED if history else SILENT}</p>",
+        "confused": escape(_confused(found, config["derived"]["classes"])),
+        "configuration": "".join(_setting(name, value) for name, value in _flat(config).items()),
+        "data": inert(figures),
+    }
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _own("report_page.html"))
+    return write_atomically(folder / "report.html", page)
+
+
+def curve_figures(training: Sequence[Row], evaluation: Sequence[Row]) -> dict[str, Any]:
+    """Return the four figures of the curves, as plotly's JSON."""
+    loss = [_line("training", training, "loss", COLORS[0]), _line("test", evaluation, "loss", COLORS[1])]
+    accuracy = [_line("top-1", evaluation, "top1", COLORS[0], 100)]
+    if any(row.get("top5") is not None for row in evaluation):
+        accuracy.append(_line("top-5", evaluation, "top5", COLORS[1], 100))
+    rate = [_line("learning rate", training, "learning_rate", COLORS[0])]
+    if any(row.get("clip_fraction") is not None for row in training):
+        rate.append(_line("clipped fraction", training, "clip_fraction", COLORS[1]))
+    speed = [_line("images / s", training, "images_per_second", COLORS[0])]
+    speed.append({**_line("gradient norm", training, "gradient_norm", COLORS[1]), "yaxis": "y2"})
+    second = {"overlaying": "y", "side": "right", "type": "log", "showgrid": False, "title": {"text": "gradient norm"}}
+    return {
+        "loss": {"data": loss, "layout": _layout("Loss, nats")},
+        "accuracy": {"data": accuracy, "layout": _layout("Accuracy, %")},
+        "rate": {"data": rate, "layout": _layout("Learning rate and clipping")},
+        "speed": {"data": speed, "layout": {**_layout("Images per second"), "yaxis2": second}},
+    }
+
+
+def confusion_figure(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, Any]:
+    """Return the confusion matrix as shares of each true class, as plotly's JSON."""
+    shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
+    few = len(names) <= MOST_NAMED
+    labels: Any = [escape(name) for name in names] if few else None
+    trace: dict[str, Any] = {
+        "type": "heatmap",
+        "z": shares,
+        "customdata": [list(row) for row in confusion],
+        "zmin": 0,
+        "zmax": 1,
+        "colorscale": [[0, "rgba(11,111,184,0.04)"], [0.02, "rgba(11,111,184,0.25)"], [1, "rgb(11,111,184)"]],
+        "hovertemplate": "true %{y}, predicted %{x}: %{customdata} (%{z:.1%})<extra></extra>",
+        "colorbar": {"tickformat": ".0%", "thickness": 12},
+        "xgap": 1 if few else 0,
+        "ygap": 1 if few else 0,
+    }
+    if few:
+        trace |= {"x": labels, "y": labels}
+    axis = {"type": "category", "tickangle": 0} if few else {}
+    layout = _layout("")
+    layout |= {"height": 560, "showlegend": False}
+    layout["xaxis"] = {**axis, "title": {"text": "predicted class"}, "constrain": "domain"}
+    layout["yaxis"] = {**axis, "title": {"text": "true class"}, "autorange": "reversed", "automargin": True}
+    layout["yaxis"] |= {"scaleanchor": "x", "constrain": "domain"}
+    return {"data": [trace], "layout": layout}
+
+
+def _line(name: str, rows: Sequence[Row], column: str, color: str, factor: float = 1) -> dict[str, Any]:
+    shown = [(row["step"], value * factor) for row in rows if (value := row.get(column)) is not None]
+    finite = [(step, value) for step, value in shown if value - value == 0]
+    few = len(finite) <= 60
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if few else "lines",
+        "name": name,
+        "x": [step for step, _ in finite],
+        "y": [value for _, value in finite],
+        "line": {"color": color, "width": 2},
+        "marker": {"size": 5},
+    }
+
+
+def _layout(title: str) -> dict[str, Any]:
+    axis = {"gridcolor": GRID, "zerolinecolor": GRID}
+    return {
+        "height": 300,
+        "margin": {"l": 60, "r": 56, "t": 30, "b": 44},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"size": 12},
+        "hovermode": "x",
+        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
+        "xaxis": {**axis, "title": {"text": "optimizer step"}},
+        "yaxis": {**axis, "title": {"text": title}},
+    }
+
+
+def _described(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    derived, chosen = config["derived"], config["config"]
+    return (
+        f"{chosen['model']}, {derived['parameters']:,} parameters, on {chosen['data']['source']}; "
+        f"{metrics['step']} of {derived['steps']} steps of {chosen['batch_size']} images, seed {metrics['seed']}; "
+        f"{derived['precision']} on {derived['ranks']} × {derived['device']}"
+    )
+
+
+def _figures(metrics: Mapping[str, Any], training: Sequence[Row]) -> str:
+    found = metrics["evaluation"] or {}
+    speeds = sorted(row["images_per_second"] or 0 for row in training)
+    told = {
+        "top-1 accuracy": _percent(found.get("top1")),
+        "best of all evaluations": _percent(metrics.get("best_top1")),
+        "seconds of training": f"{metrics['seconds']:,.1f}",
+        "images per second, median": f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "–",
+        "test loss": "–" if found.get("loss") is None else f"{found['loss']:.4f}",
+        "top-5 accuracy": _percent(found.get("top5")),
+        "steps skipped": str(metrics["skipped_steps"]),
+        "bad images": str(len(metrics["bad_images"])),
+    }
+    return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in told.items())
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.2f} %"
+
+
+def _confused(found: Mapping[str, Any] | None, names: Sequence[str]) -> str:
+    """The pairs that are taken for each other most often, in words."""
+    if found is None:
+        return "There was no evaluation at the last step."
+    pairs = [
+        (count, names[true], names[predicted])
+        for true, row in enumerate(found["confusion"])
+        for predicted, count in enumerate(row)
+        if true != predicted and count
+    ]
+    worst = [f"{true} for {predicted} ({count})" for count, true, predicted in sorted(pairs, reverse=True)[:5]]
+    taken = f" Most often it takes {', '.join(worst)}." if worst else " It makes no mistake."
+    return f"{found['examples']:,} images; each row is a true class.{taken}"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for name, value in values.items():
+        label = f"{prefix} {name}".strip()
+        rows |= _flat(value, label) if isinstance(value, Mapping) and value else {label: value}
+    return rows
+
+
+def _setting(name: str, value: Any) -> str:
+    shown = json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
+    shown = shown if len(shown) <= 400 else f"{shown[:400]} …"
+    return f"<tr><th scope=row>{escape(name)}</th><td>{escape(shown)}</td></tr>"
+
+
+def _own(name: str) -> str:
+    return resources.files("normfree.train").joinpath(name).read_text(encoding="utf-8").rstrip()

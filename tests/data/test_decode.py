@@ -1,0 +1,133 @@
+"""Damaged images are told from whole ones, and every colour comes out right."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from normfree.data.decode import DamagedImage, decode, header_size
+
+
+def saved(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def photograph(mode="RGB", size=(40, 30)):
+    ramp = np.linspace(0, 255, size[0] * size[1]).reshape(size[1], size[0])
+    return Image.fromarray(np.stack([ramp, ramp[::-1], 255 - ramp], 2).astype(np.uint8)).convert(mode)
+
+
+def bomb(side=60000):
+    """A PNG whose header promises more pixels than anyone should decode."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = b""
+    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 64)), (b"IEND", b"")):
+        chunks += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def animation(kind):
+    frames = [photograph(), photograph().rotate(90), photograph().rotate(180)]
+    return saved(frames[0], kind, save_all=True, append_images=frames[1:])
+
+
+DAMAGED = {
+    "empty": (b"", "empty"),
+    "text": (b"this is no image", "no image of a known format"),
+    "html": (b"<html><body>404</body></html>", "no image of a known format"),
+    "truncated jpeg": (saved(photograph(), "JPEG")[:-40], "truncated"),
+    "half a jpeg": (saved(photograph(), "JPEG", quality=95)[:700], "truncated"),
+    "truncated png": (saved(photograph())[:-60], "truncated|broken"),
+    "jpeg header only": (b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", "no image|[tT]runcated"),
+    "bomb": (bomb(), "bomb"),
+    "larger than any": (bomb(10_000), "bomb"),
+    "animated gif": (animation("GIF"), "several frames"),
+    "animated webp": (animation("WEBP"), "several frames"),
+    "pages": (animation("TIFF"), "several frames"),
+    "float": (saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "no known range"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_has_one_reason(name):
+    data, reason = DAMAGED[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DamagedImage, match=reason) as caught:
+            decode(data)
+    assert "\n" not in str(caught.value) and "0x" not in str(caught.value)
+
+
+def test_a_header_is_read_without_complaint():
+    assert header_size(bomb()) in (None, (60000, 60000))
+    assert header_size(saved(photograph())) == (40, 30)
+    assert header_size(b"") is None
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF"])
+def test_lossless_formats_come_back_exactly(kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert np.array_equal(np.asarray(decode(saved(photograph(), kind, **options))), np.asarray(photograph()))
+
+
+def test_a_path_and_bytes_are_the_same(tmp_path):
+    (tmp_path / "a.png").write_bytes(saved(photograph()))
+    assert np.array_equal(np.asarray(decode(tmp_path / "a.png")), np.asarray(decode(saved(photograph()))))
+
+
+def test_cmyk_is_converted():
+    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    for kind in ("JPEG", "TIFF"):
+        pixel = np.asarray(decode(saved(red, kind)))[4, 4]
+        assert np.abs(pixel.astype(int) - [255, 0, 0]).max() <= 3, kind  # JPEG rounds
+
+
+def test_sixteen_bits_are_scaled():
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    pixels = np.asarray(decode(saved(Image.fromarray(ramp))))
+    assert pixels.shape == (8, 8, 3)
+    assert np.abs(pixels[:, :, 0].astype(float) - ramp / 257).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "YCbCr"])
+def test_every_mode_becomes_rgb_and_grey(mode):
+    image = photograph(mode)
+    data = saved(image, "JPEG" if mode == "YCbCr" else "PNG")
+    assert decode(data).mode == "RGB" and decode(data, 1).mode == "L"
+    wanted = np.asarray(image.convert("RGB")).astype(int)
+    assert np.abs(np.asarray(decode(data)).astype(int) - wanted).max() <= (40 if mode == "YCbCr" else 0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
+def test_transparency_is_laid_on_white(mode):
+    if mode == "RGBA":
+        image = Image.new("RGBA", (4, 4), (200, 0, 0, 0))  # red, and not to be seen
+        image.putpixel((0, 0), (0, 0, 0, 255))
+        data = saved(image)
+    else:
+        image = Image.new("P", (4, 4), 1)
+        image.putpalette([0, 0, 0, 200, 0, 0])
+        image.putpixel((0, 0), 0)
+        data = saved(image, transparency=1)
+    pixels = np.asarray(decode(data))
+    assert pixels[0, 0].tolist() == [0, 0, 0]
+    assert pixels[2, 2].tolist() == [255, 255, 255]
+
+
+def test_a_photograph_is_turned_as_its_camera_was():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    turned = decode(saved(photograph(), "PNG", exif=exif))
+    assert turned.size == (30, 40)
+    assert np.array_equal(np.asarray(turned), np.asarray(photograph().rotate(-90, expand=True)))
+
+
+def test_a_photograph_with_a_preview_beside_it_is_one_image():
+    data = saved(photograph(), "MPO", save_all=True, append_images=[photograph(size=(8, 6))])
+    assert decode(data).size == (40, 30)

@@ -1,0 +1,238 @@
+"""What a source's name leads to, and what a wrong one is told."""
+
+import datasets
+import pytest
+import torch
+from image_sets import CLASSES, encoded, write_folder, write_parquet, write_shards
+
+from normfree.data import DataConfig, open_evaluation, open_training
+from normfree.data.shards import count_rows, scan_shards
+from normfree.data.sources import expanded
+from normfree.data.splits import split_of
+
+
+def everything(data):
+    images, targets = zip(*data, strict=True)
+    return torch.cat(images), torch.cat(targets)
+
+
+def numbers(images):
+    """The numbers that these images carry in their red."""
+    return sorted(images[:, 0, 0, 0].tolist())
+
+
+@pytest.mark.parametrize("in_memory", ["auto", False])
+@pytest.mark.parametrize("streaming", ["auto", True])
+def test_every_source_gives_its_images_and_classes(folder, parquet, shards, no_network, in_memory, streaming):
+    for source, count in ((folder, 20), (parquet, 26), (shards, 21)):
+        options = {"in_memory": in_memory, "streaming": streaming, "batch_size": 1, "image_size": 12}
+        data = open_training(DataConfig(source=str(source), **options))
+        assert data.examples == data.steps_per_epoch == count
+        assert data.class_names == (("0", "1", "2") if source == shards else CLASSES)
+        assert data.image_shape == (3, 12, 12)
+        assert data.num_classes == 3
+        assert data.config.in_memory == (in_memory == "auto" and streaming == "auto" and source != folder)
+
+
+def test_digits_are_divided_by_class_once_and_for_all():
+    training, test = open_training(DataConfig(batch_size=1)), open_evaluation(DataConfig())
+    assert (training.examples, test.examples) == (1442, 355)
+    images, targets = everything(test)
+    assert images.shape == (355, 1, 8, 8) and images.dtype == torch.uint8
+    assert images.max() == 255 and images.min() == 0
+    counts = torch.bincount(targets)
+    assert counts.min() >= 34 and counts.max() <= 37
+    own = {image.numpy().tobytes() for image in images}
+    others = {image.numpy().tobytes() for image in everything(training)[0]}
+    assert not own & others  # the set has no double
+    assert training.config.mean == test.config.mean
+
+
+def test_pixels_and_labels_stay_together(folder, parquet, shards):
+    for source in (folder, parquet, shards):
+        config = DataConfig(source=str(source), evaluation_split="train", batch_size=4, image_size=12, crop_ratio=1)
+        images, targets = everything(open_evaluation(config))
+        found = images[:, 0, 0, 0].tolist()
+        assert [number % 3 for number in found] == targets.tolist()
+        assert sorted(found) == list(range(len(images)))
+
+
+def test_split_folders(tmp_path):
+    write_folder(tmp_path / "train", 9)
+    write_folder(tmp_path / "val", 6, 12)
+    config = DataConfig(source=str(tmp_path), batch_size=3)
+    assert open_training(config).examples == 9
+    data = open_evaluation(config)
+    assert data.examples == 6 and data.class_names == CLASSES
+    assert data.config.mean == open_training(config).config.mean
+
+
+def test_nothing_is_copied(folder, parquet, shards, tmp_path, monkeypatch, no_network):
+    cache = tmp_path / "cache"
+    for source in (folder, parquet, shards):
+        data = open_training(DataConfig(source=str(source), cache_folder=cache, in_memory=False, batch_size=2))
+        next(iter(data))
+    assert sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) == 0
+
+
+def test_large_parquet_goes_through_the_cache(parquet, tmp_path, monkeypatch, no_network):
+    monkeypatch.setattr("normfree.data.sources.SMALL", 0)
+    cache = tmp_path / "cache"
+    config = DataConfig(source=str(parquet), cache_folder=cache, in_memory=False, batch_size=1, image_size=12)
+    assert numbers(everything(open_training(config))[0]) == list(range(26))
+    assert list(cache.rglob("*.arrow"))
+
+
+def test_globs_and_braces(parquet, tmp_path):
+    one = open_training(DataConfig(source=f"{parquet}/train-*.parquet", batch_size=2))
+    two = open_training(DataConfig(source=f"{parquet}/train-{{0,1}}.parquet", batch_size=2))
+    assert one.examples == two.examples == 26
+    assert expanded("a-{08..11}-{x,y}") == [f"a-{n}-{w}" for n in ("08", "09", "10", "11") for w in "xy"]
+    assert expanded("plain") == ["plain"]
+
+
+def test_words_that_name_splits():
+    assert split_of("cifar-val.parquet") == split_of("dev") == "validation"
+    assert split_of("train-00000-of-00002.parquet") == "train"
+    assert split_of("trainer") is None and split_of("n01440764") is None
+
+
+def test_a_hub_name_is_asked_of_datasets(parquet, monkeypatch):
+    """The hub itself stands in as files: names, splits and options go through unchanged."""
+    files = {"train": [str(parquet / f"train-{i}.parquet") for i in range(2)], "test": [str(parquet / "test.parquet")]}
+    load, asked = datasets.load_dataset, []
+
+    def loaded(name, configuration, *, split, streaming, cache_dir):
+        asked.append((name, configuration, split, streaming))
+        return load("parquet", data_files=files, split=split, streaming=streaming, cache_dir=cache_dir)
+
+    monkeypatch.setattr(datasets, "load_dataset", loaded)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, configuration: ["train", "test"])
+    config = DataConfig(source="hub:someone/insects:plain", batch_size=2, cache_folder=parquet / "cache")
+    data = open_training(config)
+    assert data.examples == 26 and data.class_names == CLASSES and data.config.in_memory
+    assert open_evaluation(data.config).examples == 5
+    assert ("someone/insects", "plain", "train", False) in asked
+    assert ("someone/insects", "plain", "test", False) in asked
+    with pytest.raises(ValueError, match=r"examples=None.*pass it"):
+        open_training(DataConfig(source="hub:someone/insects", batch_size=2, streaming=True))
+    streamed = DataConfig(source="hub:someone/insects", batch_size=2, streaming=True, examples=26, image_size=12)
+    assert open_training(streamed).steps_per_epoch == 13
+
+
+def test_a_hub_that_is_out_of_reach_is_one_line(monkeypatch):
+    def refuse(*arguments):
+        raise ConnectionError("cannot reach the hub\nsecond line")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
+    with pytest.raises(ValueError, match=r"hub:a/b.*cannot reach the hub\)") as caught:
+        open_training(DataConfig(source="hub:a/b"))
+    assert "\n" not in str(caught.value)
+
+
+def test_words_as_labels_and_numbers_without_names(tmp_path):
+    rows = {"picture": [{"bytes": encoded(n), "path": None} for n in range(6)], "kind": ["b", "a", "c"] * 2}
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    data = open_training(DataConfig(source=str(tmp_path), label_column="kind", batch_size=6))
+    assert data.class_names == ("a", "b", "c")
+    assert sorted(next(iter(data))[1].tolist()) == [0, 0, 1, 1, 2, 2]
+    plain = {"image": [encoded(n) for n in range(4)], "label": [0, 3, 1, 0]}
+    datasets.Dataset.from_dict(plain).to_parquet(tmp_path / "other" / "train.parquet")
+    assert open_training(DataConfig(source=str(tmp_path / "other"), batch_size=2)).num_classes == 4
+
+
+def test_grey_images_stay_grey_where_asked(folder):
+    data = open_training(DataConfig(source=str(folder), in_channels=1, batch_size=2, image_size=8))
+    images, _ = next(iter(data))
+    assert images.shape == (2, 1, 8, 8)
+    assert data.augmentation()(images, torch.zeros(2, dtype=torch.int64), step=0)[0].shape == (2, 1, 8, 8)
+
+
+def test_files_are_counted_from_their_headers(parquet, shards):
+    assert count_rows([str(parquet / "train-0.parquet"), str(parquet / "test.parquet")]) == [13, 5]
+    assert scan_shards(expanded(shards)) == (21, 3)
+
+
+WRONG = {
+    "nowhere": ("no such folder or file", {}),
+    "empty": ("no class folders", {}),
+    "hollow": ("hold no image", {}),
+    "mixed/*": ("all be .parquet or all be .tar", {}),
+    "table": ("image_column=None.*columns: x", {}),
+    "broken.parquet": ("broken.parquet.*no whole parquet", {}),
+    "broken.tar": ("broken.tar.*no whole shard", {}),
+    "hollow.tar": ("no example", {}),
+    "good": ("batch_size=500.*smaller", {"batch_size": 500}),
+    "good ": ("training_split='valley'.*choose one of train", {"training_split": "valley"}),
+    "good  ": ("image_column='picture'.*no such column", {"image_column": "picture"}),
+    "good   ": ("image_column='label'.*holds no encoded images", {"image_column": "label"}),
+    "good    ": ("num_classes=7.*declare 3", {"num_classes": 7}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_source_is_one_line(tmp_path, name, no_network):
+    for folder in ("empty", "hollow/cat", "mixed", "good"):
+        (tmp_path / folder).mkdir(parents=True)
+    write_parquet(tmp_path / "good" / "train.parquet", [encoded(0), encoded(1)], [0, 1])
+    (tmp_path / "mixed" / "a.parquet").write_bytes(b"")
+    (tmp_path / "mixed" / "b.tar").write_bytes(b"")
+    datasets.Dataset.from_dict({"x": [1.0, 2.0]}).to_parquet(tmp_path / "table" / "train.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing")
+    (tmp_path / "broken.tar").write_bytes(b"x" * 2000)
+    write_shards(tmp_path, 0, 1)
+    (tmp_path / "train-000.tar").rename(tmp_path / "hollow.tar")
+    message, options = WRONG[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        open_training(DataConfig(source=str(tmp_path / name.strip()), **options))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_split_to_evaluate_on(folder):
+    with pytest.raises(ValueError, match="evaluation_split='train' to evaluate on that"):
+        open_evaluation(DataConfig(source=str(folder)))
+    with pytest.raises(ValueError, match=r"evaluation_split='test'.*choose one of train"):
+        open_evaluation(DataConfig(source=str(folder), evaluation_split="test"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_missing_labels_name_the_row(tmp_path, streaming):
+    write_parquet(tmp_path / "train.parquet", [encoded(n) for n in range(4)], [0, 1, None, 2])
+    config = DataConfig(source=str(tmp_path), streaming=streaming, batch_size=2, image_size=12)
+    with pytest.raises(ValueError, match=r"train\.parquet row 2 \(2\.png\) has no class"):
+        next(iter(open_training(config)))
+    write_parquet(tmp_path / "train.parquet", [encoded(n) for n in range(4)], [0, 1, -1, 2])
+    with pytest.raises(ValueError, match=r"has no class"):
+        next(iter(open_training(config)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("source", ""),
+        ("batch_size", 0),
+        ("workers", -1),
+        ("seed", 2**63),
+        ("seed", -1),
+        ("in_channels", 2),
+        ("in_memory", "yes"),
+        ("on_bad_image", "ignore"),
+        ("crop_ratio", 0),
+        ("crop_ratio", 1.5),
+        ("mean", (0.5, 0.5, 0.5)),
+        ("image_size", 0),
+    ],
+)
+def test_the_config_is_checked(field, value):
+    with pytest.raises(ValueError, match=field):
+        DataConfig(**{field: value})
+
+
+def test_contradictions_are_refused():
+    with pytest.raises(ValueError, match="streamed or held in memory"):
+        DataConfig(in_memory=True, streaming=True)
+    with pytest.raises(ValueError, match="one number per channel"):
+        DataConfig(mean=(0.5, 0.5), std=(0.2, 0.2))
+    with pytest.raises(ValueError, match=r"image_size=16.*the digits have 8"):
+        open_training(DataConfig(image_size=16))

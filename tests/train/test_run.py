@@ -1,0 +1,231 @@
+"""A run: what it learns, what it leaves, what it refuses, and how its network is used afterwards."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from tiny_run import MODEL, tiny
+
+import normfree
+from normfree.cli import main
+from normfree.train import RECIPES, train
+from normfree.train.config import from_dict
+from normfree.train.records import Curve, read_rows
+from normfree.train.trained import open_trained, weights_of
+
+QUICK = {"average_decay": None, "checkpoint_every": None}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run with everything on."""
+    return train(tiny(tmp_path_factory.mktemp("run") / "digits", precision="auto", signal_every=5))
+
+
+def test_a_run_leaves_what_it_says(run):
+    names = {path.name for path in run.folder.iterdir()}
+    assert names == {
+        "checkpoints", "config.json", "eval.csv", "metrics.json", "model.safetensors", "report.html", "signal.json",
+        "tensorboard", "train.csv",
+    }  # fmt: skip
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    assert metrics["status"] == "finished"
+    assert {"versions", "commit", "command", "seed", "cpu"} <= set(metrics)
+    confusion = metrics["evaluation"]["confusion"]
+    correct = sum(confusion[index][index] for index in range(10))
+    assert sum(map(sum, confusion)) == metrics["evaluation"]["examples"] == 355
+    assert metrics["evaluation"]["top1"] == pytest.approx(correct / 355)
+    assert metrics["evaluation"]["top5"] * 355 == pytest.approx(round(metrics["evaluation"]["top5"] * 355), abs=1e-3)
+    rows = read_rows(run.folder / "train.csv")
+    assert [row["step"] for row in rows] == list(range(1, 23))
+    assert all(math.isfinite(row["loss"]) and 0 <= row["clip_fraction"] <= 1 for row in rows)
+
+
+def test_the_learning_rate_follows_the_paper(run):
+    rates = [row["learning_rate"] for row in read_rows(run.folder / "train.csv")]
+    steps, warmup, peak = 22, round(0.5 * 11), 0.02
+    for step, rate in enumerate(rates):
+        cosine = peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        assert rate == pytest.approx(peak * step / warmup if step < warmup else cosine)
+
+
+def test_what_was_chosen_is_written_down(run):
+    described = json.loads((run.folder / "config.json").read_text())
+    assert from_dict(type(RECIPES["digits"]()), described["config"]) == tiny(
+        run.folder, precision="auto", signal_every=5
+    )
+    derived = described["derived"]
+    assert (derived["accumulation"], derived["steps_per_epoch"], derived["steps"]) == (2, 11, 22)
+    assert derived["data"]["mean"] is not None
+
+
+def test_the_weights_are_what_normfree_loads(run):
+    network = normfree.load(run.folder / "model.safetensors")
+    assert network.config["alpha"] == 0.5
+    assert weights_of(run.folder) == run.folder / "model.safetensors"
+    newest = sorted((run.folder / "checkpoints").iterdir())[-1]
+    assert weights_of(newest) == newest / "averaged.safetensors"
+    averaged = normfree.load(newest / "averaged.safetensors").state_dict()
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_finished_run_is_told_again_and_not_trained_again(run):
+    before = (run.folder / "train.csv").read_text()
+    again = train(tiny(run.folder, precision="auto", signal_every=5))
+    assert again.finished
+    assert again.accuracy == run.accuracy
+    assert (run.folder / "train.csv").read_text() == before
+
+
+def test_another_runs_folder_is_refused(run):
+    with pytest.raises(ValueError, match=r"holds a run with another seed; pass another --out"):
+        train(tiny(run.folder, precision="auto", seed=1))
+
+
+def test_the_users_random_state_is_left_alone(tmp_path):
+    state = torch.get_rng_state()
+    train(tiny(tmp_path / "run", limit_train_steps=1, limit_eval_steps=1, **QUICK))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_accumulating_changes_no_weight(tmp_path):
+    """The mean of two halves' gradients is the gradient of the whole, up to float32's rounding."""
+    common = {"model": MODEL.replace("drop_rate=0.25,stochdepth_rate=0.1", "drop_rate=0,stochdepth_rate=0")}
+    common |= {"limit_train_steps": 4, "limit_eval_steps": 1, **QUICK}
+    plain = {"crop": "none", "flip": False}
+    networks = [
+        normfree.load(
+            train(tiny(tmp_path / str(size), **common, data={"batch_size": size, "augmentation": plain})).folder
+            / "model.safetensors"
+        ).state_dict()
+        for size in (128, 32)
+    ]
+    for name, tensor in networks[0].items():
+        torch.testing.assert_close(networks[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_names_the_module_and_spares_the_checkpoint(tmp_path):
+    config = tiny(tmp_path / "run", limit_train_steps=3, **QUICK)
+    train(config)
+    good = (tmp_path / "run/checkpoints/step_0000000003/model.safetensors").read_bytes()
+    huge = dataclasses.replace(config, limit_train_steps=None, out=tmp_path / "huge")
+    huge = dataclasses.replace(
+        huge, optimizer=dataclasses.replace(huge.optimizer, learning_rate=1e30, clip_factor=None, warmup_epochs=0)
+    )
+    with pytest.raises(ValueError, match=r"loss at step \d+ \(epoch 0\): .*(stages|stem|classifier).*; lower the lea"):
+        train(huge)
+    assert (tmp_path / "run/checkpoints/step_0000000003/model.safetensors").read_bytes() == good
+    skipped = train(dataclasses.replace(huge, on_nonfinite="skip", limit_train_steps=6, limit_eval_steps=1))
+    assert skipped.metrics["skipped_steps"] > 0
+    assert skipped.metrics["step"] == 6
+
+
+def test_a_curve_forgets_a_future_that_did_not_come(tmp_path):
+    curve = Curve(tmp_path / "c.csv", ("step", "loss"), 0)
+    for step in (1, 2, 3):
+        curve.add({"step": step, "loss": 1 / step})
+    with (tmp_path / "c.csv").open("a") as file:
+        file.write("4,0.2")  # killed while writing
+    assert Curve(tmp_path / "c.csv", ("step", "loss"), 2).rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """The run's network as ONNX (any batch) and as a program (batches of one)."""
+    folder = tmp_path_factory.mktemp("exported")
+    weights = str(run.folder / "model.safetensors")
+    for name, options in (("m.onnx", ["--dynamic-batch"]), ("m.pt2", ["--batch-size", "16"])):
+        assert main(["export", weights, "--image-size", "8", "--out", str(folder / name), *options]) == 0
+    return folder
+
+
+def test_every_form_of_the_network_is_evaluated_alike(run, exported, tmp_path, capsys):
+    forms = {"run": run.folder, "onnx": exported / "m.onnx", "pt2": exported / "m.pt2"}
+    forms["checkpoint"] = sorted((run.folder / "checkpoints").iterdir())[-1]
+    losses = {}
+    for form, source in forms.items():
+        path = tmp_path / f"{form}.json"
+        words = ["evaluate", str(source), "--run", str(run.folder), "--precision", "fp32", "--json", str(path)]
+        assert main(words) == 0
+        losses[form] = json.loads(path.read_text())
+    capsys.readouterr()
+    for found in losses.values():
+        assert found["examples"] == 355
+        assert found["loss"] == pytest.approx(losses["run"]["loss"], rel=1e-4)
+
+
+def test_images_are_named(run, exported, tmp_path, capsys):
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    files = []
+    for index in range(3):
+        files.append(str(tmp_path / f"{index}.png"))
+        Image.fromarray((digits.images[index] * 255 / 16).astype("uint8")).save(files[-1])
+    told = []
+    for source in (run.folder, exported / "m.pt2"):
+        assert main(["predict", str(source), *files, "--run", str(run.folder), "--json", "--top", "3"]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    for mine, theirs in zip(*told, strict=True):
+        assert [one["class"] for one in mine["predictions"]] == [one["class"] for one in theirs["predictions"]]
+        assert len(mine["predictions"]) == 3
+        assert mine["predictions"][0]["probability"] == pytest.approx(theirs["predictions"][0]["probability"], rel=1e-3)
+    trained = open_trained(run.folder)
+    assert trained.class_names == tuple("0123456789")
+    assert main(["predict", str(run.folder), files[0]]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
+
+
+MISTAKES = {
+    "no such model": (["evaluate", "{dir}/none"], "there is no .*; give a run's folder"),
+    "no run": (["evaluate", "{dir}/m.onnx"], "lies in no run, so its data are not known; pass --source or --run"),
+    "an empty folder": (["evaluate", "{dir}/empty"], "holds no run and no sound checkpoint"),
+    "not a run": (["evaluate", "{dir}/m.onnx", "--run", "{dir}/empty"], "is no run's folder"),
+    "a damaged file": (["predict", "{dir}/bad.onnx", "{dir}/text.png"], "ONNX Runtime does not run"),
+    "no image": (["predict", "{run}", "{dir}/text.png"], "does not decode as an image"),
+    "no file": (["predict", "{run}", "{dir}/none.png"], "there is no file"),
+    "top": (["predict", "{run}", "{dir}/text.png", "--top", "0"], "top=0"),
+    "recipe": (["train", "digitz"], "digitz"),
+    "field": (["train", "digits", "--epochs", "0"], "epochs=0: must be an integer"),
+    "model": (["train", "digits", "--model", "nf_resnet51"], "did you mean nf_resnet50"),
+    "source": (["train", "cifar", "--data.source", "{dir}/none", "--out", "{dir}/o"], "there is no such folder"),
+    "too large a batch": (["train", "digits", "--batch-size", "4096", "--out", "{dir}/o"], "batch_size"),
+    "a file for a folder": (["train", "digits", "--out", "{dir}/text.png"], "is a file; give a folder"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(mistake, run, exported, capsys):
+    words, pattern = MISTAKES[mistake]
+    (exported / "empty").mkdir(exist_ok=True)
+    (exported / "bad.onnx").write_bytes(b"nothing")
+    (exported / "text.png").write_text("no image")
+    assert main([word.format(dir=exported, run=run.folder) for word in words]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("normfree: ")
+    import re
+
+    assert re.search(pattern, captured.err), captured.err
+
+
+def test_the_report_opens_offline_and_says_what_happened(run):
+    page = (run.folder / "report.html").read_text()
+    data = json.loads(page.partition('<script type="application/json" id="data">')[2].partition("</script>")[0])
+    assert set(data) == {"loss", "accuracy", "rate", "speed", "signal", "confusion"}
+    assert len(data["loss"]["data"][0]["x"]) == 22
+    assert len(data["signal"]["frames"]) >= 4  # steps 0, 5, 10, ... and the last
+    assert "default-src 'none'" in page
+    assert f"{100 * run.accuracy:.2f} %" in page
+    assert "http" not in page.partition("<script>")[0].replace("http-equiv", "")
