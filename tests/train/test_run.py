@@ -114,6 +114,23 @@ def test_accumulating_changes_no_weight(tmp_path):
         torch.testing.assert_close(networks[1][name], tensor, rtol=1e-4, atol=1e-6)
 
 
+def test_the_whole_gradient_is_clipped_to_its_norm(tmp_path):
+    """Nesterov's first step is lr * (1 + momentum) * gradient: its length is known once the gradient's is."""
+    lengths = {}
+    for largest in (1e-9, 0.05, 1e9):
+        optimizer = {"clip_norm": largest, "clip_factor": None, "weight_decay": 0.0, "warmup_epochs": 0}
+        run = train(
+            tiny(tmp_path / str(largest), limit_train_steps=1, limit_eval_steps=1, optimizer=optimizer, **QUICK)
+        )
+        weights = normfree.load(run.folder / "model.safetensors").state_dict()
+        lengths[largest] = torch.cat([tensor.flatten() for tensor in weights.values()]).double()
+        norm = read_rows(run.folder / "train.csv")[0]["gradient_norm"]
+    start = lengths.pop(1e-9)
+    for largest, end in lengths.items():
+        assert (end - start).norm().item() == pytest.approx(0.02 * 1.9 * min(largest, norm), rel=1e-3)
+    assert norm > 0.05
+
+
 def test_a_loss_that_is_not_finite_names_the_module_and_spares_the_checkpoint(tmp_path):
     config = tiny(tmp_path / "run", limit_train_steps=3, **QUICK)
     train(config)

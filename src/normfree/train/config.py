@@ -43,6 +43,8 @@ class OptimizerConfig:
     None: no clipping."""
     clip_eps: float = 1e-3
     """Smallest norm a unit's weight counts with."""
+    clip_norm: float | None = None
+    """Largest Euclidean norm of the whole gradient, before adaptive clipping; None: any."""
 
     def __post_init__(self) -> None:
         check_number("learning_rate", self.learning_rate, 0, exclusive=True)
@@ -52,8 +54,9 @@ class OptimizerConfig:
             raise invalid("momentum", self.momentum, "Nesterov's look-ahead needs one", "pass 0.9")
         for name in ("weight_decay", "warmup_epochs", "final_learning_rate"):
             check_number(name, getattr(self, name), 0)
-        if self.clip_factor is not None:
-            check_number("clip_factor", self.clip_factor, 0, exclusive=True)
+        for name in ("clip_factor", "clip_norm"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, exclusive=True)
         check_number("clip_eps", self.clip_eps, 0, exclusive=True)
 
     def peak(self, batch_size: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from normfree.train.blame import blamed
 from normfree.train.session import Batch, Session
@@ -64,6 +64,9 @@ def take_step(session: Session, batches: Sequence[Batch], *, stop: bool = False)
         losses.append(loss.detach())
     outcome = _agreed(session, torch.stack(losses).sum(), rate, stop)
     if outcome.finite:
+        if (largest := session.config.optimizer.clip_norm) is not None:
+            norm = torch.tensor(outcome.gradient_norm, device=fabric.device)
+            clip_grads_with_norm_(session.network.parameters(), largest, norm, foreach=True)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
