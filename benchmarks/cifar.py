@@ -132,6 +132,8 @@ def small_batches(
 def table(result: dict[str, Any]) -> str:
     """The results as Markdown."""
     where, main = result["hardware"], result["compared"]
+    seeds = ", ".join(map(str, main["draws"]))
+    rates = " | ".join(f"rate {rate:g}" for rate in main["rates"])
     lines = [
         "# CIFAR-10 on two cores",
         "",
