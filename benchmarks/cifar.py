@@ -138,18 +138,14 @@ def table(result: dict[str, Any]) -> str:
         "# CIFAR-10 on two cores",
         "",
         f"{where['cpu']}, {where['threads']} of {where['cores']} cores, torch {where['torch']}; 29 layers, the `cifar` "
-        f"recipe, {main['epochs']} epochs, seeds {', '.join(map(str, main['draws']))}: median (least to most).",
+        f"recipe, {main['epochs']} epochs, seeds {seeds}: median (least to most).",
         "",
-        "| network | "
-        + " | ".join(f"rate {rate:g}" for rate in main["rates"])
-        + " | best rate, all seeds | seconds | spike |",
+        f"| network | {rates} | best rate, all seeds | seconds | spike |",
         "|---" * (len(main["rates"]) + 4) + "|",
     ]
     for twin in TWINS:
         runs = main["seeds"][twin]
-        cells = [
-            f"{100 * one['accuracy']:.1f}" + (" (stopped)" if "failed" in one else "") for one in main["grid"][twin]
-        ]
+        cells = ["diverged" if "failed" in one else f"{100 * one['accuracy']:.1f}" for one in main["grid"][twin]]
         cells += [f"{main['best'][twin]:g}: {_shown([100 * one['accuracy'] for one in runs], 2)}"]
         cells += [_shown([one["seconds"] for one in runs if "seconds" in one], 0)]
         cells += [f"{max(one.get('spike', float('inf')) for one in runs):.2f}"]
