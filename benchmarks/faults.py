@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import hardware
+from normfree.benchmark import hardware
 from normfree.signal import write_atomically
 
 KILLS, DAMAGES, IMAGES = 20, 200, 50

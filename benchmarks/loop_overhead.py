@@ -24,8 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import hardware
-from benchmarks.spp_cost import spread
+from normfree.benchmark import hardware, spread
 from normfree.optim import nesterov_sgd, warmup_cosine
 from normfree.signal import SignalMonitor, write_atomically
 

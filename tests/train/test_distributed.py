@@ -95,3 +95,23 @@ def test_the_command_says_it_too(tmp_path):
     code = f"import sys; from normfree.cli import main; sys.exit(main({words!r}))"
     run = subprocess.run([os.sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+
+
+def test_sharded_training_is_the_unsharded_one_and_resumes(tmp_path):
+    """FSDP, with scalars that it cannot shard, clipping and averaging; weights to the rounding of another order."""
+    common = {"limit_train_steps": 4, "limit_eval_steps": 1, "checkpoint_every": 2, "data": {"batch_size": 64}}
+    common["data"] |= {"augmentation": PLAIN}
+    common["model"] = NETWORKS["nf"]
+    whole = start(tmp_path / "ddp", TORCHRUN, **common)
+    first = start(tmp_path / "fsdp", TORCHRUN, **{**common, "limit_train_steps": 2}, strategy="fsdp")
+    for process in (whole, first):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    second = start(tmp_path / "fsdp", TORCHRUN, **common, strategy="fsdp")
+    _, errors = second.communicate(timeout=120)
+    assert second.returncode == 0, errors
+    assert CheckpointStore(tmp_path / "fsdp" / "checkpoints").newest().step == 4
+    mine, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("fsdp", "ddp"))
+    assert mine.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(mine[key], tensor, rtol=1e-4, atol=1e-5)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,8 +234,6 @@ def test_a_mistake_is_one_line(mistake, run, exported, capsys):
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("normfree: ")
-    import re
-
     assert re.search(pattern, captured.err), captured.err
 
 
@@ -246,3 +246,11 @@ def test_the_report_opens_offline_and_says_what_happened(run):
     assert "default-src 'none'" in page
     assert f"{100 * run.accuracy:.2f} %" in page
     assert "http" not in page.partition("<script>")[0].replace("http-equiv", "")
+
+
+def test_the_guides_example_runs(tmp_path, monkeypatch, capsys):
+    guide = Path(__file__).parents[2] / "docs" / "training.md"
+    (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("epochs=2", "epochs=2, limit_train_steps=3, signal_every=0"), str(guide), "exec"), {})
+    assert capsys.readouterr().out.startswith("True ")

@@ -78,9 +78,9 @@ class WeightAverage:
     def update(self) -> None:
         """Take the model's present weights into the average; call it after each optimizer step."""
         average = get_ema_multi_avg_fn(self.next_decay())
-        groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
         for averaged, present in zip(self.module.parameters(), self.model.parameters(), strict=True):
-            averages, weights = groups.setdefault((averaged.device, averaged.dtype), ([], []))
+            averages, weights = groups.setdefault((averaged.device, averaged.dtype, type(averaged.data)), ([], []))
             averages.append(averaged)
             weights.append(present.to(averaged.dtype))
         for averages, weights in groups.values():

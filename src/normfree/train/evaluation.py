@@ -82,6 +82,8 @@ def evaluate(
                     mean_loss.update(functional.cross_entropy(logits, targets, reduction="none"))
     finally:
         network.train(training)
+        if sharded:
+            _spread_again(network)
     found = metrics.compute()
     confusion = found["confusion"]
     examples = int(confusion.sum())
@@ -92,6 +94,15 @@ def evaluate(
         top5=float(found["top5"]) if "top5" in found else None,
         confusion=confusion.cpu().tolist(),
     )
+
+
+def _spread_again(network: nn.Module) -> None:
+    """Give up what a last forward pass has gathered, which FSDP otherwise does in the backward pass only."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _to_device(

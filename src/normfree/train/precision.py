@@ -137,12 +137,17 @@ def _strategy(strategy: str, world_size: int) -> Any:
 
 
 def shard(model: nn.Module, mesh: Any) -> nn.Module:
-    """Shard a network, block by block: one block at a time is gathered whole."""
+    """Shard a network, block by block: one block at a time is gathered whole.
+
+    Scalars, such as skip gains, cannot be sharded: every rank keeps them, and ``ShardedStates.gradient_norm`` averages
+    their gradients.
+    """
     from torch.distributed.fsdp import fully_shard
 
     ranks = mesh["data_parallel"]
+    scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     for stage in model.stages:  # type: ignore[union-attr]
         for block in stage:  # type: ignore[union-attr]
-            fully_shard(block, mesh=ranks)
-    fully_shard(model, mesh=ranks)
+            fully_shard(block, mesh=ranks, ignored_params=scalars)
+    fully_shard(model, mesh=ranks, ignored_params=scalars)
     return model

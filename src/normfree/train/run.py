@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 
 from normfree.data import EvaluationData, open_evaluation
 from normfree.signal import SignalMonitor
@@ -30,6 +29,7 @@ from normfree.weights import save
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+    from rich.console import Console
 
 PROBE = 16
 """Images that the network is listened to with."""

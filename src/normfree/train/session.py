@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from normfree.data import open_training
 from normfree.models import Backbone, create_model
 from normfree.nn.checks import invalid
-from normfree.optim import AdaptiveGradientClipping, WeightAverage, nesterov_sgd, warmup_cosine_factor
+from normfree.optim import AdaptiveGradientClipping, WeightAverage, parameter_groups, warmup_cosine_factor
 from normfree.signal import SignalMonitor
 from normfree.train.checkpoint import AVERAGED, WEIGHTS, Checkpoint
 from normfree.train.config import TrainConfig
@@ -89,7 +89,7 @@ class Session:
             in_channels=self.data.in_channels,
             **self.config.model_overrides,
         )
-        if self.config.channels_last:
+        if self.config.channels_last and not self.sharded:  # FSDP shards contiguous parameters only
             # Not those of 1x1: they are alike in both layouts, and DistributedDataParallel warns of their strides.
             for parameter in network.parameters():
                 if parameter.ndim == 4 and parameter.shape[2:].numel() > 1:
@@ -111,9 +111,8 @@ class Session:
         if config.final_learning_rate > self.peak:
             rule = f"is above the highest learning rate, {self.peak:g}"
             raise invalid("final_learning_rate", config.final_learning_rate, rule, "pass a smaller one")
-        optimizer = nesterov_sgd(
-            self.network, self.peak, momentum=config.momentum, weight_decay=config.weight_decay, foreach=True
-        )
+        groups = self.states.groups(parameter_groups(self.network, config.weight_decay))
+        optimizer = SGD(groups, lr=self.peak, momentum=config.momentum, nesterov=True, foreach=True)
         if config.clip_factor is None:
             return optimizer
         return AdaptiveGradientClipping(optimizer, self.network, config.clip_factor, config.clip_eps)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from normfree.train.blame import blamed
 from normfree.train.session import Batch, Session
@@ -85,10 +85,7 @@ def take_step(session: Session, batches: Sequence[Batch], *, stop: bool = False)
 
 def _agreed(session: Session, loss: Tensor, rate: float, stop: bool) -> Outcome:
     """Loss, norm and wish to stop, the same on all ranks: read from the device once, for it waits."""
-    gradients = [p.grad for p in session.network.parameters() if p.grad is not None]
-    norm = get_total_norm(gradients, foreach=True)
-    if session.sharded:
-        norm = norm.full_tensor()  # type: ignore[attr-defined]
+    norm = session.states.gradient_norm(session.network)
     told = torch.stack([loss.float(), norm.float(), torch.tensor(float(stop), device=loss.device)])
     if (world_size := session.fabric.world_size) > 1:
         told = session.fabric.all_reduce(told, reduce_op="sum") / world_size  # type: ignore[operator]

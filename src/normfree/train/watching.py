@@ -6,15 +6,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Any
 
 from normfree.train.evaluation import Evaluation
 from normfree.train.records import Records, Row
 from normfree.train.session import Session
 from normfree.train.stepping import Outcome
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Watcher:
@@ -31,6 +31,9 @@ class Watcher:
     """
 
     def __init__(self, session: Session, folder: Path, console: Console | None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
         self.session, self.console = session, console
         self.records = Records(folder, session.step)
         self.progress = Progress(
