@@ -100,7 +100,7 @@ def main() -> None:
     """Measure with each number of workers, and write what came out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="class folders of images")
-    parser.add_argument("--quick", action="store_true", help="two rounds of 100 images: does it run at all?")
+    parser.add_argument("--quick", action="store_true", help="two rounds: does it run at all?")
     parser.add_argument("--out", type=Path, default=Path("results/loader"))
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -65,7 +65,8 @@ def to_eight_bits(image: Any, channels: int = 3) -> Any:
     """Convert a PIL image of any mode to RGB or grey; Pillow's own conversion clips sixteen bits to white."""
     wanted = "RGB" if channels == 3 else "L"
     if image.mode == wanted:
-        return image.copy()  # loads it, while the file is open
+        image.load()  # while the file is open
+        return image
     if image.mode == "F":
         raise DamagedImage("floating-point pixels have no known range")
     if image.mode.startswith("I"):
