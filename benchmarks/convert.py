@@ -5,8 +5,11 @@
 ``models.json`` are kept, so that an interrupted run goes on.
 
 For each model: the *fresh* conversion, what normalizers it leaves, its signal on gaussian images and on photographs,
-whether an example's output depends on another, and training on the digits at a learning rate where the model with
-its norms simply deleted diverges; the *pretrained* conversion, against the original with randomised statistics.
+whether an example's output depends on another; the *pretrained* conversion, against the original with randomised
+statistics; and training on the digits. Both the converted model and the one with its norms simply deleted get the
+same recipe (SGD, momentum 0.9, batches of 8, 50 steps of warm-up, the gradient's global norm clipped to 1), at the
+first of the learning rates 0.03, 0.1, 0.3 where the deleted one fails: *diverges* is a loss that is not finite or
+ends no lower than it began, *stays at chance* one that ends at ln 10 or above, each as a mean of a tenth of the steps.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.convert_checks import checked
-from benchmarks.machine import hardware
+from benchmarks.convert_checks import checked, is_trained, trained
+from normfree.benchmark.machine import hardware
 from normfree.signal import write_atomically
 
 CLASSIFIERS = """
@@ -68,14 +71,14 @@ def names() -> list[str]:
     return [f"torchvision:{name}" for name in torchvision] + [f"timm:{name}" for name in TIMM.split()]
 
 
-def measured(name: str, steps: int) -> dict[str, Any]:
-    """One row, in a process of its own; a process that fails leaves its last line as the reason."""
-    command = [sys.executable, "-m", "benchmarks.convert", "--one", name, "--steps", str(steps)]
+def apart(part: str, name: str, steps: int) -> dict[str, Any]:
+    """What a part (``check`` or ``train``) says of a model, in a process of its own; or its last line as the reason."""
+    command = [sys.executable, "-m", "benchmarks.convert", f"--{part}", name, "--steps", str(steps)]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
     lines = run.stdout.strip().splitlines()
     if run.returncode or not lines:
         last = (run.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"model": name, "failure": f"exit code {run.returncode}: {last[:200]}"}
+        return {"failure": f"exit code {run.returncode}: {last[:200]}"}
     return json.loads(lines[-1])
 
 
@@ -83,8 +86,8 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     """The Markdown page: totals, then one line a model."""
     good = [row for row in rows if "changes" in row]
     whole = [row for row in good if not row["norms_left"]]
-    trained = [row for row in good if row.get("training", {}).get("converted") is not None]
-    diverging = [row for row in trained if row["training"]["deleted"] == "diverges"]
+    runs = [row["training"] for row in good if "converted" in row.get("training", {})]
+    failing = [run for run in runs if run["deleted"]["outcome"] != "trains"]
     kept = [row for row in good if row["pretrained"] is not None]
     totals = {
         "models": len(rows),
@@ -92,9 +95,14 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
         "of these without any norm left": len(whole),
         "healthy on gaussian images / on photographs": f"{_count(good, 'gaussian')} / {_count(good, 'photos')}",
         "no example sees another": sum(row["leak"] == 0 for row in good),
-        "trained": len(trained),
-        "of these, the norm-deleted twin diverges": len(diverging),
-        "of these, converted and finite, its loss falling": sum(_learns(row) for row in diverging),
+        "trained": len(runs),
+        "of these, the norm-deleted model diverges / stays at chance at one of the rates": " / ".join(
+            str(sum(run["deleted"]["outcome"] == how for run in failing)) for how in ("diverges", "stays at chance")
+        ),
+        "of these, the converted model trains / stays at chance / diverges there": " / ".join(
+            str(sum(run["converted"]["outcome"] == how for run in failing))
+            for how in ("trains", "stays at chance", "diverges")
+        ),
         "pretrained conversions within 1e-4": f"{sum(row['pretrained'] < 1e-4 for row in kept)} of {len(kept)}",
     }
     lines = [
@@ -102,7 +110,8 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
         "",
         *__doc__.strip().splitlines()[2:],
         "",
-        "The largest models are converted and compared only; `–` marks what was not run.",
+        "Models above 30 million parameters, or of a fixed large image size, are not trained, those above 150 million "
+        "not converted; `–` marks what was not run.",
         "",
         ", ".join(f"{key} {value}" for key, value in machine.items()) + ".",
         "",
@@ -111,7 +120,7 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
         *(f"| {what} | {number} |" for what, number in totals.items()),
         "",
         "| model | M param. | px | norms: before, left | unscaled branches | gaussian | photos | leak "
-        "| lr | norms deleted | converted: loss | pretrained error |",
+        "| pretrained error | lr | norms deleted: loss | converted: loss |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *map(_line, rows)]) + "\n"
@@ -120,8 +129,7 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
 def _line(row: dict[str, Any]) -> str:
     if "changes" not in row:
         return f"| {row['model']} | {row.get('failure')} |" + " |" * 10
-    training = row.get("training") or {}
-    loss = training.get("converted")
+    training = row.get("training", {})
     cells = [
         row["model"],
         row["millions"],
@@ -131,12 +139,20 @@ def _line(row: dict[str, Any]) -> str:
         _health(row["gaussian"]),
         _health(row["photos"]),
         "none" if row["leak"] == 0 else f"{row['leak']:.1e}",
-        training.get("learning_rate", "–"),
-        training.get("deleted", "–"),
-        "–" if loss is None else f"{loss[0]:.2f} → {loss[1]:.2f}" + ", diverges" * (training["outcome"] == "diverges"),
         f"{row['pretrained']:.1e}" if row["pretrained"] is not None else row["not_pretrained"],
+        training.get("learning_rate", training.get("failure", "–")),
+        _course(training.get("deleted")),
+        _course(training.get("converted")),
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _course(run: dict[str, Any] | None) -> str:
+    """How a training went: the loss it began and ended with, and what that means where it did not train."""
+    if run is None:
+        return "–"
+    losses = "" if run["loss"] is None else "{:.2f} → {:.2f}".format(*run["loss"])
+    return ", ".join(part for part in (losses, run["outcome"] * (run["outcome"] != "trains")) if part)
 
 
 def _health(kinds: list[str] | None) -> str:
@@ -147,11 +163,6 @@ def _health(kinds: list[str] | None) -> str:
 
 def _count(rows: list[dict[str, Any]], probe: str) -> int:
     return sum(row[probe] == [] for row in rows)
-
-
-def _learns(row: dict[str, Any]) -> bool:
-    first, last = row["training"]["converted"]
-    return row["training"]["outcome"] != "diverges" and last < first
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -168,26 +179,43 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
     parser.add_argument("--fresh", action="store_true", help="measure again what models.json already has")
     parser.add_argument("--workers", type=int, default=2, help="processes at once, of one thread each")
     parser.add_argument("--steps", type=int, default=200, help="of training")
-    parser.add_argument("--one", help="check one model in this process, and print its row")
+    parser.add_argument("--check", help="check one model in this process, and print its row")
+    parser.add_argument("--train", help="train one model in this process, and print how it went")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if options.one:
+    if options.check or options.train:
         warnings.filterwarnings("ignore")
-        say(json.dumps(checked(options.one, options.steps)))
+        say(json.dumps(checked(options.check) if options.check else trained(options.train, options.steps)))
         return
+    _run_all(options, say)
+
+
+def _run_all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Check every model that was not, then train those small enough, those that were checked fastest first."""
     path = options.out / "models.json"
     before = json.loads(path.read_text()) if path.exists() and not options.fresh else {}
     if before.get("machine", hardware()) != hardware():
         raise SystemExit(f"{path} was measured elsewhere or with other versions; give --fresh or another --out")
     rows = {row["model"]: row for row in before.get("models", [])}
-    waiting = [name for name in names() if fnmatch.fnmatch(name, options.only) and name not in rows]
+    asked = [name for name in names() if fnmatch.fnmatch(name, options.only)]
+
+    def write() -> None:
+        ordered = [rows[each] for each in names() if each in rows]
+        write_atomically(path, page(ordered))
+        write_atomically(options.out / "README.md", table(ordered, hardware()))
+
     with ThreadPoolExecutor(options.workers) as pool:
-        for row in pool.map(lambda name: measured(name, options.steps), waiting):
-            rows[row["model"]] = row
-            say(f"{row['model']}: {row.get('failure') or _line(row)}")
-            write_atomically(path, page([rows[each] for each in names() if each in rows]))
-    ordered = [rows[each] for each in names() if each in rows]
-    write_atomically(options.out / "README.md", table(ordered, hardware()))
+        waiting = [name for name in asked if name not in rows]
+        for name, row in zip(waiting, pool.map(lambda name: apart("check", name, options.steps), waiting), strict=True):
+            rows[name] = {"model": name} | row
+            say(_line(rows[name]))
+            write()
+        waiting = [name for name in asked if is_trained(rows[name]) and "training" not in rows[name]]
+        waiting.sort(key=lambda name: rows[name]["seconds"])
+        for name, run in zip(waiting, pool.map(lambda name: apart("train", name, options.steps), waiting), strict=True):
+            rows[name]["training"] = run
+            say(_line(rows[name]))
+            write()
 
 
 if __name__ == "__main__":

@@ -91,6 +91,22 @@ def test_the_exported_file_is_the_model(tmp_path):
     assert exported.path.is_file()
 
 
+def test_the_monitor_listens_to_its_training():
+    model = converted().train()
+    monitor = normfree.SignalMonitor(model, IMAGES, every=1)
+    monitor.start()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    torch.nn.functional.cross_entropy(model(IMAGES), torch.arange(4)).backward()
+    optimizer.step()
+    monitor.step()
+    monitor.stop()
+    assert [step for step, _ in monitor.history] == [0, 1] and not monitor.failures
+    before, after = (signal.curve("residual_avg_channel_var") for _, signal in monitor.history)
+    listened = normfree.spp(model, IMAGES, mode="batch-statistics")
+    assert after == pytest.approx(listened.curve("residual_avg_channel_var"), nan_ok=True) and after != before
+    assert model.training
+
+
 def test_half_and_double_precision():
     torch.manual_seed(0)
     model = post_activation().double()
