@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-BENCHMARKS = ("faults", "loader", "loop_overhead", "networks", "recompute", "spp_cost", "sweep")
+BENCHMARKS = ("faults", "loader", "loop_overhead", "networks", "recompute", "spp_cost", "step_profile", "sweep")
 
 if __name__ == "__main__":
     named = sys.argv[1:2]

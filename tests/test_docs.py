@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
+NEEDED = {"models.md": "opacus", "optim.md": "plotly"}
 
 
-@pytest.mark.parametrize("page", ["models.md"])
+@pytest.mark.parametrize("page", ["convert.md", "data.md", "models.md", "optim.md", "training.md"])
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
-    if page == "models.md":
-        pytest.importorskip("opacus")
+    if page in NEEDED:
+        pytest.importorskip(NEEDED[page])
     monkeypatch.chdir(tmp_path)
     text = (DOCS / page).read_text(encoding="utf-8")
     examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -25,7 +26,14 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
 
 
 def check_stated_values(example, names):
-    """A line that is an expression with ``# [`` behind it states the expression's value."""
-    for expression, value in re.findall(r"^(\S.*?)  # (\[.*\])$", example, re.MULTILINE):
+    """A line that is an expression with ``# [`` or ``# (`` behind it states the expression's value."""
+    for expression, value in re.findall(r"^(\S.*?)  # (\[.*\]|\(.*\))$", example, re.MULTILINE):
         if "=" not in expression:
             assert eval(expression, names) == eval(value), expression
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (*DOCS.glob("*.md"), DOCS.parent / "README.md")))
+def test_links_and_pictures_are_there(page):
+    path = DOCS / page if (DOCS / page).exists() else DOCS.parent / page
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        assert "://" in target or (path.parent / target).exists(), target

@@ -26,22 +26,32 @@ def markdown(results: Sequence[dict[str, Any]], title: str) -> str:
 
 
 def promises(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the lines of a table of all targets."""
-    lines = ["| comparison | ratio | target | measured, median (quartiles) | |", "|---|---|---|---|---|"]
+    """Return the lines of a table of all targets, and of what the limit makes of them."""
+    head = ["comparison", "ratio", "target", "measured, median (quartiles)", "", "the limit in its place"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for result in results:
         for target in result["targets"]:
             measured = target["measured"]
             verdict = {True: "met", False: "**missed**", None: "not measured"}[target["met"]]
-            found = (
-                "–"
-                if measured is None
-                else shown(measured)
-                if target["quantity"] == "time"
-                else f"{measured['median']:.3f}"
-            )
+            found = "–" if measured is None else _found(measured, target["quantity"])
             ratio = f"{target['of']} / {target['over']}, {target['quantity']}"
-            lines.append(f"| {result['title']} | {ratio} | ≤ {target['at_most']:.2f} | {found} | {verdict} |")
+            cells = [result["title"], ratio, f"≤ {target['at_most']:.2f}", found, verdict, _bound(result, target)]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _bound(result: dict[str, Any], target: dict[str, Any]) -> str:
+    """Return the ratio of times that no network of this graph can go below here: its limit's; nothing if unknown."""
+    contenders = result["contenders"]
+    limit = next((found for found in contenders.values() if "limit" in found["steps"] and "seconds" in found), None)
+    over = contenders.get(target["over"], {})
+    if target["quantity"] != "time" or limit is None or "seconds" not in over or "limit" in over["steps"]:
+        return ""
+    of = contenders[target["of"]]
+    same = {*limit["steps"]} - {"limit"} == {*of["steps"]} - {"folded"}
+    if not same or limit["source"] != of["source"]:
+        return ""
+    return f"{limit['seconds']['median'] / over['seconds']['median']:.3f}"
 
 
 def comparison(result: dict[str, Any]) -> list[str]:

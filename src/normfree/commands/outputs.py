@@ -24,21 +24,8 @@ def check_folder(out: Path) -> None:
         raise ValueError(f"out: {str(existing)!r} cannot be written to; give another folder")
 
 
-def write_signals(signals: Sequence[SignalPropagation], out: Path, **report: str) -> list[Path]:
-    """Write spp.json, spp.png and report.html, each whole or not at all.
-
-    Args:
-        signals: measurements.
-        out: the folder.
-        report: ``title`` and ``appendix`` of the report.
-
-    Returns:
-        The files' paths.
-    """
+def write_signals(signals: Sequence[SignalPropagation], out: Path) -> list[Path]:
+    """Write spp.json, spp.png and report.html, each whole or not at all; returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
     plot_signals(signals, out / "spp.png")
-    return [
-        write_json(out / "spp.json", signals),
-        out / "spp.png",
-        write_report(signals, out / "report.html", **report),
-    ]
+    return [write_json(out / "spp.json", signals), out / "spp.png", write_report(signals, out / "report.html")]
