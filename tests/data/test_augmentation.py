@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from normfree.data import Augmentation, AugmentationConfig, Standardization
 from normfree.data.augmentation import boxes, flipped, shifted, zoomed
-from normfree.data.crops import CentreCrop, TrainingCrop
+from normfree.data.crops import CentreCrop, TrainingCrop, seed_of
 from normfree.data.mixing import cutmix, mixup
 from normfree.data.order import generator
 
@@ -179,6 +179,14 @@ def test_an_images_crop_comes_from_its_key_alone():
     with torch.random.fork_rng(devices=[]):
         one, other, again = (np.asarray(crop(image, key)) for key in ((0, 0, 5), (0, 1, 5), (0, 0, 5)))
     assert np.array_equal(one, again) and not np.array_equal(one, other)
+
+
+def test_a_seed_is_of_the_numbers_alone():
+    keys = [(0,), (0, 1), (1, 0), (0, 1, 0), (2**32,), (2**63 - 1, 1)]
+    seeds = [seed_of(*key) for key in keys]
+    assert len(set(seeds)) == len(keys) and all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_of(np.int64(0), np.int64(1)) == seed_of(0, 1)
+    assert seed_of(0) == 0x4E04DFC298310056  # runs made today resume tomorrow
 
 
 def test_a_single_image_is_no_batch():
