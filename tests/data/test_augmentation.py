@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from normfree.data import Augmentation, AugmentationConfig, Standardization
 from normfree.data.augmentation import boxes, flipped, shifted, zoomed
-from normfree.data.crops import CentreCrop, TrainingCrop, seed_of
+from normfree.data.crops import CentreCrop, TrainingCrop, rand_augment, seed_of
 from normfree.data.mixing import cutmix, mixup
 from normfree.data.order import generator
 
@@ -116,6 +116,39 @@ def test_mixup_takes_the_first_half_and_cutmix_the_second():
     only, _ = augmentation(AugmentationConfig(crop="none", flip=False, cutmix=1.0))(images, targets, step=0)
     assert ((only == plain) | (only == plain.roll(-1, 0))).all()
     assert not torch.equal(only[0], plain[0]) or not torch.equal(only[1], plain[1])
+
+
+@pytest.mark.parametrize("method", ["mixup", "cutmix"])
+@pytest.mark.parametrize("beta", [0.2, 1.0])
+def test_shares_are_drawn_from_the_beta_distribution(method, beta):
+    """Of two classes in turn each partner is of the other, and a target says its share; CutMix's is what is kept."""
+    count = 8000
+    config = AugmentationConfig(crop="none", flip=False, **{method: beta})
+    module = Augmentation(config, mean=(0.0,), std=(1.0,), num_classes=2)
+    targets = torch.arange(count) % 2
+    _, soft = module(torch.zeros(count, 1, 16, 16, dtype=torch.uint8), targets, step=0)
+    share = soft[torch.arange(count), targets].double()
+    if method == "mixup":
+        variance = 1 / (4 * (2 * beta + 1))
+        assert abs(float(share.mean()) - 0.5) < 5 * (variance / count) ** 0.5
+        assert abs(float(share.var()) / variance - 1) < 0.05
+    else:  # clipped at the borders, a box covers less than was asked for
+        assert 0.5 < float(share.mean()) < 0.75 and float(share.min()) < 0.1 and float(share.max()) == 1
+
+
+def test_randaugment_has_the_layers_and_strength_asked_for():
+    chosen = rand_augment(AugmentationConfig(randaugment_layers=4, randaugment_magnitude=5))
+    assert (chosen.num_ops, chosen.magnitude, chosen.num_magnitude_bins) == (4, 15, 31)  # the middle of the scale
+    images, targets = batch(64, 16), torch.zeros(64, dtype=torch.int64)
+    plain = augmentation(PLAIN)(images, targets, step=0)[0]
+    changes = []
+    for magnitude in (0, 5, 10):
+        config = AugmentationConfig(crop="none", flip=False, randaugment_layers=2, randaugment_magnitude=magnitude)
+        varied = augmentation(config)(images, targets, step=0)[0]
+        changes.append(float((varied - plain).abs().mean()))
+    assert changes[0] < changes[1] < changes[2]
+    alike = images[:1].expand(64, -1, -1, -1)  # each image has a draw of its own
+    assert len(torch.unique(augmentation(config)(alike, targets, step=0)[0].flatten(1), dim=0)) > 32
 
 
 @pytest.mark.parametrize("crop", ["inception", "shift", "none"])
