@@ -10,7 +10,7 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("page", ["models.md"])
+@pytest.mark.parametrize("page", ["data.md", "models.md"])
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     if page == "models.md":
         pytest.importorskip("opacus")
