@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from normfree.data import Augmentation, AugmentationConfig, Standardization
 from normfree.data.augmentation import boxes, flipped, shifted, zoomed
-from normfree.data.crops import CentreCrop, TrainingCrop
+from normfree.data.crops import CentreCrop, TrainingCrop, rand_augment, seed_of
 from normfree.data.mixing import cutmix, mixup
 from normfree.data.order import generator
 
@@ -118,6 +118,39 @@ def test_mixup_takes_the_first_half_and_cutmix_the_second():
     assert not torch.equal(only[0], plain[0]) or not torch.equal(only[1], plain[1])
 
 
+@pytest.mark.parametrize("method", ["mixup", "cutmix"])
+@pytest.mark.parametrize("beta", [0.2, 1.0])
+def test_shares_are_drawn_from_the_beta_distribution(method, beta):
+    """Of two classes in turn each partner is of the other, and a target says its share; CutMix's is what is kept."""
+    count = 8000
+    config = AugmentationConfig(crop="none", flip=False, **{method: beta})
+    module = Augmentation(config, mean=(0.0,), std=(1.0,), num_classes=2)
+    targets = torch.arange(count) % 2
+    _, soft = module(torch.zeros(count, 1, 16, 16, dtype=torch.uint8), targets, step=0)
+    share = soft[torch.arange(count), targets].double()
+    if method == "mixup":
+        variance = 1 / (4 * (2 * beta + 1))
+        assert abs(float(share.mean()) - 0.5) < 5 * (variance / count) ** 0.5
+        assert abs(float(share.var()) / variance - 1) < 0.05
+    else:  # clipped at the borders, a box covers less than was asked for
+        assert 0.5 < float(share.mean()) < 0.75 and float(share.min()) < 0.1 and float(share.max()) == 1
+
+
+def test_randaugment_has_the_layers_and_strength_asked_for():
+    chosen = rand_augment(AugmentationConfig(randaugment_layers=4, randaugment_magnitude=5))
+    assert (chosen.num_ops, chosen.magnitude, chosen.num_magnitude_bins) == (4, 15, 31)  # the middle of the scale
+    images, targets = batch(64, 16), torch.zeros(64, dtype=torch.int64)
+    plain = augmentation(PLAIN)(images, targets, step=0)[0]
+    changes = []
+    for magnitude in (0, 5, 10):
+        config = AugmentationConfig(crop="none", flip=False, randaugment_layers=2, randaugment_magnitude=magnitude)
+        varied = augmentation(config)(images, targets, step=0)[0]
+        changes.append(float((varied - plain).abs().mean()))
+    assert changes[0] < changes[1] < changes[2]
+    alike = images[:1].expand(64, -1, -1, -1)  # each image has a draw of its own
+    assert len(torch.unique(augmentation(config)(alike, targets, step=0)[0].flatten(1), dim=0)) > 32
+
+
 @pytest.mark.parametrize("crop", ["inception", "shift", "none"])
 @pytest.mark.parametrize("count", [1, 7])
 def test_every_form_of_batch(crop, count):
@@ -179,6 +212,14 @@ def test_an_images_crop_comes_from_its_key_alone():
     with torch.random.fork_rng(devices=[]):
         one, other, again = (np.asarray(crop(image, key)) for key in ((0, 0, 5), (0, 1, 5), (0, 0, 5)))
     assert np.array_equal(one, again) and not np.array_equal(one, other)
+
+
+def test_a_seed_is_of_the_numbers_alone():
+    keys = [(0,), (0, 1), (1, 0), (0, 1, 0), (2**32,), (2**63 - 1, 1)]
+    seeds = [seed_of(*key) for key in keys]
+    assert len(set(seeds)) == len(keys) and all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_of(np.int64(0), np.int64(1)) == seed_of(0, 1)
+    assert seed_of(0) == 0x4E04DFC298310056  # runs made today resume tomorrow
 
 
 def test_a_single_image_is_no_batch():

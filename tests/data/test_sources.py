@@ -120,6 +120,29 @@ def test_a_hub_name_is_asked_of_datasets(parquet, monkeypatch):
     assert open_training(streamed).steps_per_epoch == 13
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_laid_out_like_the_hubs(tmp_path, streaming, no_network):
+    """datasets itself, with nothing put in its place."""
+    home = tmp_path / "insects"
+    write_parquet(home / "data" / "train-00000-of-00001.parquet", [encoded(n) for n in range(26)], [0, 1] * 13)
+    write_parquet(home / "data" / "test-00000-of-00001.parquet", [encoded(n) for n in range(5)], [2] * 5)
+    examples = 26 if streaming else None
+    config = DataConfig(
+        source=f"hub:{home}",
+        batch_size=2,
+        image_size=12,
+        streaming=streaming,
+        examples=examples,
+        cache_folder=tmp_path / "cache",
+    )
+    data = open_training(config)
+    assert data.class_names == CLASSES
+    images, targets = everything(data)
+    assert numbers(images) == list(range(26))
+    assert [number % 2 for number in images[:, 0, 0, 0].tolist()] == targets.tolist()
+    assert everything(open_evaluation(config))[1].tolist() == [2] * 5
+
+
 def test_a_hub_that_is_out_of_reach_is_one_line(monkeypatch):
     def refuse(*arguments):
         raise ConnectionError("cannot reach the hub\nsecond line")

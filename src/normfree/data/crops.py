@@ -81,5 +81,5 @@ def rand_augment(config: AugmentationConfig) -> v2.RandAugment:
 
 def seed_of(*key: int) -> int:
     """A seed for a torch generator, of a key of integers; a hash, for it is drawn for every image."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr([int(part) for part in key]).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

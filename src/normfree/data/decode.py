@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def _upright(image: Any) -> Any:
 
 def _reason(source: bytes | str | Path, error: Exception) -> str:
     """One line, without the address of a buffer in it."""
-    if isinstance(source, bytes) and not source:
+    if not source or (not isinstance(source, bytes) and Path(source).is_file() and not os.path.getsize(source)):
         return "it is empty"
     if type(error).__name__ == "UnidentifiedImageError":
         return "it is no image of a known format"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,7 +95,7 @@ def loader(decoder: Decoder, batches: Iterable[list[Example]], config: DataConfi
     several: dict[str, Any] = {}
     if config.workers:
         several = {"prefetch_factor": config.prefetch, "persistent_workers": keep}
-    return DataLoader(
+    return _Loader(
         decoder,
         batch_sampler=batches,
         collate_fn=_itself,
@@ -106,3 +108,38 @@ def loader(decoder: Decoder, batches: Iterable[list[Example]], config: DataConfi
 
 def _itself(batch: Any) -> Any:
     return batch
+
+
+class _Loader(DataLoader[Any]):
+    """A loader whose workers end at once, however it is let go.
+
+    Where Python finds one in a reference cycle (a trainer, an error that was kept), it finalizes the queues before
+    the iterator that would send the word to stop through them, and torch then waits five seconds for each worker.
+    The iterator is therefore kept out of the cycle, and ended when its owner goes.
+    """
+
+    def _get_iterator(self) -> Any:
+        batches = super()._get_iterator()
+        if not self.num_workers:
+            return batches
+        owner = self if self.persistent_workers else _Pass(batches)
+        weakref.finalize(owner, _end, batches, os.getpid())
+        return batches if owner is self else owner
+
+
+class _Pass:
+    """One iteration, of which the workers end with it."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.batches)
+
+
+def _end(batches: Any, process: int) -> None:
+    if os.getpid() == process:  # a worker that was forked meanwhile has a copy, and no say
+        batches._shutdown_workers()
