@@ -11,7 +11,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "convert.md"
 def test_the_examples_run_in_their_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, GUIDE.name, "exec"), namespace)
