@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from normfree.models import create_model
-from normfree.nn import AveragePool2x2, ScaledWSConv2d, build_activation, recompute
+from normfree.nn import AveragePool2x2, ScaledConv2d, ScaledWSConv2d, build_activation, recompute
 from normfree.nn.activations import RECOMPUTED
 
 SMALL = {"widths": (16, 24, 32, 40), "depths": (1, 2, 1, 1), "stochdepth_rate": 0.0, "drop_rate": 0.0}
@@ -190,3 +190,28 @@ def test_no_trace_is_left():
 def test_what_is_not_known_to_be_the_same_each_time_is_kept():
     for activation in (nn.RReLU(), lambda x: x * torch.sigmoid(x), nn.PReLU(), "relu", "tanh"):
         assert not build_activation(activation)[0]._forward_hooks
+
+
+def test_a_source_that_changed_or_is_overwritten_is_not_trusted():
+    torch.manual_seed(0)
+    activation, _ = build_activation("silu")
+    convolution = ScaledConv2d(4, 4, 3)
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    gradients = []
+    for in_place in (False, True):
+        activation.inplace = in_place
+        convolution.zero_grad()
+        convolution(activation(x * 1)).square().sum().backward()
+        gradients.append(convolution.weight.grad.clone())
+    assert torch.equal(*gradients)
+    assert not recompute._origins
+
+    y = x * 2
+    shifted = recompute.derived(y + 1, torch.add, y, torch.ones(()))
+    y.add_(1)
+    gradients = []
+    for given in (shifted, shifted.detach()):
+        convolution.zero_grad()
+        convolution(given).square().sum().backward()
+        gradients.append(convolution.weight.grad.clone())
+    assert torch.equal(*gradients)

@@ -163,6 +163,17 @@ def test_only_what_the_optimizer_steps_is_clipped_also_what_is_added_later():
     assert not torch.equal(model[3].weight.grad, kept)
 
 
+def test_a_parameter_that_takes_another_ones_place_is_clipped():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = AdaptiveGradientClipping(torch.optim.SGD(model.parameters(), 1.0), model, 0.01)
+    fresh = nn.Parameter(torch.ones(4, 4))
+    optimizer.param_groups[0]["params"][0] = fresh
+    model[0].weight = fresh
+    fresh.grad = torch.full((4, 4), 1e6)
+    optimizer.step()
+    torch.testing.assert_close((1 - fresh).norm(dim=1), torch.full((4,), 0.01 * 2))
+
+
 def test_an_optimizer_of_another_model_is_refused():
     with pytest.raises(ValueError, match=r"SGD.*6 parameters that the model does not have"):
         AdaptiveGradientClipping(torch.optim.SGD(net().parameters(), 0.1), net())

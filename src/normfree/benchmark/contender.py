@@ -28,7 +28,6 @@ STEPS: dict[str, Callable[[nn.Module], nn.Module]] = {
 LEARNING_RATE = 1e-4
 """Of the timed steps: small enough that no network leaves the numbers it starts with."""
 
-Precision = torch.dtype
 Call = Callable[[], Any]
 
 

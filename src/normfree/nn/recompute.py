@@ -21,18 +21,25 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 # Beside the tensors, not on them, so that a tensor with an origin is copied and pickled like any other.
 _origins = WeakTensorKeyDictionary()
 
 
 class Origin(NamedTuple):
-    """How a tensor is made: ``function(*sources)``, as of its version, the number of in-place changes to it."""
+    """How a tensor is made: ``function(*sources)``."""
 
     function: Callable[..., Tensor]
     sources: tuple[Tensor, ...]
-    version: int
+
+
+class Note(NamedTuple):
+    """An origin that keeps nothing alive, with the numbers of in-place changes to the output and its sources."""
+
+    function: Callable[..., Tensor]
+    sources: tuple[TensorWeakRef, ...]
+    versions: tuple[int, ...]
 
 
 class Geometry(NamedTuple):
@@ -52,17 +59,29 @@ def derived(output: Tensor, function: Callable[..., Tensor], *sources: Tensor) -
         function: gives the same whenever it is called, in training as in evaluation, and is cheap.
         sources: what it was given.
     """
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and output.requires_grad:
-        _origins[output] = Origin(function, sources, output._version)
+    in_place = any(output is source for source in sources)  # then there is nothing left to make it from
+    if _noted(output) and not in_place and torch.is_grad_enabled() and output.requires_grad:
+        versions = tuple(tensor._version for tensor in (output, *sources))
+        _origins[output] = Note(function, tuple(TensorWeakRef(source) for source in sources), versions)
     return output
 
 
 def origin_of(x: Tensor) -> Origin | None:
-    """Return how a tensor is made, if that is known and nothing has changed it since."""
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+    """Return how a tensor is made, if that is known, the sources are still there and nothing has changed since."""
+    note = _origins.get(x) if _noted(x) else None
+    if note is None:
         return None
-    origin = _origins.get(x)
-    return origin if origin is not None and origin.version == x._version else None
+    sources = tuple(source() for source in note.sources)
+    if any(source is None for source in sources):
+        return None
+    if note.versions != tuple(tensor._version for tensor in (x, *sources)):  # type: ignore[union-attr]
+        return None
+    return Origin(note.function, sources)  # type: ignore[arg-type]
+
+
+def _noted(x: Any) -> bool:
+    """Whether tensors are noted here: not in what compilers and tracers see."""
+    return isinstance(x, Tensor) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def derive(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -70,7 +89,8 @@ def derive(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     known = origin_of(x)
     if known is None:
         return derived(function(x), function, x)
-    return derived(function(x), lambda *sources: function(known.function(*sources)), *known.sources)
+    make = known.function  # not the origin itself, which would keep the sources
+    return derived(function(x), lambda *sources: function(make(*sources)), *known.sources)
 
 
 def note_origin(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -130,7 +150,7 @@ def average_pool_2x2(x: Tensor) -> Tensor:
     kept anyway, it is taken instead.
     """
     origin = origin_of(x)
-    if origin is None or origin.sources[0].shape != x.shape:
+    if origin is None or (origin.sources[0].shape, origin.sources[0].dtype) != (x.shape, x.dtype):
         return F.avg_pool2d(x, *_HALVING)
     return _AveragePool.apply(x, origin.sources[0])  # type: ignore[return-value]
 

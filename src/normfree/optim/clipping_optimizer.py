@@ -57,7 +57,7 @@ class AdaptiveGradientClipping(Optimizer):
     def _find_units(self) -> None:
         """Keep the units of what the optimizer steps; frozen parameters and other optimizers' are not its business."""
         stepped = {id(parameter) for group in self.param_groups for parameter in group["params"]}
-        self._stepped = len(stepped)
+        self._stepped = stepped
         known = {id(one.parameter) for one in units_of(self.parameters, ())}
         if strangers := len(stepped - known):
             rule = f"has {strangers} parameters that the model does not have"
@@ -69,8 +69,8 @@ class AdaptiveGradientClipping(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Clip and step; a closure is clipped after each time it is called. Returns what the optimizer returns."""
-        if self._stepped != sum(len(group["params"]) for group in self.param_groups):
-            self._find_units()  # a group was added since
+        if self._stepped != {id(parameter) for group in self.param_groups for parameter in group["params"]}:
+            self._find_units()  # a parameter was added or replaced since
         if closure is None:
             self._clip()
             return self.optimizer.step()

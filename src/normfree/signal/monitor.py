@@ -154,7 +154,7 @@ class SignalMonitor:
     def _try(self) -> SignalPropagation | None:
         try:
             signal = self._measured()
-        except ValueError as error:
+        except (ValueError, RuntimeError, MemoryError) as error:  # out of memory, too: a monitor does not end a run
             self.failures.append((self.steps, str(error)))
             warnings.warn(f"the signal of step {self.steps} could not be measured: {error}", stacklevel=3)
             return None

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -165,8 +166,9 @@ def hub_errors(subject: str) -> Iterator[ModuleType]:
         ValueError: it is not installed; the hub refuses, or does not answer.
     """
     hub = require_huggingface_hub()
+    errors = importlib.import_module("huggingface_hub.errors")
     try:
         yield hub
-    except (hub.errors.HTTPError, hub.errors.HFValidationError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.HTTPError, errors.HFValidationError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ValueError(f"{subject}: {' '.join(lines[:2]) or type(error).__name__}") from error
