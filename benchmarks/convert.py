@@ -90,7 +90,7 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     failing = [run for run in runs if run["deleted"]["outcome"] != "trains"]
     kept = [row for row in good if row["pretrained"] is not None]
     totals = {
-        "models": len(rows),
+        "models": f"{len(rows)} of {len(names())}",
         "converted": len(good),
         "of these without any norm left": len(whole),
         "healthy on gaussian images / on photographs": f"{_count(good, 'gaussian')} / {_count(good, 'photos')}",
@@ -123,7 +123,10 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
         "| pretrained error | lr | norms deleted: loss | converted: loss |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*lines, *map(_line, rows)]) + "\n"
+    done = {row["model"] for row in rows}
+    missing = [f"`{name}`" for name in names() if name not in done]
+    lines += [*map(_line, rows), *(["", f"Not run yet: {', '.join(missing)}."] if missing else [])]
+    return "\n".join(lines) + "\n"
 
 
 def _line(row: dict[str, Any]) -> str:
