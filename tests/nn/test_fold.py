@@ -128,3 +128,10 @@ def test_what_a_plain_layer_could_not_keep_is_refused():
     parametrize.register_parametrization(model.stages[0][0].conv0, "weight", nn.Identity())
     with pytest.raises(ValueError, match=r"conv0 has parametrizations.*remove_parametrizations"):
         fold(model)
+
+
+def test_a_patched_forward_is_refused():
+    layer = ScaledConv2d(4, 4, 3)
+    layer.forward = lambda x: 3 * ScaledConv2d.forward(layer, x)
+    with pytest.raises(ValueError, match=r"has a forward of its own.*remove it first"):
+        fold(nn.Sequential(layer))
