@@ -80,7 +80,8 @@ def test_torchrun_starts_again_when_a_rank_is_killed(tmp_path):
     os.kill(max(children(launcher.pid)), signal.SIGKILL)
     for process in (whole, launcher):
         told, errors = process.communicate(timeout=120)
-        assert (process.returncode, told.split()) == (0, ["finished", "finished"]), errors
+        # Two ranks share a pipe: a line of one may lie within the other's.
+        assert (process.returncode, told.count("finished")) == (0, 2), errors
     mine, theirs = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "whole"))
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
