@@ -59,6 +59,27 @@ def test_what_other_networks_have():
     assert [g["name"] for g in parameter_groups(nn.LayerNorm(3), 0.1)] == ["undecayed"]
 
 
+def test_the_classifier_has_its_own_rate():
+    model = normfree.create_model("nf_resnet50", depths=(1, 1, 1, 1), width=0.25, num_classes=2)
+    groups = {group["name"]: group for group in parameter_groups(model, 0.1, classifier_lr_scale=0.3)}
+    assert {name: (group["lr_scale"], group["weight_decay"]) for name, group in groups.items()} == {
+        "decayed": (1.0, 0.1),
+        "undecayed": (1.0, 0.0),
+        "classifier decayed": (0.3, 0.1),
+        "classifier undecayed": (0.3, 0.0),
+    }
+    assert names_of(model, groups["classifier decayed"]) == {"classifier.weight"}
+    assert names_of(model, groups["classifier undecayed"]) == {"classifier.bias"}
+    found = sum(len(group["params"]) for group in groups.values())
+    assert found == len(list(model.parameters()))
+    optimizer = nesterov_sgd(torch.compile(model), 0.5, classifier_lr_scale=0.1)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5, 0.05}
+    with pytest.raises(ValueError, match="does not end in a linear layer"):
+        parameter_groups(nn.Conv2d(1, 1, 1), 0.1, classifier_lr_scale=0.3)
+    with pytest.raises(ValueError, match=r"classifier_lr_scale=0"):
+        parameter_groups(model, 0.1, classifier_lr_scale=0)
+
+
 def test_the_papers_optimizer_by_hand():
     model = nn.Linear(1, 1)
     with torch.no_grad():

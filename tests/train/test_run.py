@@ -133,6 +133,21 @@ def test_the_whole_gradient_is_clipped_to_its_norm(tmp_path):
     assert norm > 0.05
 
 
+def test_the_classifier_learns_at_its_own_rate(tmp_path):
+    """In the first step a weight moves by its rate times a gradient that does not depend on the rates."""
+    moves = {}
+    for scale in (1e-9, 0.1, 1.0):
+        optimizer = {"classifier_lr_scale": scale, "clip_factor": None, "weight_decay": 0.0, "warmup_epochs": 0}
+        run = train(tiny(tmp_path / str(scale), limit_train_steps=1, limit_eval_steps=1, optimizer=optimizer, **QUICK))
+        moves[scale] = normfree.load(run.folder / "model.safetensors").state_dict()
+    start = moves.pop(1e-9)
+    whole, tenth = (moves[scale]["classifier.weight"] - start["classifier.weight"] for scale in (1.0, 0.1))
+    torch.testing.assert_close(tenth, whole / 10, rtol=1e-3, atol=1e-7)
+    assert whole.norm() > 1e-3
+    for name in set(start) - {"classifier.weight", "classifier.bias"}:
+        assert torch.equal(moves[0.1][name], moves[1.0][name]), name
+
+
 def test_a_loss_that_is_not_finite_names_the_module_and_spares_the_checkpoint(tmp_path):
     config = tiny(tmp_path / "run", limit_train_steps=3, **QUICK)
     train(config)

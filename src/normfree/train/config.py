@@ -45,6 +45,8 @@ class OptimizerConfig:
     """Smallest norm a unit's weight counts with."""
     clip_norm: float | None = None
     """Largest Euclidean norm of the whole gradient, before adaptive clipping; None: any."""
+    classifier_lr_scale: float = 1.0
+    """Learning rate of the final linear layer as a share of the others'."""
 
     def __post_init__(self) -> None:
         check_number("learning_rate", self.learning_rate, 0, exclusive=True)
@@ -57,7 +59,8 @@ class OptimizerConfig:
         for name in ("clip_factor", "clip_norm"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0, exclusive=True)
-        check_number("clip_eps", self.clip_eps, 0, exclusive=True)
+        for name in ("clip_eps", "classifier_lr_scale"):
+            check_number(name, getattr(self, name), 0, exclusive=True)
 
     def peak(self, batch_size: int) -> float:
         """Return the highest learning rate for a batch: ``learning_rate * batch_size / reference_batch``."""

@@ -111,8 +111,8 @@ class Session:
         if config.final_learning_rate > self.peak:
             rule = f"is above the highest learning rate, {self.peak:g}"
             raise invalid("final_learning_rate", config.final_learning_rate, rule, "pass a smaller one")
-        groups = self.states.groups(parameter_groups(self.network, config.weight_decay))
-        optimizer = SGD(groups, lr=self.peak, momentum=config.momentum, nesterov=True, foreach=True)
+        groups = parameter_groups(self.network, config.weight_decay, classifier_lr_scale=config.classifier_lr_scale)
+        optimizer = SGD(self.states.groups(groups), lr=self.peak, momentum=config.momentum, nesterov=True, foreach=True)
         if config.clip_factor is None:
             return optimizer
         return AdaptiveGradientClipping(optimizer, self.network, config.clip_factor, config.clip_eps)

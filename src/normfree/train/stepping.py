@@ -68,7 +68,7 @@ def take_step(session: Session, batches: Sequence[Batch], *, stop: bool = False)
             norm = torch.tensor(outcome.gradient_norm, device=fabric.device)
             clip_grads_with_norm_(session.network.parameters(), largest, norm, foreach=True)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         optimizer.step()
         if session.average is not None:
             session.average.update()
