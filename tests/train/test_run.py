@@ -48,6 +48,9 @@ def test_a_run_leaves_what_it_says(run):
     assert sum(map(sum, confusion)) == metrics["evaluation"]["examples"] == 355
     assert metrics["evaluation"]["top1"] == pytest.approx(correct / 355)
     assert metrics["evaluation"]["top5"] * 355 == pytest.approx(round(metrics["evaluation"]["top5"] * 355), abs=1e-3)
+    recorded = json.loads((run.folder / "signal.json").read_text())["history"]
+    assert metrics["signal"]["records"] == len(recorded) == 6  # at 0, 5, 10, 15, 20 and the end
+    assert 0 < metrics["signal"]["share_of_time"] < 1
     rows = read_rows(run.folder / "train.csv")
     assert [row["step"] for row in rows] == list(range(1, 23))
     assert all(math.isfinite(row["loss"]) and 0 <= row["clip_fraction"] <= 1 for row in rows)

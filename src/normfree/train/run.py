@@ -186,17 +186,24 @@ class _Run:
             metrics["best_top1"] = max((row["top1"] or 0 for row in rows), default=None)
             if finished:
                 save(network, self.folder / MODEL)
+                metrics["signal"] = self._heard(session)
                 self._report(session, metrics)
             write_atomically(self.folder / METRICS, json.dumps({**metrics, **provenance()}, indent=1) + "\n")
         self.fabric.barrier()
         return Summary(self.folder, metrics)
 
-    def _report(self, session: Session, metrics: dict[str, Any]) -> None:
-        """Write the report, with the signal of the last step in it."""
+    def _heard(self, session: Session) -> dict[str, Any] | None:
+        """Record the signal of the last step, write all of them, and say what they cost."""
         monitor = session.monitor
-        if monitor is not None:
-            monitor.stop()
-            monitor.to_json(self.folder / SIGNAL)
+        if monitor is None:
+            return None
+        monitor.stop()
+        monitor.to_json(self.folder / SIGNAL)
+        return {"records": len(monitor.history), "share_of_time": round(monitor.cost, 5)}
+
+    def _report(self, session: Session, metrics: dict[str, Any]) -> None:
+        """Write the page."""
+        monitor = session.monitor
         config = json.loads((self.folder / CONFIG).read_text())
         write_training_report(self.folder, config, metrics, None if monitor is None else monitor.history)
 
