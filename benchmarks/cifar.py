@@ -63,14 +63,12 @@ def config(source: str, twin: str, rate: float, seed: int, folder: Path, **chang
 
 def run(config: Any) -> dict[str, Any]:
     """Train, or read what a finished run left; its accuracy, seconds, curve and spike."""
-    from normfree.train import train
+    from normfree.train import NonFiniteLossError, train
     from normfree.train.records import read_rows
 
     try:
         summary = train(config)
-    except ValueError as error:  # a rate too high for the network is a result
-        if "loss at step" not in str(error):
-            raise
+    except NonFiniteLossError as error:  # a rate too high for the network is a result
         return {"rate": config.optimizer.learning_rate, "seed": config.seed, "accuracy": 0.0, "failed": str(error)}
     losses = [row["loss"] for row in read_rows(summary.folder / "train.csv") if row["loss"] is not None]
     curve = [(row["seconds"], row["top1"]) for row in read_rows(summary.folder / "eval.csv")]

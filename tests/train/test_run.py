@@ -12,7 +12,7 @@ from tiny_run import MODEL, tiny
 
 import normfree
 from normfree.cli import main
-from normfree.train import RECIPES, train
+from normfree.train import RECIPES, NonFiniteLossError, train
 from normfree.train.config import from_dict
 from normfree.train.records import Curve, read_rows
 from normfree.train.trained import open_trained, weights_of
@@ -159,12 +159,24 @@ def test_a_loss_that_is_not_finite_names_the_module_and_spares_the_checkpoint(tm
     huge = dataclasses.replace(
         huge, optimizer=dataclasses.replace(huge.optimizer, learning_rate=1e30, clip_factor=None, warmup_epochs=0)
     )
-    with pytest.raises(ValueError, match=r"loss at step \d+ \(epoch 0\): .*(stages|stem|classifier).*; lower the lea"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"loss at step \d+ \(epoch 0\): .*(stages|stem|classifier).*; lower the lea"
+    ):
         train(huge)
     assert (tmp_path / "run/checkpoints/step_0000000003/model.safetensors").read_bytes() == good
     skipped = train(dataclasses.replace(huge, on_nonfinite="skip", limit_train_steps=6, limit_eval_steps=1))
     assert skipped.metrics["skipped_steps"] > 0
     assert skipped.metrics["step"] == 6
+
+
+def test_gradients_that_are_finite_may_have_no_finite_norm(tmp_path, monkeypatch):
+    """Values beyond 1e19 square to more than float32 holds: nothing is infinite but the norm."""
+    monkeypatch.setattr("torch.nn.CrossEntropyLoss.forward", lambda self, x, y: 1e30 * x.square().mean())
+    with pytest.raises(
+        NonFiniteLossError, match=r"the gradient's norm overflows: it reaches .*e\+\d\d in '\w+"
+    ) as told:
+        train(tiny(tmp_path / "run", precision="fp32", **QUICK))
+    assert told.value.step == 0
 
 
 def test_a_curve_forgets_a_future_that_did_not_come(tmp_path):

@@ -1,8 +1,18 @@
 """Training: recipes, the loop, checkpoints."""
 
+from normfree.train.blame import NonFiniteLossError
 from normfree.train.checkpoint import Checkpoint, CheckpointStore
 from normfree.train.config import OptimizerConfig, TrainConfig
 from normfree.train.recipes import RECIPES
 from normfree.train.run import Summary, train
 
-__all__ = ["RECIPES", "Checkpoint", "CheckpointStore", "OptimizerConfig", "Summary", "TrainConfig", "train"]
+__all__ = [
+    "RECIPES",
+    "Checkpoint",
+    "CheckpointStore",
+    "NonFiniteLossError",
+    "OptimizerConfig",
+    "Summary",
+    "TrainConfig",
+    "train",
+]

@@ -11,6 +11,19 @@ from normfree.signal.nonfinite import check_finite, first_non_finite
 from normfree.signal.preserve import untouched
 from normfree.train.session import Batch, Session
 
+
+class NonFiniteLossError(ValueError):
+    """Training has diverged: a loss or a gradient is not finite.
+
+    Attributes:
+        step: optimizer steps taken before.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 REMEDY = "lower the learning rate, lengthen the warm-up or clip; --on-nonfinite skip goes on without such steps"
 
 
@@ -35,7 +48,11 @@ def blamed(session: Session, batches: Sequence[Batch], loss: float) -> str:
             return f"{where}: {_described(loss)}: {told}; {REMEDY}"
     if found := _last_non_finite(gradients):
         return f"{where}: it is {loss:g}, but the gradient is not finite, from {found!r} backwards; {REMEDY}"
-    return f"{where}: {_described(loss)}, on another rank; {REMEDY}"
+    if session.fabric.world_size > 1:
+        return f"{where}: {_described(loss)}, on another rank; {REMEDY}"
+    name, largest = max(((n, float(g.abs().max())) for n, g in gradients.items()), key=lambda one: one[1])
+    told = f"it is {loss:g}, and the gradient's norm overflows: it reaches {largest:.3g} in {name!r}"
+    return f"{where}: {told}; {REMEDY}"
 
 
 def _of_batch(session: Session, batch: Batch) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from normfree.train.blame import blamed
+from normfree.train.blame import NonFiniteLossError, blamed
 from normfree.train.session import Batch, Session
 
 
@@ -47,7 +47,7 @@ def take_step(session: Session, batches: Sequence[Batch], *, stop: bool = False)
         stop: whether this rank was asked to stop; any rank's wish is all ranks'.
 
     Raises:
-        ValueError: if the loss or the gradient is not finite, unless such steps are to be skipped; it names the
+        NonFiniteLossError: if the loss or the gradient is not finite, unless such steps are to be skipped; it names the
             module where that began, and the weights are as before.
     """
     model, fabric, optimizer = session.model, session.fabric, session.optimizer
@@ -73,7 +73,7 @@ def take_step(session: Session, batches: Sequence[Batch], *, stop: bool = False)
         if session.average is not None:
             session.average.update()
     elif session.config.on_nonfinite == "error":
-        raise ValueError(blamed(session, batches, outcome.loss))
+        raise NonFiniteLossError(blamed(session, batches, outcome.loss), session.step)
     else:
         session.skipped += 1
         for buffer, before in zip(session.network.buffers(), kept, strict=True):
