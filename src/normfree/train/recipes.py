@@ -112,7 +112,12 @@ def cifar() -> TrainConfig:
             source=CIFAR10, batch_size=1024, augmentation=AugmentationConfig(crop="shift", shift=4, flip=True)
         ),
         optimizer=OptimizerConfig(
-            learning_rate=0.1, reference_batch=128, weight_decay=5e-4, warmup_epochs=1, clip_factor=None
+            learning_rate=0.4,
+            reference_batch=128,
+            weight_decay=5e-4,
+            warmup_epochs=1,
+            clip_norm=1.0,
+            classifier_lr_scale=0.3,
         ),
         epochs=30,
         batch_size=128,
