@@ -10,7 +10,18 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from normfree.models import create_model
-from normfree.nn import PaddedConv2d, ScaledConv2d, ScaledWSConv2d, SqueezeExcite, fold
+from normfree.nn import (
+    KeptMeanConv2d,
+    MaxPool2d,
+    PaddedConv2d,
+    ScaledConv2d,
+    ScaledWSConv2d,
+    ScaledWSConvTranspose2d,
+    ScaledWSLinear,
+    SqueezeExcite,
+    fold,
+    has_foldable,
+)
 
 SHAPE = {"widths": (16, 24, 32, 32), "depths": (1, 2, 1, 1), "num_classes": 5}
 FAMILIES = {
@@ -135,3 +146,77 @@ def test_a_patched_forward_is_refused():
     layer.forward = lambda x: 3 * ScaledConv2d.forward(layer, x)
     with pytest.raises(ValueError, match=r"has a forward of its own.*remove it first"):
         fold(nn.Sequential(layer))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        (ScaledConv2d, (4, 4, 3)),
+        (KeptMeanConv2d, (4, 4, 3)),
+        (ScaledWSConvTranspose2d, (4, 4, 3)),
+        (ScaledWSLinear, (4, 4)),
+    ],
+)
+def test_a_subclass_with_a_forward_of_its_own_has_to_say_what_it_folds_to(kind, sizes):
+    class Rectified(kind):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    with pytest.raises(ValueError, match=r"^model: model\.0 is a Rectified, .*give Rectified a method folded\(\)"):
+        fold(nn.Sequential(Rectified(*sizes)))
+
+    class Answering(Rectified):
+        def folded(self):
+            return nn.Sequential(super().folded(), nn.ReLU())
+
+    layer = Answering(*sizes)
+    x = torch.randn(2, 4) if len(sizes) == 2 else torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(fold(layer)(x), layer(x))
+
+
+def test_a_subclass_that_convolves_otherwise_is_refused():
+    class Circular(ScaledWSConv2d):
+        def convolve(self, x, weight, bias):
+            return super().convolve(x.roll(1, -1), weight, bias)
+
+    with pytest.raises(ValueError, match="is a Circular, whose forward is not that of the layer it extends"):
+        fold(Circular(4, 4, 3))
+
+
+def test_a_subclass_that_makes_its_weight_otherwise_folds_to_that_weight():
+    class Halved(ScaledWSConv2d):
+        def scaled_weight(self, scale):
+            return super().scaled_weight(scale) / 2
+
+    layer = Halved(4, 4, 3, alpha=0.2, skip_gain=0.7)
+    x = torch.randn(1, 4, 5, 5)
+    torch.testing.assert_close(fold(layer)(x), layer(x))
+
+
+def test_a_method_called_folded_does_not_make_a_layer_one_of_ours():
+    class Map(nn.Module):
+        def folded(self, times):
+            return times
+
+    model = nn.Sequential(Map())
+    assert type(fold(model)[0]) is Map
+    assert not has_foldable(model)
+    assert has_foldable(nn.Sequential(nn.ReLU(), ScaledConv2d(1, 1, 1)))
+    assert not has_foldable(fold(randomised("nfnet_f0")))
+
+
+def test_pools_become_torchs_own():
+    model = fold(randomised("nf_regnet_b0"))
+    assert type(model.stages[1][0].pool) is nn.AvgPool2d
+    x = torch.randn(1, 2, 7, 8)
+    for padding, kind in (("symmetric", nn.MaxPool2d), ("same", MaxPool2d)):
+        pool = MaxPool2d(3, 2, padding=padding)
+        plain = fold(nn.Sequential(pool))[0]
+        assert type(plain) is kind
+        assert torch.equal(plain(x), pool(x))
+
+
+@pytest.mark.parametrize("model", ["nf_resnet50", nn.ReLU, None])
+def test_what_is_no_module_is_refused(model):
+    with pytest.raises(ValueError, match=r"^model=.*must be a torch module; build it first"):
+        fold(model)

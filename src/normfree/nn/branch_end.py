@@ -20,8 +20,8 @@ class BranchEnd(nn.Module):
         skip_gain: s, a learnable 0-d factor of the output, or None.
     """
 
+    # Not annotated here but where it is set: TorchScript reads a class's annotations, and cannot read this one.
     alpha: float
-    skip_gain: nn.Parameter | None
 
     def end_branch(self, alpha: float, skip_gain: float | None, **tensor_options: Any) -> None:
         """Set both factors, after ``nn.Module``'s constructor; a layer that ends no branch has (1, None).
@@ -30,11 +30,11 @@ class BranchEnd(nn.Module):
             ValueError: alpha negative or not finite; a skip gain that is no finite number.
         """
         self.alpha = check_number("alpha", alpha, 0.0)
-        if skip_gain is None:
-            self.register_parameter("skip_gain", None)
-            return
-        initial = torch.full((), check_number("skip_gain", skip_gain), **tensor_options)
-        self.skip_gain = nn.Parameter(initial)
+        self.register_parameter("skip_gain", None)
+        self.skip_gain: nn.Parameter | None = None
+        if skip_gain is not None:
+            initial = torch.full((), check_number("skip_gain", skip_gain), **tensor_options)
+            self.skip_gain = nn.Parameter(initial)
 
     def branch_scale(self) -> Scale | None:
         """Return ``alpha * s``, or None if that is the constant 1."""

@@ -12,27 +12,25 @@ means to them what it means to a plain weight. (A mean added to each weight as i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normfree.nn.branch_end import Scale
-from normfree.nn.scaled_ws_conv import VARIANCE_FLOOR, ScaledWSConv2d
+from normfree.nn.scaled_ws_conv import ScaledWSConv2d, Standardized
 from normfree.nn.scaled_ws_layers import (
     ScaledWSConv1d,
     ScaledWSConv3d,
     ScaledWSConvTranspose1d,
     ScaledWSConvTranspose2d,
     ScaledWSConvTranspose3d,
-    ScaledWSLayer,
     ScaledWSLinear,
 )
+from normfree.nn.standardization import VARIANCE_FLOOR
 
-_Layer = ScaledWSLayer if TYPE_CHECKING else object
 
-
-class KeptMean(_Layer):
+class KeptMean(Standardized):
     """Gives the layer that follows it in a class's bases a learnable mean per filter.
 
     Attributes:
@@ -80,21 +78,8 @@ class KeptMean(_Layer):
         return self.weight_of(values.view(-1, *[1] * (len(shape) - 1)).expand(shape))
 
 
-class KeptMeanConv2d(KeptMean, ScaledWSConv2d):  # type: ignore[misc]  # the 2-d convolution has a base of its own
+class KeptMeanConv2d(KeptMean, ScaledWSConv2d):
     """A standardised 2-d convolution with a kept mean per filter."""
-
-    @property
-    def constant(self) -> float:
-        """The constant factor of the standardised weight."""
-        return self.input_scale
-
-    def filters(self, weight: Tensor) -> Tensor:
-        """Return the weight, whose rows are the filters already."""
-        return weight
-
-    def weight_of(self, filters: Tensor) -> Tensor:
-        """Return the filters, which are a weight already."""
-        return filters
 
 
 class KeptMeanLinear(KeptMean, ScaledWSLinear):
