@@ -108,7 +108,7 @@ def standardize(weight: Tensor, gain: Tensor, scale: float = 1.0) -> Tensor:
     """
     if weight.dtype in (torch.float16, torch.bfloat16):
         return standardize(weight.float(), gain.float(), scale).to(weight.dtype)
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:  # has no public name; -1 where forward mode is off
         return _standardized_step_by_step(weight, gain, scale)
     # Moments do not mind the order within a row: reading channels last keeps that layout without a copy.
     last = weight.dim() == 4 and not weight.is_contiguous()
