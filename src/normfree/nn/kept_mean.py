@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from normfree.nn.branch_end import Scale
@@ -28,6 +29,12 @@ from normfree.nn.scaled_ws_layers import (
     ScaledWSLinear,
 )
 from normfree.nn.standardization import VARIANCE_FLOOR
+
+
+@torch.fx.wrap  # one node of a symbolic trace, for it asks for dimensions
+def spread(values: Tensor, filters: Tensor) -> Tensor:
+    """Return one value for each filter, [O], at each of its weights, [O, fan-in …]."""
+    return values.view(-1, *[1] * (filters.dim() - 1)).expand_as(filters)
 
 
 class KeptMean(Standardized):
@@ -48,7 +55,8 @@ class KeptMean(Standardized):
     def scaled_weight(self, scale: Scale | None) -> Tensor:
         """Return the standardised weight plus the kept mean, with the factors of both."""
         mean = self.kept_mean if scale is None else self.kept_mean * scale
-        return super().scaled_weight(scale) + self._per_filter(mean * self.fan_in**-0.5)
+        means = spread(mean * self.fan_in**-0.5, self.filters(self.weight))
+        return super().scaled_weight(scale) + self.weight_of(means)
 
     @torch.no_grad()
     def become(self, weight: Tensor, bias: Tensor | None, factor: Tensor) -> None:
@@ -71,11 +79,6 @@ class KeptMean(Standardized):
         self.kept_mean.copy_(sign * rows.mean(1) * self.fan_in**0.5)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
-
-    def _per_filter(self, values: Tensor) -> Tensor:
-        """[O] in a shape that adds to the weight."""
-        shape = self.filters(self.weight).shape
-        return self.weight_of(values.view(-1, *[1] * (len(shape) - 1)).expand(shape))
 
 
 class KeptMeanConv2d(KeptMean, ScaledWSConv2d):

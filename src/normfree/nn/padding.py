@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,6 +54,7 @@ def symmetric_padding(kernel_size: Size2d, dilation: Size2d = 1) -> tuple[int, i
     return (height - 1) // 2 * row_dilation, (width - 1) // 2 * column_dilation
 
 
+@torch.fx.wrap  # one node of a symbolic trace, for it asks for sizes
 def pad_same(
     x: Tensor, kernel_size: Size2d, stride: Size2d = 1, dilation: Size2d = 1, value: float = 0.0
 ) -> tuple[Tensor, tuple[int, int]]:

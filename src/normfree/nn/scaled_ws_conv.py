@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from normfree.nn.branch_end import Scale
@@ -17,6 +18,8 @@ from normfree.nn.padding import Size2d
 from normfree.nn.scaled_conv import ScaledConv2d
 from normfree.nn.scaled_layer import ScaledLayer
 from normfree.nn.standardization import standardize
+
+torch.fx.wrap("standardize")  # one node of a symbolic trace, for it asks for dimensions and values
 
 
 class Standardized(ScaledLayer):
