@@ -59,6 +59,13 @@ def test_widths_and_activation_overrides():
     assert model.stages[0][0].conv1.input_scale == pytest.approx((1.09 / 2 - 0.49 / (2 * math.pi)) ** -0.5)
 
 
+@pytest.mark.parametrize("name", ["nf_resnet50", "nf_regnet_b0", "nfnet_f0", "resnet50"])
+def test_a_width_beside_widths_is_refused(name):
+    with pytest.raises(ValueError, match=r"^width=1: widths gives the stages' channels.*; pass one of the two"):
+        create_model(name, width=1, widths=(24, 48, 40, 32))
+    assert meta(name, width=1, widths=None).config["widths"] is None
+
+
 def test_the_narrowest_model_runs():
     model = create_model("nf_resnet50", width=0.125, depths=(1, 1, 1, 1))
     assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
