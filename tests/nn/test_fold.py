@@ -114,10 +114,12 @@ def test_what_a_plain_layer_could_not_keep_is_refused():
         fold(model)
 
 
-def test_a_patched_forward_is_refused():
+@pytest.mark.parametrize("method", ["forward", "convolve"])
+def test_a_patched_layer_is_refused(method):
     layer = ScaledConv2d(4, 4, 3)
-    layer.forward = lambda x: 3 * ScaledConv2d.forward(layer, x)
-    with pytest.raises(ValueError, match=r"has a forward of its own.*remove it first"):
+    original = getattr(layer, method)
+    setattr(layer, method, lambda *inputs: 3 * original(*inputs))
+    with pytest.raises(ValueError, match=rf"has a {method} of its own.*remove it first"):
         fold(nn.Sequential(layer))
 
 

@@ -85,8 +85,9 @@ def _check_bare(module: nn.Module, name: str) -> None:
     kept = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(module, hooks) for hooks in kept):
         raise ValueError(f"model: {name} has hooks, which folding would lose; remove them first, add them afterwards")
-    if "forward" in vars(module):
-        raise ValueError(f"model: {name} has a forward of its own, which folding would lose; remove it first")
+    for method in _COMPUTING:
+        if method in vars(module):
+            raise ValueError(f"model: {name} has a {method} of its own, which folding would lose; remove it first")
     if hasattr(module, "parametrizations"):
         remedy = "remove them first (torch.nn.utils.parametrize.remove_parametrizations)"
         raise ValueError(f"model: {name} has parametrizations, which folding would lose; {remedy}")
