@@ -5,7 +5,8 @@
 A training step (forward, sum of the logits, backward) of each network, twice: as it is, and with the notes of
 ``normfree.nn.recompute`` switched off, so that autograd keeps what it keeps. The two take turns in one process and
 swap places each round; ratios are taken within a round. Memory is the storage of all tensors saved for the backward
-pass, parameters aside; time is the processor time of one thread, which other processes disturb less than the clock.
+pass, parameters aside, and the peak of a step beyond what is there before it, gradients included, as the allocator
+reports it; time is the processor time of one thread, which other processes disturb less than the clock.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.benchmark import hardware
+from normfree.benchmark.memory import peak_bytes
 from normfree.models import create_model
 from normfree.nn import padding, recompute
 from normfree.signal import write_atomically
@@ -72,11 +74,12 @@ def measured(name: str, shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
     channels_last: dict[str, Any] = {"memory_format": torch.channels_last}
     model, x = create_model(name).to(**channels_last), torch.randn(shape).to(**channels_last)
     ways = {"recomputed": nullcontext, "kept": keeping}
-    memory, seconds = {}, {way: [] for way in ways}
+    memory, peaks, seconds = {}, {}, {way: [] for way in ways}
     for way, context in ways.items():
         with context():
             memory[way] = saved_mebibytes(model, x)
             step(model, x)
+            peaks[way] = peak_bytes(lambda: step(model, x)) / 2**20
     for turn in range(rounds):
         for way in sorted(ways, reverse=turn % 2 == 1):
             with ways[way]():
@@ -85,9 +88,15 @@ def measured(name: str, shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
     first, median, third = statistics.quantiles(ratios, n=4)
     return {
         "mebibytes": memory,
+        "peak_mebibytes": peaks,
         "seconds": {way: statistics.median(values) for way, values in seconds.items()},
         "time_ratio": {"q1": first, "median": median, "q3": third},
     }
+
+
+def _sizes(memory: dict[str, float]) -> str:
+    both, one = memory["kept"], memory["recomputed"]
+    return f"{both:.0f} | {one:.0f} | {one / both:.2f}"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -100,14 +109,15 @@ def table(result: dict[str, Any]) -> str:
         f"{where['torch']}. A training step, float32, channels last, {'×'.join(map(str, result['shape']))}; "
         f"{result['rounds']} interleaved rounds, processor time, median ratio (quartiles).",
         "",
-        "| | saved for the backward pass, MiB: both tensors | one | ratio | step: both, s | one, s | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| | saved for the backward pass, MiB: both tensors | one | ratio | peak of the step, MiB: both | one | ratio "
+        "| step: both, s | one, s | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, found in result["models"].items():
-        memory, seconds, ratio = found["mebibytes"], found["seconds"], found["time_ratio"]
+        seconds, ratio = found["seconds"], found["time_ratio"]
         lines.append(
-            f"| {name} ({MODELS[name]}) | {memory['kept']:.0f} | {memory['recomputed']:.0f} | "
-            f"{memory['recomputed'] / memory['kept']:.2f} | {seconds['kept']:.2f} | {seconds['recomputed']:.2f} | "
+            f"| {name} ({MODELS[name]}) | {_sizes(found['mebibytes'])} | {_sizes(found['peak_mebibytes'])} | "
+            f"{seconds['kept']:.2f} | {seconds['recomputed']:.2f} | "
             f"{ratio['median']:.3f} ({ratio['q1']:.3f} to {ratio['q3']:.3f}) |"
         )
     return "\n".join(lines) + "\n"

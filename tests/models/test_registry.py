@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import normfree
 from normfree import models
 from normfree.models import accepted_overrides, create_model, list_models
 
@@ -57,6 +58,25 @@ def test_widths_and_activation_overrides():
     assert model.stages[2][0].conv1.out_channels == 10
     model = create_model("nf_resnet50", width=1, depths=(1, 1, 1, 1), activation=nn.LeakyReLU(0.3))
     assert model.stages[0][0].conv1.input_scale == pytest.approx((1.09 / 2 - 0.49 / (2 * math.pi)) ** -0.5)
+
+
+@pytest.mark.parametrize("name", ["nf_resnet50", "nf_regnet_b0", "nfnet_f0", "resnet50"])
+def test_a_width_beside_widths_is_refused(name):
+    with pytest.raises(ValueError, match=r"^width=1: widths gives the stages' channels.*; pass one of the two"):
+        create_model(name, width=1, widths=(24, 48, 40, 32))
+    assert meta(name, width=1, widths=None).config["widths"] is None
+
+
+def test_the_exact_gelu_is_saved_by_its_name(tmp_path):
+    shape = {"widths": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "skipinit_gain": 1.0}
+    model = create_model("nfnet_f0", activation="gelu_exact", **shape).eval()
+    again = normfree.load(normfree.save(model, tmp_path / "model.safetensors"))
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(again(x), model(x))
+    assert again.config["activation"] == "gelu_exact"
+    by_module = create_model("nfnet_f0", activation=nn.GELU(), **shape).eval()
+    by_module.load_state_dict(model.state_dict())
+    torch.testing.assert_close(by_module(x), model(x))  # the same gamma, too
 
 
 def test_the_narrowest_model_runs():

@@ -36,6 +36,8 @@ def test_names_compute_the_official_functions():
     gelu = build_activation("gelu")[0](x)
     cube = 0.7978845608028654 * (x + 0.044715 * x**3)
     torch.testing.assert_close(gelu, 0.5 * x * (1 + torch.tanh(cube)), rtol=1e-12, atol=1e-12)
+    exact = build_activation("gelu_exact")[0](x)
+    torch.testing.assert_close(exact, 0.5 * x * (1 + torch.erf(x / 2**0.5)), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(build_activation("leaky_relu")[0](x), torch.where(x > 0, x, 0.01 * x))
     torch.testing.assert_close(build_activation("soft_sign")[0](x), x / (1 + x.abs()))
 
@@ -84,6 +86,10 @@ def test_functions_show_their_name():
         (lambda x: x.clamp_(-6, 6), "must not work in place"),
         (lambda: 3, "a factory must return a module"),
         (torch.add, "must take a tensor"),
+        (nn.Dropout(0.1), "draws random numbers, so it has no gamma; pass a function of its input alone"),
+        (nn.RReLU, "draws random numbers"),
+        (nn.Sequential(nn.ReLU(), nn.Dropout(0.01)).eval(), "draws random numbers"),
+        (torch.dropout, "must take a tensor"),
     ],
 )
 def test_refusals(activation, rule):
@@ -95,7 +101,9 @@ def test_the_check_leaves_no_trace():
     module = RandomInTraining().eval()
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    built, _ = build_activation(module)
+    with pytest.raises(ValueError, match="draws random numbers"):
+        build_activation(module)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not built.training
+    assert not module.training
+    assert not build_activation(nn.Mish().eval())[0].training
     assert build_activation(nn.PReLU)[0].weight.dtype == torch.float32

@@ -6,39 +6,23 @@ import copy
 
 import pytest
 import torch
+from small_families import FAMILIES, SHAPE, randomised
 from torch import nn
 from torch.nn.utils import parametrize
 
 from normfree.models import create_model
-from normfree.nn import PaddedConv2d, ScaledConv2d, ScaledWSConv2d, SqueezeExcite, fold
-
-SHAPE = {"widths": (16, 24, 32, 32), "depths": (1, 2, 1, 1), "num_classes": 5}
-FAMILIES = {
-    "nf_resnet50": {},
-    "nf_resnet101": {"use_se": True},
-    "nf_regnet_b0": {},
-    "nfnet_f0": {"group_size": 4},
-    "skipinit_resnet50": {},
-    "fixup_resnet50": {},
-    "resnet50": {},
-    "resnetv2_50": {},
-    "bn_regnet_b0": {},
-}
-
-
-def randomised(name: str, **overrides):
-    """A small network with nothing silent: gains, biases and skip gains are drawn, running statistics too."""
-    torch.manual_seed(0)
-    model = create_model(name, **{**SHAPE, **FAMILIES[name], **overrides})
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if parameter.dim() < 2:
-                parameter.copy_(torch.randn_like(parameter) * 0.3 + ("gain" in key or "norm" in key))
-        for key, buffer in model.named_buffers():
-            if "running" in key:
-                buffer.uniform_(0.5, 1.5)
-    nn.init.normal_(model.classifier.weight, std=0.1)
-    return model
+from normfree.nn import (
+    KeptMeanConv2d,
+    MaxPool2d,
+    PaddedConv2d,
+    ScaledConv2d,
+    ScaledWSConv2d,
+    ScaledWSConvTranspose2d,
+    ScaledWSLinear,
+    SqueezeExcite,
+    fold,
+    has_foldable,
+)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 47)])
@@ -130,8 +114,84 @@ def test_what_a_plain_layer_could_not_keep_is_refused():
         fold(model)
 
 
-def test_a_patched_forward_is_refused():
+@pytest.mark.parametrize("method", ["forward", "convolve"])
+def test_a_patched_layer_is_refused(method):
     layer = ScaledConv2d(4, 4, 3)
-    layer.forward = lambda x: 3 * ScaledConv2d.forward(layer, x)
-    with pytest.raises(ValueError, match=r"has a forward of its own.*remove it first"):
+    original = getattr(layer, method)
+    setattr(layer, method, lambda *inputs: 3 * original(*inputs))
+    with pytest.raises(ValueError, match=rf"has a {method} of its own.*remove it first"):
         fold(nn.Sequential(layer))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        (ScaledConv2d, (4, 4, 3)),
+        (KeptMeanConv2d, (4, 4, 3)),
+        (ScaledWSConvTranspose2d, (4, 4, 3)),
+        (ScaledWSLinear, (4, 4)),
+    ],
+)
+def test_a_subclass_with_a_forward_of_its_own_has_to_say_what_it_folds_to(kind, sizes):
+    class Rectified(kind):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    with pytest.raises(ValueError, match=r"^model: model\.0 is a Rectified, .*give Rectified a method folded\(\)"):
+        fold(nn.Sequential(Rectified(*sizes)))
+
+    class Answering(Rectified):
+        def folded(self):
+            return nn.Sequential(super().folded(), nn.ReLU())
+
+    layer = Answering(*sizes)
+    x = torch.randn(2, 4) if len(sizes) == 2 else torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(fold(layer)(x), layer(x))
+
+
+def test_a_subclass_that_convolves_otherwise_is_refused():
+    class Circular(ScaledWSConv2d):
+        def convolve(self, x, weight, bias):
+            return super().convolve(x.roll(1, -1), weight, bias)
+
+    with pytest.raises(ValueError, match="is a Circular, whose forward is not that of the layer it extends"):
+        fold(Circular(4, 4, 3))
+
+
+def test_a_subclass_that_makes_its_weight_otherwise_folds_to_that_weight():
+    class Halved(ScaledWSConv2d):
+        def scaled_weight(self, scale):
+            return super().scaled_weight(scale) / 2
+
+    layer = Halved(4, 4, 3, alpha=0.2, skip_gain=0.7)
+    x = torch.randn(1, 4, 5, 5)
+    torch.testing.assert_close(fold(layer)(x), layer(x))
+
+
+def test_a_method_called_folded_does_not_make_a_layer_one_of_ours():
+    class Map(nn.Module):
+        def folded(self, times):
+            return times
+
+    model = nn.Sequential(Map())
+    assert type(fold(model)[0]) is Map
+    assert not has_foldable(model)
+    assert has_foldable(nn.Sequential(nn.ReLU(), ScaledConv2d(1, 1, 1)))
+    assert not has_foldable(fold(randomised("nfnet_f0")))
+
+
+def test_pools_become_torchs_own():
+    model = fold(randomised("nf_regnet_b0"))
+    assert type(model.stages[1][0].pool) is nn.AvgPool2d
+    x = torch.randn(1, 2, 7, 8)
+    for padding, kind in (("symmetric", nn.MaxPool2d), ("same", MaxPool2d)):
+        pool = MaxPool2d(3, 2, padding=padding)
+        plain = fold(nn.Sequential(pool))[0]
+        assert type(plain) is kind
+        assert torch.equal(plain(x), pool(x))
+
+
+@pytest.mark.parametrize("model", ["nf_resnet50", nn.ReLU, None])
+def test_what_is_no_module_is_refused(model):
+    with pytest.raises(ValueError, match=r"^model=.*must be a torch module; build it first"):
+        fold(model)

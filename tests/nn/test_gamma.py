@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normfree.nn import ACTIVATIONS, OFFICIAL_GAMMA, build_activation, gamma
+from normfree.nn.gamma import OWN_GAMMA
 
 RELU = math.sqrt(2 / (1 - 1 / math.pi))
 
@@ -61,13 +62,19 @@ def test_quadrature_equals_closed_form(activation, expected):
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_official_constants_are_within_one_percent_of_the_integral(name):
     module, constant = build_activation(name)
-    assert constant == OFFICIAL_GAMMA[name] == gamma(name)
+    assert constant == {**OFFICIAL_GAMMA, **OWN_GAMMA}[name] == gamma(name)
     assert gamma(module) == pytest.approx(constant, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", sorted(OWN_GAMMA))
+def test_our_own_constants_are_the_integral(name):
+    assert gamma(build_activation(name)[0]) == pytest.approx(OWN_GAMMA[name], rel=1e-9)
+    assert name not in OFFICIAL_GAMMA
 
 
 def test_only_the_two_official_functions_that_mix_elements_have_no_module():
     assert set(OFFICIAL_GAMMA) - set(ACTIVATIONS) == {"glu", "log_softmax"}
-    assert set(ACTIVATIONS) <= set(OFFICIAL_GAMMA)
+    assert set(ACTIVATIONS) <= {*OFFICIAL_GAMMA, *OWN_GAMMA}
 
 
 def test_module_and_random_state_are_untouched():

@@ -144,7 +144,8 @@ def test_overrides_change_the_model_and_keep_the_weights(name, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"width": "big"}, "width='big': must be a finite number"),
+        ({"alpha": "big"}, "alpha='big': must be a finite number"),
+        ({"width": 2}, "width=2: widths gives the stages' channels"),
         ({"wdith": 2}, "wdith=2: nf_resnet50 has no such override"),
         ({"widths": (16, 8, 8, 8)}, r"widths=\(16, 8, 8, 8\): .* tensors of the weights do not fit"),
         ({"name": "resnet50"}, "the weights are of nf_resnet50; leave the name out"),

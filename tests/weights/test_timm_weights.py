@@ -46,9 +46,10 @@ def distance(model, other, dtype, size=64):
 
 
 COVERED = {
-    "dm_nfnet_f0": (TIMM_NFNET, "nfnet_f0", NFNET | {"padding": "same", "activation": nn.GELU()}),
-    "nfnet_f0": (TIMM_NFNET, "nfnet_f0", NFNET | {"activation": nn.GELU()}),
+    "dm_nfnet_f0": (TIMM_NFNET, "nfnet_f0", NFNET | {"padding": "same", "activation": "gelu_exact"}),
+    "nfnet_f0": (TIMM_NFNET, "nfnet_f0", NFNET | {"activation": "gelu_exact"}),
     "nf_regnet_b0": (TIMM_REGNET, "nf_regnet_b0", REGNET),
+    "nfnet_f0 with a module": (TIMM_NFNET, "nfnet_f0", NFNET | {"activation": nn.GELU()}),
     "nf_regnet_b0 with relu": (TIMM_REGNET | {"act_layer": "relu"}, "nf_regnet_b0", REGNET | {"activation": nn.ReLU}),
     "nfnet_f0 with silu": (TIMM_NFNET | {"act_layer": "silu"}, "nfnet_f0", NFNET | {"activation": "silu"}),
 }
@@ -67,7 +68,7 @@ def test_logits_are_timms(name, scale):
 
 def test_whole_dm_nfnet_f0():
     other = theirs("dm_nfnet_f0")
-    model = create_model("nfnet_f0", padding="same", activation=nn.GELU())
+    model = create_model("nfnet_f0", padding="same", activation="gelu_exact")
     load_timm_weights(model, other.state_dict())
     assert distance(model, other, torch.float32) < 1e-5
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in other.parameters())

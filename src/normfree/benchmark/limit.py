@@ -6,8 +6,7 @@ import copy
 
 from torch import nn
 
-from normfree.nn import fold
-from normfree.nn.fold import Foldable
+from normfree.nn import fold, has_foldable
 
 
 def limit(model: nn.Module) -> nn.Module:
@@ -25,7 +24,7 @@ def limit(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: nothing in it folds, so there is no standardization to compare with.
     """
-    if not any(isinstance(module, Foldable) for module in model.modules()):
+    if not has_foldable(model):
         raise ValueError(f"model: {type(model).__name__} has no layer that folds, so its limit is itself")
     modes = {name: module.training for name, module in model.named_modules()}
     plain = fold(copy.deepcopy(model)).requires_grad_()

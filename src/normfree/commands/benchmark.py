@@ -15,7 +15,7 @@ from torch import nn
 from normfree.benchmark import Contender, Part, markdown, measure
 from normfree.commands.devices import device_named
 from normfree.commands.outputs import check_folder
-from normfree.nn.fold import Foldable
+from normfree.nn import has_foldable
 from normfree.signal import input_shape, write_atomically
 from normfree.sources import build
 
@@ -94,7 +94,7 @@ class Benchmark:
         """Return the comparisons asked for."""
         models = {source: _built(source) for source in dict.fromkeys(self.models)}
         size = self.image_size or _size(next(iter(models.values())))
-        ours = {name for name, model in models.items() if any(isinstance(m, Foldable) for m in model.modules())}
+        ours = {name for name, model in models.items() if has_foldable(model)}
         shared: dict[str, Any] = {
             "batch_size": self.batch_size,
             "image_size": size,

@@ -12,7 +12,7 @@ from torch import nn
 from normfree.convert.converting import conversion_of
 from normfree.convert.record import Conversion
 from normfree.convert.rewrite import rewritten
-from normfree.nn.fold import Foldable, fold
+from normfree.nn.fold import fold, has_foldable
 from normfree.signal import write_atomically
 from normfree.weights import checkpoint
 
@@ -47,7 +47,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
             "convert the model again after changing it"
         )
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
-    folded = not any(isinstance(layer, Foldable) for layer in model.modules())
+    folded = not has_foldable(model)
     metadata = {KEY: json.dumps(conversion.to_dict())} | ({checkpoint.FOLDED: "true"} if folded else {})
     return write_atomically(path, to_bytes(tensors, metadata=metadata))
 

@@ -36,7 +36,10 @@ class ScalarBias(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return derived(x + self.bias, torch.add, x, self.bias)
+        shifted = x + self.bias
+        if not torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]
+            derived(shifted, torch.add, x, self.bias)
+        return shifted
 
 
 def _he_fan_out(convolution: ScaledConv2d, factor: float = 1.0) -> ScaledConv2d:

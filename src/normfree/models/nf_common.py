@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -30,7 +30,7 @@ class NFBlockStyle:
         activation: copied into each block.
         gamma: of the activation.
         alpha: the branch's factor.
-        skipinit_gain: initial skip gain.
+        skipinit_gain: initial skip gain; None for none.
         padding: "symmetric" or "same".
     """
 
@@ -38,13 +38,17 @@ class NFBlockStyle:
     activation: nn.Module
     gamma: float
     alpha: float
-    skipinit_gain: float
+    skipinit_gain: float | None
     padding: str
 
     @property
     def branch_end(self) -> dict[str, Any]:
         """Arguments of the layer that ends a branch."""
         return {"alpha": self.alpha, "skip_gain": self.skipinit_gain}
+
+    def bare(self) -> NFBlockStyle:
+        """Return the style of a branch without factors, for blocks whose gate carries them."""
+        return replace(self, alpha=1.0, skipinit_gain=None)
 
 
 def nf_style(

@@ -144,8 +144,7 @@ class NFNetSqueezeExciteBlock(NFNetBlock):
     """
 
     def __init__(self, place: GroupedPlace, planned: PlannedBlock, style: NFBlockStyle, se_ratio: float) -> None:
-        super().__init__(place, planned, style)
-        self.conv2.end_branch(1.0, None)  # the gate does
+        super().__init__(place, planned, style.bare())
         self.squeeze_excite = SqueezeExcite(place.out_channels, se_ratio, **style.branch_end)
 
     def branch(self, activated: Tensor) -> Tensor:

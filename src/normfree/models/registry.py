@@ -101,6 +101,9 @@ def create_model(
     for override, value in overrides.items():
         if override not in accepted:
             raise invalid(override, value, f"{name} has no such override", f"it takes {', '.join(accepted)}")
+    if "width" in overrides and overrides.get("widths") is not None:
+        rule = "widths gives the stages' channels themselves, so there is nothing left to multiply"
+        raise invalid("width", overrides["width"], rule, "pass one of the two")
     common = {"num_classes": num_classes, "in_channels": in_channels, "padding": padding}
     model = entry.family(**common, **{**entry.variant, **overrides})
     model.name = name

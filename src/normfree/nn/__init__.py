@@ -3,7 +3,7 @@
 from normfree.nn.activations import ACTIVATIONS, Activation, Elementwise, build_activation
 from normfree.nn.affine import BranchScale, ChannelAffine, Copy
 from normfree.nn.branch_end import BranchEnd
-from normfree.nn.fold import fold
+from normfree.nn.fold import Foldable, fold, has_foldable
 from normfree.nn.gamma import OFFICIAL_GAMMA, gamma
 from normfree.nn.kept_mean import (
     KeptMean,
@@ -25,7 +25,7 @@ from normfree.nn.padding import (
     symmetric_padding,
 )
 from normfree.nn.scaled_conv import ScaledConv2d
-from normfree.nn.scaled_ws_conv import VARIANCE_FLOOR, ScaledWSConv2d, standardize
+from normfree.nn.scaled_ws_conv import ScaledWSConv2d
 from normfree.nn.scaled_ws_layers import (
     ScaledWSConv1d,
     ScaledWSConv3d,
@@ -35,6 +35,7 @@ from normfree.nn.scaled_ws_layers import (
     ScaledWSLinear,
 )
 from normfree.nn.squeeze_excite import SqueezeExcite
+from normfree.nn.standardization import VARIANCE_FLOOR, standardize
 from normfree.nn.stochastic_depth import StochasticDepth
 from normfree.nn.variance_plan import PlannedBlock, variance_plan
 
@@ -50,6 +51,7 @@ __all__ = [
     "ChannelAffine",
     "Copy",
     "Elementwise",
+    "Foldable",
     "KeptMean",
     "KeptMeanConv1d",
     "KeptMeanConv2d",
@@ -74,6 +76,7 @@ __all__ = [
     "build_activation",
     "fold",
     "gamma",
+    "has_foldable",
     "pad_same",
     "same_padding",
     "standardize",

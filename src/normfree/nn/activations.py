@@ -11,44 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.nn import noted_activations as noted
 from normfree.nn.checks import invalid, suggestion
 from normfree.nn.gamma import gamma
-from normfree.nn.recompute import note_origin
 
-# Slopes and approximations are those of the official (JAX) functions, which the gammas were sampled from.
+# Slopes and approximations are those of the official (JAX) functions, which the gammas were sampled from. Their gelu is
+# the tanh approximation; "gelu_exact", with the error function, is PyTorch's and timm's.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "celu": nn.CELU,
-    "elu": nn.ELU,
-    "gelu": functools.partial(nn.GELU, approximate="tanh"),
+    "celu": noted.CELU,
+    "elu": noted.ELU,
+    "gelu": functools.partial(noted.GELU, approximate="tanh"),
+    "gelu_exact": noted.GELU,
     "identity": nn.Identity,
-    "leaky_relu": functools.partial(nn.LeakyReLU, 0.01),
-    "log_sigmoid": nn.LogSigmoid,
+    "leaky_relu": functools.partial(noted.LeakyReLU, 0.01),
+    "log_sigmoid": noted.LogSigmoid,
     "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "selu": nn.SELU,
+    "relu6": noted.ReLU6,
+    "selu": noted.SELU,
     "sigmoid": nn.Sigmoid,
-    "silu": nn.SiLU,
-    "soft_sign": nn.Softsign,
-    "softplus": nn.Softplus,
+    "silu": noted.SiLU,
+    "soft_sign": noted.Softsign,
+    "softplus": noted.Softplus,
     "tanh": nn.Tanh,
 }
-
-# Cheap functions of their input alone, whose gradient needs that input: see ``normfree.nn.recompute``. ReLU, sigmoid
-# and tanh are absent, for their gradient needs their output.
-RECOMPUTED: tuple[type[nn.Module], ...] = (
-    nn.CELU,
-    nn.ELU,
-    nn.GELU,
-    nn.Hardswish,
-    nn.LeakyReLU,
-    nn.LogSigmoid,
-    nn.Mish,
-    nn.ReLU6,
-    nn.SELU,
-    nn.SiLU,
-    nn.Softplus,
-    nn.Softsign,
-)
 
 Activation = str | Callable[..., Any]
 
@@ -71,21 +56,21 @@ def build_activation(activation: Activation) -> tuple[nn.Module, float]:
     """Return an activation module and its gamma.
 
     Args:
-        activation: a name of ``ACTIVATIONS`` (its gamma is the official sampled constant); or a module
-            instance (copied), a factory of one (a class, or a callable without parameters) or an elementwise
-            function (the gamma is then integrated to 1e-6). A module's ``inplace`` option is switched off,
-            because a residual block needs the activation's input again.
+        activation: a name of ``ACTIVATIONS`` (its gamma is the official sampled constant; the exact one for
+            "gelu_exact"); or a module instance (copied), a factory of one (a class, or a callable without
+            parameters) or an elementwise function (the gamma is then integrated to 1e-6). A module's ``inplace``
+            option is switched off, because a residual block needs the activation's input again.
 
     Returns:
         The module and ``1 / sqrt(Var[act(z)]), z ~ N(0, 1)``.
 
     Raises:
-        ValueError: unknown name; not a callable; not an elementwise function; works in place.
+        ValueError: unknown name; not a callable; not an elementwise function; works in place; draws random numbers.
     """
     if isinstance(activation, str):
         if activation not in ACTIVATIONS:
             raise invalid("activation", activation, "unknown name", suggestion(activation, ACTIVATIONS))
-        return _recomputed(ACTIVATIONS[activation]()), gamma(activation)
+        return ACTIVATIONS[activation](), gamma(activation)
     if not callable(activation):
         remedy = f"pass a module, a function or one of {', '.join(ACTIVATIONS)}"
         raise invalid("activation", activation, "must be a name or a callable", remedy)
@@ -93,15 +78,8 @@ def build_activation(activation: Activation) -> tuple[nn.Module, float]:
     for part in module.modules():
         if getattr(part, "inplace", False):
             part.inplace = False  # type: ignore[assignment]
-    _check_keeps_input(activation, module)
-    return _recomputed(module), gamma(module)
-
-
-def _recomputed(module: nn.Module) -> nn.Module:
-    """Return an activation module that lets the convolution after it keep the activation's input, if it can."""
-    if type(module) in RECOMPUTED:
-        module.register_forward_hook(note_origin)
-    return module
+    _check_behaviour(activation, module)
+    return noted.with_note(module), gamma(module)
 
 
 def _as_module(activation: Callable[..., Any]) -> nn.Module:
@@ -127,19 +105,26 @@ def _is_factory(activation: Callable[..., Any]) -> bool:
         return False
 
 
-def _check_keeps_input(activation: object, module: nn.Module) -> None:
-    """Raise if a module changes its input: the block's shortcut would carry the activated value.
+def _check_behaviour(activation: object, module: nn.Module) -> None:
+    """Raise if a module changes its input or leaves its output to chance.
 
-    A copy is asked in float64 and in both modes, as far out as gamma looks, so that clipping is seen as well.
+    The block's shortcut would carry the activated value of the former; a gamma is of one function, which the latter
+    has in evaluation alone. A copy is asked in float64 and in both modes, as far out as gamma looks, so that clipping
+    is seen as well.
     """
     points = torch.linspace(-12, 12, 49, dtype=torch.float64, device="cpu")
     handed = [points.clone(), points.clone()]
     try:
         probe = copy.deepcopy(module).to(device="cpu", dtype=torch.float64)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            state = torch.get_rng_state()
             for training, copied in zip((True, False), handed, strict=True):
                 probe.train(training)(copied)
+            draws = not torch.equal(state, torch.get_rng_state())
     except Exception:  # gamma reports what a callable raises, with the remedy
         return
     if not all(torch.equal(points, copied) for copied in handed):
         raise invalid("activation", activation, "must not work in place", "pass one that returns a new tensor")
+    if draws:
+        remedy = "pass a function of its input alone; drop_rate and stochdepth_rate are for chance"
+        raise invalid("activation", activation, "draws random numbers, so it has no gamma", remedy)

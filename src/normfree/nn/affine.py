@@ -56,9 +56,7 @@ class BranchScale(BranchEnd):
         self.end_branch(alpha, skip_gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.branch_scale()
-        x = x if self.correction == 1 else x * self.correction
-        return x if scale is None else x * scale
+        return self.ended(x if self.correction == 1 else x * self.correction)
 
     def extra_repr(self) -> str:
         return f"correction={self.correction:g}, alpha={self.alpha:g}"

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import copy
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
 
 from torch import nn
 
+from normfree.nn.checks import invalid
 
-@runtime_checkable
-class Foldable(Protocol):
+_COMPUTING = ("forward", "convolve", "_conv_forward", "__call__")
+_ANSWERING = ("folded", "plain", "plain_class")
+
+
+class Foldable(nn.Module, ABC):
     """A layer that knows a plainer one of the same outputs."""
 
+    @abstractmethod
     def folded(self) -> nn.Module:
         """Return that layer, sharing no tensor with this one."""
-        ...
+
+
+class Refined(nn.Module, ABC):
+    """A layer of torch's that does something besides, for training's sake; folding leaves torch's."""
+
+    @abstractmethod
+    def plain_class(self) -> type[nn.Module] | None:
+        """Return the base class that computes the same from the same attributes; None if none does."""
+
+
+def has_foldable(model: nn.Module) -> bool:
+    """Return whether any layer of a model is still to be folded: not so of what :func:`fold` returns."""
+    return any(isinstance(module, Foldable) for module in model.modules())
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -23,7 +40,8 @@ def fold(model: nn.Module) -> nn.Module:
     Every :class:`normfree.nn.ScaledWSConv2d` and ``ScaledConv2d`` becomes an ``nn.Conv2d`` with the standardised,
     scaled weight ``alpha * s * gamma / beta * What`` and the bias ``alpha * s * b`` (a ``PaddedConv2d`` where the
     padding is TensorFlow's, which depends on the input's size). No gain, no standardization and no factor is left
-    but the [N, C] gates' and the pooled features'. Layers of any other kind stay as they are, normalizers too.
+    but the [N, C] gates' and the pooled features'. Activations and pools become torch's own, with their hooks. Layers
+    of any other kind stay as they are, normalizers too.
 
     Args:
         model: any module; it is left as it is. A layer used twice is folded once, and used twice again.
@@ -32,8 +50,13 @@ def fold(model: nn.Module) -> nn.Module:
         The copy, with the names of the original's modules.
 
     Raises:
-        ValueError: a layer to fold has hooks or parametrizations, which a plain layer could not keep.
+        ValueError: no module; a layer to fold has hooks or parametrizations, which a plain layer could not keep, or
+            computes its output in a way of its own: its class (or itself) has another ``forward`` than the class
+            whose ``folded`` it inherits.
     """
+    if not isinstance(model, nn.Module):
+        remedy = "build it first, normfree.fold(normfree.create_model(name)), or read it by normfree.load"
+        raise invalid("model", model, "must be a torch module", remedy)
     return _folded(copy.deepcopy(model), "model", {}).eval()
 
 
@@ -45,18 +68,44 @@ def _folded(module: nn.Module, name: str, known: dict[nn.Module, nn.Module]) -> 
             known[module] = module.folded()
         else:
             known[module] = module
+            _make_plain(module)
             for child_name, child in module._modules.items():
                 if child is not None:
                     module._modules[child_name] = _folded(child, f"{name}.{child_name}", known)
     return known[module]
 
 
+def _make_plain(module: nn.Module) -> None:
+    """Take what training needs off a layer of torch's: the attributes are torch's, so its class is all there is."""
+    if isinstance(module, Refined) and _answers_for_its_outputs(type(module)):
+        module.__class__ = module.plain_class() or type(module)  # type: ignore[assignment]
+
+
 def _check_bare(module: nn.Module, name: str) -> None:
     kept = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(module, hooks) for hooks in kept):
         raise ValueError(f"model: {name} has hooks, which folding would lose; remove them first, add them afterwards")
-    if "forward" in vars(module):
-        raise ValueError(f"model: {name} has a forward of its own, which folding would lose; remove it first")
+    for method in _COMPUTING:
+        if method in vars(module):
+            raise ValueError(f"model: {name} has a {method} of its own, which folding would lose; remove it first")
     if hasattr(module, "parametrizations"):
         remedy = "remove them first (torch.nn.utils.parametrize.remove_parametrizations)"
         raise ValueError(f"model: {name} has parametrizations, which folding would lose; {remedy}")
+    if not _answers_for_its_outputs(type(module)):
+        kind = type(module).__name__
+        raise ValueError(
+            f"model: {name} is a {kind}, whose forward is not that of the layer it extends, so that folding would "
+            f"lose it; give {kind} a method folded() that returns a layer of the same outputs"
+        )
+
+
+def _answers_for_its_outputs(kind: type[nn.Module]) -> bool:
+    """Tell whether the method that names the plain layer was written for, or after, the one that computes.
+
+    A weight made in another way needs nothing: the plain layer has whatever ``effective`` returns.
+    """
+
+    def first(names: tuple[str, ...]) -> int:
+        return next(depth for depth, base in enumerate(kind.__mro__) if any(name in vars(base) for name in names))
+
+    return first(_ANSWERING) <= first(_COMPUTING)

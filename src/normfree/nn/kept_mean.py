@@ -12,27 +12,32 @@ means to them what it means to a plain weight. (A mean added to each weight as i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from normfree.nn.branch_end import Scale
-from normfree.nn.scaled_ws_conv import VARIANCE_FLOOR, ScaledWSConv2d
+from normfree.nn.scaled_ws_conv import ScaledWSConv2d, Standardized
 from normfree.nn.scaled_ws_layers import (
     ScaledWSConv1d,
     ScaledWSConv3d,
     ScaledWSConvTranspose1d,
     ScaledWSConvTranspose2d,
     ScaledWSConvTranspose3d,
-    ScaledWSLayer,
     ScaledWSLinear,
 )
+from normfree.nn.standardization import VARIANCE_FLOOR
 
-_Layer = ScaledWSLayer if TYPE_CHECKING else object
+
+@torch.fx.wrap  # one node of a symbolic trace, for it asks for dimensions
+def spread(values: Tensor, filters: Tensor) -> Tensor:
+    """Return one value for each filter, [O], at each of its weights, [O, fan-in …]."""
+    return values.view(-1, *[1] * (filters.dim() - 1)).expand_as(filters)
 
 
-class KeptMean(_Layer):
+class KeptMean(Standardized):
     """Gives the layer that follows it in a class's bases a learnable mean per filter.
 
     Attributes:
@@ -50,7 +55,8 @@ class KeptMean(_Layer):
     def scaled_weight(self, scale: Scale | None) -> Tensor:
         """Return the standardised weight plus the kept mean, with the factors of both."""
         mean = self.kept_mean if scale is None else self.kept_mean * scale
-        return super().scaled_weight(scale) + self._per_filter(mean * self.fan_in**-0.5)
+        means = spread(mean * self.fan_in**-0.5, self.filters(self.weight))
+        return super().scaled_weight(scale) + self.weight_of(means)
 
     @torch.no_grad()
     def become(self, weight: Tensor, bias: Tensor | None, factor: Tensor) -> None:
@@ -74,27 +80,9 @@ class KeptMean(_Layer):
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
-    def _per_filter(self, values: Tensor) -> Tensor:
-        """[O] in a shape that adds to the weight."""
-        shape = self.filters(self.weight).shape
-        return self.weight_of(values.view(-1, *[1] * (len(shape) - 1)).expand(shape))
 
-
-class KeptMeanConv2d(KeptMean, ScaledWSConv2d):  # type: ignore[misc]  # the 2-d convolution has a base of its own
+class KeptMeanConv2d(KeptMean, ScaledWSConv2d):
     """A standardised 2-d convolution with a kept mean per filter."""
-
-    @property
-    def constant(self) -> float:
-        """The constant factor of the standardised weight."""
-        return self.input_scale
-
-    def filters(self, weight: Tensor) -> Tensor:
-        """Return the weight, whose rows are the filters already."""
-        return weight
-
-    def weight_of(self, filters: Tensor) -> Tensor:
-        """Return the filters, which are a weight already."""
-        return filters
 
 
 class KeptMeanLinear(KeptMean, ScaledWSLinear):

@@ -13,10 +13,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.nn.checks import check_choice
+from normfree.nn.fold import Refined
 from normfree.nn.recompute import Geometry, average_pool_2x2, convolve_recomputing, derive, origin_of
 
 PADDING_STYLES = ("symmetric", "same")
@@ -52,6 +54,7 @@ def symmetric_padding(kernel_size: Size2d, dilation: Size2d = 1) -> tuple[int, i
     return (height - 1) // 2 * row_dilation, (width - 1) // 2 * column_dilation
 
 
+@torch.fx.wrap  # one node of a symbolic trace, for it asks for sizes
 def pad_same(
     x: Tensor, kernel_size: Size2d, stride: Size2d = 1, dilation: Size2d = 1, value: float = 0.0
 ) -> tuple[Tensor, tuple[int, int]]:
@@ -108,7 +111,11 @@ class PaddedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve [N, C, H, W] to [N, O, H', W']."""
-        return self.convolve(input, self.weight, self.bias)
+        return self.convolve(input, *self.effective())
+
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight [O, I/G, kh, kw] and the bias [O] or None to convolve with."""
+        return self.weight, self.bias
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve x [N, C, H, W] with the given weight and bias in this layer's geometry."""
@@ -129,20 +136,20 @@ class PaddedConv2d(nn.Conv2d):
         Returns:
             An ``nn.Conv2d``; a ``PaddedConv2d`` for TensorFlow's padding, which depends on the input's size.
         """
-        kind, padding = (PaddedConv2d, "same") if self.padding_style == "same" else (nn.Conv2d, self.padding)
-        plain = kind(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            padding=padding,  # type: ignore[arg-type]
-            dilation=self.dilation,  # type: ignore[arg-type]
-            groups=self.groups,
-            bias=bias is not None,
-            device="meta",
-        )
-        plain.padding_mode = self.padding_mode
-        plain._reversed_padding_repeated_twice = list(self._reversed_padding_repeated_twice)
+        channels: tuple[int, int] = (self.in_channels, self.out_channels)
+        geometry: dict[str, Any] = {
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "bias": bias is not None,
+            "device": "meta",
+        }
+        if self.padding_style == "same":
+            plain = PaddedConv2d(*channels, padding="same", **geometry)
+        else:
+            geometry |= {"padding": self.padding, "padding_mode": self.padding_mode}
+            plain = nn.Conv2d(*channels, **geometry)
         plain.weight = nn.Parameter(weight)
         plain.bias = None if bias is None else nn.Parameter(bias)
         return plain.train(self.training)
@@ -151,7 +158,7 @@ class PaddedConv2d(nn.Conv2d):
         return super().extra_repr() + (", padding=same" if self.padding_style == "same" else "")
 
 
-class MaxPool2d(nn.Module):
+class MaxPool2d(nn.MaxPool2d, Refined):
     """Max-pool x [N, C, H, W]; padded cells never win, whatever the sign of the activations.
 
     Args:
@@ -164,27 +171,34 @@ class MaxPool2d(nn.Module):
     """
 
     def __init__(self, kernel_size: int, stride: int, *, padding: str = "symmetric") -> None:
-        super().__init__()
-        self.kernel_size = kernel_size
-        self.stride = stride
         self.padding_style = check_choice("padding", padding, PADDING_STYLES)
+        super().__init__(kernel_size, stride, symmetric_padding(kernel_size) if padding == "symmetric" else 0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        padding = symmetric_padding(self.kernel_size)
+    def forward(self, input: Tensor) -> Tensor:
+        x, padding = input, self.padding
         if self.padding_style == "same":
-            x, padding = pad_same(x, self.kernel_size, self.stride, value=-float("inf"))
+            x, padding = pad_same(x, self.kernel_size, self.stride, value=-float("inf"))  # type: ignore[arg-type]
         return F.max_pool2d(x, self.kernel_size, self.stride, padding)
+
+    def plain_class(self) -> type[nn.Module] | None:
+        return nn.MaxPool2d if self.padding_style == "symmetric" else None
 
     def extra_repr(self) -> str:
         return f"{self.kernel_size}, stride={self.stride}, padding={self.padding_style}"
 
 
-class AveragePool2x2(nn.Module):
+class AveragePool2x2(nn.AvgPool2d, Refined):
     """Halve x [N, C, H, W] to [N, C, ceil(H/2), ceil(W/2)]: the mean over 2x2 windows of stride 2.
 
     At odd sizes the last windows hang over the edge and average the cells that exist, as the official SAME
     pool does. The two padding styles agree here, so there is nothing to choose.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return average_pool_2x2(x)
+    def __init__(self) -> None:
+        super().__init__(2, 2, ceil_mode=True, count_include_pad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return average_pool_2x2(input)
+
+    def plain_class(self) -> type[nn.Module]:
+        return nn.AvgPool2d

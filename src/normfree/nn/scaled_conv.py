@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from normfree.nn.branch_end import BranchEnd, Scale
 from normfree.nn.padding import PaddedConv2d, Size2d
+from normfree.nn.scaled_layer import ScaledLayer
 
 
-class ScaledConv2d(PaddedConv2d, BranchEnd):
+class ScaledConv2d(ScaledLayer, PaddedConv2d):
     """A convolution with factors folded into its weight.
 
     ``y = alpha * s * (conv(input_scale * x, W) + b) = conv(x, alpha * s * input_scale * W) + alpha * s * b``
@@ -75,30 +74,6 @@ class ScaledConv2d(PaddedConv2d, BranchEnd):
         nn.init.normal_(self.weight, std=self.init_scale / math.sqrt(self.fan_in))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def effective(self) -> tuple[Tensor, Tensor | None]:
-        """Return the weight [O, I/G, kh, kw] and the bias [O] or None that a plain convolution needs instead."""
-        scale = self.branch_scale()
-        bias = self.bias if scale is None or self.bias is None else self.bias * scale
-        return self.scaled_weight(scale), bias
-
-    def scaled_weight(self, scale: Scale | None) -> Tensor:
-        """Return the weight [O, I/G, kh, kw] with the factor of the input and ``scale``, that of the output."""
-        weight = self.weight if self.input_scale == 1 else self.weight * self.input_scale
-        return weight if scale is None else weight * scale
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve [N, C, H, W] to [N, O, H', W']."""
-        return self.convolve(input, *self.effective())
-
-    def folded(self) -> nn.Conv2d:
-        """Return a plain convolution of the same outputs: ``nn.Conv2d``, with TensorFlow's padding a ``PaddedConv2d``.
-
-        Its tensors are on the device and in the memory format of this layer's.
-        """
-        with torch.no_grad():
-            weight, bias = self.effective()
-        return self.plain(weight.detach(), None if bias is None else bias.detach())
 
     def extra_repr(self) -> str:
         factors = {"input_scale": self.input_scale, "alpha": self.alpha}

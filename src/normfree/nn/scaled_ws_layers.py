@@ -1,6 +1,6 @@
 """Scaled weight standardization for the layers that are no 2-d convolution: one rule, one layout a kind.
 
-Every layer's weight is read as filters [O, fan-in …], standardised as :mod:`normfree.nn.scaled_ws_conv` says, and
+Every layer's weight is read as filters [O, fan-in …], standardised as :mod:`normfree.nn.standardization` says, and
 written back in the layer's own layout:
 
     convolution, linear      [O, I/G, k …], [O, I]: rows are filters already
@@ -15,16 +15,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.nn.branch_end import BranchEnd, Scale
-from normfree.nn.checks import invalid
-from normfree.nn.scaled_ws_conv import standardize
+from normfree.nn.scaled_ws_conv import Standardized
 
 
-class ScaledWSLayer(BranchEnd):
+class ScaledWSLayer(Standardized):
     """What the layers share; a subclass adds the torch class whose geometry it has.
 
     ``y = alpha * s * (op(input_scale * x, What) + b)``
@@ -44,10 +41,6 @@ class ScaledWSLayer(BranchEnd):
     Source: Brock et al. 2021, section 4, for 2-d convolutions; the other layouts are this project's.
     """
 
-    weight: Any  # the torch classes declare them differently
-    bias: Any
-    gain: nn.Parameter
-
     def __init__(
         self,
         *arguments: Any,
@@ -60,59 +53,13 @@ class ScaledWSLayer(BranchEnd):
         super().__init__(*arguments, **options)
         tensor_options = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.end_branch(alpha, skip_gain, **tensor_options)
-        if self.fan_in == 1:
-            rule = "a filter of one weight minus its mean is always zero"
-            raise invalid("fan_in", 1, rule, "use the plain layer, or a larger kernel or group")
-        self.gain = nn.Parameter(torch.ones(len(self.filters(self.weight)), **tensor_options))
+        self.start_gain(**tensor_options)
 
-    @property
-    def fan_in(self) -> int:
-        """Weights of one filter."""
-        return self.filters(self.weight)[0].numel()
-
-    @property
-    def constant(self) -> float:
-        """The constant factor of the standardised weight."""
-        return self.input_scale
-
-    def filters(self, weight: Tensor) -> Tensor:
-        """Return a weight as filters [O, fan-in …]."""
-        return weight
-
-    def weight_of(self, filters: Tensor) -> Tensor:
-        """Return filters [O, fan-in …] as a weight."""
-        return filters
-
-    def reset_parameters(self) -> None:
-        """Draw the weight from N(0, 1/fan_in), set the bias to zero and the gain to one."""
-        nn.init.normal_(self.weight, std=1 / math.sqrt(self.fan_in))
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-        if "gain" in self._parameters:  # the torch class's constructor calls this before there is one
-            nn.init.ones_(self.gain)
-
-    def effective(self) -> tuple[Tensor, Tensor | None]:
-        """Return the weight and the bias that the plain layer needs instead."""
-        scale = self.branch_scale()
-        bias = self.bias if scale is None or self.bias is None else self.bias * scale
-        return self.scaled_weight(scale), bias
-
-    def scaled_weight(self, scale: Scale | None) -> Tensor:
-        """Return the standardised weight, in the layer's layout, with the factor of the input and of the output."""
-        gain = self.gain if scale is None else self.gain * scale
-        return self.weight_of(standardize(self.filters(self.weight), gain, self.constant))
-
-    def folded(self) -> nn.Module:
-        """Return the plain torch layer of the same outputs."""
-        with torch.no_grad():
-            weight, bias = self.effective()
-        plain = self._plain()
-        plain.weight = nn.Parameter(weight.detach())
-        plain.bias = None if bias is None else nn.Parameter(bias.detach())
+    def take(self, plain: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Return a plain layer with a weight and a bias, in this layer's mode."""
+        plain.weight = nn.Parameter(weight)
+        plain.bias = None if bias is None else nn.Parameter(bias)
         return plain.train(self.training)
-
-    def _plain(self) -> Any:
-        raise NotImplementedError
 
 
 class ScaledWSLinear(ScaledWSLayer, nn.Linear):
@@ -122,8 +69,10 @@ class ScaledWSLinear(ScaledWSLayer, nn.Linear):
         """Map [..., I] to [..., O]."""
         return F.linear(input, *self.effective())
 
-    def _plain(self) -> nn.Linear:
-        return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+    def plain(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Return an ``nn.Linear`` with the given weight and bias."""
+        plain = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        return self.take(plain, weight, bias)
 
 
 class _ScaledWSConvNd(ScaledWSLayer):
@@ -131,8 +80,9 @@ class _ScaledWSConvNd(ScaledWSLayer):
         """Convolve [N, C, …] to [N, O, …]."""
         return self._conv_forward(input, *self.effective())
 
-    def _plain(self: Any, **more: Any) -> Any:
-        return self.kind(
+    def plain(self: Any, weight: Tensor, bias: Tensor | None, **more: Any) -> nn.Module:
+        """Return torch's layer of this geometry with the given weight and bias."""
+        plain = self.kind(
             self.in_channels,
             self.out_channels,
             self.kernel_size,
@@ -140,11 +90,12 @@ class _ScaledWSConvNd(ScaledWSLayer):
             padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
-            bias=self.bias is not None,
+            bias=bias is not None,
             padding_mode=self.padding_mode,
             device="meta",
             **more,
         )
+        return self.take(plain, weight, bias)
 
 
 class ScaledWSConv1d(_ScaledWSConvNd, nn.Conv1d):
@@ -182,8 +133,9 @@ class _ScaledWSConvTransposeNd(_ScaledWSConvNd):
         operation = getattr(F, f"conv_transpose{axes}d")
         return operation(input, *self.effective(), self.stride, self.padding, padding, self.groups, self.dilation)
 
-    def _plain(self: Any, **more: Any) -> Any:
-        return super()._plain(output_padding=self.output_padding, **more)
+    def plain(self: Any, weight: Tensor, bias: Tensor | None, **more: Any) -> nn.Module:
+        """Return torch's layer of this geometry with the given weight and bias."""
+        return super().plain(weight, bias, output_padding=self.output_padding, **more)
 
 
 class ScaledWSConvTranspose1d(_ScaledWSConvTransposeNd, nn.ConvTranspose1d):

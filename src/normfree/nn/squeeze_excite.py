@@ -51,7 +51,4 @@ class SqueezeExcite(BranchEnd):
     def forward(self, x: Tensor) -> Tensor:
         """Gate [N, C, H, W]."""
         gate = 2 * torch.sigmoid(self.linear1(F.relu(self.linear0(x.mean((2, 3))))))
-        scale = self.branch_scale()
-        if scale is not None:
-            gate = gate * scale
-        return x * gate[:, :, None, None]
+        return x * self.ended(gate)[:, :, None, None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.models import Backbone, create_model
-from normfree.nn.fold import Foldable, fold
+from normfree.nn.fold import fold, has_foldable
 from normfree.signal.files import write_atomically
 
 KEY = "normfree"
@@ -49,7 +49,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with torch.device("meta"):
         rebuilt = create_model(**model.config)
-    folded = not any(isinstance(layer, Foldable) for layer in model.modules())
+    folded = not has_foldable(model)
     rebuilt = (fold(rebuilt) if folded else rebuilt).state_dict()
     changed = [
         n for n in {*tensors, *rebuilt} if n not in tensors or n not in rebuilt or tensors[n].shape != rebuilt[n].shape

@@ -14,7 +14,7 @@ from torch import nn
 
 from normfree.models import Backbone, create_model
 from normfree.nn.checks import invalid
-from normfree.nn.fold import Foldable, fold
+from normfree.nn.fold import fold, has_foldable
 from normfree.signal.files import write_atomically
 from normfree.weights.checkpoint import load, save
 
@@ -131,7 +131,7 @@ def _changed(model: Backbone, overrides: dict[str, Any]) -> Backbone:
     if "name" in overrides:
         raise invalid("name", overrides["name"], f"the weights are of {model.name}", "leave the name out")
     other = create_model(**{**model.config, **overrides})
-    if not any(isinstance(layer, Foldable) for layer in model.modules()):
+    if not has_foldable(model):
         other = cast(Backbone, fold(other))
     other.to(next(model.parameters()).dtype)
     state, own = model.state_dict(), other.state_dict()

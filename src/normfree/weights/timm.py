@@ -31,7 +31,8 @@ Model = TypeVar("Model", bound=nn.Module)
 TIMM_EPS = 1e-5  # of the variance, in timm's normalizer-free networks
 TIMM_ALPHA = 0.2
 
-_ACTIVATION_NAMES = {type(factory()): name for name, factory in ACTIVATIONS.items()}
+# The exact GELU has the constant of the authors' in timm, too, which a name of our own has not.
+_ACTIVATION_NAMES = {type(factory()): name for name, factory in ACTIVATIONS.items() if name in OFFICIAL_GAMMA}
 _LIKE_NO_OTHER = ("stem.conv.", "stem.conv0.", "final.conv.")  # their input is no activation
 
 
@@ -41,8 +42,8 @@ def load_timm_weights(model: Model, state_dict: Mapping[str, Tensor]) -> Model:
     ========================  =========================  ====================================================
     timm                      here                       logits (in evaluation mode) agree to rounding with
     ========================  =========================  ====================================================
-    ``dm_nfnet_f<k>``         ``nfnet_f<k>``             ``padding="same"``, ``activation=torch.nn.GELU()``
-    ``nfnet_f<k>``            ``nfnet_f<k>``             ``activation=torch.nn.GELU()``
+    ``dm_nfnet_f<k>``         ``nfnet_f<k>``             ``padding="same"``, ``activation="gelu_exact"``
+    ``nfnet_f<k>``            ``nfnet_f<k>``             ``activation="gelu_exact"``
     ``nf_regnet_*``           ``nf_regnet_b<k>``         sizes that timm's rounding to multiples of 8 leaves
     ``nf_*resnet*``           none: other shortcuts
     ``eca_*``                 none: another gate
