@@ -87,7 +87,7 @@ def test_a_gate_carries_the_branch_factor_and_the_two_that_it_halves():
     record = normfree.convert(post_activation(Gate), IMAGES).conversion
     gates = [change for change in record.changes if change.now == "BranchScale"]
     assert [gate.name for gate in gates] == [f"{block}.gate.sigmoid" for block in range(1, 6)]
-    assert all(gate.correction == 2 and gate.alpha == 0.2 and gate.skip_gain == 0 for gate in gates)
+    assert all(gate.correction == 2 and gate.alpha == 0.2 and gate.skip_gain == 1 for gate in gates)
     assert {"1.gate.fc1", "1.gate.fc2"} <= {
         kept.name for kept in record.kept if kept.reason == "it only computes a gate"
     }

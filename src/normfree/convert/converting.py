@@ -30,7 +30,7 @@ def convert(
     *,
     start: str = "fresh",
     alpha: float = 0.2,
-    skip_gain: float = 0.0,
+    skip_gain: float = 1.0,
     beta: str = "plan",
     seed: int = 0,
     source: str | None = None,
@@ -49,7 +49,8 @@ def convert(
             the model suggests by default. The *fresh* start also measures with it, so give several examples.
         start: "fresh" or "pretrained".
         alpha: factor of the residual branches (*fresh*).
-        skip_gain: initial value of their learnable factor s (*fresh*); 0 starts the network as its shortcuts.
+        skip_gain: initial value of their learnable factor s (*fresh*). 0 starts the network as its shortcuts, as the
+            paper's own models do; a shallow network then learns slowly until its few gains have left zero.
         beta: "plan" takes γ and β from closed forms where there are any and measures elsewhere; "measured" measures
             every layer on the example (*fresh*).
         seed: of the new weights.
