@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(STAMP)  ## draw signal propagation plots into out/demo
+demo: $(STAMP)  ## plot three ResNet-50s and train three small ones, into out/demo
 	$(VENV)/bin/normfree demo --out out/demo
 
 test: lint  ## everything CI runs: lint, types, tests (PYTEST_ARGS="-n 2")

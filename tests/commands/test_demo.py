@@ -5,12 +5,13 @@ import json
 import pytest
 
 from normfree.cli import main
+from normfree.commands import demo_training
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    assert main(["demo", "--out", str(out)]) == 0
+    assert main(["demo", "--out", str(out), "--epochs", "2"]) == 0
     return out
 
 
@@ -28,3 +29,22 @@ def test_deleting_the_normalizers_explodes_and_the_other_two_are_healthy(demo):
     assert all(model["input"]["kind"] == "photos" and len(model["blocks"]) == 16 for model in models)
     assert (demo / "report.html").stat().st_size > 1_000_000  # plotly is inside: it opens offline
     assert (demo / "spp.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_accuracies_stand_beside_the_plots(demo):
+    models = json.loads((demo / "digits" / "spp.json").read_text())["models"]
+    accuracy = {name: float(told.split()[0]) for name, told in (one["model"].split(": ") for one in models)}
+    assert list(accuracy) == ["BatchNorm", "normalizers deleted", "normalizer-free"]
+    assert accuracy["normalizer-free"] > 40  # two epochs; chance is 10
+    assert all(len(model["blocks"]) == 16 and model["input"]["shape"] == [64, 1, 8, 8] for model in models)
+    errors = {
+        one["model"].split(":")[0]: {f["kind"] for f in one["findings"] if f["severity"] == "error"} for one in models
+    }
+    assert errors["normalizers deleted"] and not errors["BatchNorm"] and not errors["normalizer-free"]
+
+
+def test_divergence_is_told_with_its_step(monkeypatch):
+    monkeypatch.setattr(demo_training, "RATE", 1e20)
+    learned = demo_training.learn("normalizers deleted", 0, epochs=1)
+    assert learned.accuracy is None
+    assert learned.outcome == f"diverged at step {learned.diverged}"
