@@ -16,7 +16,7 @@ ALLOWED = {
     "models": {"models", "nn"},
     "weights": {"weights", "models", "nn", "signal"},
     "optim": {"optim", "nn"},
-    "data": {"data", "nn"},
+    "data": {"data", "nn", "signal"},
     "convert": {"convert", "nn", "signal", "weights"},
     "export": {"export", "nn", "signal"},
     "benchmark": {"benchmark", "models", "nn", "signal", "export", "sources"},

@@ -42,5 +42,8 @@ def __getattr__(name: str) -> Any:
     if name == "HubModel":
         from normfree.weights.hub import hub_model_class
 
-        return hub_model_class()
+        try:
+            return hub_model_class()
+        except ImportError as error:  # hasattr has to be False, not to raise
+            raise AttributeError(str(error)) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

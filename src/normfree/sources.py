@@ -15,6 +15,7 @@ from normfree.convert import load, stored_conversion
 from normfree.models import create_model, list_models
 from normfree.models.overrides import parse_overrides
 from normfree.nn.checks import suggestion
+from normfree.signal.packages import required
 
 FORMS = (
     "a name of `normfree models`, torchvision:NAME, timm:NAME, FILE.py:FACTORY, a checkpoint of normfree.save, or "
@@ -85,10 +86,7 @@ def _torchvision(name: str) -> nn.Module:
 
 
 def _timm(name: str) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise ValueError(f"model: timm:{name} needs timm; pip install 'normfree[timm]'") from error
+    timm = required("timm", f"timm:{name}", "'normfree[timm]'")
     if not timm.is_model(name):
         raise ValueError(f"model: timm has no {name!r}; {suggestion(name, timm.list_models())}")
     return timm.create_model(name, pretrained=False)

@@ -241,8 +241,8 @@ def test_without_huggingface_hub(monkeypatch, folder):
         if name.split(".")[0] == "huggingface_hub" or name == "normfree.weights.hub_model":
             monkeypatch.setitem(sys.modules, name, None)
     assert normfree.from_pretrained(folder).num_classes == 3
-    for use in (lambda: normfree.HubModel, lambda: normfree.push_to_hub(small(), "a/b")):
-        with pytest.raises(ValueError, match="huggingface_hub, which is missing; pip install"):
+    for use in (lambda: normfree.from_pretrained("a/b"), lambda: normfree.push_to_hub(small(), "a/b")):
+        with pytest.raises(ImportError, match="huggingface_hub, which is not installed; pip install"):
             use()
     with pytest.raises(AttributeError, match="no attribute 'Hub'"):
         _ = normfree.Hub

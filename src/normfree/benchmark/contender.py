@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from normfree.benchmark.limit import limit
 from normfree.nn import fold
 from normfree.nn.checks import check_choice
+from normfree.signal.packages import required
 from normfree.sources import build
 
 STEPS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -117,9 +118,9 @@ class Contender:
 
 def _onnx_call(model: nn.Module, batch: Tensor) -> Call:
     """Return a call of ONNX Runtime on the CPU, with as many threads as PyTorch has."""
-    import onnxruntime
-
     from normfree.export import to_onnx
+
+    onnxruntime = required("onnxruntime", "timing an ONNX file")
 
     with tempfile.TemporaryDirectory() as folder:
         written = to_onnx(model, batch, Path(folder) / "model.onnx")

@@ -14,6 +14,7 @@ from normfree.data.crops import CentreCrop
 from normfree.data.loading import Decoded, Decoder, Example, loader
 from normfree.data.records import Record, Table
 from normfree.nn.checks import invalid
+from normfree.signal.packages import required
 
 LARGEST = 2**30
 """Bytes that are held in memory without being asked to."""
@@ -64,11 +65,7 @@ def digits(*, training: bool) -> Pixels:
     Args:
         training: the four fifths to train on, or the fifth to test on.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("source: digits needs scikit-learn; pip install scikit-learn") from error
-    found: Any = load_digits()
+    found: Any = required("sklearn.datasets", "the digits", "scikit-learn").load_digits()
     # Values are 0 to 16; 255 / 16 rounds, and stays invertible.
     images = (torch.from_numpy(found.images) * (255 / 16)).round().to(torch.uint8).unsqueeze(-1)
     targets = torch.from_numpy(found.target).to(torch.int64)

@@ -17,6 +17,7 @@ from torch import Tensor
 from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD
 from normfree.data.decode import DamagedImage, decode
 from normfree.data.sources import SUFFIXES
+from normfree.signal.packages import required
 
 
 class Probe(Protocol):
@@ -98,11 +99,7 @@ class Photographs(_Cropped):
 
     def load(self, index: int) -> Tensor:
         """Photograph 0 or 1, uint8 [3, 427, 640]."""
-        try:
-            from sklearn.datasets import load_sample_images
-        except ImportError as error:
-            raise ImportError("input: photos needs scikit-learn; pip install scikit-learn") from error
-        images: Any = load_sample_images()
+        images: Any = required("sklearn.datasets", "input=photos", "scikit-learn").load_sample_images()
         return torch.from_numpy(images.images[index].copy()).permute(2, 0, 1)
 
     def __len__(self) -> int:

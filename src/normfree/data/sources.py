@@ -21,6 +21,7 @@ from normfree.data.records import Namer
 from normfree.data.shards import count_rows, scan_shards
 from normfree.data.splits import grouped, split_of
 from normfree.nn.checks import invalid
+from normfree.signal.packages import required
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -94,7 +95,7 @@ def _matching(pattern: str) -> list[str]:
 @contextlib.contextmanager
 def quiet_datasets() -> Iterator[None]:
     """Keep ``datasets`` from counting downloads over the network, and from drawing bars."""
-    import datasets
+    datasets = required("datasets", "a data source")
     from datasets import config
 
     counts, bars = config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.is_progress_bar_enabled()
@@ -138,7 +139,7 @@ class FolderSource:
 
     @functools.cache  # noqa: B019 (a source lives as long as its data)
     def _listed(self, split: str) -> Any:
-        import datasets
+        datasets = required("datasets", "a data source")
 
         folder = self.folders[split]
         labels, paths = [], []
@@ -190,7 +191,7 @@ class FileSource:
 
     def _read(self, split: str) -> Any:
         """The encoded rows of small parquet files, in memory: ``datasets`` would write a copy of them first."""
-        import datasets
+        datasets = required("datasets", "a data source")
         from datasets.table import InMemoryTable
         from pyarrow import parquet
 
@@ -234,7 +235,7 @@ class HubSource:
     streams = False
 
     def __init__(self, config: DataConfig) -> None:
-        import datasets
+        datasets = required("datasets", "a data source")
 
         _, self.name, *rest = config.source.split(":", 2)
         self.configuration = rest[0] if rest else None
@@ -260,7 +261,7 @@ def _by_path(number: int, path: str | None, shard: int | None = None) -> str:
 
 def _loaded(config: DataConfig, *words: Any, **options: Any) -> Any:
     """``datasets.load_dataset``, silent, off the network for files, its errors in one line."""
-    import datasets
+    datasets = required("datasets", "a data source")
 
     cache = str(config.cache_folder) if config.cache_folder else None
     with quiet_datasets(), explained(config.source):
@@ -269,7 +270,7 @@ def _loaded(config: DataConfig, *words: Any, **options: Any) -> Any:
 
 def _encoded(rows: Any) -> Any:
     """The same rows, their images left encoded."""
-    import datasets
+    datasets = required("datasets", "a data source")
 
     for name, feature in (rows.features or {}).items():
         if isinstance(feature, datasets.Image):

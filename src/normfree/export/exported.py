@@ -45,7 +45,7 @@ class Format:
 
     Attributes:
         suffix: of its name.
-        check: raises ValueError where what it takes is not installed.
+        check: raises ImportError where what it takes is not installed.
         write: writes a program to a path; the last argument names its outputs.
         read: opens such a file.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from normfree.export.arguments import Arguments, ExampleInput, one_line
 from normfree.export.capture import BATCH, quiet
 from normfree.export.exported import Exported, Format, Opened, export
+from normfree.signal.packages import required
 
 OPSET = 20
 """Version of ONNX's operators. The first with Gelu, which older ones spell as six operators a NFNet activation."""
@@ -55,7 +55,8 @@ def to_onnx(
 
     Raises:
         ValueError: an argument that breaks its rule; a model that cannot be traced or has no ONNX form; a
-            difference above the tolerance; a package that is not installed. No file is left.
+            difference above the tolerance. No file is left.
+        ImportError: a package is not installed.
         OSError: the file cannot be written.
     """
     kind = Format(suffix=".onnx", check=check_installed, write=_write, read=_read)
@@ -66,14 +67,11 @@ def check_installed() -> None:
     """Refuse to start without the packages that ONNX takes.
 
     Raises:
-        ValueError: naming what to install.
+        ImportError: naming what to install.
     """
     for package in PACKAGES:
-        try:
-            with quiet():
-                importlib.import_module(package)
-        except ImportError as error:
-            raise ValueError(f"ONNX needs {package} ({error}); pip install {' '.join(PACKAGES)}") from error
+        with quiet():
+            required(package, "ONNX", " ".join(PACKAGES))
 
 
 def _write(program: ExportedProgram, path: Path, output_names: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from normfree.signal.monitor import SignalMonitor
+from normfree.signal.packages import required
 
 
 class SignalCallback:
@@ -42,10 +43,7 @@ def lightning_callback(monitor: SignalMonitor) -> Any:
     Raises:
         ImportError: if lightning is not installed.
     """
-    try:
-        from lightning.pytorch import Callback
-    except ImportError as error:
-        raise ImportError("lightning_callback needs lightning; install it with: pip install lightning") from error
+    Callback = required("lightning.pytorch", "lightning_callback").Callback
 
     class LightningSignalCallback(SignalCallback, Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from normfree.signal.history import SignalHistory
+from normfree.signal.packages import required
 from normfree.signal.panels import (
     COLORS,
     ENTRY_X,
@@ -42,10 +43,7 @@ def slider_figure(history: SignalHistory) -> Any:
     """
     if not history:
         raise ValueError("history: it has no records; start the monitor first")
-    try:
-        from plotly import graph_objects
-    except ImportError as error:
-        raise ImportError("the figure needs plotly; install it with: pip install plotly") from error
+    graph_objects = required("plotly.graph_objects", "the figure")
     history = history.thinned(MOST_FRAMES)
     signals, panels = history.signals, panels_of(history.signals)
     still, moving = _still_traces(signals, panels), _moving_traces(signals[-1], panels)

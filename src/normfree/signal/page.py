@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from normfree.signal.files import write_atomically
+from normfree.signal.packages import required
 
 
 def write_page(path: str | Path, template: str, parts: Mapping[str, str]) -> Path:
@@ -30,11 +31,7 @@ def plotly_source() -> str:
     Raises:
         ImportError: if plotly is not installed.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ImportError("the report needs plotly; install it with: pip install plotly") from error
-    return get_plotlyjs().replace("</script", "<\\/script")
+    return required("plotly.offline", "the report").get_plotlyjs().replace("</script", "<\\/script")
 
 
 def inert(value: Any) -> str:

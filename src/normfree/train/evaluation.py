@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from normfree.signal.packages import required
+
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
@@ -60,6 +62,7 @@ def evaluate(
     Returns:
         The same on all ranks.
     """
+    required("torchmetrics", "an evaluation")
     from torchmetrics import MeanMetric, MetricCollection
     from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from normfree.nn.checks import invalid
+from normfree.signal.packages import required
 from normfree.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -67,10 +68,9 @@ def launch(config: TrainConfig) -> Fabric:
 
 def launched(accelerator: str, precision: str, strategy: str = "auto") -> Fabric:
     """Return Lightning Fabric for choices of ``TrainConfig``'s fields of these names; raises as :func:`launch`."""
-    try:
-        from lightning.fabric import Fabric
-    except ImportError as error:
-        raise ImportError("training needs lightning; pip install lightning") from error
+    required("lightning.fabric", "training")
+    from lightning.fabric import Fabric
+
     device = device_type(accelerator)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world = int(os.environ["WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else 1

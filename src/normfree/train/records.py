@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from normfree.signal.files import write_atomically
+from normfree.signal.packages import required
 
 TRAINING = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "clip_fraction", "images_per_second", "seconds")
 EVALUATION = ("step", "epoch", "loss", "top1", "top5", "examples", "seconds")
@@ -82,6 +83,7 @@ class Records:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
+        required("tensorboard", "a run's record")
         from torch.utils.tensorboard import SummaryWriter
 
         self.training = Curve(folder / "train.csv", TRAINING, step)

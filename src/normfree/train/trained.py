@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.data import DataConfig
+from normfree.signal.packages import required
 from normfree.train.checkpoint import MANIFEST, CheckpointStore, verified
 from normfree.train.config import from_dict
 from normfree.train.run import CHECKPOINTS, CONFIG, MODEL
@@ -146,10 +147,7 @@ class OnnxNetwork(FixedBatch):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ImportError("ONNX files need onnxruntime; pip install onnxruntime") from error
+        onnxruntime = required("onnxruntime", "an ONNX file")
         try:
             session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
             (given,) = session.get_inputs()

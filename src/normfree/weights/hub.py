@@ -16,6 +16,7 @@ from typing import Any, cast
 from torch import nn
 
 from normfree.models import Backbone
+from normfree.signal.packages import required
 from normfree.weights.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_folder, model_card, save_pretrained
 
 
@@ -50,7 +51,8 @@ def from_pretrained(
 
     Raises:
         ValueError: no such repository or revision; files missing, damaged, not ours or at odds with each other; an
-            override that is unknown or that the weights do not fit; huggingface_hub is not installed.
+            override that is unknown or that the weights do not fit.
+        ImportError: huggingface_hub is not installed, and the source is no folder.
 
     Source: the folder's form and the options' names are ``huggingface_hub.PyTorchModelHubMixin``'s.
     """
@@ -92,7 +94,8 @@ def push_to_hub(
         The commit's URL.
 
     Raises:
-        ValueError: as :func:`normfree.save`; huggingface_hub is not installed; the hub refuses, or does not answer.
+        ValueError: as :func:`normfree.save`; the hub refuses, or does not answer.
+        ImportError: huggingface_hub is not installed.
     """
     with tempfile.TemporaryDirectory() as temporary, hub_errors(f"repo_id={repo_id!r}") as hub:
         # First, because it also checks the model: no repository is made for one that cannot be saved.
@@ -123,23 +126,16 @@ def require_huggingface_hub() -> ModuleType:
     """Return the module ``huggingface_hub``.
 
     Raises:
-        ValueError: it is not installed.
+        ImportError: it is not installed.
     """
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        remedy = "pip install huggingface_hub"
-        raise ValueError(
-            f"the Hugging Face hub is reached through huggingface_hub, which is missing; {remedy}"
-        ) from error
-    return huggingface_hub
+    return required("huggingface_hub", "the Hugging Face hub")
 
 
 def hub_model_class() -> Any:
     """Return :class:`normfree.weights.hub_model.HubModel`.
 
     Raises:
-        ValueError: huggingface_hub is not installed.
+        ImportError: huggingface_hub is not installed.
     """
     require_huggingface_hub()
     from normfree.weights.hub_model import HubModel
@@ -163,7 +159,8 @@ def hub_errors(subject: str) -> Iterator[ModuleType]:
     """Give ``huggingface_hub``, and turn its errors into a ``ValueError`` of one line about the subject.
 
     Raises:
-        ValueError: it is not installed; the hub refuses, or does not answer.
+        ValueError: the hub refuses, or does not answer.
+        ImportError: huggingface_hub is not installed.
     """
     hub = require_huggingface_hub()
     errors = importlib.import_module("huggingface_hub.errors")
