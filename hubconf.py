@@ -14,12 +14,13 @@ from pathlib import Path as _Path
 dependencies = ["torch", "torchvision", "numpy", "safetensors", "matplotlib"]
 
 # torch.hub has the repository, which need not be installed.
-sys.path.insert(0, str(_Path(__file__).parent / "src"))
+_source = str(_Path(__file__).parent / "src")
+sys.path.insert(0, _source)
 
 from normfree import create_model as _create_model  # noqa: E402
 from normfree import list_models as _list_models  # noqa: E402
 
-sys.path.pop(0)
+sys.path.remove(_source)  # by value: an import may have put something before it
 
 for _name in _list_models():
     globals()[_name] = _update_wrapper(_partial(_create_model, _name), _create_model)

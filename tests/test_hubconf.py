@@ -25,6 +25,28 @@ def test_every_model_is_an_entry_and_builds():
     assert sys.path == path
 
 
+def test_what_an_import_puts_first_stays_there(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "normfree", Meddling(normfree))
+    spec = importlib.util.spec_from_file_location("hubconf_under_test", ROOT / "hubconf.py")
+    before = list(sys.path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert [entry for entry in sys.path if entry != "first"] == before
+    assert sys.path[0] == "first"
+
+
+class Meddling:
+    """A module whose import puts a folder first."""
+
+    def __init__(self, module):
+        self.create_model, self._list = module.create_model, module.list_models
+
+    @property
+    def list_models(self):
+        sys.path.insert(0, "first")
+        return self._list
+
+
 def test_torch_hub_loads_from_a_checkout():
     model = torch.hub.load(str(ROOT), "nf_resnet50", source="local", num_classes=4, width=1)
     common = {"num_classes": 4, "in_channels": 3, "padding": "symmetric"}

@@ -8,11 +8,19 @@
 from typing import Any
 
 from normfree import optim
-from normfree.convert import convert, load, save
+from normfree.convert import convert
 from normfree.models import create_model, list_models
 from normfree.nn import fold, gamma
 from normfree.signal import SignalHistory, SignalMonitor, SignalPropagation, spp
-from normfree.weights import from_pretrained, load_haiku_weights, load_timm_weights, push_to_hub, save_pretrained
+from normfree.weights import (
+    from_pretrained,
+    load,
+    load_haiku_weights,
+    load_timm_weights,
+    push_to_hub,
+    save,
+    save_pretrained,
+)
 
 __version__ = "0.1.0"
 

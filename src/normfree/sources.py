@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from normfree.convert import load, stored_conversion
+from normfree.convert import stored_conversion
 from normfree.models import create_model, list_models
 from normfree.models.overrides import parse_overrides
 from normfree.nn.checks import suggestion
 from normfree.signal.packages import required
+from normfree.weights import load
 
 FORMS = (
     "a name of `normfree models`, torchvision:NAME, timm:NAME, FILE.py:FACTORY, a checkpoint of normfree.save, or "

@@ -114,7 +114,10 @@ def test_a_factory_may_say_what_its_model_takes(tmp_path, factories, capfd, monk
 MISTAKES = {
     "no model": ([], r"STR|model"),
     "unknown model": (["nf_resnet5"], r"nf_resnet5.*nf_resnet50"),
-    "unknown format": (["{file}:plain", "--format", "tflite"], "'tflite'.*--format"),
+    "unknown format": (
+        ["{file}:plain", "--format", "tflite"],
+        r"format='tflite': unknown.*one of 'onnx', 'pt2'$",
+    ),
     "another ending": (["{file}:plain", "--out", "{dir}/m.bin"], r"out: '.*m\.bin' does not end in \.onnx or \.pt2"),
     "two formats": (["{file}:plain", "--format", "pt2", "--out", "{dir}/m.onnx"], r"does not end in \.pt2; rename"),
     "batch of none": (["{file}:plain", "--batch-size", "0"], r"batch_size: 0"),

@@ -147,7 +147,6 @@ def test_a_feature_pyramid_network_and_a_detector_train_at_batch_one(name):
         ({"out_indices": 2}, "^out_indices=2: .*ascending"),
         ({"names": ("a", "b")}, "^names=.*one name per level.*; pass 4 names"),
         ({"names": ("a", "b", "c", "c")}, "^names=.*each its own"),
-        ({"names": ("a", "b", "c", "d.e")}, "^names=.*without a dot"),
         ({"activated": 1}, "^activated=1: must be True or False"),
     ],
 )
@@ -156,6 +155,17 @@ def test_refusals(arguments, message):
         FeaturePyramidBackbone(small("nf_resnet50"), **arguments)
 
 
+@pytest.mark.parametrize("name", ["type", "training", "a.b", "keys"])
+def test_a_level_may_have_any_name(name):
+    body = FeaturePyramidBackbone(small("resnetv2_50"), out_indices=(3,), names=(name,))
+    assert list(body(torch.randn(2, 3, 64, 64))) == [name] == [level.name for level in body.levels]
+
+
+def test_a_wrapped_model_is_found_in_its_wrapper():
+    with pytest.raises(ValueError, match=r"^model='Sequential': .*; pass the one inside it, model\.0$"):
+        FeaturePyramidBackbone(nn.Sequential(small("nf_resnet50")))
+
+
 def test_another_model_is_refused():
-    with pytest.raises(ValueError, match=r"^model='Linear': must be a model of create_model; pass"):
+    with pytest.raises(ValueError, match=r"^model='Linear': was not built by normfree.create_model; pass a model"):
         FeaturePyramidBackbone(nn.Linear(1, 1))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD
 
 import normfree
-from normfree.optim import clip_grad_adaptive_, final_linear
+from normfree.optim import AdaptiveGradientClipping, clip_grad_adaptive_, final_linear
 from normfree.optim.units import units_of
 
 
@@ -106,6 +107,10 @@ def test_wrappers_are_looked_through():
         (lambda m: clip_grad_adaptive_(m, exclude=["wight"]), "exclude='wight'.*did you mean weight"),
         (lambda m: clip_grad_adaptive_(m.named_parameters()), "exclude=None.*pass the model"),
         (lambda m: clip_grad_adaptive_(m.parameters(), exclude=()), "parameters='Parameter'.*named_parameters"),
+        (lambda m: clip_grad_adaptive_(SGD(m.parameters())), "^parameters='SGD': must be a module.*; pass the model"),
+        (lambda m: AdaptiveGradientClipping(m, SGD(m.parameters())), "^optimizer='Linear': .*; swap the first two"),
+        (lambda m: AdaptiveGradientClipping(m, 0.01), "^optimizer='Linear': .*optimizer first and the model second"),
+        (lambda m: AdaptiveGradientClipping(SGD(m.parameters()), 0.01), "^parameters='float': must be a module"),
     ],
 )
 def test_mistakes_are_named(call, message):

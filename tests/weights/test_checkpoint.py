@@ -85,3 +85,37 @@ def test_precision_is_kept(tmp_path):
     model = normfree.create_model("nf_resnet50", **OVERRIDES).bfloat16()
     again = normfree.load(normfree.save(model, tmp_path / "m.safetensors"))
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+
+
+def test_every_tensor_keeps_its_own_precision(tmp_path):
+    model = normfree.create_model("resnetv2_50", num_classes=7, width=1, depths=(1, 1, 1, 1)).bfloat16()
+    model.classifier.float()
+    again = normfree.load(normfree.save(model, tmp_path / "m.safetensors"))
+    precisions = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in again.state_dict().items()} == precisions
+    assert {torch.bfloat16, torch.float32, torch.int64} == set(precisions.values())
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_there_is_one_save_and_one_load():
+    from normfree import weights
+
+    assert (normfree.save, normfree.load) == (weights.save, weights.load)
+
+
+def test_what_is_no_place_for_a_file_of_weights(tmp_path):
+    model = normfree.create_model("nf_resnet50", **OVERRIDES)
+    places = {
+        tmp_path: r"is a folder; name the file, such as '.*model\.safetensors'$",
+        tmp_path / "m.pt": r"must end in \.safetensors, for no other form is written; pass '.*m\.safetensors'$",
+        None: r"^path='NoneType': must be a path; pass one such as 'model\.safetensors'$",
+    }
+    for place, message in places.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            normfree.save(model, place)
+        assert str(caught.value).startswith("path=")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"^path='.*': is a folder; .* normfree\.from_pretrained$"):
+        normfree.load(tmp_path)
+    with pytest.raises(ValueError, match=r"^model='Sequential': was not built .*; pass the one inside it, model\.0$"):
+        normfree.save(torch.nn.Sequential(model), tmp_path / "m.safetensors")

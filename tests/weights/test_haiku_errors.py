@@ -52,11 +52,11 @@ def test_what_is_missing_is_named():
 
 def test_what_is_left_is_named():
     broken(
-        r"1 of 91 are left over \(NF_RegNet/~/nf_block_5/skip_gain\)",
+        r"has 6 blocks where nf_regnet_b0 has 5: 1 of 91 are left over \(NF_RegNet/~/nf_block_5/skip_gain\)",
         lambda p: p.update({"NF_RegNet/~/nf_block_5": {"skip_gain": 1.0}}),
     )
     broken(
-        r"missing .*NF_RegNet.* left over \(NFNet",
+        r"^source: is of another family than nf_regnet_b0: .*missing .*NF_RegNet.* left over \(NFNet",
         lambda p: {path.replace("NF_RegNet", "NFNet"): group for path, group in p.items()},
     )
     fewer = regnet(num_classes=0)

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import normfree
 
@@ -147,31 +148,51 @@ def test_overrides_change_the_model_and_keep_the_weights(name, tmp_path):
         ({"alpha": "big"}, "alpha='big': must be a finite number"),
         ({"width": 2}, "width=2: widths gives the stages' channels"),
         ({"wdith": 2}, "wdith=2: nf_resnet50 has no such override"),
-        ({"widths": (16, 8, 8, 8)}, r"widths=\(16, 8, 8, 8\): .* tensors of the weights do not fit"),
-        ({"name": "resnet50"}, "the weights are of nf_resnet50; leave the name out"),
-        ({"map_location": "toaster"}, "toaster"),
+        (
+            {"widths": (16, 8, 8, 8)},
+            r"widths=\(16, 8, 8, 8\): .* tensors of the weights do not fit .*; leave widths",
+        ),
+        ({"name": "resnet50"}, "name='resnet50': the weights are of nf_resnet50; leave the name out"),
+        ({"map_location": "toaster"}, "map_location='toaster': is no device here .*toaster"),
     ],
 )
 def test_overrides_that_do_not_fit(overrides, message, folder):
-    with pytest.raises(ValueError, match=rf"^source='.*{message}"):
+    with pytest.raises(ValueError, match=rf"^{message}") as caught:
         normfree.from_pretrained(folder, **overrides)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "config.json").unlink(), "has no config.json"),
-        (lambda f: (f / "config.json").write_text("[" * 100_000), "no sound JSON file"),
-        (lambda f: (f / "config.json").write_text("[]"), "does not name a model"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "any other form are not read"),
         (lambda f: (f / "model.safetensors").write_bytes(b"pickle"), "no sound safetensors file"),
-        (lambda f: normfree.save(small(num_classes=4), f / "model.safetensors"), "not of one model.* num_classes"),
+        (lambda f: save_file({"a": torch.zeros(1)}, f / "model.safetensors"), "does not say which model"),
     ],
 )
 def test_a_damaged_folder_is_refused(damage, message, folder):
     damage(folder)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^source='[^=]*: .*{message}"):
         normfree.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", [None, "[]", "[" * 100_000, '{"name": "resnet50"}'])
+def test_only_the_weights_file_says_what_the_model_is(text, folder):
+    """As after a save that was cut off between its two files."""
+    (folder / "config.json").unlink() if text is None else (folder / "config.json").write_text(text)
+    assert same(normfree.from_pretrained(folder), small())
+
+
+def test_a_file_is_no_folder(folder):
+    with pytest.raises(ValueError, match=r"^source='.*model\.safetensors': is a file.*normfree\.load$"):
+        normfree.from_pretrained(folder / "model.safetensors")
+
+
+def test_a_full_disk_is_not_told_as_the_hubs_error(uploads, monkeypatch):
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match=r"^disk full$"):
+        normfree.push_to_hub(small(), "org/name")
+    assert uploads == []
 
 
 def test_a_file_in_the_folders_place_and_a_foreign_model_are_refused(tmp_path):

@@ -14,11 +14,12 @@ from torch import nn
 from normfree.commands.outputs import check_folder
 from normfree.commands.spp import batch_shape, precision_of
 from normfree.commands.tables import print_conversion
-from normfree.convert import Conversion, conversion_of, convert, save
+from normfree.convert import Conversion, conversion_of, convert
 from normfree.data import probe_named
 from normfree.nn.checks import check_choice
 from normfree.sources import Built, build
-from normfree.weights.checkpoint import contents
+from normfree.weights import save
+from normfree.weights.stored import read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ def check_sizes(batch_size: int, image_size: int | None, seed: int) -> None:
 
 def _load_weights(model: nn.Module, path: Path) -> None:
     try:
-        model.load_state_dict(contents(path)[1])
+        model.load_state_dict(read(path, "weights").tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"weights: {str(path)!r} are not this model's: {reason}; give its own state dict") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -15,6 +15,7 @@ from torch import nn
 
 from normfree.export import Exported, to_onnx, to_program
 from normfree.export.staging import check_path
+from normfree.nn.checks import check_choice
 from normfree.signal import input_shape
 from normfree.sources import build
 
@@ -31,7 +32,7 @@ class Export:
     model: Annotated[str, tyro.conf.Positional]
     """A checkpoint of normfree.save, a name of `normfree models` (overrides after a colon: nf_resnet50:width=1),
     torchvision:NAME, timm:NAME, or FILE.py:FACTORY (which may return (model, batch))."""
-    format: Literal["onnx", "pt2"] | None = None
+    format: Annotated[str | None, tyro.conf.arg(metavar="onnx|pt2")] = None
     """onnx (ONNX Runtime and its like) or pt2 (PyTorch); what --out ends in by default, onnx without it."""
     dynamic_batch: bool = False
     """Let the file take any number of examples instead of --batch-size."""
@@ -47,6 +48,8 @@ class Export:
     """File to write; out/export/MODEL.FORMAT by default."""
 
     def __post_init__(self) -> None:
+        if self.format is not None:
+            check_choice("format", self.format, tuple(WRITERS))
         for name in ("batch_size", "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,7 +1,7 @@
 """Take the normalizers out of someone else's model, guided by its recorded dataflow."""
 
 from normfree.convert.converting import BETAS, conversion_of, convert
-from normfree.convert.files import load, save, stored_conversion
+from normfree.convert.files import stored_conversion
 from normfree.convert.record import STARTS, Change, Conversion, Kept
 
 __all__ = [
@@ -12,7 +12,5 @@ __all__ = [
     "Kept",
     "conversion_of",
     "convert",
-    "load",
-    "save",
     "stored_conversion",
 ]

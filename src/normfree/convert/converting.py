@@ -54,7 +54,7 @@ def convert(
         beta: "plan" takes γ and β from closed forms where there are any and measures elsewhere; "measured" measures
             every layer on the example (*fresh*).
         seed: of the new weights.
-        source: how the command line builds the original, noted in the record for :func:`normfree.convert.load`.
+        source: how the command line builds the original, noted in the record for :func:`normfree.load`.
 
     Returns:
         The converted model, in the original's mode; its ``conversion`` is the record of every change.

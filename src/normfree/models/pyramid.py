@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from normfree.models.backbone import Backbone, FeatureInfo
 from normfree.models.nf_common import NFBackbone
+from normfree.models.recognised import check_backbone
 from normfree.models.resnetv2 import PreactivationBlock
 from normfree.nn.checks import check_flag, invalid, is_integer
 
@@ -74,21 +75,15 @@ class FeaturePyramidBackbone(nn.Module):
         activated: bool = True,
     ) -> None:
         super().__init__()
-        if not isinstance(model, Backbone):
-            rule = "must be a model of create_model"
-            raise invalid("model", type(model).__name__, rule, "pass normfree.create_model(...)")
+        model = check_backbone(model)
         self.out_indices = _checked_indices(out_indices, len(model.stages))
         check_flag("activated", activated)
         keys = _checked_names(names, len(self.out_indices))
         last = self.out_indices[-1] + 1
         self.stem = model.stem
         self.stages = model.stages[:last]
-        self.activations = nn.ModuleDict(
-            {
-                key: _after(model, index) if activated else nn.Identity()
-                for key, index in zip(keys, self.out_indices, strict=True)
-            }
-        )
+        # A list: a dict of modules takes no name that is an attribute of its own, such as "type".
+        self.activations = nn.ModuleList(_after(model, i) if activated else nn.Identity() for i in self.out_indices)
         scales = _input_scales(model) if activated else [1.0] * len(model.stages)
         self.levels = tuple(
             PyramidLevel(key, model.feature_info[index].channels, model.feature_info[index].stride, scales[index])
@@ -102,8 +97,8 @@ class FeaturePyramidBackbone(nn.Module):
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
-        chosen = zip(self.activations.items(), self.out_indices, strict=True)
-        return OrderedDict((key, activation(maps[index])) for (key, activation), index in chosen)
+        chosen = zip(self.levels, self.activations, self.out_indices, strict=True)
+        return OrderedDict((level.name, activation(maps[index])) for level, activation, index in chosen)
 
 
 def _checked_indices(indices: Sequence[int], stages: int) -> tuple[int, ...]:
@@ -119,8 +114,8 @@ def _checked_names(names: Sequence[str] | None, count: int) -> list[str]:
     if names is None:
         return [str(position) for position in range(count)]
     listed = isinstance(names, (tuple, list)) and all(isinstance(name, str) and name for name in names)
-    if not listed or len(set(names)) != count or len(names) != count or any("." in name for name in names):
-        rule = "must be one name per level, each its own and without a dot"
+    if not listed or len(set(names)) != count or len(names) != count:
+        rule = "must be one name per level, each its own"
         raise invalid("names", names, rule, f"pass {count} names, or None")
     return list(names)
 

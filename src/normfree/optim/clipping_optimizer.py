@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from normfree.nn.checks import check_number, invalid
 from normfree.optim.clipping import clip_units_
-from normfree.optim.units import Parameters, Units, units_of
+from normfree.optim.units import Parameters, Units, checked_pairs, units_of
 
 
 class AdaptiveGradientClipping(Optimizer):
@@ -44,10 +44,14 @@ class AdaptiveGradientClipping(Optimizer):
         *,
         exclude: Iterable[str] | None = None,
     ) -> None:
+        if not hasattr(optimizer, "param_groups"):
+            swapped = hasattr(parameters, "param_groups")
+            remedy = "swap the first two arguments" if swapped else "pass the optimizer first and the model second"
+            raise invalid("optimizer", type(optimizer).__name__, "must be an optimizer", remedy)
         self.optimizer = optimizer
         self.clip_factor = check_number("clip_factor", clip_factor, 0.0, exclusive=True)
         self.eps = check_number("eps", eps, 0.0, exclusive=True)
-        self.parameters = parameters if isinstance(parameters, torch.nn.Module) else list(parameters)
+        self.parameters = parameters if isinstance(parameters, torch.nn.Module) else list(checked_pairs(parameters))
         self.exclude = exclude if exclude is None or isinstance(exclude, str) else tuple(exclude)
         self.clip_fraction = torch.zeros(())
         # Hooks and profiling as Optimizer's constructor sets them up, but no parameters of its own.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.optim import Optimizer
 
 from normfree.nn.checks import invalid, suggestion
 
@@ -85,7 +86,7 @@ def units_of(parameters: Parameters, exclude: Iterable[str] | None = None) -> li
         owned = list(_owned(model))
         excluded = _final_weights(model) if exclude is None else _named((n for n, *_ in owned), exclude)
     else:
-        owned = [(name, parameter, None) for name, parameter in _checked_pairs(parameters)]
+        owned = [(name, parameter, None) for name, parameter in checked_pairs(parameters)]
         if exclude is None:
             rule = "bare parameters do not tell which of them is the final linear layer's weight"
             raise invalid("exclude", None, rule, "pass the model, or name what to leave alone; exclude=() clips all")
@@ -163,7 +164,12 @@ def _named(names: Iterable[str], exclude: Iterable[str]) -> set[str]:
     return excluded
 
 
-def _checked_pairs(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def checked_pairs(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Give the pairs (name, parameter); a ValueError says what is none."""
+    if isinstance(parameters, Optimizer) or not isinstance(parameters, Iterable):
+        rule = "must be a module, or give pairs (name, parameter)"
+        remedy = "pass the model; AdaptiveGradientClipping takes the optimizer first and the model second"
+        raise invalid("parameters", type(parameters).__name__, rule, remedy)
     for item in parameters:
         if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Tensor)):
             rule = "must be a module, or give pairs (name, parameter)"

@@ -1,115 +1,165 @@
-"""Our own weights: one safetensors file that also says how to build the model."""
+"""``save`` and ``load``: one safetensors file that also says how to build the model.
+
+There is more than one way to say it, and each enters itself here: a model of ``create_model`` is its name and overrides
+(below), a converted one the record of its conversion (``normfree.convert.files``).
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normfree.models import Backbone, create_model
+from normfree.models.recognised import check_backbone
+from normfree.nn.checks import invalid
 from normfree.nn.fold import fold, has_foldable
-from normfree.signal.files import write_atomically
+from normfree.weights.stored import Stored, read, restored, write
 
-KEY = "normfree"
-FOLDED = "normfree.folded"  # in the metadata of a model that fold has made plain
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """A way to say how a model is built.
+
+    Attributes:
+        key: of the note in the file.
+        note: what to write there, or None for a model that was not built that way; raises ValueError for one that
+            was, and that a file could not rebuild.
+        rebuilt: the model of a file with such a note, with its weights; takes the ``original`` of :func:`load`.
+    """
+
+    key: str
+    note: Callable[[nn.Module], str | None]
+    rebuilt: Callable[[Stored, nn.Module | None], nn.Module]
+
+
+_ORIGINS: list[Origin] = []
+
+
+def register(origin: Origin) -> Origin:
+    """Enter a way to say how a model is built; a later one goes before an earlier one."""
+    assert origin.key not in {other.key for other in _ORIGINS}, f"{origin.key} is registered twice"
+    _ORIGINS.insert(0, origin)
+    return origin
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
-    """Write a model of :func:`normfree.create_model` with its name and overrides; the file is whole or not there.
+    """Write a model of :func:`normfree.create_model` or :func:`normfree.convert` as one safetensors file.
 
-    A model that :func:`normfree.fold` has made plain is written as such, and comes back plain.
+    Beside the weights the file has what rebuilds the model: its name and overrides, or the record of its conversion.
+    A model that :func:`normfree.fold` has made plain is written as such, and comes back plain. The file is whole or
+    not there.
 
     Args:
         model: the model.
-        path: where to; by custom ``*.safetensors``.
+        path: where to, ``*.safetensors``; a file of that name is replaced.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: if the model does not know how it was built, was built from a callable, or has had a layer
-            exchanged since.
+        ValueError: the path is a folder or ends otherwise; the model does not know how it was built, was built from
+            a callable, or has had a layer exchanged since.
     """
-    from safetensors.torch import save as to_bytes
-
-    if not isinstance(model, Backbone) or not getattr(model, "config", None):
-        raise ValueError(
-            f"model: {type(model).__name__} was not built by normfree.create_model, so a file could not rebuild it; "
-            "save its state_dict with safetensors.torch.save_file"
-        )
-    try:
-        recipe = json.dumps(model.config)
-    except TypeError as error:
-        raise ValueError(
-            f"model: its overrides cannot be written down ({error}); build it from names and numbers alone"
-        ) from error
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with torch.device("meta"):
-        rebuilt = create_model(**model.config)
-    folded = not has_foldable(model)
-    rebuilt = (fold(rebuilt) if folded else rebuilt).state_dict()
-    changed = [
-        n for n in {*tensors, *rebuilt} if n not in tensors or n not in rebuilt or tensors[n].shape != rebuilt[n].shape
-    ]
-    if changed:
-        raise ValueError(
-            f"model: {len(changed)} tensors ({', '.join(sorted(changed)[:3])}) are not those of "
-            "create_model(**model.config), so a file could not rebuild it; give create_model what you changed"
-        )
-    metadata = {KEY: recipe, **({FOLDED: "true"} if folded else {})}
-    return write_atomically(path, to_bytes(tensors, metadata=metadata))
+    for origin in _ORIGINS:
+        if (note := origin.note(model)) is not None:
+            return write(model, path, {origin.key: note})
+    check_backbone(model, "save its state_dict with safetensors.torch.save_file")
+    rule = "has no config, so a file could not rebuild it"
+    raise invalid("model", type(model).__name__, rule, "build it with normfree.create_model")
 
 
-def load(path: str | Path) -> Backbone:
+def load(path: str | Path, *, original: nn.Module | None = None) -> nn.Module:
     """Rebuild a model that :func:`save` wrote, with its weights.
 
     Args:
         path: the file.
+        original: for a converted model, the one it was converted from, with any weights; it is left as it is.
 
     Returns:
-        The model, in evaluation mode and the precision it was saved in.
+        The model, in evaluation mode, each tensor in the precision it was saved in. Mixed-precision training
+        (autocast, "bf16-mixed") keeps its weights in float32, so they are saved and come back in float32.
 
     Raises:
-        ValueError: if the file is none of ours, or damaged.
+        ValueError: the file is none of ours, or damaged; an original is needed, or is another model.
     """
-    path = Path(path)
-    metadata, tensors = contents(path)
-    if KEY not in metadata:
-        raise ValueError(
-            f"path: {str(path)!r} has weights but not the model they belong to; only files of normfree.save do"
-        )
+    stored = read(path)
+    for origin in _ORIGINS:
+        if origin.key in stored.notes:
+            return origin.rebuilt(stored, original)
+    rule = "has weights, but not the model they belong to"
+    raise stored.error(rule, "give a file of normfree.save, or load its tensors into a model of your own")
+
+
+def named_note(model: nn.Module) -> str | None:
+    """Return the arguments with which ``create_model`` builds a model, as JSON; None of a model it did not build.
+
+    Raises:
+        ValueError: an argument is a callable; the model's tensors are not those that ``create_model`` would make.
+    """
+    if not isinstance(model, Backbone) or not model.config:
+        return None
     try:
-        config: dict[str, Any] = json.loads(metadata[KEY])
-        model = create_model(**config)
-        if FOLDED in metadata:
-            model = cast(Backbone, fold(model))
-        precisions = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-        if len(precisions) == 1:
-            model.to(precisions.pop())
-        model.load_state_dict(tensors)
+        note = json.dumps(model.config)
+    except TypeError as error:
+        rule = f"its overrides cannot be written down ({error})"
+        raise invalid("model", model.name, rule, "build it from names and numbers alone") from error
+    with torch.device("meta"):
+        rebuilt = create_model(**model.config)
+    shapes, expected = (
+        {name: tensor.shape for name, tensor in one.state_dict().items()}
+        for one in (model, rebuilt if has_foldable(model) else fold(rebuilt))
+    )
+    changed = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+    if changed:
+        rule = (
+            f"{len(changed)} tensors ({', '.join(changed[:3])}) are not those of create_model(**model.config), so a "
+            "file could not rebuild it"
+        )
+        raise invalid("model", model.name, rule, "give create_model what you changed")
+    return note
+
+
+def named_config(stored: Stored) -> dict[str, Any]:
+    """Return the arguments of ``create_model`` that a file notes.
+
+    Raises:
+        ValueError: it notes none, or they are damaged.
+    """
+    try:
+        config = json.loads(stored.notes[NAMED.key])
+    except (KeyError, ValueError, RecursionError) as error:
+        rule = "does not say which model of create_model it holds"
+        raise stored.error(rule, "give one that normfree.save_pretrained or normfree.save wrote") from error
+    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
+        raise stored.error("names no model of create_model", "give an undamaged file")
+    return config
+
+
+def _named(stored: Stored, original: nn.Module | None) -> nn.Module:
+    if original is not None:
+        rule = f"{str(stored.path)!r} holds no converted model"
+        raise invalid("original", type(original).__name__, rule, "leave it out")
+    return named(stored)
+
+
+def named(stored: Stored) -> Backbone:
+    """Return the model of ``create_model`` that a file holds.
+
+    Raises:
+        ValueError: it holds none, or one that this version does not build.
+    """
+    try:
+        return restored(create_model(**named_config(stored)), stored)
     except (TypeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"path: {str(path)!r} does not describe a model this version builds: {reason}") from error
-    return model.eval()
+        rule = f"does not describe a model this version builds ({reason})"
+        raise stored.error(rule, "save it anew, or use the version that wrote it") from error
 
 
-def contents(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the metadata and the tensors of a safetensors file.
-
-    Raises:
-        ValueError: if there is no such file, or it is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"path: {str(path)!r} is no file; give one that normfree.save wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            return file.metadata() or {}, tensors
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"path: {str(path)!r} is no sound safetensors file: {error}") from error
+NAMED = register(Origin(key="normfree", note=named_note, rebuilt=_named))

@@ -1,22 +1,23 @@
 """A model as a folder, the Hugging Face hub's way: ``config.json``, ``model.safetensors`` and a model card.
 
-The weights file is one of :func:`normfree.save`, whole by itself; ``config.json`` says once more, for the hub and
-its readers, what ``create_model`` builds. Nothing else in a folder is ever read, least of all a pickle.
+The weights file is one of :func:`normfree.save`, whole by itself, and the only one that is read, so that no two files
+can be at odds. ``config.json`` says once more, for the hub and its readers, what ``create_model`` builds.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from normfree.models import Backbone, create_model
+from normfree.models.recognised import check_backbone
 from normfree.nn.checks import invalid
-from normfree.nn.fold import fold, has_foldable
 from normfree.signal.files import write_atomically
-from normfree.weights.checkpoint import load, save
+from normfree.weights.checkpoint import NAMED, named, named_config, named_note
+from normfree.weights.stored import Stored, alike, read, write
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -74,19 +75,23 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, card: bool = True) 
     if folder.exists() and not folder.is_dir():
         raise invalid("folder", str(folder), "is a file", "give a folder")
     # First, because it also checks the model: one that cannot be saved leaves an older folder as it was.
-    save(model, folder / WEIGHTS_FILE)
-    assert isinstance(model, Backbone)
+    model = check_backbone(model)
+    note = named_note(model)
+    if note is None:
+        raise invalid("model", type(model).__name__, "has no config", "build it with normfree.create_model")
+    write(model, folder / WEIGHTS_FILE, {NAMED.key: note})
     write_atomically(folder / CONFIG_FILE, json.dumps(model.config, indent=2) + "\n")
     if card and not (folder / CARD_FILE).exists():
         write_atomically(folder / CARD_FILE, model_card(model))
     return folder
 
 
-def load_folder(folder: str | Path, **overrides: Any) -> Backbone:
-    """Rebuild the model of a folder that :func:`save_pretrained` wrote.
+def load_folder(folder: str | Path, *, argument: str = "folder", **overrides: Any) -> Backbone:
+    """Rebuild the model of a folder that :func:`save_pretrained` wrote, from its weights file alone.
 
     Args:
         folder: the folder.
+        argument: what named it, for messages.
         overrides: arguments of ``create_model`` in which the model shall differ. With another ``num_classes`` the
             classifier is a fresh one; all other tensors must keep their shapes.
 
@@ -94,58 +99,37 @@ def load_folder(folder: str | Path, **overrides: Any) -> Backbone:
         The model, in evaluation mode and the precision it was saved in.
 
     Raises:
-        ValueError: files missing, damaged, not ours or at odds with each other; an override that is unknown or
-            that the weights do not fit.
+        ValueError: no weights file, or one that is damaged or not ours; an override that is unknown or that the
+            weights do not fit.
     """
     folder = Path(folder)
-    config = _read_config(folder)
     if not (folder / WEIGHTS_FILE).is_file():
         rule = f"has no {WEIGHTS_FILE}, and weights in any other form are not read"
-        raise invalid("folder", str(folder), rule, "save the model anew")
-    model = load(folder / WEIGHTS_FILE)
-    described = json.loads(json.dumps(model.config))
-    if at_odds := [key for key in {**described, **config} if described.get(key, ...) != config.get(key, ...)]:
-        rule = f"{CONFIG_FILE} and {WEIGHTS_FILE} are not of one model, they differ in {', '.join(at_odds[:3])}"
-        raise invalid("folder", str(folder), rule, "save the model anew, and give overrides when loading")
-    changed = {key: value for key, value in overrides.items() if value != model.config.get(key, ...)}
-    return _changed(model, changed) if changed else model
+        raise invalid(argument, str(folder), rule, "give a folder of normfree.save_pretrained")
+    stored = read(folder / WEIGHTS_FILE, argument)
+    config = named_config(stored)
+    changed = {key: value for key, value in overrides.items() if value != config.get(key, ...)}
+    return _changed(stored, config, changed) if changed else named(stored)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Return what the folder's ``config.json`` says, if it looks like one of ours."""
-    remedy = "give a folder of normfree.save_pretrained"
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise invalid("folder", str(folder), f"has no {CONFIG_FILE}", remedy)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise invalid("folder", str(folder), f"{CONFIG_FILE} is no sound JSON file ({error})", remedy) from error
-    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
-        raise invalid("folder", str(folder), f"{CONFIG_FILE} does not name a model of normfree", remedy)
-    return config
-
-
-def _changed(model: Backbone, overrides: dict[str, Any]) -> Backbone:
-    """Return a model like this one but for some overrides, with its weights."""
+def _changed(stored: Stored, config: dict[str, Any], overrides: dict[str, Any]) -> Backbone:
+    """Return a model like the stored one but for some overrides, with its weights."""
     if "name" in overrides:
-        raise invalid("name", overrides["name"], f"the weights are of {model.name}", "leave the name out")
-    other = create_model(**{**model.config, **overrides})
-    if not has_foldable(model):
-        other = cast(Backbone, fold(other))
-    other.to(next(model.parameters()).dtype)
-    state, own = model.state_dict(), other.state_dict()
-    if other.num_classes != model.num_classes:
+        raise invalid("name", overrides["name"], f"the weights are of {config['name']}", "leave the name out")
+    model = alike(create_model(**{**config, **overrides}), stored)
+    own, tensors = model.state_dict(), dict(stored.tensors)
+    if model.num_classes != config["num_classes"]:
         # The classifier is a fresh one, and so is FixUp's bias before it.
-        state = {key: tensor for key, tensor in state.items() if not key.startswith("classifier")}
-        state |= {key: tensor for key, tensor in own.items() if key.startswith("classifier")}
-    shapes, wanted = ({key: tensor.shape for key, tensor in tensors.items()} for tensors in (state, own))
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("classifier")}
+        tensors |= {key: tensor for key, tensor in own.items() if key.startswith("classifier")}
+    shapes, wanted = ({key: tensor.shape for key, tensor in some.items()} for some in (tensors, own))
     misfits = [key for key in {**shapes, **wanted} if shapes.get(key) != wanted.get(key)]
     if misfits:
-        given = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
-        raise ValueError(f"{given}: {len(misfits)} tensors of the weights do not fit ({misfits[0]}); leave it out")
-    other.load_state_dict(state)
-    return other.eval()
+        argument, *others = overrides
+        rule = f"{len(misfits)} tensors of the weights do not fit ({misfits[0]})"
+        raise invalid(argument, overrides[argument], rule, f"leave {' and '.join([argument, *others])} out")
+    model.load_state_dict(tensors)
+    return model.eval()
 
 
 def model_card(model: Backbone, repository: str = PLACEHOLDER) -> str:

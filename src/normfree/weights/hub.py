@@ -16,6 +16,8 @@ from typing import Any, cast
 from torch import nn
 
 from normfree.models import Backbone
+from normfree.nn.checks import invalid
+from normfree.signal.files import write_atomically
 from normfree.signal.packages import required
 from normfree.weights.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_folder, model_card, save_pretrained
 
@@ -33,7 +35,7 @@ def from_pretrained(
 ) -> Backbone:
     """Build a model of the Hugging Face hub, or of a folder, with its weights.
 
-    Two files are read, ``config.json`` and ``model.safetensors``, and no pickle ever.
+    One file is read, ``model.safetensors``, and no pickle ever.
 
     Args:
         source: a folder that ``save_pretrained`` wrote, or else a repository's name, such as ``"org/name"``.
@@ -50,20 +52,25 @@ def from_pretrained(
         The model, in evaluation mode and the precision it was saved in.
 
     Raises:
-        ValueError: no such repository or revision; files missing, damaged, not ours or at odds with each other; an
-            override that is unknown or that the weights do not fit.
+        ValueError: no such repository or revision; weights missing, damaged or not ours; an override that is unknown
+            or that the weights do not fit; no such device.
         ImportError: huggingface_hub is not installed, and the source is no folder.
 
     Source: the folder's form and the options' names are ``huggingface_hub.PyTorchModelHubMixin``'s.
     """
     folder = Path(source)
+    if folder.is_file():
+        rule = "is a file, and a folder or a repository's name is wanted"
+        raise invalid("source", str(source), rule, "read a file of normfree.save with normfree.load")
     if not folder.is_dir():
         options = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
         folder = _downloaded(str(source), revision=revision, local_files_only=local_files_only, **options)
+    model = load_folder(folder, argument="source", **overrides)
     try:
-        return load_folder(folder, **overrides).to(map_location)
-    except (ValueError, RuntimeError) as error:  # the latter: no such device
-        raise ValueError(f"source={str(source)!r}: {str(error).splitlines()[0]}") from error
+        return model.to(map_location)
+    except (AssertionError, RuntimeError) as error:  # the former: PyTorch was built without it
+        rule = f"is no device here ({str(error).splitlines()[0][:200]})"
+        raise invalid("map_location", map_location, rule, "pass one such as 'cpu' or 'cuda'") from error
 
 
 def push_to_hub(
@@ -97,20 +104,25 @@ def push_to_hub(
         ValueError: as :func:`normfree.save`; the hub refuses, or does not answer.
         ImportError: huggingface_hub is not installed.
     """
-    with tempfile.TemporaryDirectory() as temporary, hub_errors(f"repo_id={repo_id!r}") as hub:
-        # First, because it also checks the model: no repository is made for one that cannot be saved.
+    api, asked = require_huggingface_hub().HfApi(token=token), f"repo_id={repo_id!r}"
+    with tempfile.TemporaryDirectory() as temporary:
+        # First, because it also checks the model: no repository is made for one that cannot be saved. What fails on
+        # this machine is told as what it is, and only what the hub does as the hub's.
         folder = save_pretrained(model, Path(temporary) / "model", card=False)
-        api = hub.HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if model_card_kwargs or not api.file_exists(repo_id, CARD_FILE, revision=branch):
-            metadata_card(cast(Backbone, model), repo_id, **(model_card_kwargs or {})).save(folder / CARD_FILE)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=branch,
-            commit_message=commit_message or "Upload the model with normfree",
-            **upload_options,
-        )
+        with hub_errors(asked):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            has_card = api.file_exists(repo_id, CARD_FILE, revision=branch)
+        if model_card_kwargs or not has_card:
+            card = metadata_card(cast(Backbone, model), repo_id, **(model_card_kwargs or {}))
+            write_atomically(folder / CARD_FILE, str(card))
+        with hub_errors(asked):
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=branch,
+                commit_message=commit_message or "Upload the model with normfree",
+                **upload_options,
+            )
     return str(commit)
 
 

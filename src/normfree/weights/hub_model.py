@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from normfree.models import Backbone
-from normfree.nn.checks import invalid
+from normfree.models.recognised import check_backbone
 from normfree.weights.folder import PLACEHOLDER, TAGS, save_pretrained
 from normfree.weights.hub import from_pretrained, metadata_card, push_to_hub
 
@@ -37,9 +37,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="normfree", tags=li
 
     def __init__(self, model: Backbone) -> None:
         super().__init__()
-        if not isinstance(model, Backbone):
-            raise invalid("model", type(model).__name__, "was not built by normfree.create_model", "pass one that was")
-        self.model = model
+        self.model = check_backbone(model)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the model's outputs of x [N, in_channels, H, W]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from normfree.nn.checks import invalid
 
 _SHOWN = 3
+# The block in one of timm's names, and in an official one.
+_BLOCK = re.compile(r"stages\.\d+\.\d+(?=\.)|[^/]+/~/\w*block\w*(?=/)")
 
 
 def listed(names: Sequence[str]) -> str:
@@ -19,7 +22,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def check_names(argument: str, model: str, wanted: Iterable[str], given: Iterable[str], remedy: str) -> None:
-    """Raise unless the given names are the wanted ones.
+    """Raise unless the given names are the wanted ones; another depth or another family is told first.
 
     Args:
         argument: whose names they are.
@@ -40,7 +43,18 @@ def check_names(argument: str, model: str, wanted: Iterable[str], given: Iterabl
     if left:
         parts.append(f"{len(left)} of {len(given)} are left over ({listed(left)})")
     if parts:
-        raise ValueError(f"{argument}: does not fit {model}: {'; '.join(parts)}; {remedy}")
+        theirs, ours = _blocks(given), _blocks(wanted)
+        why = f"does not fit {model}"
+        if given and len(missing) == len(wanted):
+            why, remedy = f"is of another family than {model}", f"build a model of that family; {remedy}"
+        elif theirs and theirs != ours:
+            why, remedy = f"has {theirs} blocks where {model} has {ours}", f"create_model of that depth; {remedy}"
+        raise ValueError(f"{argument}: {why}: {'; '.join(parts)}; {remedy}")
+
+
+def _blocks(names: Iterable[str]) -> int:
+    """Return how many residual blocks the names tell of."""
+    return len({match[0] for name in names if (match := _BLOCK.match(name))})
 
 
 def check_shapes(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from normfree.models import Backbone
 from normfree.models.nf_common import NFBackbone
+from normfree.models.recognised import check_backbone
 from normfree.nn import ACTIVATIONS, OFFICIAL_GAMMA, VARIANCE_FLOOR, PaddedConv2d
 from normfree.nn.checks import invalid
 from normfree.weights.matching import check_names, check_shapes, copy_in
@@ -68,18 +69,17 @@ def load_timm_weights(model: Model, state_dict: Mapping[str, Tensor]) -> Model:
 
     Source: timm's ``models/nfnet.py`` and ``layers/std_conv.py``, for the formulas.
     """
-    if not isinstance(model, Backbone):
-        raise invalid("model", type(model).__name__, "is none of create_model's", "pass an nfnet_f* or nf_regnet_b*")
+    network = check_backbone(model, "pass an nfnet_f* or nf_regnet_b*")
     if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise invalid("state_dict", type(state_dict).__name__, "must map names to tensors", "pass model.state_dict()")
     style = recognize(state_dict)
-    _check_definition(model, style)
+    _check_definition(network, style)
     names = timm_names(model, style)
-    title = model.name or type(model).__name__
+    title = network.name or type(model).__name__
     check_names("state_dict", title, names.values(), state_dict, "build the model of the same size, with its gates")
     check_sizes(model, names, state_dict)
     targets = dict(model.named_parameters())
-    values = _values(model, names, state_dict, style)
+    values = _values(network, names, state_dict, style)
     remedy = "build the model with the state dict's num_classes, in_channels and group_size"
     check_shapes("state_dict", targets, values, names, remedy)
     copy_in(targets, values)
