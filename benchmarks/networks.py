@@ -45,6 +45,7 @@ def run_all(comparisons: Comparisons, options: argparse.Namespace, out: Path) ->
             missing[part.name] = reason
         print(f"{part.name}: {reason or 'done'}, {time.monotonic() - start:.0f} s since the start", flush=True)
         write_page(comparisons, out, missing)
+    write_page(comparisons, out, missing)  # also where nothing was to be measured anew
     return len(missing)
 
 
@@ -85,7 +86,7 @@ def write_page(comparisons: Comparisons, out: Path, missing: dict[str, str]) -> 
     ]
     if not results:
         return
-    page = markdown(results, comparisons.title)
+    page = markdown(results, comparisons.title, comparisons.remarks)
     if missing:
         listed = "\n".join(f"- {name}: {reason}" for name, reason in missing.items())
         page += f"\n## Not measured\n\n{listed}\n"

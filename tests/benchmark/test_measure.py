@@ -34,9 +34,10 @@ def test_training_gives_raw_times_memory_and_a_verdict():
     assert [len(found[name]["raw_seconds"]) for name in ("ours", "limit")] == [2, 2]
     assert found["ours"]["peak_bytes"] > found["limit"]["peak_bytes"] > 0  # ours has the standardised weights too
     assert [target["met"] for target in result["targets"]] == [True, True, False]
-    page = markdown([result], "Page")
+    page = markdown([result], "Page", "Remarks.")
     assert "| Small | ours / limit, time | ≤ 0.00 |" in page
     assert page.count("**missed**") == 1
+    assert page.index("**missed**") < page.index("Remarks.") < page.index("## Small")
 
 
 def test_inference_folded_and_by_onnx_runtime():

@@ -9,17 +9,20 @@ from normfree.benchmark.machine import versions
 from normfree.benchmark.timing import shown
 
 
-def markdown(results: Sequence[dict[str, Any]], title: str) -> str:
+def markdown(results: Sequence[dict[str, Any]], title: str, remarks: str = "") -> str:
     """Return a page: the promises and whether they were kept, then a table per comparison.
 
     Args:
         results: as ``measure`` returns them; at least one.
         title: of the page.
+        remarks: on the promises; below them, in Markdown.
     """
     assert results
     lines = [f"# {title}", "", f"{versions(results[0]['hardware'])}; seed {results[0]['seed']}.", ""]
     if any(result["targets"] for result in results):
         lines += promises(results)
+    if remarks:
+        lines += ["", remarks.rstrip()]
     for result in results:
         lines += ["", f"## {result['title']}", "", *comparison(result)]
     return "\n".join(lines) + "\n"

@@ -112,7 +112,7 @@ def cifar() -> TrainConfig:
             source=CIFAR10, batch_size=1024, augmentation=AugmentationConfig(crop="shift", shift=4, flip=True)
         ),
         optimizer=OptimizerConfig(
-            learning_rate=0.4,
+            learning_rate=0.2,
             reference_batch=128,
             weight_decay=5e-4,
             warmup_epochs=1,
