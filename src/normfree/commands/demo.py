@@ -75,6 +75,6 @@ class Demo:
             variance = learned.signal.curve("avg_channel_var")[-1]
             seconds = "" if learned.seconds is None else f"{learned.seconds:.1f}"
             table.add_row(name, f"{variance:.3g}", learned.outcome, seconds)
-            signals.append(learned.signal.renamed(f"{name}: {learned.outcome}"))
+            signals.append(learned.signal.renamed(f"{name} ({learned.outcome})"))
         console.print(table)
         return write_signals(signals, self.out / "digits")

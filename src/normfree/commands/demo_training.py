@@ -46,7 +46,7 @@ class Learned:
     @property
     def outcome(self) -> str:
         """Accuracy, or that there is none."""
-        return f"diverged at step {self.diverged}" if self.accuracy is None else f"{100 * self.accuracy:.1f} %"
+        return f"diverged at step {self.diverged}" if self.accuracy is None else f"{100 * self.accuracy:.1f} % correct"
 
 
 def config_of(source: str, seed: int, folder: Path) -> TrainConfig:
