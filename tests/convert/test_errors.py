@@ -61,8 +61,17 @@ def test_a_forward_that_needs_another_input():
 def test_a_batch_without_values_or_variance():
     with pytest.raises(ValueError, match="is empty"):
         normfree.convert(convolution(), IMAGES[:0])
-    with pytest.raises(ValueError, match="example_input: what reaches 0 is constant"):
+    with pytest.raises(ValueError, match="example_input: all that a filter of 0 sees at once is the same"):
         normfree.convert(convolution(), torch.zeros(4, 3, 16, 16))
+
+
+def test_grey_images_in_three_channels_seen_pixel_by_pixel():
+    grey = IMAGES.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    pixelwise = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+    with pytest.raises(ValueError, match=r"filter of 0 sees at once is the same .* grey images seen pixel by pixel"):
+        normfree.convert(pixelwise, grey, beta="measured")
+    for model, images in ((pixelwise, IMAGES), (convolution(), grey)):
+        assert not normfree.convert(model, images, beta="measured").conversion.norms_left
 
 
 class Shared(nn.Module):

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from convert.nets import (
     FunctionalGate,
@@ -52,6 +53,29 @@ def test_the_measured_signal_is_the_planned_one():
     for block, expected in zip(signal.blocks, (1.04, 1.08, 1.04, 1.08, 1.12), strict=True):
         assert block.avg_channel_var == pytest.approx(expected, rel=0.25)
         assert block.residual_avg_channel_var == pytest.approx(0.9, abs=0.3)
+
+
+def test_a_step_moves_the_effective_weight_as_far_as_it_moves_a_plain_one():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 64, 3), nn.BatchNorm2d(64), nn.ReLU()]
+    model = normfree.convert(nn.Sequential(*layers), IMAGES)
+    assert model[3].input_scale == pytest.approx(normfree.gamma(nn.ReLU()))
+    plain = normfree.fold(model)
+    target = torch.randn_like(plain(IMAGES))
+    for network in (model, plain):
+        (network(IMAGES) - target).square().mean().backward()
+    before = model[3].scaled_weight(None).detach()
+    with torch.no_grad():
+        model[3].weight -= 1e-3 * model[3].weight.grad
+        step = (model[3].scaled_weight(None) - before).flatten(1) / -1e-3
+    gradient, directions = plain[3].weight.grad.flatten(1), F.normalize(before.flatten(1))
+    gradient = gradient - gradient.mean(1, keepdim=True)
+    gradient = (
+        gradient - (gradient * directions).sum(1, keepdim=True) * directions
+    )  # standardized: neither mean nor size
+    ratios = step.norm(dim=1) / gradient.norm(dim=1)
+    assert F.cosine_similarity(step, gradient).min() > 0.99
+    assert ratios.mean() == pytest.approx(1, abs=0.05), "0.34 with raw weights of the usual size"
 
 
 def test_activations_in_place_do_not_reach_the_shortcut():

@@ -1,4 +1,4 @@
-"""Measure the input scales that have no closed form, in one pass: every layer runs on what those before it give."""
+"""Measure the input scales that have no closed form, in one pass, and size the raw weights by the scales."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from normfree.convert.dataflow import resting
 from normfree.nn.branch_end import BranchEnd
+from normfree.nn.scaled_ws_conv import Standardized
 from normfree.signal.inputs import Batch, call
+
+LEAST_SEEN = 1e-10
+"""Share of its input's mean square that a layer must pass on: filters of mean zero turn an input that does not vary
+into rounding, of about 1e-14 in float32."""
 
 
 def measured_scales(model: nn.Module, names: Iterable[str], batch: Batch, *, heads: bool) -> dict[str, float]:
@@ -27,7 +32,7 @@ def measured_scales(model: nn.Module, names: Iterable[str], batch: Batch, *, hea
         heads: run what runs in training alone, too.
 
     Raises:
-        ValueError: a layer's input is constant, so that no scale gives its output a variance.
+        ValueError: a layer's filters see a constant, so that no scale gives its output a variance.
     """
     modules = dict(model.named_modules())
     found: dict[str, float] = {}
@@ -55,10 +60,11 @@ def _setter(name: str, found: dict[str, float]) -> Callable[[nn.Module, tuple[An
         if name in found:
             return
         mean_square = float(_plain_output(module, inputs[0]).double().square().mean())
-        if not mean_square > 0:
+        if not mean_square > LEAST_SEEN * float(inputs[0].double().square().mean()):
             raise ValueError(
-                f"example_input: what reaches {name} is constant, so its scale cannot be measured; "
-                "give a batch of several different examples"
+                f"example_input: all that a filter of {name} sees at once is the same (a constant, or grey images seen "
+                "pixel by pixel), and filters that sum to zero make nothing of it, so its scale cannot be measured; "
+                "give a batch of several different examples, in colour"
             )
         found[name] = module.input_scale = mean_square**-0.5
 
@@ -76,3 +82,17 @@ def _plain_output(module: Any, x: Tensor) -> Tensor:
     finally:
         vars(module).update(before)
         module._parameters["bias"], module._parameters["skip_gain"] = bias, gain
+
+
+@torch.no_grad()
+def keep_pace(model: nn.Module) -> None:
+    """Draw out the raw weights of scaled layers so that they train at the pace of plain ones.
+
+    Standardization undoes the size of the raw weights, but their gradient is inverse to it. With a raw weight of the
+    size of the effective one, a step of gradient descent moves the effective weight as far as it would move a plain
+    layer's, so that a learning rate found for the original fits. Without, a constant c of the input makes the step c²
+    times as long: three times behind a ReLU. Layers that shrink their input (c < 1) are left at their own, slower pace.
+    """
+    for module in model.modules():
+        if isinstance(module, Standardized) and module.constant > 1:
+            module.weight.mul_(module.constant)

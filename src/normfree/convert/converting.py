@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfree.convert.calibrate import measured_scales
+from normfree.convert.calibrate import keep_pace, measured_scales
 from normfree.convert.dataflow import Dataflow, record_all
 from normfree.convert.fresh import fresh_plan
 from normfree.convert.kinds import class_name, is_norm
@@ -97,7 +97,9 @@ def convert(
     if start == "pretrained":
         fill(model, converted, changes, folds)
         return converted
-    return _measured(converted, conversion, batch, heads=heads)
+    converted = _measured(converted, conversion, batch, heads=heads)
+    keep_pace(converted)
+    return converted
 
 
 def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: str, seed: int) -> None:

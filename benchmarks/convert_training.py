@@ -1,0 +1,195 @@
+"""How a converted model and the same model with its norms deleted train; ``benchmarks.convert`` runs it for each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from math import inf, isfinite, log
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.sweep import build
+from normfree.convert import Conversion, conversion_of, convert
+from normfree.convert.kinds import is_norm
+from normfree.optim import warmup_cosine
+
+Batches = Callable[[int], tuple[Tensor, Tensor]]
+Run = dict[str, Any]
+
+CLASSES, BATCH, SIZE, WARM_UP, CLIP = 10, 16, 32, 50, 1.0
+"""Of the digits; images a step; their height and width; steps of the rate's linear rise; what the norm of the gradient
+of all parameters together is clipped to."""
+
+SIZES = {"inception": 96}
+"""Heights and widths of models that do not take 32 pixels."""
+
+COLOUR = (1.0, 0.6, 0.3)
+"""Gains of the three channels: of grey images, filters of mean zero and one pixel see nothing."""
+
+FIRST_RATE, LAST_RATE, LEAST_RATE = 0.4, 6.4, 0.05
+"""Where the search for a learning rate begins, and how far it goes up and down."""
+
+
+def trained(name: str, steps: int) -> dict[str, Any]:
+    """Find a learning rate at which a model with its norms deleted fails and the converted one trains.
+
+    One recipe for both (:func:`run`). The model is converted on 32 of the images it is trained on, its scales measured,
+    for padding takes most of maps this small.
+
+    Returns:
+        ``steps``, ``rate``, and a :func:`run` of ``deleted`` and ``converted`` at that rate; ``rates``, all tried.
+    """
+    model, batches = classifier(name), digits(next((size for part, size in SIZES.items() if part in name), SIZE))
+    images = torch.cat([batches(step)[0] for step in range(2)])
+    converted = convert(model, images, beta="measured")
+    deleted = without_norms(model, conversion_of(converted))
+    found = search(
+        lambda rate: run(copy.deepcopy(deleted), batches, rate, steps),
+        lambda rate: run(copy.deepcopy(converted), batches, rate, steps),
+    )
+    return {"steps": steps} | found
+
+
+def search(deleted: Callable[[float], Run], converted: Callable[[float], Run]) -> dict[str, Any]:
+    """Double the rate until the deleted model fails; then lower it by √2 until the converted one trains.
+
+    It ends early where the deleted model trains, too: then no rate tells the two apart in favour of the converted one.
+    """
+    rate, tried = FIRST_RATE, [FIRST_RATE]
+    fails = deleted(rate)
+    while fails["outcome"] == "trains" and rate < LAST_RATE:
+        rate *= 2
+        tried.append(rate)
+        fails = deleted(rate)
+    trains = converted(rate)
+    while trains["outcome"] != "trains" and fails["outcome"] != "trains" and rate > LEAST_RATE:
+        rate /= 2**0.5
+        tried.append(rate)
+        trains = converted(rate)
+        fails = deleted(rate)
+    return {"rate": rate, "deleted": fails, "converted": trains, "rates": sorted({round(each, 5) for each in tried})}
+
+
+def run(model: nn.Module, batches: Batches, rate: float, steps: int) -> Run:
+    """Train in place: SGD, momentum 0.9, clipping to a norm of 1; the rate rises in 50 steps and falls as a cosine.
+
+    Returns:
+        ``outcome``; the mean ``loss`` of the first and the last tenth of the steps and its ``peak``, None for what is
+        not finite.
+    """
+    torch.manual_seed(0)
+    model.train()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9)
+    schedule = warmup_cosine(optimizer, steps=steps, warmup_steps=WARM_UP)
+    losses: list[float] = []
+    for step in range(steps):
+        images, labels = batches(step)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits(model(images)), labels)
+        losses.append(float(loss.detach()))
+        if not isfinite(losses[-1]):
+            break
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        schedule.step()
+    tenth = max(1, steps // 10)
+    peak = max(losses) if len(losses) == steps else inf
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    return {
+        "outcome": outcome(first, last, peak),
+        "loss": [value if isfinite(value) else None for value in (first, last)],
+        "peak": peak if isfinite(peak) else None,
+    }
+
+
+def outcome(first: float, last: float, peak: float) -> str:
+    """What became of a loss, in terms of chance, ln 10.
+
+    It "trains" if it ends below half of chance. If not, it "diverges" where it ends above its beginning and chance (by
+    5 %), was ever above twice chance and twice its beginning, or ceased to be finite; it "learns nothing" if it
+    ends within 5 % of chance, and "little" otherwise.
+    """
+    chance = log(CLASSES)
+    if last < chance / 2 and peak < inf:
+        return "trains"
+    if not peak < 2 * max(first, chance) or last > 1.05 * max(first, chance):
+        return "diverges"
+    return "learns little" if last < 0.95 * chance else "learns nothing"
+
+
+def without_norms(model: nn.Module, conversion: Conversion | None = None) -> nn.Module:
+    """A copy whose norms are simply gone, their fused activations kept, and those that a conversion keeps, too."""
+    deleted = copy.deepcopy(model)
+    kept = {one.name for one in conversion.norms_left} if conversion else set()
+    names = {module: name for name, module in deleted.named_modules()}
+    for module, path in names.items():
+        for name, child in module._modules.items():
+            if child is not None and is_norm(child) and names.get(child, f"{path}.{name}") not in kept:
+                parts = [getattr(child, part, None) for part in ("drop", "act")]
+                module._modules[name] = nn.Sequential(*(part for part in parts if isinstance(part, nn.Module)))
+    for module in deleted.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]  # it would overwrite what the norm kept apart
+    return deleted
+
+
+def logits(output: Any) -> Tensor:
+    """[N, classes] of whatever a model returns: its first tensor, averaged over positions."""
+    first = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.dim() > 1)
+    return first.flatten(2).mean(2) if first.dim() > 2 else first
+
+
+class PooledMaps(nn.Module):
+    """A classifier over the first feature map of a detector's backbone."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(logits(backbone(torch.zeros(2, 3, SIZE, SIZE))).shape[1], CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, 10] of [N, 3, H, W]."""
+        return self.head(logits(self.backbone(images)))
+
+
+def classifier(name: str) -> nn.Module:
+    """A model by its ``library:name`` that tells ten classes apart, at random initialisation."""
+    torch.manual_seed(0)
+    library, plain = name.split(":")
+    if library == "timm":
+        import timm
+
+        return timm.create_model(plain, num_classes=CLASSES)
+    module = torchvision.models.get_model_builder(plain).__module__
+    if ".detection." in module:
+        return PooledMaps(build(name))
+    options: dict[str, Any] = {"weights_backbone": None} if ".segmentation." in module else {}
+    if plain in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": False}
+    return torchvision.models.get_model(plain, weights=None, num_classes=CLASSES, **options)
+
+
+def digits(size: int) -> Batches:
+    """Batches of scikit-learn's digits, standardized, in a colour."""
+    from sklearn.datasets import load_digits
+
+    data: Any = load_digits()
+    grey = torch.tensor(data.images, dtype=torch.float32)[:, None]
+    grey = F.interpolate((grey - grey.mean()) / grey.std(), size=size, mode="bilinear")
+    images = grey * torch.tensor(COLOUR)[:, None, None]
+    labels = torch.tensor(data.target)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.cat([torch.randperm(len(labels), generator=generator) for _ in range(8)])
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        chosen = order[BATCH * step : BATCH * step + BATCH]
+        return images[chosen], labels[chosen]
+
+    return batch
