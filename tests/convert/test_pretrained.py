@@ -127,7 +127,7 @@ def deep():
     return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
 
-def test_finetuning_at_batch_size_one_improves_where_batch_norm_does_not_run():
+def test_finetuning_with_one_image_a_step_where_batch_norm_fails():
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -136,11 +136,17 @@ def test_finetuning_at_batch_size_one_improves_where_batch_norm_does_not_run():
     torch.manual_seed(0)
     model = deep()
     train(model, images[:400], labels[:400], batch=20, steps=60, rate=0.02)
-    start = accuracy(model, images[1000:], labels[1000:])
+    images = images.flip(3)  # mirrored, the digits are a task of their own
+    tested = images[1000:], labels[1000:]
+    start = accuracy(model, *tested)
     converted = normfree.convert(model, images[:2], start="pretrained")
-    assert accuracy(converted, images[1000:], labels[1000:]) == start
-    train(converted, images[400:1000], labels[400:1000], batch=1, steps=400, rate=0.0003)
-    assert accuracy(converted, images[1000:], labels[1000:]) > start + 0.02
+    assert accuracy(converted, *tested) == start
+    for tuned in (model, converted):
+        train(tuned, images[400:1000], labels[400:1000], batch=1, steps=400, rate=0.0003)
+    assert accuracy(converted, *tested) > start + 0.3, "0.32 before, 0.74 after"
+    assert accuracy(model, *tested) < start + 0.2, (
+        "0.38 after: one image's statistics are not those it was trained with"
+    )
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         model.train()(images[:1, :, :4, :4])  # maps of 1 x 1: BatchNorm does not run at all
     converted.train()(images[:1, :, :4, :4])
