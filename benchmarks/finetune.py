@@ -31,7 +31,7 @@ from normfree.optim import warmup_cosine
 from normfree.signal import write_atomically
 
 SIZE, TESTED, BATCH, EPOCHS, RATE = 64, 360, 32, 3, 0.05
-RATES, STEPS, SEEDS = (1e-4, 1e-3, 1e-2), 500, (0, 1, 2)
+RATES, STEPS, SEEDS = (1e-4, 1e-3, 1e-2, 1e-1), 500, (0, 1, 2)
 
 
 def main() -> None:

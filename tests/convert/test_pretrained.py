@@ -42,6 +42,19 @@ NETS = {
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(4)),
         IMAGES,
     ),
+    "reflected, same, even kernel": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 4, padding="same", padding_mode="reflect"), nn.BatchNorm2d(4)),
+        IMAGES,
+    ),
+    "circular, transposed beside it": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3, 2, padding=2, dilation=2, padding_mode="circular"),
+            nn.BatchNorm2d(4),
+            nn.ConvTranspose2d(4, 3, 3),
+            nn.BatchNorm2d(3),
+        ),
+        IMAGES,
+    ),
     "same": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.BatchNorm2d(4, affine=False)), IMAGES),
 }
 

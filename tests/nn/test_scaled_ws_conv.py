@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 
-from normfree.nn import ScaledConv2d, ScaledWSConv2d, standardize
+from normfree.nn import ScaledConv2d, ScaledWSConv2d, fold, standardize
 from normfree.nn.standardization import StandardizeRows
 
 GEOMETRIES = [
@@ -238,6 +238,21 @@ def test_compiles_whole():
     (one,) = torch.autograd.grad(actual.square().sum(), layer.weight)
     (other,) = torch.autograd.grad(expected.square().sum(), layer.weight)
     torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", [ScaledConv2d, ScaledWSConv2d])
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize(("kernel", "padding"), [(3, "symmetric"), (4, "same"), (3, (2, 1))])
+def test_padding_modes_are_torchs(kind, mode, kernel, padding):
+    layer = kind(3, 4, kernel, padding=padding, padding_mode=mode, input_scale=1.7).double()
+    own = 1 if padding == "symmetric" else padding
+    reference = nn.Conv2d(3, 4, kernel, padding=own, padding_mode=mode).double()
+    with torch.no_grad():
+        for parameter, value in zip(reference.parameters(), layer.effective(), strict=True):
+            parameter.copy_(value)
+        x = torch.randn(2, 3, 7, 6, dtype=torch.float64)
+        assert torch.equal(layer(x), reference(x))
+        assert torch.equal(fold(layer)(x), reference(x))
 
 
 def test_refusals():

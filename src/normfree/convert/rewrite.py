@@ -93,17 +93,13 @@ def layer_like(old: Any, kind: Callable[..., nn.Module], **factors: Any) -> nn.M
         options: dict[str, Any] = {"dilation": old.dilation, "groups": old.groups}
         if isinstance(old, nn.modules.conv._ConvTransposeNd):
             options["output_padding"] = old.output_padding
-        new = kind(
-            old.in_channels, old.out_channels, old.kernel_size, old.stride, padding=_padding(old), **options, **factors
-        )
-        if old.padding_mode != "zeros":
-            new.padding_mode = old.padding_mode
-            new._reversed_padding_repeated_twice = list(old._reversed_padding_repeated_twice)
+        options |= {"padding": _padding(old), "padding_mode": old.padding_mode}
+        new = kind(old.in_channels, old.out_channels, old.kernel_size, old.stride, **options, **factors)
     return new.to(device=old.weight.device, dtype=old.weight.dtype)
 
 
 def _padding(old: Any) -> Any:
-    """Explicit numbers, or "same": for a stride of 1, torch's own is TensorFlow's."""
+    """Explicit numbers, or "same": torch's own, which asks for a stride of 1, is TensorFlow's there."""
     if class_name(old) in SAME_PADDED or getattr(old, "padding_style", "") == "same":
         return "same"
     if old.padding == "valid":

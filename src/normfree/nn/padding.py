@@ -78,9 +78,10 @@ class PaddedConv2d(nn.Conv2d):
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias: as ``nn.Conv2d``'s.
         padding: "symmetric", "same" (TensorFlow's), or explicit numbers as ``nn.Conv2d`` takes them.
+        padding_mode: "zeros", "reflect", "replicate" or "circular"; with "same", all but "zeros" ask for a stride of 1.
 
     Raises:
-        ValueError: unknown padding style.
+        ValueError: unknown padding style or mode, or another mode than "zeros" with "same" and a stride.
     """
 
     def __init__(
@@ -94,14 +95,29 @@ class PaddedConv2d(nn.Conv2d):
         dilation: Size2d = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
         **tensor_options: Any,
     ) -> None:
         self.padding_style = padding if isinstance(padding, str) else "explicit"
         if isinstance(padding, str):
             check_choice("padding", padding, PADDING_STYLES)
-            padding = symmetric_padding(kernel_size, dilation) if padding == "symmetric" else 0
+            if padding == "symmetric":
+                padding = symmetric_padding(kernel_size, dilation)
+            elif padding_mode == "zeros":
+                padding = 0
+            else:
+                self.padding_style = "explicit"  # torch's own "same" knows the mode
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **tensor_options
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            **tensor_options,
         )
 
     @property

@@ -25,13 +25,14 @@ class ScaledConv2d(ScaledLayer, PaddedConv2d):
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias: as ``nn.Conv2d``'s.
         padding: "symmetric" (default), "same" (TensorFlow's), or explicit numbers.
+        padding_mode: as ``nn.Conv2d``'s; with "same", all but "zeros" ask for a stride of 1.
         input_scale: constant factor of the input, such as gamma / beta.
         init_scale: factor of the initial weight's standard deviation (He: sqrt(2)).
         alpha: constant factor of the output, at least 0.
         skip_gain: initial value of s, a learnable 0-d factor of the output; None for none.
 
     Raises:
-        ValueError: unknown padding style; a factor that is no finite number.
+        ValueError: unknown padding style or mode; a factor that is no finite number.
 
     Source: the folding is this project's; the factors are those of Brock et al. 2021, sections 3 and 4.
     """
@@ -47,6 +48,7 @@ class ScaledConv2d(ScaledLayer, PaddedConv2d):
         dilation: Size2d = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
         input_scale: float = 1.0,
         init_scale: float = 1.0,
         alpha: float = 1.0,
@@ -65,6 +67,7 @@ class ScaledConv2d(ScaledLayer, PaddedConv2d):
             dilation=dilation,
             groups=groups,
             bias=bias,
+            padding_mode=padding_mode,
             **tensor_options,
         )
         self.end_branch(alpha, skip_gain, **tensor_options)

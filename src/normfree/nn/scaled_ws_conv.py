@@ -85,8 +85,8 @@ class ScaledWSConv2d(Standardized, ScaledConv2d):
     g, so with ``input_scale = gamma / beta`` the output has variance g^2.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, dilation, groups, bias, padding, input_scale, alpha,
-            skip_gain: as ``ScaledConv2d``'s.
+        in_channels, out_channels, kernel_size, stride, dilation, groups, bias, padding, padding_mode,
+            input_scale, alpha, skip_gain: as ``ScaledConv2d``'s.
 
     Attributes:
         gain: [O], learnable, starts at 1.
@@ -108,6 +108,7 @@ class ScaledWSConv2d(Standardized, ScaledConv2d):
         dilation: Size2d = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
         input_scale: float = 1.0,
         alpha: float = 1.0,
         skip_gain: float | None = None,
@@ -122,6 +123,7 @@ class ScaledWSConv2d(Standardized, ScaledConv2d):
             dilation=dilation,
             groups=groups,
             bias=bias,
+            padding_mode=padding_mode,
             input_scale=input_scale,
             alpha=alpha,
             skip_gain=skip_gain,
