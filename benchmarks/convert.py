@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
 
 
 def _run_all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Check every model that was not, then train those small enough, those that were checked fastest first."""
+    """Check every model that was not, then train those small enough, the smallest first."""
     path = options.out / "models.json"
     before = json.loads(path.read_text()) if path.exists() and not options.fresh else {}
     if before.get("machine", hardware()) != hardware():
@@ -228,7 +228,7 @@ def _run_all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
             say(_line(rows[name]))
             write()
         waiting = [name for name in asked if is_trained(rows[name]) and "training" not in rows[name]]
-        waiting.sort(key=lambda name: rows[name]["seconds"])
+        waiting.sort(key=lambda name: rows[name]["millions"])
         for name, run in zip(waiting, pool.map(lambda name: apart("train", name, options.steps), waiting), strict=True):
             rows[name]["training"] = run
             say(_line(rows[name]))

@@ -79,6 +79,34 @@ def test_the_function_stays_in_both_modes_and_folded(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def learning(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_what_was_frozen_stays_frozen():
+    def layers():
+        first = [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()]
+        return nn.Sequential(*first, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)).eval()
+
+    names = {"0.weight", "0.gain", "0.kept_mean", "0.bias", "3.weight", "3.gain", "3.kept_mean", "3.bias"}
+    affine = {"6.weight", "6.bias"}
+    assert learning(normfree.convert(layers(), IMAGES, start="pretrained")) == names | affine
+    gone = {
+        "0 1": {"0.weight", "0.gain", "0.kept_mean", "0.bias"},
+        "0": {"0.weight"},  # the norm's scale and shift still learn
+        "1": {"0.bias"},
+        "3 4 6": {"3.weight", "3.gain", "3.kept_mean", "3.bias", *affine},
+    }
+    for frozen, without in gone.items():
+        model = layers()
+        for name in frozen.split():
+            model[int(name)].requires_grad_(False)
+        assert learning(normfree.convert(model, IMAGES, start="pretrained")) == (names | affine) - without, frozen
+    fixed = layers()
+    fixed[6] = torchvision.ops.FrozenBatchNorm2d(4)
+    assert not affine & learning(normfree.convert(fixed, IMAGES, start="pretrained"))
+
+
 def test_resnet18_in_double_precision_to_rounding():
     torch.manual_seed(0)
     model = randomise(torchvision.models.resnet18(weights=None)).double().eval()

@@ -77,7 +77,7 @@ def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
 
 @torch.no_grad()
 def fill(original: nn.Module, converted: nn.Module, changes: list[Change], folds: dict[str, str]) -> None:
-    """Give the converted modules the numbers that keep the function."""
+    """Give the converted modules the numbers that keep the function, and freeze what was frozen in the original."""
     for change in changes:
         norm = original.get_submodule(change.name)
         if change.now == AFFINE:
@@ -86,8 +86,11 @@ def fill(original: nn.Module, converted: nn.Module, changes: list[Change], folds
             affine = affine if isinstance(affine, ChannelAffine) else affine[0]
             affine.weight.copy_(scale)
             affine.bias.copy_(shift)
+            affine.weight.requires_grad_(_learns(norm, "weight"))
+            affine.bias.requires_grad_(_learns(norm, "bias"))
     for name, layer in folds.items():
-        scale, shift = _constants(original.get_submodule(name))
+        norm = original.get_submodule(name)
+        scale, shift = _constants(norm)
         old: Any = original.get_submodule(layer)
         new: Any = converted.get_submodule(layer)
         bias = shift if old.bias is None else shift + scale * old.bias.double()
@@ -96,6 +99,22 @@ def fill(original: nn.Module, converted: nn.Module, changes: list[Change], folds
         else:
             new.weight.copy_(old.weight.double() * scale.view(-1, 1, 1, 1))
             new.bias.copy_(bias)
+        _keep_frozen(new, old, norm)
+
+
+def _keep_frozen(new: nn.Module, old: nn.Module, norm: nn.Module) -> None:
+    """Have the parameters of a layer learn where those that they were made of did."""
+    weight = _learns(old, "weight")
+    biases = [part for part in (old, norm) if part._parameters.get("bias") is not None]
+    bias = any(_learns(part, "bias") for part in biases) if biases else weight
+    for name, parameter in new.named_parameters():
+        own = weight if name == "weight" and isinstance(new, KeptMean) else weight or _learns(norm, "weight")
+        parameter.requires_grad_(bias if name == "bias" else own)
+
+
+def _learns(module: nn.Module, name: str) -> bool:
+    parameter = module._parameters.get(name)
+    return parameter is not None and parameter.requires_grad
 
 
 def _constants(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ padded cells, total // 2 of them before and the rest after: one more after when 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch.fx
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from normfree.nn.recompute import Geometry, average_pool_2x2, convolve_recomputi
 PADDING_STYLES = ("symmetric", "same")
 
 Size2d = int | tuple[int, int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 def as_pair(value: Size2d) -> tuple[int, int]:
@@ -95,7 +96,7 @@ class PaddedConv2d(nn.Conv2d):
         dilation: Size2d = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         **tensor_options: Any,
     ) -> None:
         self.padding_style = padding if isinstance(padding, str) else "explicit"

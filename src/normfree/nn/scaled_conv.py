@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from normfree.nn.padding import PaddedConv2d, Size2d
+from normfree.nn.padding import PaddedConv2d, PaddingMode, Size2d
 from normfree.nn.scaled_layer import ScaledLayer
 
 
@@ -48,7 +48,7 @@ class ScaledConv2d(ScaledLayer, PaddedConv2d):
         dilation: Size2d = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         input_scale: float = 1.0,
         init_scale: float = 1.0,
         alpha: float = 1.0,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from normfree.nn.branch_end import Scale
 from normfree.nn.checks import invalid
-from normfree.nn.padding import Size2d
+from normfree.nn.padding import PaddingMode, Size2d
 from normfree.nn.scaled_conv import ScaledConv2d
 from normfree.nn.scaled_layer import ScaledLayer
 from normfree.nn.standardization import standardize
@@ -108,7 +108,7 @@ class ScaledWSConv2d(Standardized, ScaledConv2d):
         dilation: Size2d = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         input_scale: float = 1.0,
         alpha: float = 1.0,
         skip_gain: float | None = None,
