@@ -5,7 +5,17 @@ from __future__ import annotations
 import runpy
 import sys
 
-BENCHMARKS = ("faults", "loader", "loop_overhead", "networks", "recompute", "spp_cost", "step_profile", "sweep")
+BENCHMARKS = (
+    "faults",
+    "finetune",
+    "loader",
+    "loop_overhead",
+    "networks",
+    "recompute",
+    "spp_cost",
+    "step_profile",
+    "sweep",
+)
 
 if __name__ == "__main__":
     named = sys.argv[1:2]

@@ -25,6 +25,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,9 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
             str(sum(run["deleted"]["outcome"] == how for run in told_apart))
             for how in ("diverges", "learns little", "learns nothing")
         ),
+        "of those trained, the converted model ends at the lower loss": sum(
+            _last(run["converted"]) < _last(run["deleted"]) for run in runs
+        ),
         "pretrained conversions within 1e-4": f"{sum(row['pretrained'] < 1e-4 for row in kept)} of {len(kept)}",
     }
     lines = [
@@ -134,10 +138,21 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
         "| pretrained error | rate | norms deleted: loss | converted: loss |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    lines += map(_line, rows)
     done = {row["model"] for row in rows}
-    missing = [f"`{name}`" for name in names() if name not in done]
-    lines += [*map(_line, rows), *(["", f"Not run yet: {', '.join(missing)}."] if missing else [])]
+    waiting = {
+        "Not run yet": [name for name in names() if name not in done],
+        "Not trained yet": [row["model"] for row in rows if is_trained(row) and "training" not in row],
+    }
+    for what, missing in waiting.items():
+        if missing:
+            lines += ["", f"{what}: {', '.join(f'`{name}`' for name in missing)}."]
     return "\n".join(lines) + "\n"
+
+
+def _last(run: dict[str, Any]) -> float:
+    """The loss a training ended with."""
+    return inf if run["loss"][1] is None else run["loss"][1]
 
 
 def _line(row: dict[str, Any]) -> str:
