@@ -9,10 +9,10 @@ whether an example's output depends on another; the *pretrained* conversion, aga
 statistics; and training on scikit-learn's digits. The converted model and the one with its norms simply deleted get the
 same recipe (SGD, momentum 0.9, batches of 16 images of 32 pixels, 50 steps of warm-up and a cosine to zero, the norm of
 the gradient clipped to 1, 10-way classifiers) and the same learning rate: doubled from 0.4 until the deleted model
-fails, then lowered by √2 while the converted one fails and the deleted one does not train. A run *trains* if its loss
-ends below half of chance (ln 10). If not, it *diverges* where it ends above its beginning and chance, was ever above
-twice both, or ceased to be finite; else it *learns nothing* (within 5 % of chance) or *little*. What is trained is
-converted on 32 of its own images with ``beta="measured"``; the other columns take the closed forms.
+fails, then found by bisection, so that one of the two trains and the other does not. A run *trains* if its loss ends
+below half of chance (ln 10). If not, it *diverges* where it ends above its beginning and chance, was ever above twice
+both, or ceased to be finite; else it *learns nothing* (within 5 % of chance) or *little*. What is trained is converted
+on 32 of its own images with ``beta="measured"``; the other columns take the closed forms.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ SIZES = {"inception": 96}
 COLOUR = (1.0, 0.6, 0.3)
 """Gains of the three channels: of grey images, filters of mean zero and one pixel see nothing."""
 
-FIRST_RATE, LAST_RATE, LEAST_RATE = 0.4, 6.4, 0.05
-"""Where the search for a learning rate begins, and how far it goes up and down."""
+FIRST_RATE, LAST_RATE, MOST_RATES = 0.4, 6.4, 7
+"""Where the search for a learning rate begins, how far it goes up, and how many rates it tries."""
 
 
 def trained(name: str, steps: int) -> dict[str, Any]:
@@ -56,23 +56,35 @@ def trained(name: str, steps: int) -> dict[str, Any]:
 
 
 def search(deleted: Callable[[float], Run], converted: Callable[[float], Run]) -> dict[str, Any]:
-    """Double the rate until the deleted model fails; then lower it by √2 until the converted one trains.
+    """Find a rate that tells the two models apart: one of them trains, and one does not.
 
-    It ends early where the deleted model trains, too: then no rate tells the two apart in favour of the converted one.
+    Doubled until the deleted model fails; then bisection, on a logarithmic scale, between a rate at which it trains and
+    one at which neither does. Where it has not trained at any yet, the rate is lowered by √2 instead.
     """
-    rate, tried = FIRST_RATE, [FIRST_RATE]
-    fails = deleted(rate)
-    while fails["outcome"] == "trains" and rate < LAST_RATE:
-        rate *= 2
+    rate, lower, upper = FIRST_RATE, 0.0, inf
+    tried = [rate]
+    without = deleted(rate)
+    while _trains(without) and rate < LAST_RATE:
+        lower, rate = rate, 2 * rate
         tried.append(rate)
-        fails = deleted(rate)
-    trains = converted(rate)
-    while trains["outcome"] != "trains" and fails["outcome"] != "trains" and rate > LEAST_RATE:
-        rate /= 2**0.5
+        without = deleted(rate)
+    with_scales = converted(rate)
+    while _trains(without) == _trains(with_scales) and len(tried) < MOST_RATES:
+        if _trains(without):
+            lower = rate
+        else:
+            upper = rate
+        if upper == inf:
+            break  # both train at the highest rate
+        rate = (lower * upper) ** 0.5 if lower else upper / 2**0.5
         tried.append(rate)
-        trains = converted(rate)
-        fails = deleted(rate)
-    return {"rate": rate, "deleted": fails, "converted": trains, "rates": sorted({round(each, 5) for each in tried})}
+        without, with_scales = deleted(rate), converted(rate)
+    rates = sorted({round(each, 5) for each in tried})
+    return {"rate": rate, "deleted": without, "converted": with_scales, "rates": rates}
+
+
+def _trains(run: Run) -> bool:
+    return run["outcome"] == "trains"
 
 
 def run(model: nn.Module, batches: Batches, rate: float, steps: int) -> Run:
