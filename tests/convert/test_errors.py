@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from convert.nets import post_activation, pre_activation
+from convert.nets import post_activation
 from torch import nn
 
 import normfree
@@ -137,7 +137,16 @@ def test_the_default_input_is_noise_of_the_shape_the_model_suggests():
 
 
 def test_branches_are_named_where_their_module_has_no_name():
-    assert normfree.convert(pre_activation(), IMAGES).conversion.summary().startswith("Sequential converted (fresh): ")
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3))
+
+        def forward(self, x):
+            return x + self.body(x)
+
+    first = normfree.convert(Block(), IMAGES).conversion.changes[0]
+    assert first.reason.endswith("; ends the branch added in the model")
 
 
 def test_a_norm_behind_a_convolution_that_is_no_layer_stays():

@@ -87,8 +87,22 @@ def test_folding_leaves_plain_layers_and_the_function(start):
 def test_the_exported_file_is_the_model(tmp_path):
     from normfree.export import to_program
 
-    exported = to_program(converted(), IMAGES, tmp_path / "model.pt2")
-    assert exported.path.is_file()
+    model = converted()
+    exported = to_program(model, IMAGES, tmp_path / "model.pt2")
+    with torch.no_grad():
+        outputs = torch.export.load(exported.path).module()(IMAGES)
+        torch.testing.assert_close(outputs, model(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_frozen_is_so_when_it_comes_back(tmp_path):
+    original = randomise(post_activation(Gate))
+    for part in (original[0], original[2]):
+        part.requires_grad_(False)
+    model = normfree.convert(original.eval(), IMAGES, start="pretrained")
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    back = normfree.load(normfree.save(model, tmp_path / "model.safetensors"), original=original)
+    assert {name for name, parameter in back.named_parameters() if not parameter.requires_grad} == frozen
+    assert "2.conv1.gain" in frozen and "3.conv1.gain" not in frozen
 
 
 def test_the_monitor_listens_to_its_training():

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from convert.nets import (
-    FunctionalGate,
     Gate,
     Generator,
     PostActivation,
@@ -105,30 +104,6 @@ def test_postactivation_resnet50_and_nf_resnet50_have_the_same_branches():
         assert block.residual_avg_channel_var == pytest.approx(reference.residual_avg_channel_var, rel=0.1)
         if block.transition:
             assert block.avg_channel_var == pytest.approx(reference.avg_channel_var, rel=0.1)
-
-
-def test_a_gate_carries_the_branch_factor_and_the_two_that_it_halves():
-    record = normfree.convert(post_activation(Gate), IMAGES).conversion
-    gates = [change for change in record.changes if change.now == "BranchScale"]
-    assert [gate.name for gate in gates] == [f"{block}.gate.sigmoid" for block in range(1, 6)]
-    assert all(gate.correction == 2 and gate.alpha == 0.2 and gate.skip_gain == 1 for gate in gates)
-    assert {"1.gate.fc1", "1.gate.fc2"} <= {
-        kept.name for kept in record.kept if kept.reason == "it only computes a gate"
-    }
-
-
-@pytest.mark.parametrize("gate", [Gate, FunctionalGate])
-def test_a_gated_branch_keeps_its_variance(gate):
-    signal = normfree.spp(normfree.convert(post_activation(gate), IMAGES), IMAGES)
-    # three 3x3 convolutions' worth of padding and few channels; half of it unless the gate's 2 is there
-    assert all(block.residual_avg_channel_var > 0.45 for block in signal.blocks[:3])
-
-
-def test_a_functional_gate_leaves_the_factor_to_the_layer_before():
-    record = normfree.convert(post_activation(FunctionalGate), IMAGES).conversion
-    last = next(change for change in record.changes if change.name == "2.conv2")
-    assert last.alpha == 0.2
-    assert last.input_scale == pytest.approx(2 * normfree.gamma(nn.ReLU()))
 
 
 def test_a_unet_that_no_tracer_follows():
@@ -315,3 +290,118 @@ def losses(model, images, labels):
         loss.backward()
         optimizer.step()
     return found
+
+
+def test_a_norm_of_the_input_becomes_the_units_of_the_example():
+    table = 5000 + 1000 * torch.randn(64, 20, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(20), nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 1))
+    converted = normfree.convert(model, table)
+    assert not norms_in(converted)
+    assert converted.conversion.changes[0].now == "ChannelAffine"
+    torch.testing.assert_close(converted(table), model.train()(table), rtol=1e-3, atol=1e-4)
+    assert converted[0].weight.requires_grad and converted[0].bias.requires_grad
+    by_example = nn.Sequential(nn.GroupNorm(1, 3), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    kept = normfree.convert(by_example, IMAGES).conversion.norms_left
+    assert [(one.name, one.reason) for one in kept] == [("0", "it gives the input its units, each example by itself")]
+
+
+def test_numbers_given_by_keyword_belong_to_the_function():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList([nn.Conv2d(3 if i == 0 else 8, 8, 3) for i in range(3)])
+            self.norms = nn.ModuleList([nn.BatchNorm2d(8) for _ in range(3)])
+
+        def forward(self, x):
+            x = self.norms[0](self.convs[0](x))
+            x = self.norms[1](self.convs[1](torch.add(x.relu(), x, alpha=0.1)))
+            return self.norms[2](self.convs[2](torch.add(x.relu(), x, alpha=5.0)))
+
+    scales = {change.name: change.input_scale for change in normfree.convert(Mixed(), IMAGES).conversion.changes}
+    assert scales["convs.1"] == pytest.approx(normfree.gamma(lambda x: x.relu() + 0.1 * x))
+    assert scales["convs.2"] == pytest.approx(normfree.gamma(lambda x: x.relu() + 5 * x))
+
+
+def test_slopes_that_differ_from_channel_to_channel_have_no_closed_form():
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.PReLU(8)]
+    model = nn.Sequential(*layers, nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    with torch.no_grad():
+        model[5].weight[2:] = 1.0  # the first two are as in the other
+    reasons = {change.name: change.reason for change in normfree.convert(model, IMAGES).conversion.changes}
+    assert reasons["3"].startswith("γ") and reasons["6"].startswith("measured")
+
+
+def test_a_norm_that_stays_has_no_planned_variance():
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.norm = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), nn.LayerNorm(8)
+            self.last = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+
+        def forward(self, x):
+            y = self.body(x)
+            return self.last(self.norm((y + y).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+    reasons = {change.name: change.reason for change in normfree.convert(Kept(), IMAGES).conversion.changes}
+    assert reasons["last.0"].startswith("measured")
+
+
+def test_a_layer_used_on_several_signals_says_which_it_was_measured_on():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+            self.head, self.norm = nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8)
+
+        def forward(self, x):
+            y = self.stem(x)
+            return self.norm(self.head(y)), self.norm(self.head(F.avg_pool2d(y, 2)))
+
+    model = normfree.convert(Head(), IMAGES)
+    change = next(change for change in model.conversion.changes if change.name == "head")
+    assert change.reason == "measured on the first of several signals"
+    assert float(model(IMAGES)[0].detach().square().mean()) == pytest.approx(1, rel=1e-3)
+
+
+def test_a_fused_activation_that_ends_a_branch_is_scaled_behind_the_copy():
+    from timm.layers import BatchNormAct2d
+
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right, self.norm = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1), BatchNormAct2d(16)
+
+        def forward(self, x):
+            return x + self.norm(self.left(x) + self.right(x))
+
+    model = normfree.convert(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), Fused()), IMAGES)
+    scaled = [change.name for change in model.conversion.changes if change.now == "BranchScale"]
+    assert scaled == ["2.norm.act"]
+    assert [type(module).__name__ for module in model[2].norm.modules() if not list(module.children())] == [
+        "Copy",
+        "ReLU",
+        "BranchScale",
+    ]
+
+
+def test_layers_that_conversion_did_not_make_keep_their_weights():
+    ours = ScaledWSConv2d(3, 8, 3, input_scale=1.7)
+    model = nn.Sequential(ours, nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    assert torch.equal(normfree.convert(model, IMAGES)[0].weight, ours.weight)
+
+
+def test_wrapped_models_are_unwrapped():
+    model = nn.DataParallel(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    converted = normfree.convert(model, IMAGES)
+    assert type(converted) is nn.Sequential
+    assert [change.name for change in converted.conversion.changes] == ["0", "1"]
+
+
+def test_noise_of_its_own_leaves_the_random_state_alone_and_follows_the_seed():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model.image_size = 16
+    state = torch.get_rng_state()
+    first, second, other = (normfree.convert(model, seed=seed)[0].input_scale for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first == second != other

@@ -14,9 +14,8 @@ from torch import nn
 from normfree.commands.outputs import check_folder
 from normfree.commands.spp import batch_shape, precision_of
 from normfree.commands.tables import print_conversion
-from normfree.convert import Conversion, conversion_of, convert
+from normfree.convert import ALPHA, SKIP_GAIN, Conversion, conversion_of, convert
 from normfree.data import probe_named
-from normfree.nn.checks import check_choice
 from normfree.sources import Built, build
 from normfree.weights import save
 from normfree.weights.stored import read
@@ -38,9 +37,9 @@ class Convert:
     """fresh: new, variance-preserving weights; pretrained: the function of the trained model, kept."""
     weights: Path | None = None
     """State dict of the model before conversion, as safetensors."""
-    alpha: float = 0.2
+    alpha: float = ALPHA
     """Factor of the residual branches (fresh)."""
-    skip_gain: float = 0.0
+    skip_gain: float = SKIP_GAIN
     """Initial value of their learnable factor (fresh)."""
     beta: Literal["plan", "measured"] = "plan"
     """plan: closed forms of input scales where there are any; measured: all on the input (fresh)."""
@@ -97,7 +96,7 @@ def converted_as(options: Any, built: Built) -> nn.Module:
     return convert(
         built.model,
         built.batch,
-        start=check_choice("start", options.start, ("fresh", "pretrained")),
+        start=options.start,
         alpha=options.alpha,
         skip_gain=options.skip_gain,
         beta=options.beta,

@@ -14,7 +14,7 @@ from torch import nn
 from normfree.commands.convert import check_sizes, converted_as, prepared
 from normfree.commands.outputs import check_folder
 from normfree.commands.tables import print_conversion, print_signal
-from normfree.convert import Conversion, conversion_of
+from normfree.convert import ALPHA, SKIP_GAIN, Conversion, conversion_of
 from normfree.signal import SignalPropagation, spp, write_json
 from normfree.signal.plot import plot_signals
 from normfree.signal.report import write_report
@@ -35,7 +35,7 @@ class Doctor:
     """How the converted model begins."""
     weights: Path | None = None
     """State dict of the model, as safetensors."""
-    alpha: float = 0.2
+    alpha: float = ALPHA
     """Factor of the residual branches after conversion."""
     beta: Literal["plan", "measured"] = "plan"
     """plan: closed forms of input scales where there are any; measured: all on the input."""
@@ -50,7 +50,7 @@ class Doctor:
     out: Path = Path("out/doctor")
     """Folder to write to."""
 
-    skip_gain: tyro.conf.Suppress[float] = 0.0
+    skip_gain: tyro.conf.Suppress[float] = SKIP_GAIN
 
     def __post_init__(self) -> None:
         check_sizes(self.batch_size, self.image_size, self.seed)

@@ -1,11 +1,13 @@
 """Take the normalizers out of someone else's model, guided by its recorded dataflow."""
 
-from normfree.convert.converting import BETAS, conversion_of, convert
+from normfree.convert.converting import ALPHA, BETAS, SKIP_GAIN, conversion_of, convert
 from normfree.convert.files import stored_conversion
 from normfree.convert.record import STARTS, Change, Conversion, Kept
 
 __all__ = [
+    "ALPHA",
     "BETAS",
+    "SKIP_GAIN",
     "STARTS",
     "Change",
     "Conversion",

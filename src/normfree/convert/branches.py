@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -26,16 +26,15 @@ class Ending:
 
     Attributes:
         addition: where it is added.
-        modules: names of the modules that carry its factor; none where ``problem`` says why.
-        correction: what restores a gate: 2 for a sigmoid's.
+        modules: names of the modules that carry its factor, and what each restores of gates: 2 for each sigmoid's;
+            none where ``problem`` says why.
         learned: name of a parameter of the branch's own that scales it, and so stands for the skip gain; "" for none.
         square: mean square of that parameter, 1 for none.
         problem: why no module can carry it, in words.
     """
 
     addition: Addition
-    modules: tuple[str, ...] = ()
-    correction: float = 1.0
+    modules: Mapping[str, float] = field(default_factory=dict)
     learned: str = ""
     square: float = 1.0
     problem: str = ""
@@ -64,8 +63,23 @@ def endings(structure: Structure, model: nn.Module, removed: set[str], chosen: I
     return found
 
 
+@dataclass(frozen=True)
+class _Way:
+    """One of the ways back from an addition, as far as it has been walked.
+
+    Attributes:
+        node: the activation it has come to, which a factor passes.
+        correction: of gates on the way that no module carries yet.
+        carrier: the module that carries the factor; "" before there is one.
+    """
+
+    node: Node
+    correction: float = 1.0
+    carrier: str = ""
+
+
 class _Walk:
-    """One walk back from an addition."""
+    """One walk back from an addition, on all ways at once."""
 
     def __init__(
         self,
@@ -77,40 +91,46 @@ class _Walk:
     ) -> None:
         self.structure, self.owners, self.removed = structure, owners, removed
         self.standardized, self.addition = standardized, addition
-        self.modules: dict[str, None] = {}
-        self.correction = self.square = 1.0
+        self.modules: dict[str, float] = {}
+        self.square = 1.0
         self.learned = ""
 
     def ending(self) -> Ending:
-        waiting = [self.addition.branch]
+        waiting = [_Way(self.addition.branch)]
         while waiting:
-            waiting += self._behind(waiting.pop())
-        return Ending(self.addition, tuple(self.modules), self.correction, self.learned, self.square)
+            way = waiting.pop()
+            try:
+                waiting += self._behind(way)
+            except _Blocked:
+                if not way.carrier:
+                    raise
+        return Ending(self.addition, self.modules, self.learned, self.square)
 
-    def _behind(self, node: Node) -> list[Node]:
-        """What lies behind an activation that a factor passes; or note the module that carries it."""
+    def _behind(self, way: _Way) -> list[_Way]:
+        """The ways on; none where a layer ends one. A way with a carrier goes on to find the gates before it."""
+        node = way.node
         if node is self.addition.ancestor:
             raise _Blocked("it leads back to its own shortcut")
         self._check_read_once(node)
         call = self.structure.layer_at.get(node)
         if call is not None:
-            return self._carried_by(call)
+            return self._carried_by(call, way)
         norm = self.structure.norm_at.get(node)
         step = self.structure.flow.made_by.get(node)
         if step is None:
             raise _Blocked("it reads the input itself")
         if norm is not None and norm.name in self.removed and not activation_in(norm.module):
             assert norm.input is not None
-            return [norm.input]
+            return [replace(way, node=norm.input)]
         gated = gate_of(self.structure.flow, step)
         if gated is not None:
-            return self._gated(*gated)
+            return [self._gated(way, *gated)]
         if step.name in op.SCALING and len(step.inputs) == 1:
             self._note_learned(step)
-            return [step.inputs[0]]
+            return [replace(way, node=step.inputs[0])]
         if step.name in _LINEAR or step.name == "add":
-            return list(step.inputs)
-        return self._activated(step, node)
+            return [replace(way, node=each) for each in step.inputs]
+        return self._activated(step, way)
 
     def _check_read_once(self, node: Node) -> None:
         readers = {
@@ -121,25 +141,34 @@ class _Walk:
         if len(readers) > 1:
             raise _Blocked("what ends it is read elsewhere, too")
 
-    def _carried_by(self, call: Call) -> list[Node]:
+    def _carry(self, module: str, correction: float) -> None:
+        """Have a module carry the factor of one way."""
+        if self.modules.setdefault(module, correction) != correction:
+            raise _Blocked(f"{module}, which ends it, is read through gates and past them")
+
+    def _carried_by(self, call: Call, way: _Way) -> list[_Way]:
+        if way.carrier:
+            return []
         if call.name not in self.standardized:
             raise _Blocked(f"{call.name}, which ends it, was left alone")
         if len(self.structure.layers[call.name]) > 1:
             raise _Blocked(f"{call.name}, which ends it, is used several times")
-        self.modules[call.name] = None
+        self._carry(call.name, way.correction)
         return []
 
-    def _gated(self, value: Node, gate: Node) -> list[Node]:
+    def _gated(self, way: _Way, value: Node, gate: Node) -> _Way:
         """Put the factor on the gate, if a module of its own makes it; else on what is gated."""
         step = self._made_nonlinearly(gate)
         if step is None or step.name not in HALVING:
-            return [value]
-        self.correction *= 2
+            return replace(way, node=value)
+        if way.carrier:
+            self.modules[way.carrier] *= 2
+            return replace(way, node=value)
         module = self._module_of(step, gate)
-        if module is None or self.modules:
-            return [value]
-        self.modules[module] = None
-        return []
+        if module is None:
+            return replace(way, node=value, correction=2 * way.correction)
+        self._carry(module, 2 * way.correction)
+        return _Way(value, carrier=module)
 
     def _made_nonlinearly(self, node: Node) -> Step | None:
         step = self.structure.flow.made_by.get(node)
@@ -147,10 +176,12 @@ class _Walk:
             step = self.structure.flow.made_by.get(step.inputs[0])
         return step
 
-    def _activated(self, step: Step, node: Node) -> list[Node]:
+    def _activated(self, step: Step, way: _Way) -> list[_Way]:
         """A branch that ends in an activation's module has the factor behind it."""
-        if step.name in op.NONLINEAR and (module := self._module_of(step, node)) is not None:
-            self.modules[module] = None
+        if way.carrier:
+            return []
+        if step.name in op.NONLINEAR and (module := self._module_of(step, way.node)) is not None:
+            self._carry(module, way.correction)
             return []
         raise _Blocked(f"it ends in {step.name}, which no weight lies behind")
 

@@ -1,4 +1,4 @@
-"""Measure the input scales that have no closed form, in one pass, and size the raw weights by the scales."""
+"""Measure what has no closed form on the example, in one pass, and size the raw weights by the scales."""
 
 from __future__ import annotations
 
@@ -13,21 +13,28 @@ from normfree.nn.branch_end import BranchEnd
 from normfree.nn.scaled_ws_conv import Standardized
 from normfree.signal.inputs import Batch, call
 
+EPS = 1e-5
+"""Added to the variance of a channel of the input, as BatchNorm does."""
+
 LEAST_SEEN = 1e-10
 """Share of its input's mean square that a layer must pass on: filters of mean zero turn an input that does not vary
 into rounding, of about 1e-14 in float32."""
 
 
-def measured_scales(model: nn.Module, names: Iterable[str], batch: Batch, *, heads: bool) -> dict[str, float]:
+def measured_scales(
+    model: nn.Module, layers: Iterable[str], affines: Iterable[str], batch: Batch, *, heads: bool
+) -> dict[str, float]:
     """The input scale of each named layer under which its output has a mean square of 1.
 
     The filters sum to zero, so the mean square is the variance plus what differing channel means bring; of
     features pooled to one position it is the quantity that does not depend on how alike the examples are. Layers
-    are set one after another as the signal reaches them, with branches awake (skip gains of one).
+    are set one after another as the signal reaches them, with branches awake (skip gains of one); a layer that runs
+    several times, by its first input. Affine maps are set so that each channel leaves them with mean 0 and variance 1.
 
     Args:
         model: the converted model; its layers keep the scales found.
-        names: of the layers.
+        layers: names of the layers to measure.
+        affines: names of the :class:`ChannelAffine` maps.
         batch: what to measure with.
         heads: run what runs in training alone, too.
 
@@ -36,7 +43,8 @@ def measured_scales(model: nn.Module, names: Iterable[str], batch: Batch, *, hea
     """
     modules = dict(model.named_modules())
     found: dict[str, float] = {}
-    handles = [modules[name].register_forward_pre_hook(_setter(name, found)) for name in names]
+    handles = [modules[name].register_forward_pre_hook(_setter(name, found)) for name in layers]
+    handles += [modules[name].register_forward_pre_hook(_standardize_channels) for name in affines]
     gains = [m.skip_gain for m in model.modules() if isinstance(m, BranchEnd) and m.skip_gain is not None]
     kept = [gain.detach().clone() for gain in gains]
     try:
@@ -53,6 +61,15 @@ def measured_scales(model: nn.Module, names: Iterable[str], batch: Batch, *, hea
     for name, scale in found.items():
         modules[name].input_scale = scale  # type: ignore[assignment]
     return found
+
+
+def _standardize_channels(module: Any, inputs: tuple[Tensor, ...]) -> None:
+    """Have a :class:`ChannelAffine` give each channel of its input [N, C, …] mean 0 and variance 1."""
+    channels = inputs[0].transpose(0, 1).flatten(1).double()
+    variance, mean = torch.var_mean(channels, 1, correction=0)
+    scale = (variance + EPS).rsqrt()
+    module.weight.copy_(scale)
+    module.bias.copy_(-mean * scale)
 
 
 def _setter(name: str, found: dict[str, float]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -85,14 +102,14 @@ def _plain_output(module: Any, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def keep_pace(model: nn.Module) -> None:
-    """Draw out the raw weights of scaled layers so that they train at the pace of plain ones.
+def keep_pace(layers: Iterable[nn.Module]) -> None:
+    """Scale up the raw weights of standardized layers so that they train at the pace of plain ones.
 
     Standardization undoes the size of the raw weights, but their gradient is inverse to it. With a raw weight of the
     size of the effective one, a step of gradient descent moves the effective weight as far as it would move a plain
     layer's, so that a learning rate found for the original fits. Without, a constant c of the input makes the step c²
     times as long: three times behind a ReLU. Layers that shrink their input (c < 1) are left at their own, slower pace.
     """
-    for module in model.modules():
+    for module in layers:
         if isinstance(module, Standardized) and module.constant > 1:
             module.weight.mul_(module.constant)

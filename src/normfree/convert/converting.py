@@ -9,19 +9,24 @@ import torch
 from torch import nn
 
 from normfree.convert.calibrate import keep_pace, measured_scales
+from normfree.convert.checking import check_kept, running
 from normfree.convert.dataflow import Dataflow, record_all
-from normfree.convert.fresh import fresh_plan
-from normfree.convert.kinds import class_name, is_norm
+from normfree.convert.fresh import MEASURED, fresh_plan
+from normfree.convert.kinds import class_name, constants_of, is_norm
 from normfree.convert.pretrained import fill, pretrained_plan
 from normfree.convert.record import STARTS, Change, Conversion, Kept
-from normfree.convert.rewrite import rewritten
+from normfree.convert.rewrite import AFFINE, LAYERS, rewritten
 from normfree.convert.structure import Structure
 from normfree.nn.checks import check_choice, check_integer, check_number
 from normfree.signal import operations as op
 from normfree.signal.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of
+from normfree.signal.measure import unwrapped
 from normfree.signal.nonfinite import check_present
 
-BETAS = ("plan", "measured")
+ALPHA, SKIP_GAIN = 0.2, 1.0
+"""Of residual branches, where nothing else is asked for."""
+
+BETAS = ("plan", MEASURED)
 
 
 def convert(
@@ -29,8 +34,8 @@ def convert(
     example_input: Batch | None = None,
     *,
     start: str = "fresh",
-    alpha: float = 0.2,
-    skip_gain: float = 1.0,
+    alpha: float = ALPHA,
+    skip_gain: float = SKIP_GAIN,
     beta: str = "plan",
     seed: int = 0,
     source: str | None = None,
@@ -65,18 +70,19 @@ def convert(
 
     Source: Brock, De, Smith, ICLR 2021, sections 3 and 4; the rules for foreign structures are this project's.
     """
-    model = getattr(model, "_orig_mod", model)  # of a compiled one
+    model = unwrapped(model)
     _check(model, start, alpha, skip_gain, beta, seed)
-    batch = placed_like(model, gaussian_like_input_of(model) if example_input is None else example_input)
+    if example_input is None:
+        example_input = gaussian_like_input_of(model, generator=torch.Generator().manual_seed(seed))
+    batch = placed_like(model, example_input)
     check_batch(batch)
     flow, heads = record_all(model, batch)
     structure = Structure(flow)
     notes: list[str] = []
-    folds: dict[str, str] = {}
     if start == "fresh":
         changes, kept, notes = fresh_plan(structure, model, alpha=alpha, skip_gain=skip_gain, beta=beta)
     else:
-        changes, kept, folds = pretrained_plan(structure)
+        changes, kept = pretrained_plan(structure)
     kept += _unseen(model, structure)
     notes += _functional_norms(flow)
     if not changes:
@@ -95,22 +101,23 @@ def convert(
     )
     converted = rewritten(model, conversion)
     if start == "pretrained":
-        fill(model, converted, changes, folds)
+        fill(model, converted, changes)
+        check_kept(model, converted, conversion, batch, heads=heads)
         return converted
-    converted = _measured(converted, conversion, batch, heads=heads)
-    keep_pace(converted)
+    _measure(converted, conversion, batch, heads=heads)
+    keep_pace(converted.get_submodule(change.name) for change in changes if change.now in LAYERS)
     return converted
 
 
 def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: str, seed: int) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: {type(model).__name__} is no torch.nn.Module; give a model")
     check_choice("start", start, STARTS)
     check_number("alpha", alpha, 0.0)
     check_number("skip_gain", skip_gain)
     check_choice("beta", beta, BETAS)
     check_integer("seed", seed, 0)
     check_present(model)
+    if "conversion" in model._modules and conversion_of(model) is None:
+        raise ValueError('model: its submodule "conversion" has the name of the record; give it another')
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
@@ -119,20 +126,23 @@ def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: s
             )
 
 
-def _measured(converted: nn.Module, conversion: Conversion, batch: Batch, *, heads: bool) -> nn.Module:
-    """Set the input scales that are still open, and enter them into the record."""
-    waiting = [change.name for change in conversion.changes if _is_layer(change) and change.input_scale is None]
-    scales = measured_scales(converted, waiting, batch, heads=heads) if waiting else {}
+def _measure(converted: nn.Module, conversion: Conversion, batch: Batch, *, heads: bool) -> None:
+    """Set what is still open, and enter the input scales into the record."""
+    waiting = [change.name for change in conversion.changes if change.now in LAYERS and change.input_scale is None]
+    affines = [change.name for change in conversion.changes if change.now == AFFINE]
+    with running(converted, conversion):
+        scales = measured_scales(converted, waiting, affines, batch, heads=heads)
+    unseen = next((name for name in waiting if name not in scales), None)
+    if unseen is not None:
+        raise ValueError(
+            f"example_input: {unseen} does not run on it in the converted model, so its scale cannot be measured; give "
+            "more examples, if what runs depends on them"
+        )
     changes = tuple(
-        replace(change, input_scale=scales[change.name]) if change.name in scales and _is_layer(change) else change
+        replace(change, input_scale=scales[change.name]) if change.name in scales and change.now in LAYERS else change
         for change in conversion.changes
     )
     converted.conversion = replace(conversion, changes=changes)  # type: ignore[assignment]
-    return converted
-
-
-def _is_layer(change: Change) -> bool:
-    return change.now.startswith("Scaled")
 
 
 def _unseen(model: nn.Module, structure: Structure) -> list[Kept]:
@@ -156,10 +166,12 @@ def _nothing(model: nn.Module, kept: list[Kept], notes: list[str], start: str) -
         why = "; ".join(notes) or "it has no normalizer"
         return ValueError(f"model: {class_name(model)} has nothing to convert: {why}; use it as it is")
     first = norms[0]
-    remedy = 'choose start="fresh"' if start == "pretrained" else "keep it as it is"
+    without_constants = start == "pretrained" and constants_of(model.get_submodule(first.name)) is None
+    remedy = 'choose start="fresh"' if without_constants else "keep it as it is"
+    stay = f"all {len(norms)} normalizers stay, such as" if len(norms) > 1 else "its normalizer stays,"
     return ValueError(
-        f"model: {class_name(model)} has nothing to convert: all {len(norms)} normalizers stay, "
-        f"such as {first.name} ({first.was}): {first.reason}; {remedy}"
+        f"model: {class_name(model)} has nothing to convert: {stay} {first.name or 'the model'} ({first.was}): "
+        f"{first.reason}; {remedy}"
     )
 
 

@@ -57,14 +57,12 @@ class Call:
         name: the module's qualified name.
         module: the module.
         input, output: activations it took (the first) and gave; None where it took or gave none.
-        shape: of the input.
     """
 
     name: str
     module: nn.Module
     input: Node | None
     output: Node | None
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +107,14 @@ class Dataflow:
         """The operations that read an activation."""
         return self.read_by.get(node, ())
 
+    def is_read_twice(self, node: Node) -> bool:
+        """Whether more than one operation reads an activation, or one does and the model returns it, too."""
+        return len({id(step) for step in self.readers(node)}) + (node in self.outputs) > 1
+
+    def within(self, module: str) -> Iterator[Step]:
+        """The operations that ran inside a module, by name."""
+        return (step for step in self.steps if step.module == module or step.module.startswith(f"{module}."))
+
     def called(self, kind: Callable[[nn.Module], bool]) -> dict[str, list[Call]]:
         """The calls of every module of a kind, by name, in the order they first ran."""
         found: dict[str, list[Call]] = {}
@@ -137,7 +143,7 @@ class DataflowRecorder(Recorder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.flow = Dataflow()
-        self.entered: list[tuple[nn.Module, Node | None, tuple[int, ...]]] = []
+        self.entered: list[tuple[nn.Module, Node | None]] = []
 
     def on_addition(self, found: Residual, operands: Sequence[Tensor], run: Callable[[], Tensor]) -> Tensor:
         """Note which operand was what, before an addition in place makes the one into the sum."""
@@ -175,15 +181,14 @@ class DataflowRecorder(Recorder):
     def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """A module begins: remember what it was given."""
         if module in self.stack.names and _is_of_interest(module):
-            node = self.node_in(inputs)
-            self.entered.append((module, node, self.flow.shapes.get(node, ()) if node else ()))
+            self.entered.append((module, self.node_in(inputs)))
 
-    def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def leave(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         """A module ends: its call is complete."""
         if self.entered and self.entered[-1][0] is module:
-            _, node, shape = self.entered.pop()
-            name = self.stack.names[module]
-            self.flow.calls.append(Call(name, module, node, self.node_in(output), shape))
+            _, node = self.entered.pop()
+            node = self.node_in(named) if node is None else node
+            self.flow.calls.append(Call(self.stack.names[module], module, node, self.node_in(output)))
 
 
 def _is_of_interest(module: nn.Module) -> bool:
@@ -242,7 +247,7 @@ def record(model: nn.Module, batch: Batch, *, heads: bool = False) -> Dataflow:
             recorder.flow.shapes[recorder.nodes[tensor]] = tuple(tensor.shape)
         handles = [
             register_module_forward_pre_hook(recorder.enter),
-            register_module_forward_hook(recorder.leave),
+            register_module_forward_hook(recorder.leave, with_kwargs=True),
         ]
         try:
             with preserved.guarding(tensors), torch.no_grad(), stack.followed(), recorder:

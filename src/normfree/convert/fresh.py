@@ -6,10 +6,11 @@ from torch import nn
 
 from normfree.convert.branches import Ending, endings
 from normfree.convert.kinds import TWINS, activation_in, base_of, class_name, fan_in
+from normfree.convert.norms import needs_copy, sorted_norms
 from normfree.convert.record import Change, Kept
-from normfree.convert.rewrite import BARE, COPY, SCALED, WITH_ACTIVATION
-from normfree.convert.structure import Structure, layers_to_standardize, needs_copy, removable_norms
-from normfree.convert.variances import Scale, input_scales
+from normfree.convert.rewrite import AFFINE, BARE, COPY, SCALED, WITH_ACTIVATION
+from normfree.convert.structure import Structure, layers_to_standardize
+from normfree.convert.variances import InputScale, input_scales
 
 MEASURED = "measured"
 
@@ -29,21 +30,23 @@ def fresh_plan(
     Returns:
         The changes (input scales to be measured are None), what is kept, and notes.
     """
-    removed, norms_kept = removable_norms(structure)
-    chosen, layers_kept = layers_to_standardize(structure, set(removed))
-    found = endings(structure, model, set(removed), chosen)
-    scales = input_scales(structure, chosen, set(removed), found, alpha)
+    norms = sorted_norms(structure)
+    removed = set(norms.removed)
+    chosen, layers_kept = layers_to_standardize(structure, removed)
+    found = endings(structure, model, removed, chosen)
+    scales = input_scales(structure, chosen, removed, found, alpha)
     if beta == MEASURED:
-        scales = {name: Scale(None, "measured, as asked for") for name in scales}
+        scales = {name: InputScale(None, "measured, as asked for") for name in scales}
     carriers = {name: ending for ending in found for name in ending.modules}
-    changes = [_norm_out(structure, name) for name in removed]
+    changes = [_norm_out(structure, name) for name in norms.removed]
+    changes += [_units(structure, name) for name in norms.of_the_input]
     for name in chosen:
         changes.append(_layer(structure.layers[name][0].module, name, scales[name], carriers, alpha, skip_gain))
     modules = dict(model.named_modules())
     for name, ending in carriers.items():
         if name not in scales:
             changes.append(_scaled(modules[name], name, ending, alpha, skip_gain))
-    kept = [Kept(name=n, was=class_name(modules[n]), reason=reason, norm=True) for n, reason in norms_kept.items()]
+    kept = [Kept(name=n, was=class_name(modules[n]), reason=reason, norm=True) for n, reason in norms.kept.items()]
     kept += [Kept(name=n, was=class_name(modules[n]), reason=reason) for n, reason in layers_kept.items()]
     notes = [
         f"branch added in {e.addition.name or 'the model'} keeps its size: {e.problem}" for e in found if e.problem
@@ -64,8 +67,13 @@ def _norm_out(structure: Structure, name: str) -> Change:
     )
 
 
+def _units(structure: Structure, name: str) -> Change:
+    reason = "it gives the input its units: an affine map with the example's mean and variance of each channel"
+    return Change(name=name, was=class_name(structure.norms[name][0].module), now=AFFINE, reason=reason)
+
+
 def _layer(
-    module: nn.Module, name: str, scale: Scale, carriers: dict[str, Ending], alpha: float, skip_gain: float
+    module: nn.Module, name: str, scale: InputScale, carriers: dict[str, Ending], alpha: float, skip_gain: float
 ) -> Change:
     base = base_of(module, fresh=True)
     assert base is not None
@@ -77,23 +85,24 @@ def _layer(
         was=class_name(module),
         now="ScaledConv2d" if bare else TWINS[base].__name__,
         reason=scale.reason + place + bare,
-        input_scale=None if scale.value is None else scale.value * (carriers[name].correction if ends else 1),
+        input_scale=None if scale.value is None else scale.value * (carriers[name].modules[name] if ends else 1),
         alpha=alpha if ends else None,
         skip_gain=skip_gain if ends and not carriers[name].learned else None,
     )
 
 
 def _scaled(module: nn.Module, name: str, ending: Ending, alpha: float, skip_gain: float) -> Change:
-    what = "the gate" if ending.correction != 1 else "the activation"
-    correction = "; 2 for what a sigmoid halves" if ending.correction != 1 else ""
+    correction = ending.modules[name]
+    what = "the gate" if correction != 1 else "the activation"
+    restored = f"; {correction:g} for what {'a sigmoid halves' if correction == 2 else 'sigmoids take'}"
     return Change(
         name=name,
         was=class_name(module),
         now=SCALED,
-        reason=f"{what}{_place(ending)}{correction}",
+        reason=f"{what}{_place(ending)}{restored if correction != 1 else ''}",
         alpha=alpha,
         skip_gain=None if ending.learned else skip_gain,
-        correction=ending.correction if ending.correction != 1 else None,
+        correction=correction if correction != 1 else None,
     )
 
 

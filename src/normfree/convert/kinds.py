@@ -32,7 +32,7 @@ KEPT_TWINS: dict[type[nn.Module], type[nn.Module]] = {
 # Convolutions of other libraries, by class name, and the torch class they are with which padding: what they do
 # besides is padding like TensorFlow's, or a standardization of their own that ours replaces in a fresh model.
 SAME_PADDED = frozenset({"Conv2dSame", "StdConv2dSame", "ScaledStdConv2dSame"})
-STANDARDIZED = frozenset({"StdConv2d", "StdConv2dSame"})
+STANDARDIZED = frozenset({"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"})
 
 # Norms by class name, where their base class does not tell: frozen statistics, and root mean squares.
 FROZEN = frozenset({"FrozenBatchNorm2d", "FrozenBatchNormAct2d"})
@@ -56,6 +56,11 @@ def is_norm(module: nn.Module) -> bool:
     )
 
 
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a norm takes statistics over the examples of a batch."""
+    return isinstance(module, _BATCH)
+
+
 def is_map_norm(module: nn.Module) -> bool:
     """Whether a norm is one of convolutional networks; a LayerNorm over the last axis is so only behind one."""
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or class_name(module).startswith(ROOT_MEAN_SQUARE):
@@ -70,9 +75,19 @@ def is_removable(module: nn.Module) -> bool:
     )
 
 
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a convolution, of torch or a subclass."""
+    return isinstance(module, nn.modules.conv._ConvNd)
+
+
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is a convolution or a linear layer, of torch or a subclass."""
-    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+    return is_convolution(module) or isinstance(module, nn.Linear)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something listens to a module, or changes what it takes or gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def base_of(module: nn.Module, *, fresh: bool) -> type[nn.Module] | None:
@@ -82,7 +97,7 @@ def base_of(module: nn.Module, *, fresh: bool) -> type[nn.Module] | None:
         module: the layer.
         fresh: its weight is drawn anew, so that a standardization of its own does not matter.
     """
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_hooks(module):
         return None
     if type(module) in TWINS:
         return type(module)
@@ -103,13 +118,19 @@ def fan_in(module: nn.Module) -> int:
     return weight[0].numel()
 
 
+def channels_of(norm: nn.Module) -> int:
+    """The channels of a norm with statistics of each."""
+    mean = getattr(norm, "running_mean", None)
+    return mean.numel() if isinstance(mean, Tensor) else int(norm.num_features)  # type: ignore[arg-type]
+
+
 def constants_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     """The scale and shift [C], in float64, that a norm is in evaluation mode; None if it looks at its input then."""
     mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
     if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
         return None
     eps = getattr(module, "eps", None)
-    if not isinstance(eps, float):
+    if not isinstance(eps, (int, float)):
         return None
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     scale = (variance.detach().double() + eps).rsqrt()

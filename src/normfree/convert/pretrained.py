@@ -2,50 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normfree.convert.kinds import KEPT_TWINS, activation_in, base_of, class_name, constants_of, fan_in
+from normfree.convert.norms import why_unknown
 from normfree.convert.record import Change, Kept
 from normfree.convert.rewrite import AFFINE, BARE, WITH_ACTIVATION
 from normfree.convert.structure import Structure
 from normfree.nn import ChannelAffine, KeptMean, ScaledConv2d
 
 
-def pretrained_plan(structure: Structure) -> tuple[list[Change], list[Kept], dict[str, str]]:
-    """What to change so that the function in evaluation mode stays.
-
-    Returns:
-        The changes, what is kept, and for each norm that folds the layer it folds into.
-    """
+def pretrained_plan(structure: Structure) -> tuple[list[Change], list[Kept]]:
+    """What to change so that the function in evaluation mode stays, and what is kept."""
     changes: list[Change] = []
     kept: list[Kept] = []
-    folds: dict[str, str] = {}
     for name, calls in structure.norms.items():
         norm = calls[0].module
-        if constants_of(norm) is None:
+        reason = why_unknown(structure.flow, calls[0])
+        if not reason and constants_of(norm) is None:
             reason = "it normalizes by its own input in evaluation mode, too: it has no constants to fold"
+        if reason:
             kept.append(Kept(name=name, was=class_name(norm), reason=reason, norm=True))
             continue
         layer, reason = _layer_before(structure, name)
         if layer is None:
             changes.append(Change(name=name, was=class_name(norm), now=AFFINE, reason=f"stays an affine map: {reason}"))
             continue
-        folds[name] = layer
         module = structure.layers[layer][0].module
-        now = WITH_ACTIVATION if activation_in(norm) else BARE
+        now, reason = WITH_ACTIVATION if activation_in(norm) else BARE, f"folded into {layer}"
         changes.append(Change(name=layer, was=class_name(module), now=_twin(module), reason=f"carries {name}"))
-        changes.append(Change(name=name, was=class_name(norm), now=now, reason=f"folded into {layer}"))
+        changes.append(Change(name=name, was=class_name(norm), now=now, reason=reason, into=layer))
     modules = {name: calls[0].module for name, calls in structure.layers.items()}
-    carriers = set(folds.values())
+    carriers = {change.into for change in changes}
     kept += [
         Kept(name=name, was=class_name(module), reason="no normalizer folds into it")
         for name, module in modules.items()
         if name not in carriers
     ]
-    return changes, kept, folds
+    return changes, kept
 
 
 def _twin(module: nn.Module) -> str:
@@ -64,6 +62,10 @@ def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
     if len(layers) > 1:
         return None, f"several layers share it ({', '.join(sorted(layers))})"
     layer = layers.pop()
+    if layer in structure.shared:
+        return None, f"{structure.shared[layer]} reads the weight of {layer} before it, too"
+    if any(call.input is None or call.input.note.axis != 1 for call in calls):
+        return None, f"the channels of {layer} before it are regrouped in between"
     module = structure.layers[layer][0].module
     if len(structure.layers[layer]) != len(calls):
         return None, f"{layer} before it is used elsewhere, too"
@@ -76,8 +78,8 @@ def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
 
 
 @torch.no_grad()
-def fill(original: nn.Module, converted: nn.Module, changes: list[Change], folds: dict[str, str]) -> None:
-    """Give the converted modules the numbers that keep the function, and freeze what was frozen in the original."""
+def fill(original: nn.Module, converted: nn.Module, changes: Iterable[Change]) -> None:
+    """Give the converted modules the numbers that keep the function."""
     for change in changes:
         norm = original.get_submodule(change.name)
         if change.now == AFFINE:
@@ -86,35 +88,17 @@ def fill(original: nn.Module, converted: nn.Module, changes: list[Change], folds
             affine = affine if isinstance(affine, ChannelAffine) else affine[0]
             affine.weight.copy_(scale)
             affine.bias.copy_(shift)
-            affine.weight.requires_grad_(_learns(norm, "weight"))
-            affine.bias.requires_grad_(_learns(norm, "bias"))
-    for name, layer in folds.items():
-        norm = original.get_submodule(name)
+        if change.into is None:
+            continue
         scale, shift = _constants(norm)
-        old: Any = original.get_submodule(layer)
-        new: Any = converted.get_submodule(layer)
+        old: Any = original.get_submodule(change.into)
+        new: Any = converted.get_submodule(change.into)
         bias = shift if old.bias is None else shift + scale * old.bias.double()
         if isinstance(new, KeptMean):
             new.become(old.weight, bias, scale)
         else:
             new.weight.copy_(old.weight.double() * scale.view(-1, 1, 1, 1))
             new.bias.copy_(bias)
-        _keep_frozen(new, old, norm)
-
-
-def _keep_frozen(new: nn.Module, old: nn.Module, norm: nn.Module) -> None:
-    """Have the parameters of a layer learn where those that they were made of did."""
-    weight = _learns(old, "weight")
-    biases = [part for part in (old, norm) if part._parameters.get("bias") is not None]
-    bias = any(_learns(part, "bias") for part in biases) if biases else weight
-    for name, parameter in new.named_parameters():
-        own = weight if name == "weight" and isinstance(new, KeptMean) else weight or _learns(norm, "weight")
-        parameter.requires_grad_(bias if name == "bias" else own)
-
-
-def _learns(module: nn.Module, name: str) -> bool:
-    parameter = module._parameters.get(name)
-    return parameter is not None and parameter.requires_grad
 
 
 def _constants(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -27,8 +27,9 @@ class Change:
     Attributes:
         name: of the module.
         was: its class.
-        now: the class in its place.
+        now: the class in its place; "Activation" for a norm's own, which stays.
         reason: why, in words.
+        into: the layer that a norm's constants were folded into (*pretrained*).
         input_scale: constant factor of a layer's input (γ / β); None for what is no layer.
         alpha: constant factor of the output of what ends a residual branch.
         skip_gain: initial value of its learnable factor; None for none.
@@ -43,6 +44,7 @@ class Change:
     alpha: float | None = None
     skip_gain: float | None = None
     correction: float | None = None
+    into: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,8 @@ class Conversion:
         for change in self.changes:
             counts[change.now] = counts.get(change.now, 0) + 1
         made = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
-        left = f"{len(self.norms_left)} normalizers left" if self.norms_left else "no normalizer left"
+        count = len(self.norms_left)
+        left = f"{count} normalizer{'s' if count > 1 else ''} left" if count else "no normalizer left"
         return f"{self.model} converted ({self.start}): {made}; {left}"
 
     def rows(self) -> list[tuple[str, str, str, str]]:

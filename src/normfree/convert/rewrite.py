@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from normfree import nn as ours
-from normfree.convert.kinds import KEPT_TWINS, SAME_PADDED, TWINS, activation_in, class_name
+from normfree.convert.frozen import keep_frozen
+from normfree.convert.kinds import KEPT_TWINS, SAME_PADDED, TWINS, activation_in, channels_of, class_name
 from normfree.convert.record import Change, Conversion
 
 BARE, WITH_ACTIVATION, COPY = "Identity", "Activation", "Copy"
@@ -38,41 +39,39 @@ def rewritten(model: nn.Module, conversion: Conversion) -> nn.Module:
                     f"original: {change.name} is {found}, and the record changes a {change.was}; "
                     "give the model that was converted, built with the same arguments"
                 )
-            exchanged[old] = _made(exchanged.get(old, old), change).train(old.training)
-    for new in exchanged.values():
-        if isinstance(new, nn.Sequential) and isinstance(new[-1], ours.BranchScale):
-            new[-1].to(**_options(model))
-    converted = exchanged.get(converted, converted)
-    for module in list(converted.modules()):
+            exchanged[old] = _made(exchanged.get(old, old), change, _options(model)).train(old.training)
+    for module in [*converted.modules(), *exchanged.values()]:  # a norm's activation may have been exchanged, too
         for name, child in module._modules.items():
-            while child in exchanged:  # a norm becomes its activation, which may have been exchanged itself
+            while child in exchanged and exchanged[child] is not module:
                 child = module._modules[name] = exchanged[child]
+    converted = exchanged.get(converted, converted)
+    keep_frozen(model, converted, conversion.changes)
     converted.conversion = conversion  # type: ignore[assignment]
     return converted
 
 
-def _made(old: nn.Module, change: Change) -> nn.Module:
-    """The module a change puts in the place of an old one."""
+def _made(old: nn.Module, change: Change, options: dict[str, Any]) -> nn.Module:
+    """The module a change puts in the place of an old one; ``options`` are the model's device and precision."""
     factors: dict[str, Any] = {}
     if change.alpha is not None:
         factors = {"alpha": change.alpha, "skip_gain": change.skip_gain}
-    if change.now in _LAYERS:
+    if change.now in LAYERS:
         input_scale = 1.0 if change.input_scale is None else change.input_scale
-        return layer_like(old, _LAYERS[change.now], input_scale=input_scale, **factors)
+        return layer_like(old, LAYERS[change.now], input_scale=input_scale, **factors)
     if change.now == SCALED:
-        return nn.Sequential(old, ours.BranchScale(correction=change.correction or 1.0, **factors))
+        return nn.Sequential(old, ours.BranchScale(correction=change.correction or 1.0, **factors).to(**options))
     if change.now == AFFINE:
-        mean = old.get_buffer("running_mean")
-        affine = ours.ChannelAffine(mean.numel()).to(device=mean.device, dtype=mean.dtype)
+        affine = ours.ChannelAffine(channels_of(old)).to(**(_options(old) or options))
         return nn.Sequential(affine, *_activations(old)) if activation_in(old) else affine
     assert change.now in (BARE, WITH_ACTIVATION, COPY), change.now
     left = [ours.Copy(), *_activations(old)] if change.now == COPY else _activations(old)
     return left[0] if len(left) == 1 else nn.Sequential(*left) if left else nn.Identity()
 
 
-_LAYERS: dict[str, Callable[..., nn.Module]] = {
+LAYERS: dict[str, Callable[..., nn.Module]] = {
     kind.__name__: kind for kind in (*TWINS.values(), *KEPT_TWINS.values(), ours.ScaledConv2d)
 }
+"""The layers a change puts in the place of another, by name."""
 
 
 def _activations(norm: nn.Module) -> list[nn.Module]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from normfree.convert.dataflow import Addition, Call, Dataflow, Step, passes_unchanged
-from normfree.convert.kinds import base_of, class_name, fan_in, is_layer, is_map_norm, is_norm, is_removable
-from normfree.signal import operations as op
+from normfree.convert.kinds import base_of, class_name, fan_in, is_convolution, is_layer, is_norm
 from normfree.signal.graph import Node
 
 
@@ -23,6 +24,7 @@ class Structure:
         norms, layers: calls of each norm and of each layer, by name.
         norm_at, layer_at: the call that made an activation.
         alive: activations that reach an output other than through a gate.
+        shared: the layers whose weight another module reads, too, and that module.
     """
 
     flow: Dataflow
@@ -31,12 +33,14 @@ class Structure:
     norm_at: dict[Node, Call] = field(init=False)
     layer_at: dict[Node, Call] = field(init=False)
     alive: set[Node] = field(init=False)
+    shared: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.norms, self.layers = self.flow.called(is_norm), self.flow.called(is_layer)
         self.norm_at = {c.output: c for calls in self.norms.values() for c in calls if c.output is not None}
         self.layer_at = {c.output: c for calls in self.layers.values() for c in calls if c.output is not None}
         self.alive = _alive(self.flow)
+        self.shared = _shared(self.flow, self.layers)
 
     def feeding(self, node: Node) -> list[Call]:
         """The layers (and norms) nearest behind an activation, whatever lies between."""
@@ -52,7 +56,7 @@ class Structure:
             alone: nothing else may read that output.
         """
         while node is not None:
-            if alone and len({id(step) for step in self.flow.readers(node)}) > 1:
+            if alone and self.flow.is_read_twice(node):
                 return None
             if node in self.layer_at:
                 return self.layer_at[node]
@@ -97,9 +101,10 @@ def _unexpanded(flow: Dataflow, node: Node) -> tuple[int, ...]:
 
 
 def _alive(flow: Dataflow) -> set[Node]:
-    """What reaches an activation that nothing reads, not counting ways through a gate."""
+    """What reaches an output, or an operation of which nothing is read, not counting ways through a gate."""
     gates = {id(step): found[1] for step in flow.steps if (found := gate_of(flow, step))}
-    waiting = [node for node in flow.made_by if not flow.readers(node)] + flow.outputs
+    ends = (step for step in flow.steps if not any(flow.readers(node) for node in step.outputs))
+    waiting = [node for step in ends for node in step.outputs] + flow.outputs
     seen = set(waiting)
     while waiting:
         step = flow.made_by.get(waiting.pop())
@@ -112,74 +117,15 @@ def _alive(flow: Dataflow) -> set[Node]:
     return seen
 
 
-def removable_norms(structure: Structure) -> tuple[list[str], dict[str, str]]:
-    """The norms a fresh model can do without, and why it keeps the others."""
-    remove, keep = [], {}
-    for name, calls in structure.norms.items():
-        reason = _reason_to_keep(structure, calls)
-        if reason:
-            keep[name] = reason
-        else:
-            remove.append(name)
-    return remove, keep
-
-
-def _reason_to_keep(structure: Structure, calls: list[Call]) -> str:
-    norm = calls[0].module
-    if not is_removable(norm):
-        return "what it does beside normalizing is not known"
-    if any(call.input is None or call.output is None for call in calls):
-        return "it normalizes something that is not computed from the input"
-    behind = [structure.directly_behind(call.input, alone=False) for call in calls]
-    if not is_map_norm(norm) and not all(_is_convolution(call) for call in behind):
-        return "it stands between linear and attention layers, not behind a convolution"
-    if len({call.name for call in behind if call is not None}) > 1:
-        return f"several layers share it ({', '.join(sorted({c.name for c in behind if c}))})"
-    unknown = next((c for c in behind if c is not None and base_of(c.module, fresh=True) is None), None)
-    if unknown is not None:
-        return f"{unknown.name} before it is a {class_name(unknown.module)}, which has no standardized twin"
-    return next((reason for call in calls if (reason := _unknown_operation(structure, call))), "")
-
-
-def _unknown_operation(structure: Structure, call: Call) -> str:
-    """Why a norm stays behind a convolution or matrix product that is no layer we know; "" where it is none."""
-    node, flow = call.input, structure.flow
-    while node is not None and node not in structure.layer_at:
-        step = flow.made_by.get(node)
-        if step is None:
-            return ""
-        if step.name in op.CONVOLUTION or (step.name in op.LINEAR and step.outputs[0].step.weighted):
-            return f"{step.module or 'the model'} before it computes {step.name} with a weight of no known layer"
-        node = step.inputs[0] if passes_unchanged(step) else None
-    return ""
-
-
-def _is_convolution(call: Call | None) -> bool:
-    return call is not None and not isinstance(call.module, nn.Linear)
-
-
-def needs_copy(structure: Structure, call: Call) -> bool:
-    """Whether what follows a norm writes in place on what the norm's input, once that is the same tensor, still is for.
-
-    The output of a layer that feeds the norm alone may be overwritten: nobody else reads it, not the layer either.
-    """
-    if structure.directly_behind(call.input, alone=True) is not None:
-        return False
-    flow, inside = structure.flow, f"{call.name}."
-    waiting, seen = [call.output], {call.output}
-    if any(op.mutated_arguments(step.function) for step in flow.steps if step.module.startswith(inside)):
-        return True
-    while waiting:
-        node = waiting.pop()
-        assert node is not None
-        for step in flow.readers(node):
-            if op.mutated_arguments(step.function):
-                return True
-            for made in step.outputs if passes_unchanged(step) else ():
-                if made not in seen:
-                    seen.add(made)
-                    waiting.append(made)
-    return False
+def _shared(flow: Dataflow, layers: Mapping[str, list[Call]]) -> dict[str, str]:
+    readers: dict[int, set[str]] = {}
+    for step in flow.steps:
+        for value in tree_leaves((step.args, step.kwargs)):
+            if isinstance(value, Tensor) and value.data_ptr():
+                readers.setdefault(value.data_ptr(), set()).add(step.module or "the model")
+    weights: dict[str, Any] = {name: calls[0].module.weight for name, calls in layers.items()}
+    others = {name: readers.get(weight.data_ptr(), set()) - {name} for name, weight in weights.items()}
+    return {name: min(found) for name, found in others.items() if found}
 
 
 def layers_to_standardize(structure: Structure, removed: set[str]) -> tuple[list[str], dict[str, str]]:
@@ -187,16 +133,19 @@ def layers_to_standardize(structure: Structure, removed: set[str]) -> tuple[list
 
     A convolution is one if a removed norm follows it before any other layer, or if it lies in a residual branch or
     shortcut some norm of which is removed and none kept; a linear layer, if the norm follows at once or in such a
-    branch. Layers that only compute a gate stay, and so do the network's last.
+    branch. Layers that only compute a gate stay unless a removed norm follows at once, and so do the network's last.
     """
-    wanted = _followed(structure, removed) | _in_branches(structure, removed)
+    direct = _directly_followed(structure, removed)
+    wanted = direct | _followed(structure, removed) | _in_branches(structure, removed)
     chosen, kept = [], {}
     for name, calls in structure.layers.items():
         module = calls[0].module
         if name not in wanted:
             kept[name] = "no removed normalizer follows it"
-        elif structure.is_gate_only(name):
+        elif name not in direct and structure.is_gate_only(name):
             kept[name] = "it only computes a gate"
+        elif name in structure.shared:
+            kept[name] = f"{structure.shared[name]} reads its weight, too"
         elif base_of(module, fresh=True) is None:
             kept[name] = f"a {class_name(module)} has no standardized twin, or has hooks or parametrizations"
         elif fan_in(module) == 1 and not isinstance(module, nn.Conv2d):
@@ -206,15 +155,17 @@ def layers_to_standardize(structure: Structure, removed: set[str]) -> tuple[list
     return chosen, kept
 
 
+def _directly_followed(structure: Structure, removed: set[str]) -> set[str]:
+    """The layers whose output a removed norm takes."""
+    calls = (call for name in removed for call in structure.norms[name])
+    before = (structure.directly_behind(call.input, alone=False) for call in calls)
+    return {layer.name for layer in before if layer is not None}
+
+
 def _followed(structure: Structure, removed: set[str]) -> set[str]:
-    wanted = set()
-    for name in removed:
-        for call in structure.norms[name]:
-            assert call.input is not None
-            direct = structure.directly_behind(call.input, alone=False)
-            wanted |= {direct.name} if direct is not None else set()
-            wanted |= {c.name for c in structure.feeding(call.input) if is_layer(c.module) and _is_convolution(c)}
-    return wanted
+    """The convolutions that a removed norm follows before any other layer."""
+    inputs = [call.input for name in removed for call in structure.norms[name] if call.input is not None]
+    return {call.name for node in inputs for call in structure.feeding(node) if is_convolution(call.module)}
 
 
 def _in_branches(structure: Structure, removed: set[str]) -> set[str]:

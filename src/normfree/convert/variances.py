@@ -35,7 +35,7 @@ _ELEMENTWISE = (
 
 
 @dataclass(frozen=True)
-class Scale:
+class InputScale:
     """The constant factor of one layer's input.
 
     Attributes:
@@ -49,7 +49,7 @@ class Scale:
 
 def input_scales(
     structure: Structure, chosen: Iterable[str], removed: set[str], found: Iterable[Ending], alpha: float
-) -> dict[str, Scale]:
+) -> dict[str, InputScale]:
     """The input scale of every layer to be standardized."""
     planned = _planned(structure, set(chosen), removed, list(found), alpha)
     functions = _Functions(structure, removed, planned)
@@ -57,7 +57,7 @@ def input_scales(
     for name in chosen:
         each = [_scale_of(call, planned, functions) for call in structure.layers[name]]
         alike = all(scale.value == each[0].value for scale in each)
-        scales[name] = each[0] if alike else Scale(None, "measured: it is used on several signals")
+        scales[name] = each[0] if alike else InputScale(None, "measured on the first of several signals")
     return scales
 
 
@@ -81,7 +81,7 @@ def _planned(
                 shortcut = variance.get(sums[node].addition.shortcut)
                 value = None if shortcut is None else shortcut + alpha**2 * sums[node].square
             else:
-                value = _after(step, known, structure.flow, _is_removed_norm(structure, node, removed))
+                value = _after(step, known, structure.flow, removed, _is_removed_norm(structure, node, removed))
             if value is not None:
                 variance[node] = value
     return variance
@@ -92,11 +92,13 @@ def _is_removed_norm(structure: Structure, node: Node, removed: set[str]) -> boo
     return call is not None and call.name in removed and not activation_in(call.module)
 
 
-def _after(step: Step, known: list[float | None], flow: Dataflow, removed_norm: bool) -> float | None:
+def _after(
+    step: Step, known: list[float | None], flow: Dataflow, removed: set[str], removed_norm: bool
+) -> float | None:
     if any(value is None for value in known):
         return None
     values = [value for value in known if value is not None]
-    if removed_norm or passes_unchanged(step) or (step.name in op.NORM and len(values) == 1):
+    if removed_norm or passes_unchanged(step) or (step.name in op.NORM and step.module in removed):
         return values[0]
     if step.name == "add" and len(values) == 2 and flow.shapes[step.inputs[0]] == flow.shapes[step.inputs[1]]:
         return values[0] + values[1]
@@ -106,20 +108,20 @@ def _after(step: Step, known: list[float | None], flow: Dataflow, removed_norm: 
     return None
 
 
-def _scale_of(call: Call, planned: Mapping[Node, float], functions: _Functions) -> Scale:
+def _scale_of(call: Call, planned: Mapping[Node, float], functions: _Functions) -> InputScale:
     if call.input is None:
-        return Scale(None, "measured")
+        return InputScale(None, "measured")
     variance = planned.get(call.input)
     if variance is not None:
         beta = math.sqrt(variance)
-        return Scale(1 / beta, "fed by unit variance" if beta == 1 else f"1/β, β = {beta:.4g} by the plan")
+        return InputScale(1 / beta, "fed by unit variance" if beta == 1 else f"1/β, β = {beta:.4g} by the plan")
     found = functions.feeding(call.input)
     if found is None:
-        return Scale(None, "measured: no closed form for what feeds it")
+        return InputScale(None, "measured: no closed form for what feeds it")
     base, name, constant = found
     beta = math.sqrt(planned[base])
     of_beta = "" if beta == 1 else f" / β, β = {beta:.4g} by the plan"
-    return Scale(constant / beta, f"γ = {constant:.4g} of {name}{of_beta}")
+    return InputScale(constant / beta, f"γ = {constant:.4g} of {name}{of_beta}")
 
 
 class _Functions:
@@ -186,7 +188,8 @@ def _key(steps: list[Step], base: Node) -> Any:
     numbers = {base: 0}
     parts = []
     for step in steps:
-        parts.append((str(step.function), *(_as_key(value, numbers) for value in step.args)))
+        given = [*step.args, *(value for item in sorted(step.kwargs.items()) for value in item)]
+        parts.append((str(step.function), *(_as_key(value, numbers) for value in given)))
         numbers |= {node: len(numbers) for node in step.outputs}
     return tuple(parts)
 
@@ -195,8 +198,14 @@ def _as_key(value: Any, numbers: dict[Node, int]) -> Any:
     if isinstance(value, Node):
         return ("activation", numbers.get(value))
     if isinstance(value, Tensor):
-        return ("tensor", tuple(value.flatten()[:2].tolist()), value.numel())
+        if value.is_floating_point() and not _is_constant(value):
+            return "differs"
+        return ("tensor", value.dtype, tuple(value.flatten()[: 1 if value.is_floating_point() else None].tolist()))
     return str(value)
+
+
+def _is_constant(value: Tensor) -> bool:
+    return bool((value == value.flatten()[0]).all())
 
 
 def _replayed(steps: list[Step], base: Node, last: Node) -> Callable[[Tensor], Tensor]:
@@ -226,7 +235,7 @@ def _given(value: Any, values: Mapping[Node, Tensor]) -> Any:
     if isinstance(value, Node):
         return values[value].clone()
     if isinstance(value, Tensor) and value.is_floating_point():
-        if not bool((value == value.flatten()[0]).all()):
+        if not _is_constant(value):
             raise ValueError("it differs from channel to channel")
         return value.detach().flatten()[:1].to(device="cpu", dtype=torch.float64)
     return value

@@ -10,7 +10,7 @@ from normfree.nn.checks import check_integer, check_number
 
 
 class ChannelAffine(nn.Module):
-    """Scale and shift every channel of x [N, C, …]: ``y = weight_c * x + bias_c``.
+    """Scale and shift every channel of an input x [N, C, …]: ``y = weight_c * x + bias_c``.
 
     It normalizes nothing: examples stay independent, and training and evaluation are one function. It does
     multiply an activation, which a layer with the factor in its weight spares; it is for the places no layer reaches.
@@ -31,13 +31,13 @@ class ChannelAffine(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        shape = (-1, *[1] * (x.dim() - 2))
-        return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
+    def forward(self, input: Tensor) -> Tensor:
+        shape = (-1, *[1] * (input.dim() - 2))
+        return torch.addcmul(self.bias.view(shape), input, self.weight.view(shape))
 
 
 class BranchScale(BranchEnd):
-    """Scale x by ``correction * alpha * s``: for a branch whose end no layer's weight can scale.
+    """Scale the input by ``correction * alpha * s``: for a branch whose end no layer's weight can scale.
 
     Behind the sigmoid of a gate it stands on [N, C] numbers; behind an activation it multiplies the map.
 
@@ -55,8 +55,8 @@ class BranchScale(BranchEnd):
         self.correction = check_number("correction", correction, 0.0)
         self.end_branch(alpha, skip_gain)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ended(x if self.correction == 1 else x * self.correction)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.ended(input if self.correction == 1 else input * self.correction)
 
     def extra_repr(self) -> str:
         return f"correction={self.correction:g}, alpha={self.alpha:g}"
@@ -65,5 +65,5 @@ class BranchScale(BranchEnd):
 class Copy(nn.Module):
     """Give a copy: in place of a normalizer whose output is written in place while its input is still needed."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.clone()
+    def forward(self, input: Tensor) -> Tensor:
+        return input.clone()

@@ -97,14 +97,23 @@ def call(model: nn.Module, batch: Batch) -> Any:
     return model(batch)
 
 
-def gaussian_like_input_of(model: nn.Module, *, batch_size: int = 8) -> Tensor:
+def gaussian_like_input_of(
+    model: nn.Module, *, batch_size: int = 8, generator: torch.Generator | None = None
+) -> Tensor:
     """Unit Gaussian noise in the shape the model's own description or first layer suggests.
+
+    Args:
+        model: the model.
+        batch_size: examples.
+        generator: to draw with, of the CPU; torch's own of the model's device by default.
 
     Raises:
         ValueError: if the shape cannot be told.
     """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     options = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
+    if generator is not None:
+        return torch.randn(batch_size, *input_shape(model), generator=generator).to(**options)
     return torch.randn(batch_size, *input_shape(model), **options)
 
 

@@ -1,0 +1,194 @@
+"""Where conversion could change more than it says: it keeps the function, keeps the norm with a reason, or refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from convert.nets import randomise
+from torch import nn
+
+import normfree
+from normfree.convert import checking
+from normfree.convert.kinds import is_norm
+
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Layers(nn.Module):
+    """A convolution and its norm, in a forward of a test's own."""
+
+    def __init__(self, forward, **more):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.own = forward
+        for name, module in more.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.own(self, x)
+
+
+def shuffled(net, x):
+    y = net.conv(x)
+    return net.norm(y.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2))
+
+
+def tapped(net, x):
+    y = net.conv(x)
+    return y, net.norm(y).relu()
+
+
+def tapped_in_place(net, x):
+    y = net.conv(x)
+    return y, net.norm(y).relu_()
+
+
+def tied(net, x):
+    return F.conv_transpose2d(net.norm(net.conv(x)).relu(), net.conv.weight)
+
+
+def by_keyword(net, x):
+    return net.norm(input=net.conv(input=x))
+
+
+def height_for_channels(net, x):
+    return net.norm(net.conv(x)[:, :, :8].transpose(1, 2))
+
+
+KEPT_FUNCTIONS = {
+    "channels shuffled in between": (lambda: Layers(shuffled), IMAGES),
+    "unflattened in between": (
+        lambda: nn.Sequential(nn.Linear(8, 256), nn.Unflatten(1, (16, 4, 4)), nn.BatchNorm2d(16)),
+        IMAGES[:, 0, 0, :8],
+    ),
+    "flattened in between": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.BatchNorm1d(4 * 14 * 14)),
+        IMAGES,
+    ),
+    "another axis": (lambda: Layers(height_for_channels), IMAGES),
+    "tokens": (
+        lambda: nn.Sequential(nn.Unflatten(1, (6, 8)), nn.Linear(8, 4), nn.Flatten(1), nn.BatchNorm1d(24)),
+        IMAGES[:, 0, :3, :].reshape(4, 48),
+    ),
+    "returned, too": (lambda: Layers(tapped), IMAGES),
+    "returned, and written in place": (lambda: Layers(tapped_in_place), IMAGES),
+    "weight read elsewhere": (lambda: Layers(tied), IMAGES),
+    "arguments by keyword": (lambda: Layers(by_keyword), IMAGES),
+    "eps an integer": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1)), IMAGES),
+}
+
+
+@pytest.mark.parametrize("name", KEPT_FUNCTIONS)
+def test_pretrained_keeps_the_function(name):
+    build, batch = KEPT_FUNCTIONS[name]
+    torch.manual_seed(0)
+    model = randomise(build()).eval()
+    converted = normfree.convert(model, batch, start="pretrained")
+    assert not any(is_norm(module) for module in converted.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(converted(batch), model(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_timm_layers_that_standardize_their_weight_keep_it():
+    from timm.layers import ScaledStdConv2dSame
+
+    model = randomise(nn.Sequential(ScaledStdConv2dSame(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    converted = normfree.convert(model, IMAGES, start="pretrained")
+    torch.testing.assert_close(converted(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+    assert not normfree.convert(model, IMAGES).conversion.norms_left
+
+
+def test_fresh_does_not_overwrite_what_is_returned():
+    tap, _ = normfree.convert(Layers(tapped_in_place), IMAGES)(IMAGES)
+    assert float(tap.detach().min()) < 0
+
+
+def test_a_layer_whose_weight_is_read_elsewhere_keeps_it_and_its_norm():
+    model = Layers(tied)
+    model.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model.own = lambda net, x: net.body(tied(net, x))
+    record = normfree.convert(model, IMAGES).conversion
+    assert [(kept.name, kept.reason) for kept in record.norms_left] == [
+        ("norm", "the model reads the weight of conv before it, too")
+    ]
+
+
+class Rectified(nn.BatchNorm2d):
+    """A norm that does more, in a forward of its own."""
+
+    def forward(self, input):
+        return F.relu(super().forward(input))
+
+
+def hooked(channels):
+    norm = nn.BatchNorm2d(channels)
+    norm.register_forward_hook(lambda module, inputs, output: 3 * output)
+    return norm
+
+
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(Rectified, "its forward does more than normalize (relu)"), (hooked, "it has hooks")]
+)
+def test_a_norm_that_does_more_stays(kind, reason, start):
+    torch.manual_seed(0)
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), kind(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))).eval()
+    converted = normfree.convert(model, IMAGES, start=start)
+    assert [(kept.name, kept.reason) for kept in converted.conversion.norms_left] == [("1", reason)]
+    if start == "pretrained":
+        torch.testing.assert_close(converted(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+def test_a_layer_held_in_a_plain_list_is_told(start):
+    def listed(net, x):
+        return net.norm(net.order[0](x))
+
+    model = Layers(listed)
+    model.order = [model.conv]
+    with pytest.raises(ValueError, match=r"calls a Conv2d that is no submodule of it .* nn.ModuleList"):
+        normfree.convert(model, IMAGES, start=start)
+
+
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+def test_a_forward_that_asks_the_norm_for_an_attribute_is_told(start):
+    model = Layers(lambda net, x: net.norm(net.conv(x)).unflatten(1, (2, net.norm.num_features // 2)))
+    with pytest.raises(ValueError, match=r"does not run once converted \(AttributeError: .*num_features"):
+        normfree.convert(model, IMAGES, start=start)
+
+
+def test_a_function_that_conversion_misunderstood_is_an_error(monkeypatch):
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))).eval()
+    normfree.convert(model, IMAGES, start="pretrained")
+    from normfree.convert import converting
+
+    def misfilled(original, converted, changes):
+        converting_fill(original, converted, changes)
+        converted[2].gain.data[0] *= 1.5
+
+    converting_fill = converting.fill
+    monkeypatch.setattr(converting, "fill", misfilled)
+    with pytest.raises(ValueError, match=r"model: 3 does more than its constants say"):
+        normfree.convert(model, IMAGES, start="pretrained")
+    monkeypatch.setattr(checking, "LEAST_ERROR", 10.0)
+    normfree.convert(model, IMAGES, start="pretrained")
+
+
+def test_what_takes_another_way_once_converted_is_told():
+    def sometimes(net, x):
+        y = net.norm(net.conv(x))
+        return y if float(y.detach().mean()) > 0.5 else net.late(F.max_pool2d(y, 2))
+
+    model = Layers(sometimes, late=nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)))
+    model.norm.weight.data.fill_(0.1)
+    normfree.convert(model, IMAGES)
+    model.own = lambda net, x: sometimes(net, x) if is_norm(net.norm) else net.norm(net.conv(x))
+    with pytest.raises(ValueError, match=r"example_input: late.0 does not run on it in the converted model"):
+        normfree.convert(model, IMAGES)
+
+
+def test_a_submodule_by_the_name_of_the_record_is_told():
+    model = Layers(lambda net, x: net.norm(net.conv(x)), conversion=nn.Identity())
+    with pytest.raises(ValueError, match='its submodule "conversion" has the name of the record'):
+        normfree.convert(model, IMAGES)
