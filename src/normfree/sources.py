@@ -60,8 +60,16 @@ def build(source: str) -> Built:
     return Built(create_model(prefix, **parse_overrides(rest)))
 
 
+def opened(path: str | Path) -> nn.Module:
+    """The model in a checkpoint; a converted one is made of its original, which its record says how to build.
+
+    Raises:
+        ValueError: no such file, a damaged one, or a converted model whose original is none of :data:`FORMS`.
+    """
+    return _from_checkpoint(str(path)).model
+
+
 def _from_checkpoint(path: str) -> Built:
-    """A checkpoint; a converted model is made of its original, which the record says how to build."""
     conversion = stored_conversion(path)
     if conversion is None:
         return Built(load(path))

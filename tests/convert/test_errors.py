@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchvision
 from convert.nets import post_activation
 from torch import nn
 
@@ -106,7 +107,10 @@ def test_layers_whose_weight_is_not_their_own_stay():
         normfree.convert(model, IMAGES)
     hooked = convolution()
     hooked[0].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="which has no standardized twin"):
+    with pytest.raises(ValueError, match=r"its normalizer stays, 1 \(BatchNorm2d\): 0 before it has hooks; keep it"):
+        normfree.convert(hooked, IMAGES)
+    hooked[0].register_forward_hook(lambda module, inputs, output: 2 * output)  # something lies in between now
+    with pytest.raises(ValueError, match="0 before it has hooks"):
         normfree.convert(hooked, IMAGES)
 
 
@@ -120,7 +124,71 @@ def test_a_functional_norm_is_told():
             return nn.functional.layer_norm(self.body(x), (14, 14))
 
     record = normfree.convert(Functional(), IMAGES).conversion
-    assert record.notes == ("the model normalizes in its own forward (no module); it still does",)
+    assert [(kept.name, kept.was) for kept in record.norms_left] == [("", "native_layer_norm")]
+    assert "the model normalizes in its own forward, by a function; write it as a module" in str(record)
+    assert "1 normalizer left" in record.summary()
+    with pytest.raises(
+        ValueError, match=r"its normalizer stays, 0 \(native_batch_norm\): .* write it as a module; keep"
+    ):
+        normfree.convert(nn.Sequential(ByHand(True)), IMAGES)
+
+
+class ByHand(nn.Module):
+    """Statistics of the batch without a norm's module."""
+
+    def __init__(self, functional):
+        super().__init__()
+        self.functional = functional
+
+    def forward(self, x):
+        if self.functional:
+            return nn.functional.batch_norm(x, None, None, training=True)
+        mean = x.mean((0, 2, 3), keepdim=True)
+        return (x - mean) / (x.var((0, 2, 3), keepdim=True) + 1e-5).sqrt()
+
+
+def test_statistics_of_the_batch_taken_by_hand_are_told():
+    model = nn.Sequential(convolution(), ByHand(False), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    left = normfree.convert(model, IMAGES).conversion.norms_left
+    assert [(kept.name, kept.reason) for kept in left] == [
+        ("1", "1 takes a mean over the examples of a batch in its own forward")
+    ]
+
+
+def test_weights_made_by_the_old_weight_norm_are_told():
+    with pytest.warns(FutureWarning):
+        layer = nn.utils.weight_norm(nn.Conv2d(3, 4, 3))
+    with pytest.raises(ValueError, match=r"cannot be copied .* torch.nn.utils.parametrizations"):
+        normfree.convert(nn.Sequential(layer, nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), IMAGES)
+
+
+def test_a_detector_whole_is_told_to_give_its_backbone():
+    detector = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    with pytest.raises(ValueError, match=r"leads from the input to it; convert the part .* detector.backbone"):
+        normfree.convert(detector.eval(), ([torch.rand(3, 64, 64)] * 2,))
+
+
+def test_a_list_is_no_example():
+    with pytest.raises(ValueError, match="example_input: a list is no batch; give a tensor, a tuple of positional"):
+        normfree.convert(convolution(), [IMAGES])
+    with pytest.raises(ValueError, match="example_input: it holds no tensor"):
+        normfree.convert(convolution(), IMAGES.numpy())
+
+
+def test_reasons_say_what_is_so():
+    class Read(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.conv, self.norm = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.conv(self.first(x))
+            return y + self.norm(y)
+
+    changes = normfree.convert(Read(), IMAGES, start="pretrained").conversion.changes
+    reasons = {change.name: change.reason for change in changes}
+    assert reasons["first"] == "stays an affine map: it takes the input itself, which no layer comes before"
+    assert reasons["norm"] == "stays an affine map: the output of conv before it is read elsewhere, too"
 
 
 def test_what_never_ran_is_told():

@@ -65,11 +65,12 @@ class Evaluate:
 
     def run(self, console: Console) -> None:
         """Evaluate, and say how good it is."""
+        from normfree.sources import opened
         from normfree.train.evaluation import evaluate
         from normfree.train.precision import launched
         from normfree.train.trained import open_trained
 
-        trained = open_trained(self.model, self.run_folder)
+        trained = open_trained(self.model, self.run_folder, opened=opened)
         fabric = launched(
             "cpu" if trained.exported else self.accelerator, "fp32" if trained.exported else self.precision
         )

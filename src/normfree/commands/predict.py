@@ -42,9 +42,10 @@ class Predict:
 
     def run(self, console: Console) -> None:
         """Read all images first, then predict and tell."""
+        from normfree.sources import opened
         from normfree.train.trained import open_trained
 
-        trained = open_trained(self.model, self.run_folder)
+        trained = open_trained(self.model, self.run_folder, opened=opened)
         images = self._images(trained)
         with torch.no_grad():
             logits = torch.cat([trained.network(part) for part in images.split(64)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -45,22 +46,28 @@ class _Blocked(Exception):
 
 
 def endings(structure: Structure, model: nn.Module, removed: set[str], chosen: Iterable[str]) -> list[Ending]:
-    """The ending of every residual branch that loses its norms, in order; each module ends one branch at most."""
+    """The ending of every residual branch that loses its norms, in order.
+
+    A module that runs once ends one branch; one that runs several times has to end one each time.
+    """
     owners = {p.untyped_storage().data_ptr(): (name, p) for name, p in model.named_parameters()}
-    found, taken, standardized = [], dict[str, str](), set(chosen)
+    found, standardized = list[Ending](), set(chosen)
     for addition in structure.flow.additions:
         if not changes_branch(structure, addition, removed):
             continue
         try:
-            ending = _Walk(structure, owners, removed, standardized, addition).ending()
-            again = next((name for name in ending.modules if name in taken), None)
-            if again is not None:
-                raise _Blocked(f"{again} ends the branch of {taken[again]} already")
-            taken |= dict.fromkeys(ending.modules, addition.name)
+            found.append(_Walk(structure, owners, removed, standardized, addition).ending())
         except _Blocked as blocked:
-            ending = Ending(addition, problem=str(blocked))
-        found.append(ending)
-    return found
+            found.append(Ending(addition, problem=str(blocked)))
+    runs, ends = Counter(call.name for call in structure.flow.calls), Counter(n for e in found for n in e.modules)
+    factors = {name: {e.modules[name] for e in found if name in e.modules} for name in ends}
+    fitting = {name for name in ends if ends[name] == runs[name] and len(factors[name]) == 1}
+    return [ending if fitting.issuperset(ending.modules) else _unfitting(ending, fitting) for ending in found]
+
+
+def _unfitting(ending: Ending, fitting: set[str]) -> Ending:
+    name = next(name for name in ending.modules if name not in fitting)
+    return Ending(ending.addition, problem=f"{name}, which ends it, does so not each time it runs")
 
 
 @dataclass(frozen=True)
@@ -151,8 +158,6 @@ class _Walk:
             return []
         if call.name not in self.standardized:
             raise _Blocked(f"{call.name}, which ends it, was left alone")
-        if len(self.structure.layers[call.name]) > 1:
-            raise _Blocked(f"{call.name}, which ends it, is used several times")
         self._carry(call.name, way.correction)
         return []
 
@@ -186,11 +191,9 @@ class _Walk:
         raise _Blocked(f"it ends in {step.name}, which no weight lies behind")
 
     def _module_of(self, step: Step, node: Node) -> str | None:
-        """The leaf module (or removed norm with an activation) that ran an operation, if it ran once."""
-        calls = [call for call in self.structure.flow.calls if call.name == step.module]
-        if len(calls) != 1 or calls[0].output is None:
-            return None
-        return step.module if calls[0].output is node or calls[0].output in step.outputs else None
+        """The leaf module (or removed norm with an activation) that ran an operation and gave what it made."""
+        made = {call.output for call in self.structure.flow.calls if call.name == step.module}
+        return step.module if node in made or not made.isdisjoint(step.outputs) else None
 
     def _note_learned(self, step: Step) -> None:
         for value in step.args:

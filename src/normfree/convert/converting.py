@@ -13,12 +13,12 @@ from normfree.convert.checking import check_kept, running
 from normfree.convert.dataflow import Dataflow, record_all
 from normfree.convert.fresh import MEASURED, fresh_plan
 from normfree.convert.kinds import class_name, constants_of, is_norm
+from normfree.convert.norms import NOT_FOLLOWED, norms_without_module
 from normfree.convert.pretrained import fill, pretrained_plan
 from normfree.convert.record import STARTS, Change, Conversion, Kept
 from normfree.convert.rewrite import AFFINE, LAYERS, rewritten
 from normfree.convert.structure import Structure
 from normfree.nn.checks import check_choice, check_integer, check_number
-from normfree.signal import operations as op
 from normfree.signal.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of
 from normfree.signal.measure import unwrapped
 from normfree.signal.nonfinite import check_present
@@ -74,8 +74,11 @@ def convert(
     _check(model, start, alpha, skip_gain, beta, seed)
     if example_input is None:
         example_input = gaussian_like_input_of(model, generator=torch.Generator().manual_seed(seed))
+    if isinstance(example_input, list):
+        remedy = "give a tensor, a tuple of positional or a dict of keyword arguments"
+        raise ValueError(f"example_input: a list is no batch; {remedy}")
     batch = placed_like(model, example_input)
-    check_batch(batch)
+    check_batch(batch, "example_input")
     flow, heads = record_all(model, batch)
     structure = Structure(flow)
     notes: list[str] = []
@@ -83,10 +86,9 @@ def convert(
         changes, kept, notes = fresh_plan(structure, model, alpha=alpha, skip_gain=skip_gain, beta=beta)
     else:
         changes, kept = pretrained_plan(structure)
-    kept += _unseen(model, structure)
-    notes += _functional_norms(flow)
+    kept += [*_unseen(model, structure), *norms_without_module(flow)]
     if not changes:
-        raise _nothing(model, kept, notes, start)
+        raise _nothing(model, kept, start)
     conversion = Conversion(
         model=class_name(model),
         start=start,
@@ -97,7 +99,7 @@ def convert(
         source=source,
         changes=_in_running_order(changes, flow),
         kept=tuple(kept),
-        notes=tuple(notes),
+        notes=tuple(dict.fromkeys(notes)),
     )
     converted = rewritten(model, conversion)
     if start == "pretrained":
@@ -154,20 +156,17 @@ def _unseen(model: nn.Module, structure: Structure) -> list[Kept]:
     ]
 
 
-def _functional_norms(flow: Dataflow) -> list[str]:
-    known = {call.name for call in flow.calls if is_norm(call.module)}
-    names = sorted({step.module for step in flow.steps if step.name in op.NORM and step.module not in known})
-    return [f"{name or 'the model'} normalizes in its own forward (no module); it still does" for name in names]
-
-
-def _nothing(model: nn.Module, kept: list[Kept], notes: list[str], start: str) -> ValueError:
+def _nothing(model: nn.Module, kept: list[Kept], start: str) -> ValueError:
     norms = [one for one in kept if one.norm]
     if not norms:
-        why = "; ".join(notes) or "it has no normalizer"
-        return ValueError(f"model: {class_name(model)} has nothing to convert: {why}; use it as it is")
+        return ValueError(f"model: {class_name(model)} has nothing to convert: it has no normalizer; use it as it is")
     first = norms[0]
-    without_constants = start == "pretrained" and constants_of(model.get_submodule(first.name)) is None
-    remedy = 'choose start="fresh"' if without_constants else "keep it as it is"
+    module = model.get_submodule(first.name)
+    remedy = "keep it as it is"
+    if first.reason == NOT_FOLLOWED:
+        remedy = "convert the part of it that takes a batch of images, such as detector.backbone"
+    elif start == "pretrained" and is_norm(module) and constants_of(module) is None:
+        remedy = 'choose start="fresh"'
     stay = f"all {len(norms)} normalizers stay, such as" if len(norms) > 1 else "its normalizer stays,"
     return ValueError(
         f"model: {class_name(model)} has nothing to convert: {stay} {first.name or 'the model'} ({first.was}): "

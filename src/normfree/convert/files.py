@@ -42,6 +42,8 @@ def _note(model: nn.Module) -> str | None:
 def _rebuilt(stored: Stored, original: nn.Module | None) -> nn.Module:
     """The original, rewritten as the record says, with the file's weights."""
     conversion = _record_in(stored)
+    if original is not None and not isinstance(original, nn.Module):
+        raise invalid("original", original, "is no torch.nn.Module", "pass the model itself, with any weights")
     if original is None:
         how = f"normfree.sources.build({conversion.source!r}).model" if conversion.source else "with any weights"
         rule = f"{str(stored.path)!r} holds a converted {conversion.model}"

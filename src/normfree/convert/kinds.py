@@ -109,6 +109,11 @@ def base_of(module: nn.Module, *, fresh: bool) -> type[nn.Module] | None:
     return None
 
 
+def why_no_twin(module: nn.Module) -> str:
+    """Why :func:`base_of` knows no class for a layer, as a predicate."""
+    return "has hooks" if has_hooks(module) else f"is a {class_name(module)}, which has no standardized twin"
+
+
 def fan_in(module: nn.Module) -> int:
     """Weights that feed one output of a layer."""
     weight = module.weight

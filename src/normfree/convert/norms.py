@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from normfree.convert.dataflow import Call, Dataflow, passes_unchanged
+from normfree.convert.dataflow import Call, Dataflow, Step, passes_unchanged
 from normfree.convert.kinds import (
     activation_in,
     base_of,
-    class_name,
     has_hooks,
     is_batch_norm,
     is_convolution,
-    is_layer,
     is_map_norm,
+    is_norm,
     is_removable,
+    why_no_twin,
 )
+from normfree.convert.record import Kept
 from normfree.convert.structure import Structure
 from normfree.signal import operations as op
 
 _ACTIVATIONS = op.NONLINEAR - {"pow", "square", "sqrt", "rsqrt", "reciprocal", "abs", "clamp", "clamp_min", "maximum"}
+NOT_FOLLOWED = "no recorded operation leads from the input to it"
+"""Why a norm stays in a model whose forward copies its input piece by piece, as detectors do."""
+
+_STATISTICS = frozenset({"mean", "var", "var_mean", "std", "std_mean"})
 _AFFINE = op.SCALING | op.ADDITION | {"addcmul"}
 
 
@@ -55,7 +60,7 @@ def sorted_norms(structure: Structure) -> Norms:
 
 
 def _comes_before_layers(structure: Structure, call: Call) -> bool:
-    return call.input is not None and not any(is_layer(c.module) for c in structure.feeding(call.input))
+    return call.input is not None and not structure.has_layer_behind(call.input)
 
 
 def _reason_to_keep(structure: Structure, calls: list[Call]) -> str:
@@ -63,19 +68,28 @@ def _reason_to_keep(structure: Structure, calls: list[Call]) -> str:
     if unknown := why_unknown(structure.flow, calls[0]):
         return unknown
     if any(call.input is None or call.output is None for call in calls):
-        return "it normalizes something that is not computed from the input"
+        return NOT_FOLLOWED
     behind = [structure.directly_behind(call.input, alone=False) for call in calls]
     if not is_map_norm(norm) and not all(call is not None and is_convolution(call.module) for call in behind):
         return "it stands between linear and attention layers, not behind a convolution"
     if len({call.name for call in behind if call is not None}) > 1:
         return f"several layers share it ({', '.join(sorted({c.name for c in behind if c}))})"
-    foreign = next((c for c in behind if c is not None and base_of(c.module, fresh=True) is None), None)
-    if foreign is not None:
-        return f"{foreign.name} before it is a {class_name(foreign.module)}, which has no standardized twin"
+    if foreign := _foreign(structure, calls, behind):
+        return foreign
     shared = next((c.name for c in behind if c is not None and c.name in structure.shared), None)
     if shared is not None:
         return f"{structure.shared[shared]} reads the weight of {shared} before it, too"
     return next((reason for call in calls if (reason := _unknown_operation(structure, call))), "")
+
+
+def _foreign(structure: Structure, calls: list[Call], behind: list[Call | None]) -> str:
+    """Why a norm stays behind layers none of which has a twin; "" where one has, or there is none."""
+    direct = [call for call in behind if call is not None and base_of(call.module, fresh=True) is None]
+    nearest = [c for call in calls if call.input is not None for c in structure.feeding(call.input)]
+    convolutions = [call for call in nearest if is_convolution(call.module)]
+    if not direct and any(base_of(call.module, fresh=True) is not None for call in convolutions):
+        return ""
+    return next((f"{call.name} before it {why_no_twin(call.module)}" for call in (*direct, *convolutions)), "")
 
 
 def why_unknown(flow: Dataflow, call: Call) -> str:
@@ -135,3 +149,30 @@ def needs_copy(structure: Structure, call: Call) -> bool:
                     seen.add(made)
                     waiting.append(made)
     return False
+
+
+def norms_without_module(flow: Dataflow) -> list[Kept]:
+    """What normalizes in a forward, past the modules that conversion knows: functional norms, statistics of a batch."""
+    known = {call.name for call in flow.calls if is_norm(call.module)}
+    found: dict[str, Kept] = {}
+    for step in flow.steps:
+        if step.module in known:
+            continue
+        where = step.module or "the model"
+        if step.name in op.NORM:
+            reason = f"{where} normalizes in its own forward, by a function; write it as a module"
+        elif step.name in _STATISTICS and _is_over_examples(flow, step):
+            reason = f"{where} takes a {step.name} over the examples of a batch in its own forward"
+        else:
+            continue
+        found.setdefault(step.module, Kept(name=step.module, was=step.name, reason=reason, norm=True))
+    return list(found.values())
+
+
+def _is_over_examples(flow: Dataflow, step: Step) -> bool:
+    """Whether a statistic is over the first axis and others, which leaves a number for each channel."""
+    axes = step.args[1] if len(step.args) > 1 else step.kwargs.get("dim")
+    if not isinstance(axes, (list, tuple)):
+        return False
+    dimensions = len(flow.shapes[step.inputs[0]])
+    return 1 < len(axes) < dimensions and 0 in {axis % dimensions for axis in axes}

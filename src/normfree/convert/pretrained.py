@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.convert.kinds import KEPT_TWINS, activation_in, base_of, class_name, constants_of, fan_in
-from normfree.convert.norms import why_unknown
+from normfree.convert.norms import NOT_FOLLOWED, why_unknown
 from normfree.convert.record import Change, Kept
 from normfree.convert.rewrite import AFFINE, BARE, WITH_ACTIVATION
 from normfree.convert.structure import Structure
@@ -55,16 +55,22 @@ def _twin(module: nn.Module) -> str:
 def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
     """The layer a norm folds into, or None and why there is none."""
     calls = structure.norms[norm]
-    behind = [structure.directly_behind(call.input, alone=True) for call in calls]
+    if any(call.input is None for call in calls):
+        return None, NOT_FOLLOWED
+    behind = [structure.directly_behind(call.input, alone=False) for call in calls]
     layers = {call.name for call in behind if call is not None}
-    if None in behind or not layers:
+    if not any(structure.has_layer_behind(call.input) for call in calls if call.input is not None):
+        return None, "it takes the input itself, which no layer comes before"
+    if None in behind:
         return None, "it follows no layer alone, but a sum, a concatenation, a pool or an activation"
+    if any(structure.directly_behind(call.input, alone=True) is None for call in calls):
+        return None, f"the output of {', '.join(sorted(layers))} before it is read elsewhere, too"
     if len(layers) > 1:
         return None, f"several layers share it ({', '.join(sorted(layers))})"
     layer = layers.pop()
     if layer in structure.shared:
         return None, f"{structure.shared[layer]} reads the weight of {layer} before it, too"
-    if any(call.input is None or call.input.note.axis != 1 for call in calls):
+    if any(call.input is not None and call.input.note.axis != 1 for call in calls):
         return None, f"the channels of {layer} before it are regrouped in between"
     module = structure.layers[layer][0].module
     if len(structure.layers[layer]) != len(calls):

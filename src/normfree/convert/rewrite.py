@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normfree import nn as ours
 from normfree.convert.frozen import keep_frozen
@@ -18,6 +18,7 @@ BARE, WITH_ACTIVATION, COPY = "Identity", "Activation", "Copy"
 AFFINE, SCALED = "ChannelAffine", "BranchScale"
 
 
+@torch.inference_mode(False)  # parameters made inside of it would never learn
 def rewritten(model: nn.Module, conversion: Conversion) -> nn.Module:
     """Return a copy of the original with every change of a record made, and the record as its ``conversion``.
 
@@ -26,7 +27,7 @@ def rewritten(model: nn.Module, conversion: Conversion) -> nn.Module:
     Raises:
         ValueError: the record names modules the model does not have, or of another class.
     """
-    converted = copy.deepcopy(model)
+    converted = _copied(model)
     modules = dict(converted.named_modules())
     exchanged: dict[nn.Module, nn.Module] = {}
     with torch.random.fork_rng(devices=[]):
@@ -48,6 +49,16 @@ def rewritten(model: nn.Module, conversion: Conversion) -> nn.Module:
     keep_frozen(model, converted, conversion.changes)
     converted.conversion = conversion  # type: ignore[assignment]
     return converted
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:  # what torch.nn.utils.weight_norm computed before is no leaf
+        raise ValueError(
+            f"model: {class_name(model)} cannot be copied ({str(error).splitlines()[0][:120]}); if it uses "
+            "torch.nn.utils.weight_norm or spectral_norm, use those of torch.nn.utils.parametrizations"
+        ) from error
 
 
 def _made(old: nn.Module, change: Change, options: dict[str, Any]) -> nn.Module:
@@ -94,7 +105,15 @@ def layer_like(old: Any, kind: Callable[..., nn.Module], **factors: Any) -> nn.M
             options["output_padding"] = old.output_padding
         options |= {"padding": _padding(old), "padding_mode": old.padding_mode}
         new = kind(old.in_channels, old.out_channels, old.kernel_size, old.stride, **options, **factors)
-    return new.to(device=old.weight.device, dtype=old.weight.dtype)
+    return new.to(device=old.weight.device, dtype=old.weight.dtype, memory_format=_memory_format(old.weight))
+
+
+def _memory_format(weight: Tensor) -> torch.memory_format:
+    """The memory format of a weight; torch.preserve_format where it is the usual one."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    special = formats.get(weight.dim())
+    is_usual = special is None or weight.is_contiguous() or not weight.is_contiguous(memory_format=special)
+    return torch.preserve_format if special is None or is_usual else special
 
 
 def _padding(old: Any) -> Any:

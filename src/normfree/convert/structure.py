@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from normfree.convert.dataflow import Addition, Call, Dataflow, Step, passes_unchanged
-from normfree.convert.kinds import base_of, class_name, fan_in, is_convolution, is_layer, is_norm
+from normfree.convert.kinds import base_of, fan_in, is_convolution, is_layer, is_norm, why_no_twin
 from normfree.signal.graph import Node
 
 
@@ -47,6 +47,11 @@ class Structure:
         stops = {**self.norm_at, **self.layer_at}
         found = self.flow.backwards(node, stop=lambda each: each in stops)
         return [stops[each] for each in found if each in stops]
+
+    def has_layer_behind(self, node: Node) -> bool:
+        """Whether any layer lies between the input and an activation."""
+        behind = self.flow.backwards(node, stop=lambda each: each in self.layer_at)
+        return any(each in self.layer_at for each in behind)
 
     def directly_behind(self, node: Node | None, *, alone: bool) -> Call | None:
         """The layer whose output an activation is, but for its layout.
@@ -147,7 +152,7 @@ def layers_to_standardize(structure: Structure, removed: set[str]) -> tuple[list
         elif name in structure.shared:
             kept[name] = f"{structure.shared[name]} reads its weight, too"
         elif base_of(module, fresh=True) is None:
-            kept[name] = f"a {class_name(module)} has no standardized twin, or has hooks or parametrizations"
+            kept[name] = f"it {why_no_twin(module)}"
         elif fan_in(module) == 1 and not isinstance(module, nn.Conv2d):
             kept[name] = "a filter of one weight cannot be standardized"
         else:
@@ -177,9 +182,11 @@ def _in_branches(structure: Structure, removed: set[str]) -> set[str]:
 
 
 def changes_branch(structure: Structure, addition: Addition, removed: set[str]) -> bool:
-    """Whether some norm of a residual branch is removed and none kept."""
+    """Whether some norm of a residual branch, or one that takes the sum alone, is removed, and none of it kept."""
     region = structure.region(addition)
     norms = {structure.norm_at[node].name for node in region if node in structure.norm_at}
+    if not structure.flow.is_read_twice(addition.output):
+        norms |= {c.name for calls in structure.norms.values() for c in calls if c.input is addition.output}
     return bool(norms) and norms <= removed
 
 

@@ -52,21 +52,27 @@ def _inputs_of(loaded: tuple[Any, ...]) -> Batch:
     return loaded
 
 
-def check_batch(batch: Batch) -> None:
+def check_batch(batch: Batch, argument: str = "batch") -> None:
     """Refuse a batch that holds no tensor, an empty one, or values that are not finite.
+
+    Args:
+        batch: the batch.
+        argument: what named it, for messages.
 
     Raises:
         ValueError: saying which.
     """
     tensors = tensors_of(batch)
     if not tensors:
-        raise ValueError("batch: it holds no tensor; give a tensor, a tuple or a dict of tensors")
+        raise ValueError(f"{argument}: it holds no tensor; give a tensor, a tuple or a dict of tensors")
     for tensor in tensors:
         if tensor.numel() == 0:
-            raise ValueError(f"batch: a tensor of shape {tuple(tensor.shape)} is empty; give at least one example")
+            raise ValueError(f"{argument}: a tensor of shape {tuple(tensor.shape)} is empty; give at least one example")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
-            raise ValueError(f"batch: {bad} of {tensor.numel()} input values are not finite; clean the input first")
+            raise ValueError(
+                f"{argument}: {bad} of {tensor.numel()} input values are not finite; clean the input first"
+            )
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:

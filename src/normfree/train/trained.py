@@ -39,12 +39,15 @@ class Trained:
     class_names: tuple[str, ...] | None
 
 
-def open_trained(source: str | Path, run: str | Path | None = None) -> Trained:
+def open_trained(
+    source: str | Path, run: str | Path | None = None, *, opened: Callable[[Path], nn.Module] = load
+) -> Trained:
     """Open a trained network.
 
     Args:
         source: a run's folder, a checkpoint's folder, or a .safetensors, .onnx or .pt2 file.
         run: folder of the run it comes from, which says how images are prepared; the one it lies in by default.
+        opened: how to open a file of weights.
 
     Raises:
         ValueError: if there is no such network, or it is damaged.
@@ -63,7 +66,7 @@ def open_trained(source: str | Path, run: str | Path | None = None) -> Trained:
         if data is not None and network.size is not None:
             data = dataclasses.replace(data, image_size=network.size)
         return Trained(network, True, data, names)
-    return Trained(load(weights_of(path)), False, data, names)
+    return Trained(opened(weights_of(path)), False, data, names)
 
 
 def weights_of(path: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,9 @@ def read(path: str | Path, argument: str = "path") -> Stored:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             return Stored(path, argument, file.metadata() or {}, tensors)
     except (SafetensorError, OSError) as error:
+        if zipfile.is_zipfile(path):
+            remedy = "write its tensors with safetensors.torch.save_file(model.state_dict(), …)"
+            raise invalid(argument, str(path), "is a file of torch.save, not of safetensors", remedy) from error
         rule = f"is no sound safetensors file ({' '.join(str(error).split())})"
         raise invalid(argument, str(path), rule, "give an undamaged one that normfree.save wrote") from error
 
