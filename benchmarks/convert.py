@@ -80,16 +80,16 @@ def names() -> list[str]:
 
 
 def apart(part: str, name: str, steps: int) -> dict[str, Any]:
-    """What a part (``check`` or ``train``) says of a model, in a process of its own; or its last line as the reason."""
+    """What a part (``check`` or ``train``) says of a model, in a process of its own; or why it was "aborted"."""
     command = [sys.executable, "-m", "benchmarks.convert", f"--{part}", name, "--steps", str(steps)]
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        return {"failure": f"not done after {PATIENCE / 60:.0f} minutes"}
+        return {"aborted": f"not done after {PATIENCE / 60:.0f} minutes"}
     lines = run.stdout.strip().splitlines()
     if run.returncode or not lines:
         last = (run.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"failure": f"exit code {run.returncode}: {last[:200]}"}
+        return {"aborted": f"exit code {run.returncode}: {last[:200]}"}
     return json.loads(lines[-1])
 
 
@@ -142,12 +142,16 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     done = {row["model"] for row in rows}
     waiting = {
         "Not run yet": [name for name in names() if name not in done],
-        "Not trained yet": [row["model"] for row in rows if is_trained(row) and "training" not in row],
+        "Not trained yet": [row["model"] for row in rows if is_trained(row) and _is_untrained(row)],
     }
     for what, missing in waiting.items():
         if missing:
             lines += ["", f"{what}: {', '.join(f'`{name}`' for name in missing)}."]
     return "\n".join(lines) + "\n"
+
+
+def _is_untrained(row: dict[str, Any]) -> bool:
+    return "converted" not in row.get("training", {})
 
 
 def _last(run: dict[str, Any]) -> float:
@@ -157,7 +161,7 @@ def _last(run: dict[str, Any]) -> float:
 
 def _line(row: dict[str, Any]) -> str:
     if "changes" not in row:
-        return f"| {row['model']} | {row.get('failure')} |" + " |" * 10
+        return f"| {row['model']} | {row.get('failure', row.get('aborted'))} |" + " |" * 10
     training = row.get("training", {})
     cells = [
         row["model"],
@@ -169,7 +173,7 @@ def _line(row: dict[str, Any]) -> str:
         _health(row["photos"]),
         "none" if row["leak"] == 0 else f"{row['leak']:.1e}",
         f"{row['pretrained']:.1e}" if row["pretrained"] is not None else row["not_pretrained"],
-        f"{training['rate']:.2g}" if "rate" in training else training.get("failure", "–"),
+        f"{training['rate']:.2g}" if "rate" in training else training.get("aborted", "–"),
         _course(training.get("deleted")),
         _course(training.get("converted")),
     ]
@@ -208,7 +212,7 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=__doc__)
     parser.add_argument("--only", default="*", help="shell pattern of names, such as 'timm:res*'")
     parser.add_argument("--out", type=Path, default=Path("results/convert"))
-    parser.add_argument("--fresh", action="store_true", help="measure again what models.json already has")
+    parser.add_argument("--fresh", action="store_true", help="measure again those of --only that models.json has")
     parser.add_argument("--workers", type=int, default=2, help="processes at once, of one thread each")
     parser.add_argument("--steps", type=int, default=200, help="of training")
     parser.add_argument("--check", help="check one model in this process, and print its row")
@@ -225,11 +229,14 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
 def _run_all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     """Check every model that was not, then train those small enough, the smallest first."""
     path = options.out / "models.json"
-    before = json.loads(path.read_text()) if path.exists() and not options.fresh else {}
-    if before.get("machine", hardware()) != hardware():
-        raise SystemExit(f"{path} was measured elsewhere or with other versions; give --fresh or another --out")
-    rows = {row["model"]: row for row in before.get("models", [])}
+    before = json.loads(path.read_text()) if path.exists() else {}
     asked = [name for name in names() if fnmatch.fnmatch(name, options.only)]
+    again = set(asked) if options.fresh else set[str]()
+    rows = {row["model"]: row for row in before.get("models", []) if row["model"] not in again}
+    if rows and before["machine"] != hardware():
+        raise SystemExit(
+            f"{path} was measured elsewhere or with other versions; measure all with --fresh, or give --out"
+        )
 
     def write() -> None:
         ordered = [rows[each] for each in names() if each in rows]
@@ -237,12 +244,12 @@ def _run_all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
         write_atomically(options.out / "README.md", table(ordered, hardware()))
 
     with ThreadPoolExecutor(options.workers) as pool:
-        waiting = [name for name in asked if name not in rows]
+        waiting = [name for name in asked if "aborted" in rows.get(name, {"aborted": "never begun"})]
         for name, row in zip(waiting, pool.map(lambda name: apart("check", name, options.steps), waiting), strict=True):
             rows[name] = {"model": name} | row
             say(_line(rows[name]))
             write()
-        waiting = [name for name in asked if is_trained(rows[name]) and "training" not in rows[name]]
+        waiting = [name for name in asked if is_trained(rows[name]) and _is_untrained(rows[name])]
         waiting.sort(key=lambda name: rows[name]["millions"])
         for name, run in zip(waiting, pool.map(lambda name: apart("train", name, options.steps), waiting), strict=True):
             rows[name]["training"] = run

@@ -13,9 +13,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.digits import digits
 from benchmarks.sweep import build
 from normfree.convert import Conversion, conversion_of, convert
-from normfree.convert.kinds import is_norm
+from normfree.convert.kinds import activation_in, is_norm
 from normfree.optim import warmup_cosine
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
@@ -44,7 +45,10 @@ def trained(name: str, steps: int) -> dict[str, Any]:
     Returns:
         ``steps``, ``rate``, and a :func:`run` of ``deleted`` and ``converted`` at that rate; ``rates``, all tried.
     """
-    model, batches = classifier(name), digits(next((size for part, size in SIZES.items() if part in name), SIZE))
+    model, batches = (
+        classifier(name),
+        coloured_digits(next((size for part, size in SIZES.items() if part in name), SIZE)),
+    )
     images = torch.cat([batches(step)[0] for step in range(2)])
     converted = convert(model, images, beta="measured")
     deleted = without_norms(model, conversion_of(converted))
@@ -144,8 +148,7 @@ def without_norms(model: nn.Module, conversion: Conversion | None = None) -> nn.
     for module, path in names.items():
         for name, child in module._modules.items():
             if child is not None and is_norm(child) and names.get(child, f"{path}.{name}") not in kept:
-                parts = [getattr(child, part, None) for part in ("drop", "act")]
-                module._modules[name] = nn.Sequential(*(part for part in parts if isinstance(part, nn.Module)))
+                module._modules[name] = nn.Sequential(*(part for _, part in activation_in(child)))
     for module in deleted.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]  # it would overwrite what the norm kept apart
@@ -188,15 +191,10 @@ def classifier(name: str) -> nn.Module:
     return torchvision.models.get_model(plain, weights=None, num_classes=CLASSES, **options)
 
 
-def digits(size: int) -> Batches:
-    """Batches of scikit-learn's digits, standardized, in a colour."""
-    from sklearn.datasets import load_digits
-
-    data: Any = load_digits()
-    grey = torch.tensor(data.images, dtype=torch.float32)[:, None]
-    grey = F.interpolate((grey - grey.mean()) / grey.std(), size=size, mode="bilinear")
+def coloured_digits(size: int) -> Batches:
+    """Batches of digits, in a colour."""
+    grey, labels = digits(size)
     images = grey * torch.tensor(COLOUR)[:, None, None]
-    labels = torch.tensor(data.target)
     generator = torch.Generator().manual_seed(0)
     order = torch.cat([torch.randperm(len(labels), generator=generator) for _ in range(8)])
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from benchmarks.digits import digits
 from normfree.benchmark import hardware
 from normfree.convert import convert
 from normfree.convert.kinds import is_norm
@@ -53,7 +54,7 @@ def main() -> None:
 def tuned(seed: int, rates: tuple[float, ...], steps: int) -> list[dict[str, Any]]:
     """One seed: a network trained, and every way of tuning it at every rate."""
     torch.manual_seed(seed)
-    images, labels = digits(seed)
+    images, labels = shuffled_digits(seed)
     model = torchvision.models.resnet18(weights=None, num_classes=10)
     train(model, images[TESTED:], labels[TESTED:])
     known = {"source": accuracy(model, images[:TESTED], labels[:TESTED])}
@@ -136,15 +137,11 @@ def seen_alone(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * sum(int(model(images[i : i + 1]).argmax() == labels[i]) for i in range(len(labels))) / len(labels)
 
 
-def digits(seed: int) -> tuple[Tensor, Tensor]:
-    """[1797, 3, 64, 64] standardized images in an order of the seed, and [1797] classes."""
-    from sklearn.datasets import load_digits
-
-    data: Any = load_digits()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(seed))
-    images = torch.tensor(data.images, dtype=torch.float32)[order, None]
-    images = F.interpolate((images - images.mean()) / images.std(), size=SIZE, mode="bilinear")
-    return images.expand(-1, 3, -1, -1), torch.tensor(data.target)[order]
+def shuffled_digits(seed: int) -> tuple[Tensor, Tensor]:
+    """[1797, 3, 64, 64] images in an order of the seed, and [1797] classes."""
+    images, labels = digits(SIZE)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    return images[order].expand(-1, 3, -1, -1), labels[order]
 
 
 def table(result: dict[str, Any]) -> str:

@@ -105,7 +105,7 @@ def changes_section(conversion: Conversion | None, reason: str) -> str:
     rows = "".join(
         "<tr>" + "".join(f"<td class=text>{escape(cell)}</td>" for cell in row) + "</tr>" for row in conversion.rows()
     )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in conversion.notes)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in conversion.different_notes())
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
     return (
         f'<section id="conversion"><h2>Conversion</h2><p>{escape(conversion.summary())}</p>'

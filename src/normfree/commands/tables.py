@@ -119,7 +119,7 @@ def print_conversion(console: Console, conversion: Conversion) -> None:
     console.print(table)
     if len(shown) < len(rows):
         console.print(f"[dim]one of each kind; all {len(rows)} are in the record[/dim]")
-    for note in conversion.notes:
+    for note in conversion.different_notes():
         console.print(f"note: {note}", highlight=False, markup=False)
     console.print(conversion.summary(), highlight=False, markup=False)
     console.print()

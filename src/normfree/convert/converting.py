@@ -99,7 +99,7 @@ def convert(
         source=source,
         changes=_in_running_order(changes, flow),
         kept=tuple(kept),
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(notes),
     )
     converted = rewritten(model, conversion)
     if start == "pretrained":

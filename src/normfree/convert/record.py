@@ -6,6 +6,7 @@ It is also the recipe: :func:`normfree.convert.rewrite.rewritten` makes the conv
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -123,6 +124,10 @@ class Conversion:
         left = f"{count} normalizer{'s' if count > 1 else ''} left" if count else "no normalizer left"
         return f"{self.model} converted ({self.start}): {made}; {left}"
 
+    def different_notes(self) -> list[str]:
+        """Every note once, with the number of times it stands in the record."""
+        return [f"{note} ({count} times)" if count > 1 else note for note, count in Counter(self.notes).items()]
+
     def rows(self) -> list[tuple[str, str, str, str]]:
         """The table's rows: module, before, after, why; what is kept has "kept" for after."""
         changed = [(one.name, one.was, described(one), one.reason) for one in self.changes]
@@ -135,7 +140,7 @@ class Conversion:
         for row in rows:
             cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
             lines.append("  ".join([*cells, row[3]]).rstrip())
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"note: {note}" for note in self.different_notes())])
 
 
 def described(change: Change) -> str:
