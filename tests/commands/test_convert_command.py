@@ -124,6 +124,19 @@ def test_doctor_overlays_both_signals_and_lists_the_changes(source, tmp_path):
     assert (tmp_path / "doctor" / "spp.png").is_file()
 
 
+def test_the_report_names_the_command_with_its_options(source, tmp_path):
+    assert run("doctor", source, "--alpha", "0.1", "--start", "fresh", "--out", "doctor") == 0
+    configuration = json.loads((tmp_path / "doctor" / "spp.json").read_text())["models"][0]["configuration"]
+    assert configuration["command"] == f"normfree doctor {source} --alpha 0.1"
+    page = (tmp_path / "doctor" / "report.html").read_text()
+    assert "dashed line" not in page, "the converted model has no plan of its own"
+
+
+def test_what_a_factory_gives_is_not_overruled(source, capsys):
+    assert run("convert", source, "--out", "m.safetensors", "--image-size", "64") == 2
+    assert "gives a batch of its own; leave out --input and --image-size" in capsys.readouterr().err
+
+
 def test_doctor_fails_for_a_model_that_is_not_healthy(source, tmp_path, capsys):
     assert run("doctor", "nets.py:exploding", "--out", "doctor") == 1
     told = capsys.readouterr().out

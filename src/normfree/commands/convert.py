@@ -84,6 +84,8 @@ def prepared(options: Any) -> tuple[Built, dict[str, Any]]:
     if options.weights is not None:
         _load_weights(built.model, options.weights)
     if built.batch is not None:
+        if options.input != "gaussian" or options.image_size is not None:
+            raise ValueError(f"input: {options.model} gives a batch of its own; leave out --input and --image-size")
         return built, {"kind": "the factory's own"}
     probe = probe_named(options.input)
     shape = batch_shape(built.model, probe, image_size=options.image_size, batch_size=options.batch_size)

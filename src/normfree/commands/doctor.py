@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 from torch import nn
 
+from normfree.commands.again import command_line
 from normfree.commands.convert import check_sizes, converted_as, prepared
 from normfree.commands.outputs import check_folder
 from normfree.commands.tables import print_conversion, print_signal
@@ -37,6 +38,8 @@ class Doctor:
     """State dict of the model, as safetensors."""
     alpha: float = ALPHA
     """Factor of the residual branches after conversion."""
+    skip_gain: float = SKIP_GAIN
+    """Initial value of their learnable factor."""
     beta: Literal["plan", "measured"] = "plan"
     """plan: closed forms of input scales where there are any; measured: all on the input."""
     input: str = "gaussian"
@@ -49,8 +52,6 @@ class Doctor:
     """Of initialisation and input."""
     out: Path = Path("out/doctor")
     """Folder to write to."""
-
-    skip_gain: tyro.conf.Suppress[float] = SKIP_GAIN
 
     def __post_init__(self) -> None:
         check_sizes(self.batch_size, self.image_size, self.seed)
@@ -78,7 +79,7 @@ class Doctor:
         return int(not is_healthy(before))
 
     def _signal(self, model: nn.Module, name: str, batch: Any, described: dict[str, Any]) -> SignalPropagation:
-        configuration = {"command": f"normfree doctor {self.model}", "start": self.start}
+        configuration = {"command": command_line("doctor", self, [self.model], without=("model", "out"))}
         return spp(model, batch, name=name, seed=self.seed, input_description=described, configuration=configuration)
 
     def _write(self, signals: list[SignalPropagation], conversion: Conversion | None, reason: str) -> list[Path]:
@@ -110,6 +111,6 @@ def changes_section(conversion: Conversion | None, reason: str) -> str:
     return (
         f'<section id="conversion"><h2>Conversion</h2><p>{escape(conversion.summary())}</p>'
         + (f"<ul>{notes}</ul>" if notes else "")
-        + f'<details><summary>every change and what was left alone</summary><div class="scroll">{table}</div></details>'
-        + "</section>"
+        + "<details><summary>every change and what was left alone</summary>"
+        + f'<div class="scroll settings">{table}</div></details></section>'
     )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import platform
-import shlex
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from rich.progress import Progress
 from torch import nn
 
 import normfree
+from normfree.commands.again import command_line
 from normfree.commands.devices import device_named
 from normfree.commands.outputs import check_folder, write_signals
 from normfree.commands.tables import print_signal
@@ -102,6 +102,7 @@ class Spp:
             dtype = precision_of(model)
             drawn = probe.batches(shape, count=self.batches, seed=self.seed)
             batch, described = (one.to(device, dtype) for one in drawn), probe.describe()
+        command = command_line("spp", self, self.models, without=("models", "out"))
         try:
             return spp(
                 model,
@@ -113,24 +114,11 @@ class Spp:
                 wake=self.wake,
                 seed=self.seed,
                 input_description=described,
-                configuration={"command": self._command(), **_versions(device)},
+                configuration={"command": command, **_versions(device)},
             )
         except ValueError as error:
             remedy = "let FACTORY of FILE.py return (model, batch) if the model takes something else"
             raise ValueError(str(error).replace("give a batch that the model's forward takes", remedy)) from error
-
-    def _command(self) -> str:
-        """The command line that does this again."""
-        words = ["normfree", "spp", *self.models]
-        for field in fields(self):
-            value, option = getattr(self, field.name), "--" + field.name.replace("_", "-")
-            if field.name in ("models", "out") or value == field.default:
-                continue
-            if isinstance(value, bool):
-                words.append(option if value else "--no-" + option[2:])
-            else:
-                words += [option, str(value)]
-        return shlex.join(words)
 
 
 def batch_shape(model: nn.Module, probe: Probe, *, image_size: int | None, batch_size: int) -> tuple[int, ...]:

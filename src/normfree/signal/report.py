@@ -71,6 +71,7 @@ def write_report(
     if not signals:
         raise ValueError("signals: got an empty sequence; give at least one SignalPropagation to report")
     layers = "Where a model has no residual additions, a point is the output of a weighted layer."
+    planned = "The thin dashed line is the variance that the model's plan expects; the curve should lie on it."
     parts = {
         "title": escape(title),
         "style": page_file("report_page.css"),
@@ -83,6 +84,7 @@ def write_report(
         "gaps": _gaps(signals),
         "findings": "".join(_findings(signal, number) for number, signal in enumerate(signals)),
         "layerwise": layers if any(is_layerwise(signal) for signal in signals) else "",
+        "planned": planned if _has_plan(signals) else "",
         "appendix": appendix,
         "tables": "".join(numbers_table(signal) for signal in signals),
         "configuration": settings_table(signals),
@@ -158,7 +160,7 @@ def _line(style: str) -> str:
 def _key(signals: Sequence[SignalPropagation]) -> str:
     """The marks that are not models: only those that occur."""
     marks = []
-    if any(value is not None for signal in signals for value in signal.curve("expected_var")):
+    if _has_plan(signals):
         marks.append((_line('stroke="currentColor" stroke-width="1.3" stroke-dasharray="5,4"'), "expected variance"))
     if any(panel.reference is not None for panel in panels_of(signals)):
         dotted = _line('stroke="currentColor" stroke-width="1.2" stroke-dasharray="1.5,3"')
@@ -168,6 +170,10 @@ def _key(signals: Sequence[SignalPropagation]) -> str:
         svg = f'<svg class="swatch" width="12" height="10" aria-hidden="true">{circle}</svg>'
         marks.append((svg, "transition block"))
     return "".join(f"<span>{picture}{name}</span>" for picture, name in marks)
+
+
+def _has_plan(signals: Sequence[SignalPropagation]) -> bool:
+    return any(value is not None for signal in signals for value in signal.curve("expected_var"))
 
 
 def _gaps(signals: Sequence[SignalPropagation]) -> str:

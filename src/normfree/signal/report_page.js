@@ -150,7 +150,7 @@
 
   function heading(panel, y, log) {
     const zeros = log && data.models.some((model, i) => !state.hidden.has(i) && model.names.some((_, x) => isZero(panel, model, x)));
-    const told = `${log ? "log" : "linear"}${narrow.matches ? "" : " scale"}${zeros ? ", zeros not drawn" : ""}`;
+    const told = `${log ? "log" : "linear"}${narrow.matches ? "" : " scale"}${zeros ? (narrow.matches ? ", no 0" : ", zeros not drawn") : ""}`;
     const scale = `<span style="color:${css("--muted")}">${told}</span>`;
     return {
       text: `<b>${panel.title}</b>  ${scale}`, xref: "paper", yref: "paper", x: 0, y, xanchor: "left",
