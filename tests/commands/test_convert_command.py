@@ -114,6 +114,22 @@ def test_weights_of_another_model(source, tmp_path, capsys):
     assert not (tmp_path / "m.safetensors").exists()
 
 
+def test_weights_that_torch_saved(source, tmp_path, capsys):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
+    assert run("convert", source, "--out", "m.safetensors", "--weights", "other.pt") == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "is a file of torch.save, not of safetensors; write its tensors with safetensors.torch.save_file" in told
+
+
+def test_what_is_converted_is_evaluated(source, tmp_path, capsys):
+    layers = "nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)"
+    factory = f"from torch import nn, zeros\n\ndef made():\n    return nn.Sequential({layers}), zeros(2, 1, 8, 8)\n"
+    (tmp_path / "digits.py").write_text(factory)
+    assert run("convert", "digits.py:made", "--out", "net.safetensors", "--start", "pretrained") == 0
+    assert run("evaluate", "net.safetensors", "--source", "digits", "--limit-eval-steps", "1") == 0
+    assert "accuracy" in capsys.readouterr().out
+
+
 def test_doctor_overlays_both_signals_and_lists_the_changes(source, tmp_path):
     assert run("doctor", source, "--out", "doctor") == 0
     found = json.loads((tmp_path / "doctor" / "spp.json").read_text())["models"]

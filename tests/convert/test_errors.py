@@ -20,7 +20,7 @@ def convolution(norm=None):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), {}, "nothing to convert: it has no normalizer; use it as it is"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), {}, "nothing to convert: it has no normalizer; if its signal"),
         (nn.Sequential(nn.Flatten(), nn.Linear(768, 4), nn.LayerNorm(4)), {}, "stands between linear and attention"),
         (convolution(nn.GroupNorm(2, 4)), {"start": "pretrained"}, 'no constants to fold; choose start="fresh"'),
         (convolution(), {"start": "warm"}, "start='warm': unknown choice; choose one of 'fresh', 'pretrained'"),

@@ -62,6 +62,8 @@ def test_files_that_do_not_fit(tmp_path):
         normfree.load(path)
     with pytest.raises(ValueError, match="it is not the model that"):
         normfree.load(path, original=UNet())
+    with pytest.raises(ValueError, match="original='resnet': is no "):
+        normfree.load(path, original="resnet")
     ours = normfree.create_model("nf_resnet50", widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_classes=2)
     path = normfree.save(ours, tmp_path / "ours.safetensors")
     assert stored_conversion(path) is None

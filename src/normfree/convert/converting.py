@@ -159,7 +159,8 @@ def _unseen(model: nn.Module, structure: Structure) -> list[Kept]:
 def _nothing(model: nn.Module, kept: list[Kept], start: str) -> ValueError:
     norms = [one for one in kept if one.norm]
     if not norms:
-        return ValueError(f"model: {class_name(model)} has nothing to convert: it has no normalizer; use it as it is")
+        remedy = "if its signal is not healthy, the findings of normfree.spp say what to do"
+        return ValueError(f"model: {class_name(model)} has nothing to convert: it has no normalizer; {remedy}")
     first = norms[0]
     module = model.get_submodule(first.name)
     remedy = "keep it as it is"
