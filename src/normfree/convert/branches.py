@@ -48,7 +48,7 @@ class _Blocked(Exception):
 def endings(structure: Structure, model: nn.Module, removed: set[str], chosen: Iterable[str]) -> list[Ending]:
     """The ending of every residual branch that loses its norms, in order.
 
-    A module that runs once ends one branch; one that runs several times has to end one each time.
+    A module that runs once ends one branch at most; one that runs several times has to end one each time.
     """
     owners = {p.untyped_storage().data_ptr(): (name, p) for name, p in model.named_parameters()}
     found, standardized = list[Ending](), set(chosen)
@@ -59,15 +59,29 @@ def endings(structure: Structure, model: nn.Module, removed: set[str], chosen: I
             found.append(_Walk(structure, owners, removed, standardized, addition).ending())
         except _Blocked as blocked:
             found.append(Ending(addition, problem=str(blocked)))
-    runs, ends = Counter(call.name for call in structure.flow.calls), Counter(n for e in found for n in e.modules)
-    factors = {name: {e.modules[name] for e in found if name in e.modules} for name in ends}
-    fitting = {name for name in ends if ends[name] == runs[name] and len(factors[name]) == 1}
-    return [ending if fitting.issuperset(ending.modules) else _unfitting(ending, fitting) for ending in found]
+    return _fitting(found, Counter(call.name for call in structure.flow.calls))
 
 
-def _unfitting(ending: Ending, fitting: set[str]) -> Ending:
-    name = next(name for name in ending.modules if name not in fitting)
-    return Ending(ending.addition, problem=f"{name}, which ends it, does so not each time it runs")
+def _fitting(found: list[Ending], runs: Mapping[str, int]) -> list[Ending]:
+    """The endings; with the problem those whose modules cannot carry one more factor, or not the same each time."""
+    ends = Counter(name for ending in found for name in ending.modules)
+    taken: dict[str, list[tuple[str, float]]] = {}
+    fitting = []
+    for ending in found:
+        problem = ""
+        for name, correction in ending.modules.items():
+            before = taken.get(name, [])
+            if ends[name] < runs[name]:
+                problem = f"{name}, which ends it, does so not each time it runs"
+            elif len(before) == runs[name]:
+                problem = f"{name} ends the branch of {before[0][0] or 'the model'} already"
+            elif before and before[0][1] != correction:
+                problem = f"{name}, which ends it, is read through gates and past them"
+        if not problem:
+            for name, correction in ending.modules.items():
+                taken.setdefault(name, []).append((ending.addition.name, correction))
+        fitting.append(Ending(ending.addition, problem=problem) if problem else ending)
+    return fitting
 
 
 @dataclass(frozen=True)
