@@ -115,7 +115,7 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
             str(sum(run["deleted"]["outcome"] == how for run in told_apart))
             for how in ("diverges", "learns little", "learns nothing")
         ),
-        "of those trained, the converted model ends at the lower loss": sum(
+        "at the rate found, the converted model ends at the lower loss": sum(
             _last(run["converted"]) < _last(run["deleted"]) for run in runs
         ),
         "pretrained conversions within 1e-4": f"{sum(row['pretrained'] < 1e-4 for row in kept)} of {len(kept)}",

@@ -9,6 +9,7 @@ from convert.nets import post_activation
 from torch import nn
 
 import normfree
+from normfree.convert.converting import NOT_RUN
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -107,7 +108,10 @@ def test_layers_whose_weight_is_not_their_own_stay():
         normfree.convert(model, IMAGES)
     hooked = convolution()
     hooked[0].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"its normalizer stays, 1 \(BatchNorm2d\): 0 before it has hooks; keep it"):
+    with pytest.raises(
+        ValueError,
+        match=r"its normalizer stays, 1 \(BatchNorm2d\): 0 before it has hooks or a",
+    ):
         normfree.convert(hooked, IMAGES)
     hooked[0].register_forward_hook(lambda module, inputs, output: 2 * output)  # something lies in between now
     with pytest.raises(ValueError, match="0 before it has hooks"):
@@ -151,8 +155,56 @@ def test_statistics_of_the_batch_taken_by_hand_are_told():
     model = nn.Sequential(convolution(), ByHand(False), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
     left = normfree.convert(model, IMAGES).conversion.norms_left
     assert [(kept.name, kept.reason) for kept in left] == [
-        ("1", "1 takes a mean over the examples of a batch in its own forward")
+        ("1", "an example's output depends on the others of its batch: 1 takes statistics of them in its forward")
     ]
+
+
+class ByHandInTraining(nn.Module):
+    """Statistics of the batch in training alone, as a BatchNorm of one's own has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(4, 1, 1))
+
+    def forward(self, x):
+        return x - (x.mean((0, 2, 3), keepdim=True) if self.training else self.running_mean)
+
+
+class Logged(nn.Module):
+    """A statistic of the batch that the output does not depend on."""
+
+    def forward(self, x):
+        self.log = x.mean((0, 2, 3))
+        return x
+
+
+@pytest.mark.parametrize(("part", "count"), [(ByHandInTraining, 1), (Logged, 0), (nn.Dropout, 0)])
+def test_what_counts_is_whether_examples_see_each_other(part, count):
+    converted = normfree.convert(nn.Sequential(convolution(), part()), IMAGES)
+    assert len(converted.conversion.norms_left) == count
+
+
+def test_subclasses_that_compute_what_their_base_does_convert():
+    class Three(nn.Conv2d):
+        def __init__(self, channels, out):
+            super().__init__(channels, out, 3, padding=1)
+
+    model = nn.Sequential(Three(3, 4), nn.BatchNorm2d(4), nn.ReLU(), Three(4, 4), nn.BatchNorm2d(4)).eval()
+    assert not normfree.convert(model, IMAGES).conversion.norms_left
+    torch.testing.assert_close(normfree.convert(model, IMAGES, start="pretrained")(IMAGES), model(IMAGES))
+
+
+def test_a_norm_behind_a_recurrent_layer_is_no_norm_of_the_input():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.norm, self.body = nn.GRU(8, 4, batch_first=True), nn.BatchNorm1d(4), convolution()
+
+        def forward(self, x):
+            return self.body(x).mean((2, 3)) + self.norm(self.rnn(x[:, 0])[0].transpose(1, 2)).mean(2)
+
+    changes = normfree.convert(Recurrent(), IMAGES[..., :8]).conversion.changes
+    assert next(change.now for change in changes if change.name == "norm") == "Identity"
 
 
 def test_weights_made_by_the_old_weight_norm_are_told():
@@ -196,7 +248,7 @@ def test_what_never_ran_is_told():
     model.unused = nn.Identity()
     model.unused.norm = nn.BatchNorm2d(4)
     kept = normfree.convert(model, IMAGES).conversion.norms_left
-    assert [(one.name, one.reason) for one in kept] == [("unused.norm", "it did not run on the example input")]
+    assert [(one.name, one.reason) for one in kept] == [("unused.norm", NOT_RUN)]
 
 
 def test_the_default_input_is_noise_of_the_shape_the_model_suggests():

@@ -125,3 +125,39 @@ def test_a_gate_with_a_norm_of_its_own(kind, functional):
     assert "2.gate.fc2" not in changes
     assert changes["2.conv2" if functional else "2.gate.sigmoid"].alpha == 0.2
     assert converted.conversion.notes == ()
+
+
+class Concurrent(nn.Module):
+    """scSE: a gate over channels and one over positions, their halves summed."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gate = Gate(channels)
+        self.positions, self.sigmoid = nn.Conv2d(channels, 1, 1), nn.Sigmoid()
+
+    def forward(self, x):
+        return self.gate(x) + x * self.sigmoid(self.positions(x))
+
+
+def test_two_halves_of_one_activation_are_the_whole():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), PostActivation(64, 64, gate=Concurrent(64)))
+    converted = normfree.convert(model, IMAGES)
+    scaled = {c.name: c.correction for c in converted.conversion.changes if c.now == "BranchScale"}
+    assert scaled == {"2.gate.gate.sigmoid": None, "2.gate.sigmoid": None}
+    block = normfree.spp(converted, IMAGES).blocks[0]
+    assert block.residual_avg_channel_var == pytest.approx(0.2**2, rel=0.2), "4 times as much with a 2 on each"
+
+
+def test_a_sigmoid_that_all_gates_share_leaves_the_factor_to_the_layers():
+    sigmoid = nn.Sigmoid()
+
+    def gate(channels):
+        made = Gate(channels)
+        made.sigmoid = sigmoid
+        return made
+
+    model = post_activation(gate)
+    record = normfree.convert(nn.Sequential(*model[:6], sigmoid), IMAGES).conversion
+    assert [change.name for change in record.changes if change.alpha] == [f"{block}.conv2" for block in range(1, 6)]
+    assert record.notes == ()

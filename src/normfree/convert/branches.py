@@ -92,11 +92,13 @@ class _Way:
         node: the activation it has come to, which a factor passes.
         correction: of gates on the way that no module carries yet.
         carrier: the module that carries the factor; "" before there is one.
+        summed: it is added to another way.
     """
 
     node: Node
     correction: float = 1.0
     carrier: str = ""
+    summed: bool = False
 
 
 class _Walk:
@@ -113,6 +115,7 @@ class _Walk:
         self.structure, self.owners, self.removed = structure, owners, removed
         self.standardized, self.addition = standardized, addition
         self.modules: dict[str, float] = {}
+        self.sources: dict[Node, list[str]] = {}
         self.square = 1.0
         self.learned = ""
 
@@ -125,6 +128,10 @@ class _Walk:
             except _Blocked:
                 if not way.carrier:
                     raise
+                self._note_source(way)
+        for carriers in self.sources.values():  # gates of one activation, summed: their halves add up
+            for carrier in carriers:
+                self.modules[carrier] /= len(carriers)
         return Ending(self.addition, self.modules, self.learned, self.square)
 
     def _behind(self, way: _Way) -> list[_Way]:
@@ -150,7 +157,8 @@ class _Walk:
             self._note_learned(step)
             return [replace(way, node=step.inputs[0])]
         if step.name in _LINEAR or step.name == "add":
-            return [replace(way, node=each) for each in step.inputs]
+            summed = step.name == "add" if len(step.inputs) > 1 else way.summed
+            return [replace(way, node=each, summed=summed) for each in step.inputs]
         return self._activated(step, way)
 
     def _check_read_once(self, node: Node) -> None:
@@ -167,8 +175,14 @@ class _Walk:
         if self.modules.setdefault(module, correction) != correction:
             raise _Blocked(f"{module}, which ends it, is read through gates and past them")
 
+    def _note_source(self, way: _Way) -> None:
+        """Remember what a gate gates."""
+        if way.summed:
+            self.sources.setdefault(way.node, []).append(way.carrier)
+
     def _carried_by(self, call: Call, way: _Way) -> list[_Way]:
         if way.carrier:
+            self._note_source(way)
             return []
         if call.name not in self.standardized:
             raise _Blocked(f"{call.name}, which ends it, was left alone")
@@ -184,10 +198,10 @@ class _Walk:
             self.modules[way.carrier] *= 2
             return replace(way, node=value)
         module = self._module_of(step, gate)
-        if module is None:
+        if module is None or self._runs(module) > 1:
             return replace(way, node=value, correction=2 * way.correction)
         self._carry(module, 2 * way.correction)
-        return _Way(value, carrier=module)
+        return replace(way, node=value, correction=1.0, carrier=module)
 
     def _made_nonlinearly(self, node: Node) -> Step | None:
         step = self.structure.flow.made_by.get(node)
@@ -203,6 +217,9 @@ class _Walk:
             self._carry(module, way.correction)
             return []
         raise _Blocked(f"it ends in {step.name}, which no weight lies behind")
+
+    def _runs(self, module: str) -> int:
+        return sum(call.name == module for call in self.structure.flow.calls)
 
     def _module_of(self, step: Step, node: Node) -> str | None:
         """The leaf module (or removed norm with an activation) that ran an operation and gave what it made."""

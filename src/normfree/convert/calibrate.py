@@ -43,8 +43,8 @@ def measured_scales(
     """
     modules = dict(model.named_modules())
     found: dict[str, float] = {}
-    handles = [modules[name].register_forward_pre_hook(_setter(name, found)) for name in layers]
-    handles += [modules[name].register_forward_pre_hook(_standardize_channels) for name in affines]
+    hooks = {name: _setter(name, found) for name in layers} | dict.fromkeys(affines, _standardize_channels)
+    handles = [modules[name].register_forward_pre_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
     gains = [m.skip_gain for m in model.modules() if isinstance(m, BranchEnd) and m.skip_gain is not None]
     kept = [gain.detach().clone() for gain in gains]
     try:
@@ -63,21 +63,29 @@ def measured_scales(
     return found
 
 
-def _standardize_channels(module: Any, inputs: tuple[Tensor, ...]) -> None:
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+
+
+def _standardize_channels(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
     """Have a :class:`ChannelAffine` give each channel of its input [N, C, …] mean 0 and variance 1."""
-    channels = inputs[0].transpose(0, 1).flatten(1).double()
+    channels = _tensor_in(inputs, named).transpose(0, 1).flatten(1).double()
     variance, mean = torch.var_mean(channels, 1, correction=0)
     scale = (variance + EPS).rsqrt()
     module.weight.copy_(scale)
     module.bias.copy_(-mean * scale)
 
 
-def _setter(name: str, found: dict[str, float]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: Any, inputs: tuple[Any, ...]) -> None:
+def _tensor_in(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    return next(leaf for leaf in (*inputs, *named.values()) if isinstance(leaf, Tensor))
+
+
+def _setter(name: str, found: dict[str, float]) -> Hook:
+    def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if name in found:
             return
-        mean_square = float(_plain_output(module, inputs[0]).double().square().mean())
-        if not mean_square > LEAST_SEEN * float(inputs[0].double().square().mean()):
+        given = _tensor_in(inputs, named)
+        mean_square = float(_plain_output(module, given).double().square().mean())
+        if not mean_square > LEAST_SEEN * float(given.double().square().mean()):
             raise ValueError(
                 f"example_input: all that a filter of {name} sees at once is the same (a constant, or grey images seen "
                 "pixel by pixel), and filters that sum to zero make nothing of it, so its scale cannot be measured; "

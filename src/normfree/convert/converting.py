@@ -9,19 +9,21 @@ import torch
 from torch import nn
 
 from normfree.convert.calibrate import keep_pace, measured_scales
-from normfree.convert.checking import check_kept, running
+from normfree.convert.checking import leaks, misunderstood, running
 from normfree.convert.dataflow import Dataflow, record_all
 from normfree.convert.fresh import MEASURED, fresh_plan
-from normfree.convert.kinds import class_name, constants_of, is_norm
-from normfree.convert.norms import NOT_FOLLOWED, norms_without_module
+from normfree.convert.kinds import class_name, constants_of, is_batch_norm, is_norm, is_removable
+from normfree.convert.norms import NOT_FOLLOWED, leaking, norms_without_module
 from normfree.convert.pretrained import fill, pretrained_plan
 from normfree.convert.record import STARTS, Change, Conversion, Kept
-from normfree.convert.rewrite import AFFINE, LAYERS, rewritten
+from normfree.convert.rewrite import AFFINE, LAYERS, exchanged
 from normfree.convert.structure import Structure
 from normfree.nn.checks import check_choice, check_integer, check_number
 from normfree.signal.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of
 from normfree.signal.measure import unwrapped
 from normfree.signal.nonfinite import check_present
+
+NOT_RUN = "it did not run on the example input; if it does on another, the layer before it may have changed"
 
 ALPHA, SKIP_GAIN = 0.2, 1.0
 """Of residual branches, where nothing else is asked for."""
@@ -81,15 +83,7 @@ def convert(
     check_batch(batch, "example_input")
     flow, heads = record_all(model, batch)
     structure = Structure(flow)
-    notes: list[str] = []
-    if start == "fresh":
-        changes, kept, notes = fresh_plan(structure, model, alpha=alpha, skip_gain=skip_gain, beta=beta)
-    else:
-        changes, kept = pretrained_plan(structure)
-    kept += [*_unseen(model, structure), *norms_without_module(flow)]
-    if not changes:
-        raise _nothing(model, kept, start)
-    conversion = Conversion(
+    record = Conversion(
         model=class_name(model),
         start=start,
         alpha=alpha,
@@ -97,18 +91,60 @@ def convert(
         seed=seed,
         input_shapes=tuple(tuple(tensor.shape) for tensor in tensors_of(batch)),
         source=source,
-        changes=_in_running_order(changes, flow),
-        kept=tuple(kept),
-        notes=tuple(notes),
     )
-    converted = rewritten(model, conversion)
-    if start == "pretrained":
-        fill(model, converted, changes)
-        check_kept(model, converted, conversion, batch, heads=heads)
-        return converted
-    _measure(converted, conversion, batch, heads=heads)
-    keep_pace(converted.get_submodule(change.name) for change in changes if change.now in LAYERS)
+    if start == "fresh":
+        changes, kept, notes = fresh_plan(structure, model, alpha=alpha, skip_gain=skip_gain, beta=beta)
+        record = _completed(record, model, structure, changes, kept, notes)
+        converted = _fresh(model, record, batch, heads=heads)
+    else:
+        converted = _pretrained(model, record, structure, batch, heads=heads)
+    if leaks(converted, batch):
+        record = conversion_of(converted)
+        assert record is not None
+        if not any(is_batch_norm(converted.get_submodule(one.name)) for one in record.norms_left):
+            kept = (*record.kept, leaking(flow))
+            converted.conversion = replace(record, kept=kept)  # type: ignore[assignment]
     return converted
+
+
+def _fresh(model: nn.Module, record: Conversion, batch: Batch, *, heads: bool) -> nn.Module:
+    """The converted model, what is still open measured."""
+    converted, replaced = exchanged(model, record)
+    with running(record, replaced):
+        _measure(converted, record, batch, heads=heads)
+    keep_pace(converted.get_submodule(change.name) for change in record.changes if change.now in LAYERS)
+    return converted
+
+
+def _pretrained(model: nn.Module, record: Conversion, structure: Structure, batch: Batch, *, heads: bool) -> nn.Module:
+    """The converted model, in which each norm stays that turns out to do more than its constants say."""
+    staying: dict[str, str] = {}
+    while True:
+        changes, kept = pretrained_plan(structure, staying)
+        full = _completed(record, model, structure, changes, kept, [])
+        converted, replaced = exchanged(model, full)
+        fill(model, converted, changes)
+        with running(full, replaced):
+            culprit = misunderstood(model, converted, full, batch, heads=heads)
+        if culprit is None:
+            return converted
+        staying[culprit] = "what it, or something before it, does is more than its constants say"
+
+
+def _completed(
+    record: Conversion,
+    model: nn.Module,
+    structure: Structure,
+    changes: list[Change],
+    kept: list[Kept],
+    notes: list[str],
+) -> Conversion:
+    """The record with its changes and what was kept; an error if nothing was changed."""
+    kept = [*kept, *_unseen(model, structure), *norms_without_module(structure.flow)]
+    if not changes:
+        raise _nothing(model, kept, record.start)
+    changes = _in_running_order(changes, structure.flow)
+    return replace(record, changes=tuple(changes), kept=tuple(kept), notes=tuple(notes))
 
 
 def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: str, seed: int) -> None:
@@ -132,8 +168,7 @@ def _measure(converted: nn.Module, conversion: Conversion, batch: Batch, *, head
     """Set what is still open, and enter the input scales into the record."""
     waiting = [change.name for change in conversion.changes if change.now in LAYERS and change.input_scale is None]
     affines = [change.name for change in conversion.changes if change.now == AFFINE]
-    with running(converted, conversion):
-        scales = measured_scales(converted, waiting, affines, batch, heads=heads)
+    scales = measured_scales(converted, waiting, affines, batch, heads=heads)
     unseen = next((name for name in waiting if name not in scales), None)
     if unseen is not None:
         raise ValueError(
@@ -150,7 +185,7 @@ def _measure(converted: nn.Module, conversion: Conversion, batch: Batch, *, head
 def _unseen(model: nn.Module, structure: Structure) -> list[Kept]:
     """Norms that did not run on the example: auxiliary heads in evaluation mode, for instance."""
     return [
-        Kept(name=name, was=class_name(module), reason="it did not run on the example input", norm=True)
+        Kept(name=name, was=class_name(module), reason=NOT_RUN, norm=True)
         for name, module in model.named_modules()
         if is_norm(module) and name not in structure.norms
     ]
@@ -166,7 +201,7 @@ def _nothing(model: nn.Module, kept: list[Kept], start: str) -> ValueError:
     remedy = "keep it as it is"
     if first.reason == NOT_FOLLOWED:
         remedy = "convert the part of it that takes a batch of images, such as detector.backbone"
-    elif start == "pretrained" and is_norm(module) and constants_of(module) is None:
+    elif start == "pretrained" and is_norm(module) and is_removable(module) and constants_of(module) is None:
         remedy = 'choose start="fresh"'
     stay = f"all {len(norms)} normalizers stay, such as" if len(norms) > 1 else "its normalizer stays,"
     return ValueError(
@@ -175,11 +210,11 @@ def _nothing(model: nn.Module, kept: list[Kept], start: str) -> ValueError:
     )
 
 
-def _in_running_order(changes: list[Change], flow: Dataflow) -> tuple[Change, ...]:
+def _in_running_order(changes: list[Change], flow: Dataflow) -> list[Change]:
     order: dict[str, int] = {}
     for number, call in enumerate(flow.calls):
         order.setdefault(call.name, number)
-    return tuple(sorted(changes, key=lambda change: order.get(change.name, len(order))))
+    return sorted(changes, key=lambda change: order.get(change.name, len(order)))
 
 
 def conversion_of(model: Any) -> Conversion | None:

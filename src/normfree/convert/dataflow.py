@@ -85,6 +85,7 @@ class Dataflow:
         calls: runs of leaf modules, norms and layers, in the order they ended.
         additions: the residual ones.
         outputs: what the model returned.
+        parameter_readers: the modules in which an operation read a parameter, by where its memory begins.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -94,6 +95,7 @@ class Dataflow:
     made_by: dict[Node, Step] = field(default_factory=dict)
     read_by: dict[Node, list[Step]] = field(default_factory=dict)
     shapes: dict[Node, tuple[int, ...]] = field(default_factory=dict)
+    parameter_readers: dict[int, set[str]] = field(default_factory=dict)
 
     def add(self, step: Step) -> None:
         """Enter an operation."""
@@ -140,10 +142,18 @@ class Dataflow:
 class DataflowRecorder(Recorder):
     """Keeps operations and residual additions; measures nothing."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
         self.flow = Dataflow()
+        self.flow.parameter_readers = {parameter.data_ptr(): set() for parameter in model.parameters()}
         self.entered: list[tuple[nn.Module, Node | None]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if not self.measuring:
+            for tensor in op.tensors_in(args, kwargs or {}):
+                if (readers := self.flow.parameter_readers.get(tensor.data_ptr())) is not None:
+                    readers.add(self.stack.name)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def on_addition(self, found: Residual, operands: Sequence[Tensor], run: Callable[[], Tensor]) -> Tensor:
         """Note which operand was what, before an addition in place makes the one into the sum."""

@@ -23,19 +23,20 @@ def keep_frozen(original: nn.Module, converted: nn.Module, changes: Iterable[Cha
         elif change.now == ChannelAffine.__name__:
             for module in converted.get_submodule(change.name).modules():
                 if isinstance(module, ChannelAffine):
-                    module.weight.requires_grad_(_learns(norm, "weight"))
-                    module.bias.requires_grad_(_learns(norm, "bias"))
+                    module.weight.requires_grad_(learns(norm, "weight"))
+                    module.bias.requires_grad_(learns(norm, "bias"))
 
 
 def _freeze_layer(new: nn.Module, old: nn.Module, norm: nn.Module) -> None:
-    weight = _learns(old, "weight")
+    weight = learns(old, "weight")
     biases = [part for part in (old, norm) if part._parameters.get("bias") is not None]
-    bias = any(_learns(part, "bias") for part in biases) if biases else weight
+    bias = any(learns(part, "bias") for part in biases) if biases else weight
     for name, parameter in new.named_parameters():
-        own = weight if name == "weight" and isinstance(new, KeptMean) else weight or _learns(norm, "weight")
+        own = weight if name == "weight" and isinstance(new, KeptMean) else weight or learns(norm, "weight")
         parameter.requires_grad_(bias if name == "bias" else own)
 
 
-def _learns(module: nn.Module, name: str) -> bool:
+def learns(module: nn.Module, name: str) -> bool:
+    """Whether a module has a parameter of a name, and it is not frozen."""
     parameter = module._parameters.get(name)
     return parameter is not None and parameter.requires_grad

@@ -86,8 +86,8 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something listens to a module, or changes what it takes or gives."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether something listens to a module, or changes what it takes or gives: hooks, or a forward put on it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def base_of(module: nn.Module, *, fresh: bool) -> type[nn.Module] | None:
@@ -103,15 +103,35 @@ def base_of(module: nn.Module, *, fresh: bool) -> type[nn.Module] | None:
         return type(module)
     if type(module) in (ours.PaddedConv2d, ours.ScaledConv2d) and (fresh or type(module) is ours.PaddedConv2d):
         return nn.Conv2d
+    for kind in TWINS:
+        if isinstance(module, kind) and "weight" in module._parameters and _computes_as(module, kind):
+            return kind
     name = class_name(module)
     if isinstance(module, nn.Conv2d) and (name in SAME_PADDED | STANDARDIZED) and (fresh or name not in STANDARDIZED):
         return nn.Conv2d
     return None
 
 
+def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a subclass leaves alone what its base computes."""
+    methods = ("forward", "_conv_forward", "__call__")
+    return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in methods)
+
+
 def why_no_twin(module: nn.Module) -> str:
     """Why :func:`base_of` knows no class for a layer, as a predicate."""
-    return "has hooks" if has_hooks(module) else f"is a {class_name(module)}, which has no standardized twin"
+    return (
+        "has hooks or a forward put on it"
+        if has_hooks(module)
+        else f"is a {class_name(module)}, which has no standardized twin"
+    )
+
+
+def outputs_of(layer: nn.Module) -> int:
+    """Output channels or features of a layer."""
+    found = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    assert isinstance(found, int)
+    return found
 
 
 def fan_in(module: nn.Module) -> int:

@@ -24,7 +24,9 @@ _ACTIVATIONS = op.NONLINEAR - {"pow", "square", "sqrt", "rsqrt", "reciprocal", "
 NOT_FOLLOWED = "no recorded operation leads from the input to it"
 """Why a norm stays in a model whose forward copies its input piece by piece, as detectors do."""
 
-_STATISTICS = frozenset({"mean", "var", "var_mean", "std", "std_mean"})
+_WEIGHTED = op.CONVOLUTION | op.RECURRENT | op.EMBEDDING
+_STATISTICS = frozenset({"mean", "var", "var_mean", "std", "std_mean", "sum", "amax", "amin"})
+_LAYOUT = op.VIEW | op.PARTIAL | {"cat"}
 _AFFINE = op.SCALING | op.ADDITION | {"addcmul"}
 
 
@@ -78,7 +80,7 @@ def _reason_to_keep(structure: Structure, calls: list[Call]) -> str:
         return foreign
     shared = next((c.name for c in behind if c is not None and c.name in structure.shared), None)
     if shared is not None:
-        return f"{structure.shared[shared]} reads the weight of {shared} before it, too"
+        return f"{structure.shared[shared]} reads a parameter of {shared} before it, too"
     return next((reason for call in calls if (reason := _unknown_operation(structure, call))), "")
 
 
@@ -95,7 +97,7 @@ def _foreign(structure: Structure, calls: list[Call], behind: list[Call | None])
 def why_unknown(flow: Dataflow, call: Call) -> str:
     """Why it is not known what a norm's module does; "" where it normalizes, and runs its own activation at most."""
     if has_hooks(call.module):
-        return "it has hooks"
+        return "it has hooks or a forward put on it"
     if not is_removable(call.module):
         return "what it does beside normalizing is not known"
     more = _beside_normalizing(flow, call)
@@ -105,11 +107,16 @@ def why_unknown(flow: Dataflow, call: Call) -> str:
 def _beside_normalizing(flow: Dataflow, call: Call) -> str:
     """An operation of a norm's own forward that has no part in normalizing; "" for none."""
     own = tuple(f"{call.name}.{part}" for part, _ in activation_in(call.module))
-    steps = [step for step in flow.within(call.name) if not step.module.startswith(own)]
+    leading = set(flow.backwards(call.output, stop=lambda node: node is call.input)) if call.output else set()
+    steps = [
+        step
+        for step in flow.within(call.name)
+        if not step.module.startswith(own) and not leading.isdisjoint(step.outputs)
+    ]
     at_once = any(step.name in op.NORM for step in steps)
     for step in steps:
         is_affine = step.name in _AFFINE and len(step.inputs) == 1
-        if step.name in _ACTIVATIONS or (at_once and not (is_affine or step.name in op.NORM | op.VIEW)):
+        if step.name in _ACTIVATIONS or (at_once and not (is_affine or step.name in _LAYOUT | op.NORM)):
             return step.name
     return ""
 
@@ -121,7 +128,7 @@ def _unknown_operation(structure: Structure, call: Call) -> str:
         step = flow.made_by.get(node)
         if step is None:
             return ""
-        if step.name in op.CONVOLUTION or (step.name in op.LINEAR and step.outputs[0].step.weighted):
+        if step.name in _WEIGHTED or (step.name in op.LINEAR and step.outputs[0].step.weighted):
             return f"{step.module or 'the model'} before it computes {step.name} with a weight of no known layer"
         node = step.inputs[0] if passes_unchanged(step) else None
     return ""
@@ -152,27 +159,32 @@ def needs_copy(structure: Structure, call: Call) -> bool:
 
 
 def norms_without_module(flow: Dataflow) -> list[Kept]:
-    """What normalizes in a forward, past the modules that conversion knows: functional norms, statistics of a batch."""
+    """The functional norms of a forward, past the modules that conversion knows."""
     known = {call.name for call in flow.calls if is_norm(call.module)}
     found: dict[str, Kept] = {}
     for step in flow.steps:
-        if step.module in known:
-            continue
-        where = step.module or "the model"
-        if step.name in op.NORM:
-            reason = f"{where} normalizes in its own forward, by a function; write it as a module"
-        elif step.name in _STATISTICS and _is_over_examples(flow, step):
-            reason = f"{where} takes a {step.name} over the examples of a batch in its own forward"
-        else:
-            continue
-        found.setdefault(step.module, Kept(name=step.module, was=step.name, reason=reason, norm=True))
+        if step.name in op.NORM and step.module not in known:
+            reason = f"{step.module or 'the model'} normalizes in its own forward, by a function; write it as a module"
+            found.setdefault(step.module, Kept(name=step.module, was=step.name, reason=reason, norm=True))
     return list(found.values())
 
 
+def leaking(flow: Dataflow) -> Kept:
+    """What to record of a model in which an example's output depends on others, with no BatchNorm left."""
+    known = {call.name for call in flow.calls if is_norm(call.module)}
+    step = next((s for s in flow.steps if s.module not in known and _is_over_examples(flow, s)), None)
+    where = "" if step is None else step.module
+    told = "something" if step is None else where or "the model"
+    reason = f"an example's output depends on the others of its batch: {told} takes statistics of them in its forward"
+    return Kept(name=where, was="statistics of the batch" if step is None else step.name, reason=reason, norm=True)
+
+
 def _is_over_examples(flow: Dataflow, step: Step) -> bool:
-    """Whether a statistic is over the first axis and others, which leaves a number for each channel."""
+    """Whether an operation takes a statistic over the first axis."""
+    if step.name not in _STATISTICS:
+        return False
     axes = step.args[1] if len(step.args) > 1 else step.kwargs.get("dim")
     if not isinstance(axes, (list, tuple)):
-        return False
+        return axes in (None, 0)
     dimensions = len(flow.shapes[step.inputs[0]])
-    return 1 < len(axes) < dimensions and 0 in {axis % dimensions for axis in axes}
+    return 0 in {axis % dimensions for axis in axes}

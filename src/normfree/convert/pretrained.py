@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normfree.convert.kinds import KEPT_TWINS, activation_in, base_of, class_name, constants_of, fan_in
+from normfree.convert.frozen import learns
+from normfree.convert.kinds import (
+    KEPT_TWINS,
+    activation_in,
+    base_of,
+    channels_of,
+    class_name,
+    constants_of,
+    fan_in,
+    outputs_of,
+    why_no_twin,
+)
 from normfree.convert.norms import NOT_FOLLOWED, why_unknown
 from normfree.convert.record import Change, Kept
 from normfree.convert.rewrite import AFFINE, BARE, WITH_ACTIVATION
@@ -16,13 +27,18 @@ from normfree.convert.structure import Structure
 from normfree.nn import ChannelAffine, KeptMean, ScaledConv2d
 
 
-def pretrained_plan(structure: Structure) -> tuple[list[Change], list[Kept]]:
-    """What to change so that the function in evaluation mode stays, and what is kept."""
+def pretrained_plan(structure: Structure, misunderstood: Mapping[str, str]) -> tuple[list[Change], list[Kept]]:
+    """What to change so that the function in evaluation mode stays, and what is kept.
+
+    Args:
+        structure: of the model.
+        misunderstood: norms that stay, and why.
+    """
     changes: list[Change] = []
     kept: list[Kept] = []
     for name, calls in structure.norms.items():
         norm = calls[0].module
-        reason = why_unknown(structure.flow, calls[0])
+        reason = misunderstood.get(name) or why_unknown(structure.flow, calls[0])
         if not reason and constants_of(norm) is None:
             reason = "it normalizes by its own input in evaluation mode, too: it has no constants to fold"
         if reason:
@@ -69,15 +85,17 @@ def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
         return None, f"several layers share it ({', '.join(sorted(layers))})"
     layer = layers.pop()
     if layer in structure.shared:
-        return None, f"{structure.shared[layer]} reads the weight of {layer} before it, too"
-    if any(call.input is not None and call.input.note.axis != 1 for call in calls):
+        return None, f"{structure.shared[layer]} reads a parameter of {layer} before it, too"
+    regrouped = any(call.input is not None and call.input.note.axis != 1 for call in calls)
+    if regrouped or channels_of(calls[0].module) != outputs_of(structure.layers[layer][0].module):
         return None, f"the channels of {layer} before it are regrouped in between"
     module = structure.layers[layer][0].module
     if len(structure.layers[layer]) != len(calls):
         return None, f"{layer} before it is used elsewhere, too"
-    base = base_of(module, fresh=False)
-    if base is None:
-        return None, f"{layer} before it is a {class_name(module)}, whose weight is not its own"
+    if base_of(module, fresh=False) is None:
+        return None, f"{layer} before it {why_no_twin(module)}"
+    if not module.get_parameter("weight").requires_grad and learns(calls[0].module, "weight"):
+        return None, f"{layer} before it is frozen, and it is not"
     if fan_in(module) == 1 and not isinstance(module, nn.Conv2d):
         return None, f"{layer} before it has one weight a filter"
     return layer, ""

@@ -18,7 +18,6 @@ BARE, WITH_ACTIVATION, COPY = "Identity", "Activation", "Copy"
 AFFINE, SCALED = "ChannelAffine", "BranchScale"
 
 
-@torch.inference_mode(False)  # parameters made inside of it would never learn
 def rewritten(model: nn.Module, conversion: Conversion) -> nn.Module:
     """Return a copy of the original with every change of a record made, and the record as its ``conversion``.
 
@@ -27,28 +26,34 @@ def rewritten(model: nn.Module, conversion: Conversion) -> nn.Module:
     Raises:
         ValueError: the record names modules the model does not have, or of another class.
     """
+    return exchanged(model, conversion)[0]
+
+
+@torch.inference_mode(False)  # parameters made inside of it would never learn
+def exchanged(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[nn.Module]]:
+    """What :func:`rewritten` gives, and the modules of the copy in whose place others stand now."""
     converted = _copied(model)
     modules = dict(converted.named_modules())
-    exchanged: dict[nn.Module, nn.Module] = {}
+    found: dict[nn.Module, nn.Module] = {}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(conversion.seed)
         for change in conversion.changes:
             old = modules.get(change.name)
             if old is None or class_name(old) != change.was:
-                found = "nothing" if old is None else class_name(old)
+                there = "nothing" if old is None else class_name(old)
                 raise ValueError(
-                    f"original: {change.name} is {found}, and the record changes a {change.was}; "
+                    f"original: {change.name} is {there}, and the record changes a {change.was}; "
                     "give the model that was converted, built with the same arguments"
                 )
-            exchanged[old] = _made(exchanged.get(old, old), change, _options(model)).train(old.training)
-    for module in [*converted.modules(), *exchanged.values()]:  # a norm's activation may have been exchanged, too
+            found[old] = _made(found.get(old, old), change, _options(model)).train(old.training)
+    for module in [*converted.modules(), *found.values()]:  # a norm's activation may have been exchanged, too
         for name, child in module._modules.items():
-            while child in exchanged and exchanged[child] is not module:
-                child = module._modules[name] = exchanged[child]
-    converted = exchanged.get(converted, converted)
+            while child in found and found[child] is not module:
+                child = module._modules[name] = found[child]
+    converted = found.get(converted, converted)
     keep_frozen(model, converted, conversion.changes)
     converted.conversion = conversion  # type: ignore[assignment]
-    return converted
+    return converted, set(found) - set(converted.modules())
 
 
 def _copied(model: nn.Module) -> nn.Module:

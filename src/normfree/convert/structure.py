@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from normfree.convert.dataflow import Addition, Call, Dataflow, Step, passes_unchanged
 from normfree.convert.kinds import base_of, fan_in, is_convolution, is_layer, is_norm, why_no_twin
@@ -24,7 +22,7 @@ class Structure:
         norms, layers: calls of each norm and of each layer, by name.
         norm_at, layer_at: the call that made an activation.
         alive: activations that reach an output other than through a gate.
-        shared: the layers whose weight another module reads, too, and that module.
+        shared: the layers a parameter of which another module reads, too, and that module.
     """
 
     flow: Dataflow
@@ -49,9 +47,9 @@ class Structure:
         return [stops[each] for each in found if each in stops]
 
     def has_layer_behind(self, node: Node) -> bool:
-        """Whether any layer lies between the input and an activation."""
+        """Whether anything with a weight lies between the input and an activation."""
         behind = self.flow.backwards(node, stop=lambda each: each in self.layer_at)
-        return any(each in self.layer_at for each in behind)
+        return any(each in self.layer_at or each.step.weighted for each in behind)
 
     def directly_behind(self, node: Node | None, *, alone: bool) -> Call | None:
         """The layer whose output an activation is, but for its layout.
@@ -108,7 +106,7 @@ def _unexpanded(flow: Dataflow, node: Node) -> tuple[int, ...]:
 def _alive(flow: Dataflow) -> set[Node]:
     """What reaches an output, or an operation of which nothing is read, not counting ways through a gate."""
     gates = {id(step): found[1] for step in flow.steps if (found := gate_of(flow, step))}
-    ends = (step for step in flow.steps if not any(flow.readers(node) for node in step.outputs))
+    ends = (s for s in flow.steps if s.name != "detach" and not any(flow.readers(node) for node in s.outputs))
     waiting = [node for step in ends for node in step.outputs] + flow.outputs
     seen = set(waiting)
     while waiting:
@@ -123,14 +121,13 @@ def _alive(flow: Dataflow) -> set[Node]:
 
 
 def _shared(flow: Dataflow, layers: Mapping[str, list[Call]]) -> dict[str, str]:
-    readers: dict[int, set[str]] = {}
-    for step in flow.steps:
-        for value in tree_leaves((step.args, step.kwargs)):
-            if isinstance(value, Tensor) and value.data_ptr():
-                readers.setdefault(value.data_ptr(), set()).add(step.module or "the model")
-    weights: dict[str, Any] = {name: calls[0].module.weight for name, calls in layers.items()}
-    others = {name: readers.get(weight.data_ptr(), set()) - {name} for name, weight in weights.items()}
-    return {name: min(found) for name, found in others.items() if found}
+    found = {}
+    for name, calls in layers.items():
+        readers = (flow.parameter_readers.get(p.data_ptr(), ()) for p in calls[0].module.parameters())
+        others = {other for each in readers for other in each if not f"{other}.".startswith(f"{name}.")}
+        if others:
+            found[name] = min(others) or "the model"
+    return found
 
 
 def layers_to_standardize(structure: Structure, removed: set[str]) -> tuple[list[str], dict[str, str]]:
@@ -150,7 +147,7 @@ def layers_to_standardize(structure: Structure, removed: set[str]) -> tuple[list
         elif name not in direct and structure.is_gate_only(name):
             kept[name] = "it only computes a gate"
         elif name in structure.shared:
-            kept[name] = f"{structure.shared[name]} reads its weight, too"
+            kept[name] = f"{structure.shared[name]} reads a parameter of it, too"
         elif base_of(module, fresh=True) is None:
             kept[name] = f"it {why_no_twin(module)}"
         elif fan_in(module) == 1 and not isinstance(module, nn.Conv2d):
