@@ -214,10 +214,23 @@ def test_weights_made_by_the_old_weight_norm_are_told():
         normfree.convert(nn.Sequential(layer, nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), IMAGES)
 
 
-def test_a_detector_whole_is_told_to_give_its_backbone():
-    detector = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+def test_an_input_that_leaves_torch_is_told():
+    class Through(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = convolution()
+
+        def forward(self, x):
+            return self.body(torch.from_numpy(x.numpy().copy()))
+
     with pytest.raises(ValueError, match=r"leads from the input to it; convert the part .* detector.backbone"):
-        normfree.convert(detector.eval(), ([torch.rand(3, 64, 64)] * 2,))
+        normfree.convert(Through(), IMAGES)
+
+
+def test_a_detector_converts_whole():
+    detector = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    images = [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    assert not normfree.convert(detector.eval(), (images,)).conversion.norms_left
 
 
 def test_a_list_is_no_example():

@@ -295,3 +295,46 @@ def test_a_compiled_module_is_looked_through():
     torch.manual_seed(0)
     model, batch = nn.Sequential(nn.Conv2d(3, 6, 1), Block(), Block()), torch.randn(4, 3, 8, 8)
     assert spp(torch.compile(model), batch).blocks == spp(model, batch).blocks
+
+
+def test_a_term_of_zero_that_keeps_a_parameter_in_use_is_no_branch():
+    """What distributed training asks for where an output is not used: ``+ 0 * unused.mean()``."""
+
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())
+
+        def forward(self, x):
+            x = x + self.block(x)
+            return x + 0 * x.mean()
+
+    torch.manual_seed(0)
+    signal = spp(Kept(), torch.randn(4, 3, 8, 8))
+    assert len(signal.blocks) == 1
+
+
+def test_what_a_slice_is_assigned_is_in_the_whole():
+    """Circular padding writes its input into slices of an empty tensor, and so do forwards of one's own."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
+
+        def forward(self, x):
+            return x + self.conv(x)
+
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.Sequential(Block(), Block())
+
+        def forward(self, x):
+            canvas = x.new_zeros(len(x), 4, 8, 8)
+            canvas[:, :3] = x
+            return self.blocks(canvas)
+
+    torch.manual_seed(0)
+    signal = spp(Placed(), torch.randn(4, 3, 8, 8))
+    assert [block.kind for block in signal.blocks] == ["residual", "residual"]

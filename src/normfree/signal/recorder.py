@@ -181,7 +181,8 @@ class Recorder(TorchDispatchMode):
     def _add_node(self, name: str, args: Sequence[Any], tensor: Tensor, node: Node) -> None:
         self.created += 1
         self.nodes[tensor] = node
-        if name in op.VIEW or not tensor._is_view() or not any(tensor is a for a in args):
+        is_view = name in op.VIEW and name != "copy"  # which writes what a slice is assigned
+        if is_view or not tensor._is_view() or not any(tensor is a for a in args):
             return
         base = tensor._base  # written through a view: the whole now depends on this too
         if isinstance(base, Tensor):
@@ -193,10 +194,12 @@ class Recorder(TorchDispatchMode):
     # Measuring.
 
     def moments_of(self, x: Tensor) -> Moments | None:
-        """The statistics of an activation as it was before the scalings it carries."""
+        """The statistics of an activation as it was before the scalings it carries; None of what has no channels."""
         note: Note = self.nodes[x].note
         if note.unscaled is not None:
             return note.unscaled
+        if not -x.dim() <= note.channel_axis < x.dim():  # a sum or a mean of everything has no channels
+            return None
         return before_scaling(channel_moments(x, note.channel_axis), note.factors)
 
 
