@@ -10,20 +10,19 @@ from torch import nn
 
 from normfree.convert.calibrate import keep_pace, measured_scales
 from normfree.convert.checking import leaks, misunderstood, running
+from normfree.convert.completing import completed
 from normfree.convert.dataflow import Dataflow, record_all
 from normfree.convert.fresh import MEASURED, fresh_plan
-from normfree.convert.kinds import class_name, constants_of, is_batch_norm, is_norm, is_removable
-from normfree.convert.norms import NOT_FOLLOWED, leaking, norms_without_module
+from normfree.convert.kinds import class_name, is_batch_norm
+from normfree.convert.norms import leaking
 from normfree.convert.pretrained import fill, pretrained_plan
-from normfree.convert.record import STARTS, Change, Conversion, Kept
+from normfree.convert.record import STARTS, Conversion
 from normfree.convert.rewrite import AFFINE, LAYERS, exchanged
 from normfree.convert.structure import Structure
 from normfree.nn.checks import check_choice, check_integer, check_number
 from normfree.signal.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of
 from normfree.signal.measure import unwrapped
 from normfree.signal.nonfinite import check_present
-
-NOT_RUN = "it did not run on the example input; if it does on another, the layer before it may have changed"
 
 ALPHA, SKIP_GAIN = 0.2, 1.0
 """Of residual branches, where nothing else is asked for."""
@@ -94,17 +93,21 @@ def convert(
     )
     if start == "fresh":
         changes, kept, notes = fresh_plan(structure, model, alpha=alpha, skip_gain=skip_gain, beta=beta)
-        record = _completed(record, model, structure, changes, kept, notes)
+        record = completed(record, model, structure, changes, kept, notes)
         converted = _fresh(model, record, batch, heads=heads)
     else:
         converted = _pretrained(model, record, structure, batch, heads=heads)
-    if leaks(converted, batch):
-        record = conversion_of(converted)
-        assert record is not None
-        if not any(is_batch_norm(converted.get_submodule(one.name)) for one in record.norms_left):
-            kept = (*record.kept, leaking(flow))
-            converted.conversion = replace(record, kept=kept)  # type: ignore[assignment]
+    _note_leaks(converted, flow, batch)
     return converted
+
+
+def _note_leaks(converted: nn.Module, flow: Dataflow, batch: Batch) -> None:
+    """Enter into the record that examples still see each other, where no BatchNorm is left to explain it."""
+    record = conversion_of(converted)
+    assert record is not None, "conversion leaves its record"
+    explained = any(is_batch_norm(converted.get_submodule(one.name)) for one in record.norms_left)
+    if not explained and leaks(converted, batch):
+        converted.conversion = replace(record, kept=(*record.kept, leaking(flow)))  # type: ignore[assignment]
 
 
 def _fresh(model: nn.Module, record: Conversion, batch: Batch, *, heads: bool) -> nn.Module:
@@ -121,7 +124,7 @@ def _pretrained(model: nn.Module, record: Conversion, structure: Structure, batc
     staying: dict[str, str] = {}
     while True:
         changes, kept = pretrained_plan(structure, staying)
-        full = _completed(record, model, structure, changes, kept, [])
+        full = completed(record, model, structure, changes, kept, [])
         converted, replaced = exchanged(model, full)
         fill(model, converted, changes)
         with running(full, replaced):
@@ -129,22 +132,6 @@ def _pretrained(model: nn.Module, record: Conversion, structure: Structure, batc
         if culprit is None:
             return converted
         staying[culprit] = "what it, or something before it, does is more than its constants say"
-
-
-def _completed(
-    record: Conversion,
-    model: nn.Module,
-    structure: Structure,
-    changes: list[Change],
-    kept: list[Kept],
-    notes: list[str],
-) -> Conversion:
-    """The record with its changes and what was kept; an error if nothing was changed."""
-    kept = [*kept, *_unseen(model, structure), *norms_without_module(structure.flow)]
-    if not changes:
-        raise _nothing(model, kept, record.start)
-    changes = _in_running_order(changes, structure.flow)
-    return replace(record, changes=tuple(changes), kept=tuple(kept), notes=tuple(notes))
 
 
 def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: str, seed: int) -> None:
@@ -180,41 +167,6 @@ def _measure(converted: nn.Module, conversion: Conversion, batch: Batch, *, head
         for change in conversion.changes
     )
     converted.conversion = replace(conversion, changes=changes)  # type: ignore[assignment]
-
-
-def _unseen(model: nn.Module, structure: Structure) -> list[Kept]:
-    """Norms that did not run on the example: auxiliary heads in evaluation mode, for instance."""
-    return [
-        Kept(name=name, was=class_name(module), reason=NOT_RUN, norm=True)
-        for name, module in model.named_modules()
-        if is_norm(module) and name not in structure.norms
-    ]
-
-
-def _nothing(model: nn.Module, kept: list[Kept], start: str) -> ValueError:
-    norms = [one for one in kept if one.norm]
-    if not norms:
-        remedy = "if its signal is not healthy, the findings of normfree.spp say what to do"
-        return ValueError(f"model: {class_name(model)} has nothing to convert: it has no normalizer; {remedy}")
-    first = norms[0]
-    module = model.get_submodule(first.name)
-    remedy = "keep it as it is"
-    if first.reason == NOT_FOLLOWED:
-        remedy = "convert the part of it that takes a batch of images, such as detector.backbone"
-    elif start == "pretrained" and is_norm(module) and is_removable(module) and constants_of(module) is None:
-        remedy = 'choose start="fresh"'
-    stay = f"all {len(norms)} normalizers stay, such as" if len(norms) > 1 else "its normalizer stays,"
-    return ValueError(
-        f"model: {class_name(model)} has nothing to convert: {stay} {first.name or 'the model'} ({first.was}): "
-        f"{first.reason}; {remedy}"
-    )
-
-
-def _in_running_order(changes: list[Change], flow: Dataflow) -> list[Change]:
-    order: dict[str, int] = {}
-    for number, call in enumerate(flow.calls):
-        order.setdefault(call.name, number)
-    return sorted(changes, key=lambda change: order.get(change.name, len(order)))
 
 
 def conversion_of(model: Any) -> Conversion | None:

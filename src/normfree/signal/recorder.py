@@ -181,8 +181,7 @@ class Recorder(TorchDispatchMode):
     def _add_node(self, name: str, args: Sequence[Any], tensor: Tensor, node: Node) -> None:
         self.created += 1
         self.nodes[tensor] = node
-        is_view = name in op.VIEW and name != "copy"  # which writes what a slice is assigned
-        if is_view or not tensor._is_view() or not any(tensor is a for a in args):
+        if (name in op.VIEW and name != "copy") or not tensor._is_view() or not any(tensor is a for a in args):
             return
         base = tensor._base  # written through a view: the whole now depends on this too
         if isinstance(base, Tensor):
