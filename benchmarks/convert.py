@@ -1,8 +1,9 @@
 """Convert every architecture at hand, and check what the conversion promises.
 
-``python -m benchmarks.convert [--only PATTERN] [--out results/convert] [--fresh] [--workers 2] [--steps 200]`` writes
-``models.json`` and a table, ``README.md``. Each model runs in a process of its own, and models already in
-``models.json`` are kept, so that an interrupted run goes on.
+``python -m benchmarks.convert [--only PATTERN ...] [--out results/convert] [--fresh] [--workers 2] [--steps 200]
+[--device cpu]`` writes ``models.json`` and a table, ``README.md``. Each model runs in a process of its own, and models
+already in ``models.json`` are kept, so that an interrupted run goes on, on this machine or another: each row says where
+it was measured.
 
 For each model: the *fresh* conversion, what normalizers it leaves, its signal on gaussian images and on photographs,
 whether an example's output depends on another; the *pretrained* conversion, against the original with randomised
@@ -23,8 +24,8 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ import torch
 
 from benchmarks.convert_checks import checked, is_trained
 from benchmarks.convert_training import trained
-from normfree.benchmark.machine import hardware
+from normfree.benchmark.machine import hardware, versions
 from normfree.signal import write_atomically
 
 CLASSIFIERS = """
@@ -69,7 +70,7 @@ inception_v4 mobilevit_xxs poolformer_s12 rdnet_tiny repghostnet_050 repvit_m1 r
 tresnet_m ese_vovnet19b_slim_dw vovnet39a xception41 xception41p
 """
 
-PATIENCE = 1800
+PATIENCE = 3600
 """Seconds for one part of one model."""
 
 
@@ -79,9 +80,10 @@ def names() -> list[str]:
     return [f"torchvision:{name}" for name in torchvision] + [f"timm:{name}" for name in TIMM.split()]
 
 
-def apart(part: str, name: str, steps: int) -> dict[str, Any]:
+def apart(part: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What a part (``check`` or ``train``) says of a model, in a process of its own; or why it was "aborted"."""
-    command = [sys.executable, "-m", "benchmarks.convert", f"--{part}", name, "--steps", str(steps)]
+    command = [sys.executable, "-m", "benchmarks.convert", f"--{part}", name]
+    command += ["--steps", str(options.steps), "--device", options.device]
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -93,8 +95,8 @@ def apart(part: str, name: str, steps: int) -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
-def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
-    """The Markdown page: totals, then one line a model."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """The Markdown page: totals, then one line a model, then where which was measured."""
     good = [row for row in rows if "changes" in row]
     whole = [row for row in good if not row["norms_left"]]
     runs = [row["training"] for row in good if "converted" in row.get("training", {})]
@@ -128,8 +130,6 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
         "Not trained: models above 150 million parameters, of a fixed large image size, or that keep more than a tenth "
         "of their norms (they stand between linear and attention layers); `–` marks what was not run.",
         "",
-        ", ".join(f"{key} {value}" for key, value in machine.items()) + ".",
-        "",
         "| total | |",
         "|---|---|",
         *(f"| {what} | {number} |" for what, number in totals.items()),
@@ -147,7 +147,20 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     for what, missing in waiting.items():
         if missing:
             lines += ["", f"{what}: {', '.join(f'`{name}`' for name in missing)}."]
+    lines += ["", "## Where", ""]
+    trainings = [{"model": row["model"]} | row["training"] for row in rows if "training" in row]
+    lines += [*_where("Checked", rows), *_where("Trained", trainings)]
     return "\n".join(lines) + "\n"
+
+
+def _where(what: str, measured: list[dict[str, Any]]) -> list[str]:
+    """One line for each machine, the models named of all but the one that most were measured on."""
+    by_machine: dict[str, list[str]] = {}
+    for one in measured:
+        by_machine.setdefault(one["machine"], []).append(one["model"])
+    most, *others = sorted(by_machine.items(), key=lambda item: len(item[1]), reverse=True) or [("", [])]
+    lines = [f"- {what} on {most[0]}: {'all others' if others else 'all'}."] if most[1] else []
+    return lines + [f"- {what} on {where}: {', '.join(f'`{name}`' for name in names)}." for where, names in others]
 
 
 def _is_untrained(row: dict[str, Any]) -> bool:
@@ -204,57 +217,57 @@ def _count(rows: list[dict[str, Any]], probe: str) -> int:
 def page(rows: list[dict[str, Any]]) -> str:
     """The results as JSON, a model a line."""
     models = ",\n".join(json.dumps(row) for row in rows)
-    return f'{{"machine": {json.dumps(hardware())}, "models": [\n{models}\n]}}\n'
+    return f'{{"models": [\n{models}\n]}}\n'
 
 
 def main(arguments: list[str] | None = None, say: Callable[[str], None] = print) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=__doc__)
-    parser.add_argument("--only", default="*", help="shell pattern of names, such as 'timm:res*'")
+    parser.add_argument("--only", nargs="+", default=["*"], help="shell patterns of names, such as 'timm:res*'")
     parser.add_argument("--out", type=Path, default=Path("results/convert"))
     parser.add_argument("--fresh", action="store_true", help="measure again those of --only that models.json has")
     parser.add_argument("--workers", type=int, default=2, help="processes at once, of one thread each")
     parser.add_argument("--steps", type=int, default=200, help="of training")
+    parser.add_argument("--device", default="cpu", help="to train on, such as cuda")
     parser.add_argument("--check", help="check one model in this process, and print its row")
     parser.add_argument("--train", help="train one model in this process, and print how it went")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.check or options.train:
         warnings.filterwarnings("ignore")
-        say(json.dumps(checked(options.check) if options.check else trained(options.train, options.steps)))
+        done = checked(options.check) if options.check else trained(options.train, options.steps, options.device)
+        say(json.dumps(done))
         return
     _run_all(options, say)
 
 
 def _run_all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     """Check every model that was not, then train those small enough, the smallest first."""
-    path = options.out / "models.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    asked = [name for name in names() if fnmatch.fnmatch(name, options.only)]
+    path, here = options.out / "models.json", versions(hardware())
+    before = json.loads(path.read_text())["models"] if path.exists() else []
+    asked = [name for name in names() if any(fnmatch.fnmatch(name, pattern) for pattern in options.only)]
     again = set(asked) if options.fresh else set[str]()
-    rows = {row["model"]: row for row in before.get("models", []) if row["model"] not in again}
-    if rows and before["machine"] != hardware():
-        raise SystemExit(
-            f"{path} was measured elsewhere or with other versions; measure all with --fresh, or give --out"
-        )
+    rows = {row["model"]: row for row in before if row["model"] not in again}
 
-    def write() -> None:
+    def write(name: str) -> None:
+        say(_line(rows[name]))
         ordered = [rows[each] for each in names() if each in rows]
         write_atomically(path, page(ordered))
-        write_atomically(options.out / "README.md", table(ordered, hardware()))
+        write_atomically(options.out / "README.md", table(ordered))
 
     with ThreadPoolExecutor(options.workers) as pool:
-        waiting = [name for name in asked if "aborted" in rows.get(name, {"aborted": "never begun"})]
-        for name, row in zip(waiting, pool.map(lambda name: apart("check", name, options.steps), waiting), strict=True):
-            rows[name] = {"model": name} | row
-            say(_line(rows[name]))
-            write()
+
+        def each(part: str, waiting: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+            runs = {pool.submit(apart, part, name, options): name for name in waiting}
+            return ((runs[run], run.result()) for run in as_completed(runs))
+
+        for name, row in each("check", [name for name in asked if "aborted" in rows.get(name, {"aborted": ""})]):
+            rows[name] = {"model": name, "machine": here} | row
+            write(name)
         waiting = [name for name in asked if is_trained(rows[name]) and _is_untrained(rows[name])]
-        waiting.sort(key=lambda name: rows[name]["millions"])
-        for name, run in zip(waiting, pool.map(lambda name: apart("train", name, options.steps), waiting), strict=True):
-            rows[name]["training"] = run
-            say(_line(rows[name]))
-            write()
+        for name, run in each("train", sorted(waiting, key=lambda name: rows[name]["millions"])):
+            rows[name]["training"] = {"machine": here} | run
+            write(name)
 
 
 if __name__ == "__main__":

@@ -36,11 +36,11 @@ FIRST_RATE, LAST_RATE, MOST_RATES = 0.4, 6.4, 7
 """Where the search for a learning rate begins, how far it goes up, and how many rates it tries."""
 
 
-def trained(name: str, steps: int) -> dict[str, Any]:
+def trained(name: str, steps: int, device: str = "cpu") -> dict[str, Any]:
     """Find a learning rate at which a model with its norms deleted fails and the converted one trains.
 
-    One recipe for both (:func:`run`). The model is converted on 32 of the images it is trained on, its scales measured,
-    for padding takes most of maps this small.
+    One recipe for both (:func:`run`), on ``device``. The model is converted on 32 of the images it is trained on, its
+    scales measured, for padding takes most of maps this small.
 
     Returns:
         ``steps``, ``rate``, and a :func:`run` of ``deleted`` and ``converted`` at that rate; ``rates``, all tried.
@@ -51,7 +51,8 @@ def trained(name: str, steps: int) -> dict[str, Any]:
     )
     images = torch.cat([batches(step)[0] for step in range(2)])
     converted = convert(model, images, beta="measured")
-    deleted = without_norms(model, conversion_of(converted))
+    deleted = without_norms(model, conversion_of(converted)).to(device)
+    converted.to(device)
     found = search(
         lambda rate: run(copy.deepcopy(deleted), batches, rate, steps),
         lambda rate: run(copy.deepcopy(converted), batches, rate, steps),
@@ -101,11 +102,12 @@ def run(model: nn.Module, batches: Batches, rate: float, steps: int) -> Run:
     torch.manual_seed(0)
     model.train()
     parameters = list(model.parameters())
+    device = parameters[0].device
     optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9)
     schedule = warmup_cosine(optimizer, steps=steps, warmup_steps=WARM_UP)
     losses: list[float] = []
     for step in range(steps):
-        images, labels = batches(step)
+        images, labels = (each.to(device) for each in batches(step))
         optimizer.zero_grad()
         loss = F.cross_entropy(logits(model(images)), labels)
         losses.append(float(loss.detach()))

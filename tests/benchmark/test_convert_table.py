@@ -10,7 +10,7 @@ def table(benchmarks, monkeypatch, tmp_path):
     module = benchmarks("convert")
     asked = []
 
-    def apart(part, name, steps):
+    def apart(part, name, options):
         asked.append(f"{part} {name}")
         return {"failure": "refused"}
 
@@ -24,11 +24,12 @@ def table(benchmarks, monkeypatch, tmp_path):
 
     run.page = lambda rows: (tmp_path / "models.json").write_text(module.page(rows))
     run.names = module.names()
+    run.module = module
     return run
 
 
 def row(name, **more):
-    return {"model": name, "failure": "before", **more}
+    return {"model": name, "machine": "this", "failure": "before", **more}
 
 
 def test_measuring_some_again_keeps_the_others(table):
@@ -40,14 +41,27 @@ def test_measuring_some_again_keeps_the_others(table):
 
 
 def test_what_was_aborted_is_tried_again_and_what_was_refused_is_not(table):
-    table.page([{"model": "timm:resnet26", "aborted": "not done"}, row("timm:resnet26d")])
+    table.page([{"model": "timm:resnet26", "machine": "this", "aborted": "not done"}, row("timm:resnet26d")])
     asked, _ = table("--only", "timm:resnet26*")
     assert asked == ["check timm:resnet26"]
 
 
-def test_results_of_another_machine_are_not_mixed(table, tmp_path):
-    table.page([row("timm:resnet26")])
-    file = tmp_path / "models.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"machine": {"cpu": "another"}}))
-    with pytest.raises(SystemExit, match="measured elsewhere"):
-        table("--only", "timm:resnet26d")
+def test_each_row_keeps_where_it_was_measured(table, tmp_path):
+    table.page([row("timm:resnet26", machine="another machine")])
+    _, rows = table("--only", "timm:resnet26*")
+    here = rows["timm:resnet26d"]["machine"]
+    assert rows["timm:resnet26"]["machine"] == "another machine" != here
+    where = (tmp_path / "README.md").read_text().split("## Where")[1]
+    assert "Checked on another machine" in where and here in where
+
+
+def test_what_is_done_is_written_while_others_run(table, monkeypatch, tmp_path):
+    def apart(part, name, options):
+        if name == "timm:resnet26d":
+            raise KeyboardInterrupt
+        return {"failure": "refused"}
+
+    monkeypatch.setattr(table.module, "apart", apart)
+    with pytest.raises(KeyboardInterrupt):
+        table("--only", "timm:resnet26", "timm:resnet26d", "--workers", "1")
+    assert "timm:resnet26" in (tmp_path / "models.json").read_text()
