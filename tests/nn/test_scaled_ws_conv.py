@@ -123,6 +123,17 @@ def test_draw_is_lecun_bias_zero_gain_one_and_reset_restores_it():
     assert ScaledConv2d(64, 64, 3, init_scale=2.0).weight.std().item() == pytest.approx(2 / 24, rel=0.03)
 
 
+def test_no_native_norm_is_given_an_epsilon_of_zero(monkeypatch):
+    """Torch before 2.15 refuses it."""
+    given = []
+    plain = torch.nn.functional.batch_norm
+    monkeypatch.setattr(
+        "torch.nn.functional.batch_norm", lambda *args, eps, **more: given.append(eps) or plain(*args, eps=eps, **more)
+    )
+    StandardizeRows.apply(torch.randn(3, 4), torch.ones(3), 1.0)
+    assert given and min(given) > 0
+
+
 def test_gradients_equal_a_naive_composition_on_both_sides_of_the_floor():
     weight, gain = (tensor.requires_grad_() for tensor in weight_with_floored_rows())
     upstream = torch.randn(weight.shape, dtype=torch.float64)

@@ -22,7 +22,8 @@ from torch.autograd import forward_ad
 
 VARIANCE_FLOOR = 1e-4  # of N * var: filters below it are divided by the floor's root instead
 
-# Added to var by the native norms: keeps constant rows finite, and is 20 orders below the smallest floor.
+# Added to var by the native norms, some of which refuse a zero: keeps constant rows finite, and is 20 orders below
+# the smallest floor.
 _TINY = 1e-30
 # See StandardizeRows.backward. A power of two: multiplying by it and dividing again is exact.
 _DEMOTION = 2.0**-30
@@ -47,7 +48,7 @@ class StandardizeRows(torch.autograd.Function):
         mean, inverse_deviation = mean.flatten(), inverse_deviation.flatten()
         variance = inverse_deviation.pow(-2).clamp_min(VARIANCE_FLOOR / fan_in)
         weight = gain * (scale / math.sqrt(fan_in))
-        standardized = F.batch_norm(rows[None], mean, variance, weight=weight, training=False, eps=0.0)
+        standardized = F.batch_norm(rows[None], mean, variance, weight=weight, training=False, eps=_TINY)
         return standardized[0], mean, inverse_deviation
 
     @staticmethod
