@@ -88,6 +88,7 @@ def run(config: Any) -> dict[str, Any]:
         "seed": config.seed,
         "accuracy": summary.accuracy,
         "curve": curve,
+        "loss": losses[-1] if losses else None,
         "spike": max((loss / min(losses[: i + 1]) for i, loss in enumerate(losses)), default=1.0),
     }
 
