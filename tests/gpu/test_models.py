@@ -8,7 +8,14 @@ from devices import close, images
 from torch import nn
 
 from normfree import create_model, fold
-from normfree.nn import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, ScaledWSConvTranspose2d, ScaledWSLinear
+from normfree.nn import (
+    ScaledWSConv1d,
+    ScaledWSConv2d,
+    ScaledWSConv3d,
+    ScaledWSConvTranspose2d,
+    ScaledWSLinear,
+    standardize,
+)
 from normfree.optim import AdaptiveGradientClipping, nesterov_sgd
 
 SMALL = {"depths": (1, 2, 1, 1), "num_classes": 7, "skipinit_gain": 1.0, "stochdepth_rate": 0.0, "drop_rate": 0.0}
@@ -49,6 +56,38 @@ def test_layers_agree_with_float64_on_the_cpu(device, kind):
     actual.square().sum().backward()
     for one, other in zip(layer.parameters(), reference.parameters(), strict=True):
         assert close(one.grad, other.grad, 1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels last"])
+def test_filters_below_the_floor_agree_and_so_do_second_derivatives(device, layout):
+    torch.manual_seed(0)
+    weight = torch.randn(5, 3, 3, 3, dtype=torch.float64)
+    weight[0] = 0.3  # a constant filter
+    weight[1] *= 1e-4  # one whose norm is below the floor's
+    factors = torch.randn(5, 3, 3, 3, dtype=torch.float64)
+
+    def derivatives(where, dtype):
+        filters = weight.to(where, dtype).contiguous(memory_format=layout).requires_grad_()
+        gain = torch.linspace(0.5, 2, 5, dtype=dtype, device=where).requires_grad_()
+        result = standardize(filters, gain, 1.3)
+        loss = (result * factors.to(where, dtype)).sum()
+        plain = torch.autograd.grad(loss, (filters, gain), retain_graph=True)
+        first = torch.autograd.grad(loss, (filters, gain), create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum() * 1e-8 + first[1].square().sum(), (filters, gain))
+        return result, *plain, *first, *second
+
+    for mine, theirs in zip(derivatives(device, torch.float32), derivatives("cpu", torch.float64), strict=True):
+        assert close(mine, theirs, 1e-4)
+
+
+def test_transforms_and_bfloat16_weights(device):
+    torch.manual_seed(0)
+    weights, gains = torch.randn(4, 5, 3, 3, 3, device=device), torch.rand(4, 5, device=device)
+    each = torch.stack([standardize(weight, gain, 1.3) for weight, gain in zip(weights, gains, strict=True)])
+    assert close(torch.func.vmap(lambda weight, gain: standardize(weight, gain, 1.3))(weights, gains), each, 1e-5)
+    half = standardize(weights[0].bfloat16(), gains[0], 1.3)
+    assert half.dtype == torch.bfloat16
+    assert close(half, each[0], 0.02)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -12,7 +12,10 @@ Source: Brock, De, Smith, ICLR 2021, section 4; the floor 1e-4 is the official c
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,10 +110,12 @@ def standardize(weight: Tensor, gain: Tensor, scale: float = 1.0) -> Tensor:
 
     Source: Brock et al. 2021, equation 1 of section 4.
     """
+    if weight.is_cuda and (fused := _fused(weight)) is not None:
+        return fused(weight, gain, scale)
     if weight.dtype in (torch.float16, torch.bfloat16):
         return standardize(weight.float(), gain.float(), scale).to(weight.dtype)
     if forward_ad._current_level >= 0:  # has no public name; -1 where forward mode is off
-        return _standardized_step_by_step(weight, gain, scale)
+        return standardized_step_by_step(weight, gain, scale)
     # Moments do not mind the order within a row: reading channels last keeps that layout without a copy.
     last = weight.dim() == 4 and not weight.is_contiguous()
     ordered = weight.permute(0, 2, 3, 1) if last else weight
@@ -124,7 +129,43 @@ def standardize(weight: Tensor, gain: Tensor, scale: float = 1.0) -> Tensor:
     return standardized.permute(0, 3, 1, 2) if last else standardized
 
 
-def _standardized_step_by_step(weight: Tensor, gain: Tensor, scale: float) -> Tensor:
+def _fused(weight: Tensor) -> Callable[[Tensor, Tensor, float], Tensor] | None:
+    """Return the kernels for a GPU, or None where they will not do.
+
+    They write into memory, which whoever looks on does not see: compilers and tracers, the transforms of
+    ``torch.func``, forward mode, subclasses of tensors, dispatch modes (such as the recorder of ``spp``).
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+        or type(weight) not in (Tensor, torch.nn.Parameter)
+    ):
+        return None
+    kernels = _kernels(weight.device)
+    return kernels.FusedStandardization.apply if kernels and kernels.takes(weight) else None
+
+
+@functools.cache
+def _kernels(device: torch.device) -> Any:
+    """Return the module of the kernels, or None, and a warning, where they cannot be built: Triton needs a compiler."""
+    try:
+        from normfree.nn import fused_standardization
+
+        fused_standardization.try_out(device)
+    except Exception as error:  # Triton's own kinds, the loader's, the compiler's
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = "install triton and a C compiler, or compile the model, for faster steps"
+        warnings.warn(
+            f"filters are standardized by several calls each: no kernels here ({reason}); {remedy}", stacklevel=3
+        )
+        return None
+    return fused_standardization
+
+
+def standardized_step_by_step(weight: Tensor, gain: Tensor, scale: float) -> Tensor:
     """Return the equation as it is written: for forward-mode differentiation, of which fused functions know little."""
     axes = tuple(range(1, weight.dim()))
     centred = weight - weight.mean(axes, keepdim=True)

@@ -1,0 +1,134 @@
+"""Scaled weight standardization on a GPU: one kernel forward and one backward.
+
+    What_i = g_i * c * (W_i - mean(W_i)) * rsqrt(max(N * var(W_i), 1e-4))
+
+as in :mod:`normfree.nn.standardization`, whose native norms take about ten calls forward and twenty with the gradient.
+A GPU is done with a filter's few thousand numbers before the next call reaches it, so calls are what takes time. The
+kernels read the weight in whatever order it lies in within a filter, and compute in float32.
+
+Needs Triton, which PyTorch's builds for GPUs bring along.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from normfree.nn.standardization import VARIANCE_FLOOR, standardized_step_by_step
+
+LARGEST_FAN_IN = 16384
+"""Weights of one filter that a program holds in its registers."""
+
+
+@triton.jit
+def _standardize_kernel(rows, gain, standardized, fan_in, scale, floor, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < fan_in
+    values = tl.load(rows + row * fan_in + columns, mask=inside, other=0.0).to(tl.float32)
+    centred = tl.where(inside, values - tl.sum(values, 0) / fan_in, 0.0)
+    inverse = 1.0 / tl.sqrt(tl.maximum(tl.sum(centred * centred, 0), floor))
+    result = centred * (tl.load(gain + row).to(tl.float32) * scale * inverse)
+    tl.store(standardized + row * fan_in + columns, result.to(standardized.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gradient_kernel(  # noqa: ANN202
+    rows,  # noqa: ANN001
+    gain,  # noqa: ANN001
+    gradient,  # noqa: ANN001
+    rows_gradient,  # noqa: ANN001
+    gain_gradient,  # noqa: ANN001
+    fan_in,  # noqa: ANN001
+    scale,  # noqa: ANN001
+    floor,  # noqa: ANN001
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < fan_in
+    values = tl.load(rows + row * fan_in + columns, mask=inside, other=0.0).to(tl.float32)
+    upstream = tl.load(gradient + row * fan_in + columns, mask=inside, other=0.0).to(tl.float32)
+    centred = tl.where(inside, values - tl.sum(values, 0) / fan_in, 0.0)
+    squares = tl.sum(centred * centred, 0)
+    inverse = 1.0 / tl.sqrt(tl.maximum(squares, floor))
+    along = tl.sum(upstream * centred, 0)
+    pull = tl.where(squares > floor, along * inverse * inverse, 0.0)  # below the floor the norm does not move
+    result = upstream - tl.sum(upstream, 0) / fan_in - centred * pull
+    result *= tl.load(gain + row).to(tl.float32) * scale * inverse
+    tl.store(rows_gradient + row * fan_in + columns, result.to(rows_gradient.dtype.element_ty), mask=inside)
+    tl.store(gain_gradient + row, (along * inverse * scale).to(gain_gradient.dtype.element_ty))
+
+
+class FusedStandardization(torch.autograd.Function):
+    """Standardise filters [O, …], each in one piece of memory, scaling each: W, g [O], c a number.
+
+    With r = rsqrt(max(N * var, floor)), x = W - mean(W), G the gradient, sums and means over a filter:
+
+        dW = g * c * r * (G - mean(G) - x * r^2 * sum(G * x)),   dg = c * r * sum(G * x)
+
+    where a filter below the floor lacks the term in r^2. Differentiable twice: the gradient is then computed from
+    the equation as it is written.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gain: Tensor, scale: float) -> Tensor:
+        standardized = torch.empty_like(weight)
+        _launch(_standardize_kernel, (weight, gain, standardized), weight, scale)
+        ctx.save_for_backward(weight, gain)
+        ctx.scale = scale
+        return standardized
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        weight, gain = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable_gradient(ctx, weight, gain, gradient), None
+        if gradient.stride() != weight.stride():
+            gradient = torch.empty_like(weight, dtype=gradient.dtype).copy_(gradient)
+        found = torch.empty_like(weight), torch.empty_like(gain)
+        _launch(_gradient_kernel, (weight, gain, gradient, *found), weight, ctx.scale)
+        return *found, None
+
+
+def takes(weight: Tensor) -> bool:
+    """Whether the kernels can: not float64, not wider than registers, each filter in one piece of memory."""
+    if weight.dtype == torch.float64 or weight[0].numel() > LARGEST_FAN_IN:
+        return False
+    return weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+
+
+def try_out(device: torch.device) -> None:
+    """Build and run both kernels once.
+
+    Raises:
+        Exception: of whatever kind Triton has for a machine that cannot.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        weight = torch.ones(2, 16, device=device, requires_grad=True)
+        FusedStandardization.apply(weight, torch.ones(2, device=device), 1.0).sum().backward()
+
+
+def _differentiable_gradient(ctx: Any, weight: Tensor, gain: Tensor, gradient: Tensor) -> list[Tensor | None]:
+    wanted = [tensor for tensor, needed in zip((weight, gain), ctx.needs_input_grad, strict=False) if needed]
+    standardized = standardized_step_by_step(weight.float(), gain.float(), ctx.scale).to(weight.dtype)
+    found = iter(torch.autograd.grad(standardized, wanted, gradient, create_graph=True))
+    return [next(found) if needed else None for needed in ctx.needs_input_grad[:2]]
+
+
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], weight: Tensor, scale: float) -> None:
+    """Run a kernel on each filter, on the weight's device."""
+    filters = len(weight)
+    fan_in = weight.numel() // filters
+    block = max(16, triton.next_power_of_2(fan_in))
+    warps = min(16, max(1, block // 512))
+    if weight.is_cuda and weight.device.index != torch.cuda.current_device():
+        with torch.cuda.device(weight.device):
+            kernel[(filters,)](*tensors, fan_in, scale, VARIANCE_FLOOR, BLOCK=block, num_warps=warps)
+    else:
+        kernel[(filters,)](*tensors, fan_in, scale, VARIANCE_FLOOR, BLOCK=block, num_warps=warps)
