@@ -25,7 +25,7 @@ def derivatives(function, dtype, shape, layout):
     weight = weight.to(dtype).contiguous(memory_format=layout).requires_grad_()
     gain = torch.linspace(0.5, 2, shape[0], dtype=dtype).requires_grad_()
     result = function(weight, gain, 1.3)
-    assert result.stride() == weight.stride() and (dtype == torch.float64) != takes(weight)
+    assert result.stride() == weight.stride() and (dtype == torch.float64) != takes(weight, gain)
     loss = (result * factors).sum()
     plain = torch.autograd.grad(loss, (weight, gain), retain_graph=True)
     first = torch.autograd.grad(loss, (weight, gain), create_graph=True)
@@ -45,6 +45,11 @@ weight, gain = torch.randn(4, 30), torch.rand(4)
 half = FusedStandardization.apply(weight.bfloat16(), gain, 1.3)
 assert half.dtype == torch.bfloat16
 torch.testing.assert_close(half.float(), standardized_step_by_step(weight, gain, 1.3), rtol=0.02, atol=0.02)
+for wide in (torch.rand(1).expand(4), torch.rand(8)[::2]):  # a gain that does not lie in one piece
+    wide.requires_grad_(wide.is_leaf)
+    found = FusedStandardization.apply(weight, wide, 1.3)
+    torch.testing.assert_close(found, standardized_step_by_step(weight, wide, 1.3))
+assert not takes(weight, torch.ones(1)) and not takes(weight, torch.ones(4, dtype=torch.float64))
 with torch.inference_mode():
     try_out(torch.device("cpu"))
 """

@@ -78,7 +78,7 @@ class FusedStandardization(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gain: Tensor, scale: float) -> Tensor:
         standardized = torch.empty_like(weight)
-        _launch(_standardize_kernel, (weight, gain, standardized), weight, scale)
+        _launch(_standardize_kernel, (weight, gain.contiguous(), standardized), weight, scale)
         ctx.save_for_backward(weight, gain)
         ctx.scale = scale
         return standardized
@@ -91,14 +91,19 @@ class FusedStandardization(torch.autograd.Function):
             return *_differentiable_gradient(ctx, weight, gain, gradient), None
         if gradient.stride() != weight.stride():
             gradient = torch.empty_like(weight, dtype=gradient.dtype).copy_(gradient)
-        found = torch.empty_like(weight), torch.empty_like(gain)
-        _launch(_gradient_kernel, (weight, gain, gradient, *found), weight, ctx.scale)
+        found = torch.empty_like(weight), torch.empty_like(gain, memory_format=torch.contiguous_format)
+        _launch(_gradient_kernel, (weight, gain.contiguous(), gradient, *found), weight, ctx.scale)
         return *found, None
 
 
-def takes(weight: Tensor) -> bool:
-    """Whether the kernels can: not float64, not wider than registers, each filter in one piece of memory."""
-    if weight.dtype == torch.float64 or weight[0].numel() > LARGEST_FAN_IN:
+def takes(weight: Tensor, gain: Tensor) -> bool:
+    """Whether the kernels can: not float64, not wider than registers, each filter in one piece of memory.
+
+    What else would not be read where it is (a gain of another length or device) is left to those who say so.
+    """
+    if torch.float64 in (weight.dtype, gain.dtype) or weight.numel() > LARGEST_FAN_IN * len(weight):
+        return False
+    if gain.shape != weight.shape[:1] or gain.device != weight.device:
         return False
     return weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
 

@@ -110,7 +110,7 @@ def standardize(weight: Tensor, gain: Tensor, scale: float = 1.0) -> Tensor:
 
     Source: Brock et al. 2021, equation 1 of section 4.
     """
-    if weight.is_cuda and (fused := _fused(weight)) is not None:
+    if weight.is_cuda and (fused := _fused(weight, gain)) is not None:
         return fused(weight, gain, scale)
     if weight.dtype in (torch.float16, torch.bfloat16):
         return standardize(weight.float(), gain.float(), scale).to(weight.dtype)
@@ -129,7 +129,7 @@ def standardize(weight: Tensor, gain: Tensor, scale: float = 1.0) -> Tensor:
     return standardized.permute(0, 3, 1, 2) if last else standardized
 
 
-def _fused(weight: Tensor) -> Callable[[Tensor, Tensor, float], Tensor] | None:
+def _fused(weight: Tensor, gain: Tensor) -> Callable[[Tensor, Tensor, float], Tensor] | None:
     """Return the kernels for a GPU, or None where they will not do.
 
     They write into memory, which whoever looks on does not see: compilers and tracers, the transforms of
@@ -145,7 +145,7 @@ def _fused(weight: Tensor) -> Callable[[Tensor, Tensor, float], Tensor] | None:
     ):
         return None
     kernels = _kernels(weight.device)
-    return kernels.FusedStandardization.apply if kernels and kernels.takes(weight) else None
+    return kernels.FusedStandardization.apply if kernels and kernels.takes(weight, gain) else None
 
 
 @functools.cache
