@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from convert.nets import randomise
+from convert.nets import post_activation, randomise
 from torch import nn
 
 import normfree
@@ -278,3 +278,14 @@ def test_a_submodule_by_the_name_of_the_record_is_told():
     model = Layers(lambda net, x: net.norm(net.conv(x)), conversion=nn.Identity())
     with pytest.raises(ValueError, match='its submodule "conversion" has the name of the record'):
         normfree.convert(model, IMAGES)
+
+
+def test_no_hook_is_left_behind():
+    def hooks():
+        return {name: dict(value) for name, value in vars(torch.nn.modules.module).items() if "_hooks" in name}
+
+    model, before = post_activation(), hooks()
+    normfree.convert(model, torch.randn(4, 3, 16, 16))
+    normfree.convert(model, torch.randn(4, 3, 16, 16), start="pretrained")
+    assert hooks() == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normfree.convert.kinds import is_layer, is_norm
@@ -188,16 +187,14 @@ class DataflowRecorder(Recorder):
                 return self.nodes[leaf]
         return None
 
-    def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def enter(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """A module begins: remember what it was given."""
-        if module in self.stack.names and _is_of_interest(module):
-            self.entered.append((module, self.node_in(inputs)))
+        self.entered.append((module, self.node_in((inputs, named))))
 
     def leave(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         """A module ends: its call is complete."""
         if self.entered and self.entered[-1][0] is module:
             _, node = self.entered.pop()
-            node = self.node_in(named) if node is None else node
             self.flow.calls.append(Call(self.stack.names[module], module, node, self.node_in(output)))
 
 
@@ -255,11 +252,13 @@ def record(model: nn.Module, batch: Batch, *, heads: bool = False) -> Dataflow:
         )
         for tensor in tensors:
             recorder.flow.shapes[recorder.nodes[tensor]] = tuple(tensor.shape)
-        handles = [
-            register_module_forward_pre_hook(recorder.enter),
-            register_module_forward_hook(recorder.leave, with_kwargs=True),
-        ]
+        # Not torch's hooks for all modules: of one that takes keyword arguments, removal leaves a trace.
+        first = {"with_kwargs": True, "prepend": True}
+        handles = []
         try:
+            for module in filter(_is_of_interest, stack.names):
+                handles.append(module.register_forward_pre_hook(recorder.enter, **first))
+                handles.append(module.register_forward_hook(recorder.leave, **first))
             with preserved.guarding(tensors), torch.no_grad(), stack.followed(), recorder:
                 outputs = run(model, batch, stack)
             recorder.flow.outputs = [recorder.nodes[t] for t in outputs if t in recorder.nodes]
