@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from normfree.nn import standardization
+from normfree.nn import gpu_standardization
 
 pytest.importorskip("triton")
 
@@ -46,7 +46,6 @@ half = FusedStandardization.apply(weight.bfloat16(), gain, 1.3)
 assert half.dtype == torch.bfloat16
 torch.testing.assert_close(half.float(), standardized_step_by_step(weight, gain, 1.3), rtol=0.02, atol=0.02)
 for wide in (torch.rand(1).expand(4), torch.rand(8)[::2]):  # a gain that does not lie in one piece
-    wide.requires_grad_(wide.is_leaf)
     found = FusedStandardization.apply(weight, wide, 1.3)
     torch.testing.assert_close(found, standardized_step_by_step(weight, wide, 1.3))
 assert not takes(weight, torch.ones(1)) and not takes(weight, torch.ones(4, dtype=torch.float64))
@@ -55,19 +54,111 @@ with torch.inference_mode():
 """
 
 
-def test_kernels_agree_with_float64_forward_backward_and_twice():
+CHOICE = """
+import warnings
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from normfree import create_model, spp
+from normfree.nn import ScaledWSConv2d, ScaledWSConvTranspose2d, gpu_standardization, standardize
+from normfree.nn.standardization import standardized_step_by_step
+
+warnings.simplefilter("error", UserWarning)
+torch.manual_seed(0)
+weight, gain = torch.randn(4, 3, 3, 3).requires_grad_(), torch.rand(4).requires_grad_()
+images = torch.randn(2, 3, 8, 8)
+native = standardize(weight, gain, 1.3)
+gpu_standardization.on_gpu = lambda weight: True
+chosen = lambda: gpu_standardization.fused_standardization(weight, gain) is not None
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.branch = ScaledWSConv2d(3, 8, 3), ScaledWSConv2d(8, 8, 3)
+
+    def forward(self, x):
+        x = checkpoint(self.stem, x, use_reentrant=False)
+        for _ in range(2):
+            x = x + checkpoint(lambda x: self.branch(x.relu()), x, use_reentrant=False)
+        return x
+
+# The first use of all is inside a checkpoint, and its tensors are saved twice.
+net = Checkpointed()
+net(images).square().mean().backward()
+assert chosen() and "Fused" in type(standardize(weight, gain, 1.3).grad_fn).__name__
+torch.testing.assert_close(standardize(weight, gain, 1.3), native)
+assert len(spp(net, images, gradient=True).blocks) == 2
+with FlopCounterMode(display=False):
+    loss = net(images).square().mean()
+loss.backward()
+
+# Whoever follows the operations gets the native ones.
+assert torch.compile(lambda: chosen(), backend="eager")() is False
+torch.func.vmap(lambda w: standardize(w, gain, 1.3))(weight.detach()[None])
+with torch.autograd.forward_ad.dual_level():
+    assert not chosen()
+assert not gpu_standardization.must_be_seen(weight)
+torch.fx.symbolic_trace(net.branch)
+torch.export.export(net.branch, (torch.randn(2, 8, 8, 8),))
+muted = create_model("nf_resnet50", depths=(1, 1, 1, 1), width=0.25, num_classes=2)
+gpu_standardization.on_gpu = lambda weight: False
+expected = spp(muted, torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+gpu_standardization.on_gpu = lambda weight: True
+found = spp(muted, torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+assert any(block.woken for block in found.blocks)
+for mine, theirs in zip(found.blocks, expected.blocks, strict=True):
+    assert mine.woken == theirs.woken
+    assert abs(mine.residual_avg_channel_var / theirs.residual_avg_channel_var - 1) < 1e-3
+
+# Gradients in batches, twice, and of a gain that was computed from the weight.
+both = [standardize(weight, gain, 1.3), standardized_step_by_step(weight, gain, 1.3)]
+many = torch.randn(5, *weight.shape)
+for one, other in zip(*(torch.autograd.grad(r, (weight, gain), many, is_grads_batched=True) for r in both)):
+    torch.testing.assert_close(one, other)
+norm = lambda: weight.square().sum((1, 2, 3)).sqrt()
+results = [f(weight, norm(), 1.3) for f in (standardize, standardized_step_by_step)]
+firsts = [torch.autograd.grad((r * many[0]).sum(), weight, create_graph=True)[0] for r in results]
+torch.testing.assert_close(*firsts)
+seconds = [torch.autograd.grad(first.square().sum(), weight)[0] for first in firsts]
+torch.testing.assert_close(*seconds, rtol=1e-3, atol=1e-4)
+
+# A transposed convolution's filters do not lie in one piece; other numbers are refused as they were.
+up, x = ScaledWSConvTranspose2d(4, 6, 3), torch.randn(2, 4, 5, 5)
+up(x).square().mean().backward()
+gradient = up.weight.grad.clone()
+up.weight.grad = None
+gpu_standardization.on_gpu = lambda weight: False
+up(x).square().mean().backward()
+torch.testing.assert_close(gradient, up.weight.grad)
+gpu_standardization.on_gpu = lambda weight: True
+for wrong in (torch.ones(4, 30, dtype=torch.int32), torch.randn(4, 30, dtype=torch.complex64), torch.randn(0, 30)):
+    assert gpu_standardization.fused_standardization(wrong, torch.ones(len(wrong))) is None
+"""
+
+
+def interpreted(code):
+    """What a program prints whose kernels run on the CPU, a statement at a time."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    errors = [tuple(map(float, line.split())) for line in run.stdout.splitlines()]
+    return run.stdout
+
+
+def test_kernels_agree_with_float64_forward_backward_and_twice():
+    errors = [tuple(map(float, line.split())) for line in interpreted(CODE).splitlines()]
     assert len(errors) == 8
     assert max(first for first, _ in errors) < 1e-6
     assert max(second for _, second in errors) < 1e-3  # differences of much larger numbers, in float32
 
 
+def test_they_are_chosen_where_nobody_has_to_see_the_operations():
+    interpreted(CHOICE)
+
+
 def test_where_they_cannot_be_built_a_warning_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    standardization._kernels.cache_clear()
+    monkeypatch.setattr(gpu_standardization, "_BUILT", {})
     with pytest.warns(UserWarning, match="several calls each: no kernels here"):
-        assert standardization._kernels(torch.device("cpu")) is None
-    standardization._kernels.cache_clear()
+        assert gpu_standardization._kernels(torch.device("cpu")) is None
+    assert gpu_standardization._kernels(torch.device("cpu")) is None  # and is told once

@@ -18,7 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from normfree.nn.gpu_standardization import must_be_seen
 from normfree.nn.standardization import VARIANCE_FLOOR, standardized_step_by_step
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 LARGEST_FAN_IN = 16384
 """Weights of one filter that a program holds in its registers."""
@@ -85,10 +88,9 @@ class FusedStandardization(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        weight, gain = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *_differentiable_gradient(ctx, weight, gain, gradient), None
+        (gradient,), (weight, gain) = gradients, ctx.saved_tensors
+        if torch.is_grad_enabled() or must_be_seen(gradient):
+            return *_gradient_step_by_step(ctx, weight, gain, gradient), None
         if gradient.stride() != weight.stride():
             gradient = torch.empty_like(weight, dtype=gradient.dtype).copy_(gradient)
         found = torch.empty_like(weight), torch.empty_like(gain, memory_format=torch.contiguous_format)
@@ -96,16 +98,32 @@ class FusedStandardization(torch.autograd.Function):
         return *found, None
 
 
-def takes(weight: Tensor, gain: Tensor) -> bool:
-    """Whether the kernels can: not float64, not wider than registers, each filter in one piece of memory.
+def standardize_fused(weight: Tensor, gain: Tensor, scale: float) -> Tensor:
+    """Return the standardised weight, of any tensors that :func:`takes` takes."""
+    return FusedStandardization.apply(weight if _lies_by_filters(weight) else weight.contiguous(), gain, scale)
 
-    What else would not be read where it is (a gain of another length or device) is left to those who say so.
+
+def takes(weight: Tensor, gain: Tensor) -> bool:
+    """Whether the kernels can: numbers of up to 32 bits, a gain for each filter, filters that registers hold.
+
+    What is wrong with others is for the native operations to say.
     """
-    if torch.float64 in (weight.dtype, gain.dtype) or weight.numel() > LARGEST_FAN_IN * len(weight):
-        return False
-    if gain.shape != weight.shape[:1] or gain.device != weight.device:
-        return False
-    return weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+    return (
+        weight.dtype in DTYPES
+        and gain.dtype in DTYPES
+        and weight.dim() > 1
+        and 0 < weight.numel() <= LARGEST_FAN_IN * len(weight)
+        and gain.shape == weight.shape[:1]
+        and gain.device == weight.device
+    )
+
+
+def _lies_by_filters(weight: Tensor) -> bool:
+    """Whether each filter lies in one piece of memory, one after the other, in whatever order within."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return weight.is_contiguous() or (
+        weight.dim() in layouts and weight.is_contiguous(memory_format=layouts[weight.dim()])
+    )
 
 
 def try_out(device: torch.device) -> None:
@@ -114,20 +132,28 @@ def try_out(device: torch.device) -> None:
     Raises:
         Exception: of whatever kind Triton has for a machine that cannot.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        weight = torch.ones(2, 16, device=device, requires_grad=True)
-        FusedStandardization.apply(weight, torch.ones(2, device=device), 1.0).sum().backward()
+    with torch.no_grad():
+        rows, gain = torch.ones(2, 16, device=device), torch.ones(2, device=device)
+        _launch(_standardize_kernel, (rows, gain, torch.empty_like(rows)), rows, 1.0)
+        found = torch.empty_like(rows), torch.empty_like(gain)
+        _launch(_gradient_kernel, (rows, gain, rows, *found), rows, 1.0)
 
 
-def _differentiable_gradient(ctx: Any, weight: Tensor, gain: Tensor, gradient: Tensor) -> list[Tensor | None]:
-    wanted = [tensor for tensor, needed in zip((weight, gain), ctx.needs_input_grad, strict=False) if needed]
-    standardized = standardized_step_by_step(weight.float(), gain.float(), ctx.scale).to(weight.dtype)
-    found = iter(torch.autograd.grad(standardized, wanted, gradient, create_graph=True))
+def _gradient_step_by_step(ctx: Any, weight: Tensor, gain: Tensor, gradient: Tensor) -> list[Tensor | None]:
+    """The gradients from the equation as it is written, differentiable where that is asked for."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that the search ends here where one of the two was computed from the other.
+        inputs = [tensor.view_as(tensor) for tensor in (weight, gain)]
+        standardized = standardized_step_by_step(inputs[0].float(), inputs[1].float(), ctx.scale).to(weight.dtype)
+        wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+        found = iter(torch.autograd.grad(standardized, wanted, gradient, create_graph=again))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:2]]
 
 
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], weight: Tensor, scale: float) -> None:
     """Run a kernel on each filter, on the weight's device."""
+    scale = float(scale)
     filters = len(weight)
     fan_in = weight.numel() // filters
     block = max(16, triton.next_power_of_2(fan_in))

@@ -12,16 +12,15 @@ Source: Brock, De, Smith, ICLR 2021, section 4; the floor 1e-4 is the official c
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from normfree.nn.gpu_standardization import fused_standardization
 
 VARIANCE_FLOOR = 1e-4  # of N * var: filters below it are divided by the floor's root instead
 
@@ -110,7 +109,7 @@ def standardize(weight: Tensor, gain: Tensor, scale: float = 1.0) -> Tensor:
 
     Source: Brock et al. 2021, equation 1 of section 4.
     """
-    if weight.is_cuda and (fused := _fused(weight, gain)) is not None:
+    if (fused := fused_standardization(weight, gain)) is not None:
         return fused(weight, gain, scale)
     if weight.dtype in (torch.float16, torch.bfloat16):
         return standardize(weight.float(), gain.float(), scale).to(weight.dtype)
@@ -127,42 +126,6 @@ def standardize(weight: Tensor, gain: Tensor, scale: float = 1.0) -> Tensor:
         standardized = function(rows, gain, scale)[0]  # type: ignore[index]
     standardized = standardized.view(ordered.shape)
     return standardized.permute(0, 3, 1, 2) if last else standardized
-
-
-def _fused(weight: Tensor, gain: Tensor) -> Callable[[Tensor, Tensor, float], Tensor] | None:
-    """Return the kernels for a GPU, or None where they will not do.
-
-    They write into memory, which whoever looks on does not see: compilers and tracers, the transforms of
-    ``torch.func``, forward mode, subclasses of tensors, dispatch modes (such as the recorder of ``spp``).
-    """
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or forward_ad._current_level >= 0
-        or type(weight) not in (Tensor, torch.nn.Parameter)
-    ):
-        return None
-    kernels = _kernels(weight.device)
-    return kernels.FusedStandardization.apply if kernels and kernels.takes(weight, gain) else None
-
-
-@functools.cache
-def _kernels(device: torch.device) -> Any:
-    """Return the module of the kernels, or None, and a warning, where they cannot be built: Triton needs a compiler."""
-    try:
-        from normfree.nn import fused_standardization
-
-        fused_standardization.try_out(device)
-    except Exception as error:  # Triton's own kinds, the loader's, the compiler's
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        remedy = "install triton and a C compiler, or compile the model, for faster steps"
-        warnings.warn(
-            f"filters are standardized by several calls each: no kernels here ({reason}); {remedy}", stacklevel=3
-        )
-        return None
-    return fused_standardization
 
 
 def standardized_step_by_step(weight: Tensor, gain: Tensor, scale: float) -> Tensor:

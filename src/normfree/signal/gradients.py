@@ -25,6 +25,8 @@ class _EdgeRecorder(Recorder):
     place would move it; so it is taken when the next operation, or the end of the pass, comes.
     """
 
+    follows_weights = False  # the same kernels as in the backward pass, where checkpoints run the model again
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.waiting: Tensor | None = None

@@ -60,6 +60,8 @@ class Recorder(TorchDispatchMode):
         wake: measure branches silenced by a zero gain as if it were one.
     """
 
+    follows_weights = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -99,8 +101,6 @@ class Recorder(TorchDispatchMode):
 
     def on_weighted(self, x: Tensor, result: Tensor) -> None:
         """A weighted operation has turned ``x`` into ``result``."""
-
-    # Every operation.
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
