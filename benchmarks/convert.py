@@ -25,7 +25,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ import torch
 
 from benchmarks.convert_checks import checked, is_trained
 from benchmarks.convert_training import trained
+from benchmarks.pool import at_once
 from normfree.benchmark.machine import hardware, versions
 from normfree.signal import write_atomically
 
@@ -243,7 +244,8 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
 
 def _run_all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     """Check every model that was not, then train those small enough, the smallest first."""
-    path, here = options.out / "models.json", versions(hardware())
+    path, cpu = options.out / "models.json", {key: value for key, value in hardware().items() if key != "gpu"}
+    here = {"check": versions(cpu), "train": versions(cpu if options.device == "cpu" else hardware())}
     before = json.loads(path.read_text())["models"] if path.exists() else []
     asked = [name for name in names() if any(fnmatch.fnmatch(name, pattern) for pattern in options.only)]
     again = set(asked) if options.fresh else set[str]()
@@ -255,18 +257,18 @@ def _run_all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
         write_atomically(path, page(ordered))
         write_atomically(options.out / "README.md", table(ordered))
 
-    with ThreadPoolExecutor(options.workers) as pool:
+    with at_once(options.workers) as pool:
 
         def each(part: str, waiting: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
             runs = {pool.submit(apart, part, name, options): name for name in waiting}
             return ((runs[run], run.result()) for run in as_completed(runs))
 
         for name, row in each("check", [name for name in asked if "aborted" in rows.get(name, {"aborted": ""})]):
-            rows[name] = {"model": name, "machine": here} | row
+            rows[name] = {"model": name, "machine": here["check"]} | row
             write(name)
         waiting = [name for name in asked if is_trained(rows[name]) and _is_untrained(rows[name])]
         for name, run in each("train", sorted(waiting, key=lambda name: rows[name]["millions"])):
-            rows[name]["training"] = {"machine": here} | run
+            rows[name]["training"] = {"machine": here["train"]} | run
             write(name)
 
 

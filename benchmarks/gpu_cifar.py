@@ -20,13 +20,14 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.cifar import TWINS, run
+from benchmarks.pool import at_once
 from normfree.benchmark.machine import hardware, versions
 from normfree.signal import write_atomically
 from normfree.train.recipes import cifar
@@ -51,7 +52,7 @@ def trained(twin: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
         seed=seed,
         compile=not options.quick,
         evaluate_every=5,
-        out=options.runs / f"{twin}-{seed}",
+        out=options.runs / ("quick" if options.quick else "full") / f"{twin}-{seed}",
         **shortened,
     )
     started = time.perf_counter()
@@ -87,11 +88,11 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for twin, runs in result["runs"].items():
-        done = [one for one in runs if "accuracy" in one]
+        done = [one for one in runs if "failed" not in one]
         cells = [twin, result["millions"][twin], RATES[twin], len(done)]
         cells += [
             _shown([100 * one["accuracy"] for one in done], 2),
-            _shown([one["loss"] for one in done], 3),
+            _shown([one["loss"] for one in done if one["loss"] is not None], 3),
             _shown([one["spike"] for one in done], 2),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -132,7 +133,7 @@ def run_all(options: argparse.Namespace) -> None:
         "millions": {twin: millions(twin) for twin in TWINS},
         "runs": {twin: [] for twin in TWINS},
     }
-    with ThreadPoolExecutor(options.at_once) as pool:
+    with at_once(options.at_once) as pool:
         draws = [(twin, seed) for seed in (SEEDS[:1] if options.quick else SEEDS) for twin in TWINS]
         waiting = {pool.submit(apart, twin, seed, options, ends): (twin, seed) for twin, seed in draws}
         for done in as_completed(waiting):

@@ -1,8 +1,24 @@
 """The table of converted models goes on where it was stopped, and loses nothing."""
 
 import json
+import time
 
 import pytest
+
+from normfree.benchmark.machine import hardware
+
+CHECKED = {
+    "changes": 1,
+    "norms": 1,
+    "norms_left": 0,
+    "unscaled": 0,
+    "millions": 1,
+    "image_size": 64,
+    "gaussian": [],
+    "photos": [],
+    "leak": 0,
+    "pretrained": 1e-7,
+}
 
 
 @pytest.fixture
@@ -55,13 +71,28 @@ def test_each_row_keeps_where_it_was_measured(table, tmp_path):
     assert "Checked on another machine" in where and here in where
 
 
-def test_what_is_done_is_written_while_others_run(table, monkeypatch, tmp_path):
+def test_what_is_done_is_written_and_nothing_more_begun_once_something_breaks(table, monkeypatch, tmp_path):
+    begun = []
+
     def apart(part, name, options):
+        begun.append(name)
         if name == "timm:resnet26d":
             raise KeyboardInterrupt
+        time.sleep(0.1)
         return {"failure": "refused"}
 
     monkeypatch.setattr(table.module, "apart", apart)
     with pytest.raises(KeyboardInterrupt):
-        table("--only", "timm:resnet26", "timm:resnet26d", "--workers", "1")
+        table("--only", "timm:*", "--workers", "1")
+    assert begun[:2] == ["timm:resnet26", "timm:resnet26d"] and len(begun) < 6
     assert "timm:resnet26" in (tmp_path / "models.json").read_text()
+
+
+def test_a_gpu_is_named_where_it_was_used(table, monkeypatch):
+    monkeypatch.setattr(table.module, "hardware", lambda: {**hardware(), "gpu": "A GPU"})
+    _, rows = table("--only", "timm:resnet26", "--device", "cuda")
+    assert "A GPU" not in rows["timm:resnet26"]["machine"]
+    for device, named in (("cuda", True), ("cpu", False)):
+        table.page([{**row("timm:resnet26"), **CHECKED}])
+        _, rows = table("--only", "timm:resnet26", "--device", device)
+        assert ("A GPU" in rows["timm:resnet26"]["training"]["machine"]) == named
