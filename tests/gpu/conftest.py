@@ -24,9 +24,3 @@ def full_precision():
     yield
     for setting, value in zip(settings, before, strict=True):
         setting.allow_tf32 = value
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.parent.name == "gpu":
-            item.add_marker(pytest.mark.gpu)

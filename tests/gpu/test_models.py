@@ -18,6 +18,8 @@ from normfree.nn import (
 )
 from normfree.optim import AdaptiveGradientClipping, nesterov_sgd
 
+pytestmark = pytest.mark.gpu
+
 SMALL = {"depths": (1, 2, 1, 1), "num_classes": 7, "skipinit_gain": 1.0, "stochdepth_rate": 0.0, "drop_rate": 0.0}
 NETWORKS = {
     "nf_resnet50": {**SMALL, "width": 0.5},
