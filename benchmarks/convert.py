@@ -12,8 +12,10 @@ same recipe (SGD, momentum 0.9, batches of 16 images of 32 pixels, 50 steps of w
 the gradient clipped to 1, 10-way classifiers) and the same learning rate: doubled from 0.4 until the deleted model
 fails, then found by bisection, so that one of the two trains and the other does not. A run *trains* if its loss ends
 below half of chance (ln 10). If not, it *diverges* where it ends above its beginning and chance, was ever above twice
-both, or ceased to be finite; else it *learns nothing* (within 5 % of chance) or *little*. What is trained is converted
-on 32 of its own images with ``beta="measured"``; the other columns take the closed forms.
+both, or ceased to be finite; else it *learns nothing* (within 5 % of chance) or *little*. Where the converted model
+trains at no rate, both are searched again with images of 64 pixels and adaptive clipping (each filter's gradient to
+0.05 of its norm). What is trained is converted on 32 of its own images with ``beta="measured"``; the other columns take
+the closed forms.
 """
 
 from __future__ import annotations
@@ -101,8 +103,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     good = [row for row in rows if "changes" in row]
     whole = [row for row in good if not row["norms_left"]]
     runs = [row["training"] for row in good if "converted" in row.get("training", {})]
-    failing = [run for run in runs if run["deleted"]["outcome"] != "trains"]
-    told_apart = [run for run in failing if run["converted"]["outcome"] == "trains"]
+    told_apart = [run for run in runs if _tells_apart(run)]
+    again = {row["model"]: row["training"]["adaptive"] for row in good if "adaptive" in row.get("training", {})}
     kept = [row for row in good if row["pretrained"] is not None]
     totals = {
         "models": f"{len(rows)} of {len(names())}",
@@ -114,11 +116,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         "of these, a rate was found where the converted model trains and the norm-deleted one does not": len(
             told_apart
         ),
-        "there, the norm-deleted model diverges / learns little / learns nothing": " / ".join(
+        "the same with adaptive clipping, of those that do not train without": (
+            f"{sum(map(_tells_apart, again.values()))} of {len(again)}"
+        ),
+        "at the first, the norm-deleted model diverges / learns little / learns nothing": " / ".join(
             str(sum(run["deleted"]["outcome"] == how for run in told_apart))
             for how in ("diverges", "learns little", "learns nothing")
         ),
-        "at the rate found, the converted model ends at the lower loss": sum(
+        "of all trained, the converted model ends at the lower loss at the rate found": sum(
             _last(run["converted"]) < _last(run["deleted"]) for run in runs
         ),
         "pretrained conversions within 1e-4": f"{sum(row['pretrained'] < 1e-4 for row in kept)} of {len(kept)}",
@@ -140,6 +145,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += map(_line, rows)
+    for name, run in again.items():
+        lines += [
+            "",
+            f"With adaptive clipping: `{name}`, rate {run['rate']:.2g}, norms deleted {_course(run['deleted'])}, "
+            f"converted {_course(run['converted'])}.",
+        ]
     done = {row["model"] for row in rows}
     waiting = {
         "Not run yet": [name for name in names() if name not in done],
@@ -166,6 +177,11 @@ def _where(what: str, measured: list[dict[str, Any]]) -> list[str]:
 
 def _is_untrained(row: dict[str, Any]) -> bool:
     return "converted" not in row.get("training", {})
+
+
+def _tells_apart(run: dict[str, Any]) -> bool:
+    """Whether the converted model trains where the one with its norms deleted does not."""
+    return run["converted"]["outcome"] == "trains" != run["deleted"]["outcome"]
 
 
 def _last(run: dict[str, Any]) -> float:

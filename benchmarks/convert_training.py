@@ -17,9 +17,10 @@ from benchmarks.digits import digits
 from benchmarks.sweep import build
 from normfree.convert import Conversion, conversion_of, convert
 from normfree.convert.kinds import activation_in, is_norm
-from normfree.optim import warmup_cosine
+from normfree.optim import clip_grad_adaptive_, warmup_cosine
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
+Clip = Callable[[nn.Module], Any]
 Run = dict[str, Any]
 
 CLASSES, BATCH, SIZE, WARM_UP, CLIP = 10, 16, 32, 50, 1.0
@@ -28,6 +29,9 @@ of all parameters together is clipped to."""
 
 SIZES = {"inception": 96}
 """Heights and widths of models that do not take 32 pixels."""
+
+ADAPTIVE_SIZE, ADAPTIVE_CLIP = 64, 0.05
+"""The second recipe, for what the first does not train: height and width, and the factor of adaptive clipping."""
 
 COLOUR = (1.0, 0.6, 0.3)
 """Gains of the three channels: of grey images, filters of mean zero and one pixel see nothing."""
@@ -39,25 +43,45 @@ FIRST_RATE, LAST_RATE, MOST_RATES = 0.4, 6.4, 7
 def trained(name: str, steps: int, device: str = "cpu") -> dict[str, Any]:
     """Find a learning rate at which a model with its norms deleted fails and the converted one trains.
 
-    One recipe for both (:func:`run`), on ``device``. The model is converted on 32 of the images it is trained on, its
-    scales measured, for padding takes most of maps this small.
+    One recipe for both (:func:`run`), on ``device``. If the converted model trains at no rate, both are trained again
+    by a second recipe: larger images, and adaptive clipping in place of that of the whole gradient's norm.
 
     Returns:
-        ``steps``, ``rate``, and a :func:`run` of ``deleted`` and ``converted`` at that rate; ``rates``, all tried.
+        ``steps``, ``rate``, and a :func:`run` of ``deleted`` and ``converted`` at that rate; ``rates``, all tried; with
+        the second recipe, the same in ``adaptive``.
     """
-    model, batches = (
-        classifier(name),
-        coloured_digits(next((size for part, size in SIZES.items() if part in name), SIZE)),
-    )
+    size = next((size for part, size in SIZES.items() if part in name), SIZE)
+    found: dict[str, Any] = {"steps": steps} | _told_apart(name, steps, device, size, clip_norm)
+    if not _trains(found["converted"]):
+        found["adaptive"] = _told_apart(name, steps, device, ADAPTIVE_SIZE, clip_adaptively)
+    return found
+
+
+def _told_apart(name: str, steps: int, device: str, size: int, clip: Clip) -> dict[str, Any]:
+    """The :func:`search` for a named model, by one recipe.
+
+    The model is converted on 32 of the images it is trained on, its scales measured, for padding takes most of maps
+    this small.
+    """
+    model, batches = classifier(name), coloured_digits(size)
     images = torch.cat([batches(step)[0] for step in range(2)])
     converted = convert(model, images, beta="measured")
     deleted = without_norms(model, conversion_of(converted)).to(device)
     converted.to(device)
-    found = search(
-        lambda rate: run(copy.deepcopy(deleted), batches, rate, steps),
-        lambda rate: run(copy.deepcopy(converted), batches, rate, steps),
+    return search(
+        lambda rate: run(copy.deepcopy(deleted), batches, rate, steps, clip),
+        lambda rate: run(copy.deepcopy(converted), batches, rate, steps, clip),
     )
-    return {"steps": steps} | found
+
+
+def clip_norm(model: nn.Module) -> None:
+    """Clip the norm of all gradients together to 1."""
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+
+
+def clip_adaptively(model: nn.Module) -> None:
+    """Clip the gradient of each filter to a twentieth of the filter's norm."""
+    clip_grad_adaptive_(model, ADAPTIVE_CLIP)
 
 
 def search(deleted: Callable[[float], Run], converted: Callable[[float], Run]) -> dict[str, Any]:
@@ -92,8 +116,8 @@ def _trains(run: Run) -> bool:
     return run["outcome"] == "trains"
 
 
-def run(model: nn.Module, batches: Batches, rate: float, steps: int) -> Run:
-    """Train in place: SGD, momentum 0.9, clipping to a norm of 1; the rate rises in 50 steps and falls as a cosine.
+def run(model: nn.Module, batches: Batches, rate: float, steps: int, clip: Clip = clip_norm) -> Run:
+    """Train in place: SGD, momentum 0.9, clipped gradients; the rate rises in 50 steps and falls as a cosine.
 
     Returns:
         ``outcome``; the mean ``loss`` of the first and the last tenth of the steps and its ``peak``, None for what is
@@ -114,7 +138,7 @@ def run(model: nn.Module, batches: Batches, rate: float, steps: int) -> Run:
         if not isfinite(losses[-1]):
             break
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, CLIP)
+        clip(model)
         optimizer.step()
         schedule.step()
     tenth = max(1, steps // 10)

@@ -71,6 +71,17 @@ def test_each_row_keeps_where_it_was_measured(table, tmp_path):
     assert "Checked on another machine" in where and here in where
 
 
+def test_the_page_says_what_adaptive_clipping_trained(table):
+    def ran(deleted, converted):
+        ends = {"loss": [2.3, 1.0], "peak": 3.0}
+        return {"rate": 0.2, "deleted": {"outcome": deleted, **ends}, "converted": {"outcome": converted, **ends}}
+
+    training = {"machine": "this", **ran("learns nothing", "diverges"), "adaptive": ran("learns nothing", "trains")}
+    page = table.module.table([{**row("timm:lcnet_050"), **CHECKED, "training": training}])
+    assert "the norm-deleted one does not | 0 |" in page and "without | 1 of 1 |" in page
+    assert "`timm:lcnet_050`, rate 0.2, norms deleted 2.30 → 1.00, learns nothing, converted 2.30 → 1.00." in page
+
+
 def test_what_is_done_is_written_and_nothing_more_begun_once_something_breaks(table, monkeypatch, tmp_path):
     begun = []
 

@@ -3,6 +3,8 @@
 import math
 
 import pytest
+import torch
+from torch import nn
 
 
 @pytest.fixture
@@ -61,3 +63,31 @@ def test_the_search_gives_up_where_both_models_do_the_same(training, limit, trie
 def below(limit):
     """Of a model that trains at every rate below a limit: its run at a rate."""
     return lambda rate: {"outcome": "trains" if rate < limit else "fails"}
+
+
+def test_what_does_not_train_is_tried_with_adaptive_clipping_and_larger_images(training, monkeypatch):
+    tried = []
+
+    def told_apart(name, steps, device, size, clip):
+        tried.append((size, clip))
+        return {"converted": {"outcome": "trains" if clip is training.clip_adaptively else "diverges"}}
+
+    monkeypatch.setattr(training, "_told_apart", told_apart)
+    found = training.trained("timm:lcnet_050", 200)
+    assert tried == [(32, training.clip_norm), (64, training.clip_adaptively)]
+    assert (found["converted"]["outcome"], found["adaptive"]["converted"]["outcome"]) == ("diverges", "trains")
+
+
+def test_what_trains_is_not_tried_again(training, monkeypatch):
+    monkeypatch.setattr(training, "_told_apart", lambda *_: {"converted": {"outcome": "trains"}})
+    assert "adaptive" not in training.trained("timm:resnet26", 200)
+
+
+@pytest.mark.parametrize(("clip", "norms"), [("clip_norm", (0.8, 0.6)), ("clip_adaptively", (0.1, 0.05))])
+def test_gradients_are_clipped_as_the_recipe_says(training, clip, norms):
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    for layer, weight, gradient in zip(model, (2.0, 1.0, 1.0), (4.0, 3.0, 0.0), strict=True):
+        nn.init.constant_(layer.weight, weight)
+        layer.weight.grad = torch.full((1, 1), gradient)
+    getattr(training, clip)(model)
+    assert (float(model[0].weight.grad), float(model[1].weight.grad)) == pytest.approx(norms)
