@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 
 import normfree
 from normfree.cli import main
+from normfree.commands.convert import Convert, prepared
+from normfree.commands.doctor import Doctor
 from normfree.sources import build
 
 FACTORIES = """
@@ -99,12 +101,20 @@ def test_a_model_of_ones_own_is_loaded_with_its_original(source, tmp_path):
         (("--out", "m.safetensors", "--batch-size", "0"), "batch_size: 0 is too few"),
         (("--out", "m.safetensors", "--weights", "none.safetensors"), "is no file"),
         (("--out", "m.safetensors", "--alpha", "-1"), "alpha=-1.0: must be a finite number"),
+        (("--out", "m.safetensors", "--device", "cuda:7"), "device: 'cuda:7' is not to be had here"),
     ],
 )
 def test_mistakes_are_one_line(source, capsys, words, message):
     assert run("convert", source, *words) == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [Convert, Doctor])
+def test_model_and_input_go_to_the_device_asked_for(command, tmp_path):
+    options = command(model="torchvision:resnet18", device="meta", image_size=32, out=tmp_path / "m.safetensors")
+    built, _ = prepared(options)
+    assert {each.device.type for each in (*built.model.parameters(), built.batch)} == {"meta"}
 
 
 def test_weights_of_another_model(source, tmp_path, capsys):

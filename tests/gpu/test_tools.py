@@ -14,6 +14,7 @@ from normfree import SignalMonitor, convert, create_model, load, save, spp
 from normfree.cli import main
 from normfree.convert import conversion_of
 from normfree.export import to_onnx
+from normfree.sources import build
 
 pytestmark = pytest.mark.gpu
 
@@ -138,6 +139,14 @@ def test_the_plot_command_runs_there(device, tmp_path, capsys):
     words = ["spp", "nf_resnet50", "torchvision:resnet18", "--image-size", "64", "--out", str(tmp_path / "out")]
     assert main([*words, "--device", device.type]) == 0, capsys.readouterr().err
     assert {"spp.json", "spp.png", "report.html"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_the_commands_of_conversion_run_there(device, tmp_path, capsys):
+    words = ["torchvision:resnet18", "--image-size", "64", "--device", device.type]
+    saved = tmp_path / "converted.safetensors"
+    assert main(["convert", *words, "--out", str(saved)]) == 0, capsys.readouterr().err
+    assert not conversion_of(build(str(saved)).model).norms_left
+    assert main(["doctor", *words, "--out", str(tmp_path / "doctor")]) == 0, capsys.readouterr().err
 
 
 def test_evaluation_runs_there(device, tmp_path, capsys):

@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 from torch import nn
 
+from normfree.commands.devices import device_named
 from normfree.commands.outputs import check_folder
 from normfree.commands.spp import batch_shape, precision_of
 from normfree.commands.tables import print_conversion
@@ -51,6 +52,8 @@ class Convert:
     """Examples in the batch."""
     seed: int = 0
     """Of initialisation and input."""
+    device: str | None = None
+    """cpu, cuda, ...; a GPU if there is one by default."""
 
     def __post_init__(self) -> None:
         check_sizes(self.batch_size, self.image_size, self.seed)
@@ -76,21 +79,23 @@ def prepared(options: Any) -> tuple[Built, dict[str, Any]]:
         options: a command with the fields of :class:`Convert`.
 
     Returns:
-        The model and its batch, and what to note of the batch.
+        The model, on the device asked for, and its batch (a factory's own where it left it); what to note of the batch.
     """
+    device = device_named(options.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         built = build(options.model)
     if options.weights is not None:
         _load_weights(built.model, options.weights)
+    model = built.model.to(device)
     if built.batch is not None:
         if options.input != "gaussian" or options.image_size is not None:
             raise ValueError(f"input: {options.model} gives a batch of its own; leave out --input and --image-size")
-        return built, {"kind": "the factory's own"}
+        return Built(model, built.batch), {"kind": "the factory's own"}
     probe = probe_named(options.input)
-    shape = batch_shape(built.model, probe, image_size=options.image_size, batch_size=options.batch_size)
+    shape = batch_shape(model, probe, image_size=options.image_size, batch_size=options.batch_size)
     drawn = next(iter(probe.batches(shape, count=1, seed=options.seed)))
-    return Built(built.model, drawn.to(precision_of(built.model))), probe.describe()
+    return Built(model, drawn.to(device, precision_of(model))), probe.describe()
 
 
 def converted_as(options: Any, built: Built) -> nn.Module:

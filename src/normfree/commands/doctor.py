@@ -50,6 +50,8 @@ class Doctor:
     """Examples in the batch."""
     seed: int = 0
     """Of initialisation and input."""
+    device: str | None = None
+    """cpu, cuda, ...; a GPU if there is one by default."""
     out: Path = Path("out/doctor")
     """Folder to write to."""
 
