@@ -134,6 +134,8 @@ def test_in_a_browser_the_slider_moves_the_curves(tmp_path, width, scheme):
         page.goto(path.as_uri())
         page.wait_for_selector("body[data-ready]", timeout=30_000)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        ticks = "[...document.querySelectorAll('.xtick text')].map(tick => tick.textContent)"
+        assert page.evaluate(ticks) == ["entry", "0", "1", "2"]
         variance = "chart.data.find(t => t.name === 'this step' && t.yaxis === 'y2').y"
         assert page.evaluate(variance) == [1, 1, 2, 4]
         page.locator(".slider-group").scroll_into_view_if_needed()

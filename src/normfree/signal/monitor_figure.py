@@ -24,6 +24,9 @@ from normfree.signal.propagation import SignalPropagation
 MOST_FRAMES = 200
 """More steps than that are thinned out: a slider has no more positions, and the page stays small."""
 
+FEW_BLOCKS = 10
+"""Up to so many, each has its tick; plotly would put more than one to a block."""
+
 _FAINT, _GRID = "rgba(128,128,128,0.75)", "rgba(128,128,128,0.22)"
 _PANEL_HEIGHT, _TITLES, _SLIDER = 185, 34, 130  # pixels
 
@@ -96,6 +99,7 @@ def _moving_traces(signal: SignalPropagation, panels: Sequence[Panel], bare: boo
 
 def _layout(history: SignalHistory, panels: Sequence[Panel]) -> dict[str, Any]:
     signals, rows = history.signals, len(panels)
+    last = max(len(signal.blocks) for signal in signals)
     inner = rows * (_PANEL_HEIGHT + _TITLES)
     layout: dict[str, Any] = {
         "height": inner + _SLIDER + 40,
@@ -111,9 +115,10 @@ def _layout(history: SignalHistory, panels: Sequence[Panel]) -> dict[str, Any]:
         "xaxis": {
             "anchor": f"y{_axis(rows - 1)}",
             "title": {"text": x_label(signals), "standoff": 6},
-            "range": [ENTRY_X - 0.3, max(len(signal.blocks) for signal in signals) - 0.7],
+            "range": [ENTRY_X - 0.3, last - 0.7],
             "labelalias": {"-1": "entry", "\u22121": "entry"},
             "tickformat": "d",
+            "dtick": 1 if last <= FEW_BLOCKS else None,
             "zeroline": False,
             "gridcolor": _GRID,
         },

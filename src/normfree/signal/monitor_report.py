@@ -1,6 +1,6 @@
 """The page of a training run's signal: the figure with its slider, findings over the steps, the last numbers.
 
-``monitor_page.html`` and ``.js`` beside this file are the page; its style is the report's.
+``monitor_page.html`` beside this file is the page's body.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from normfree.signal.history import Episode, SignalHistory
 from normfree.signal.monitor_figure import MOST_FRAMES, slider_figure
-from normfree.signal.page import inert, page_file, plotly_source, write_page
+from normfree.signal.page import filled, page_file, write_page
 from normfree.signal.panels import caption_of
 from normfree.signal.report_tables import numbers_table, settings_table
 
@@ -35,18 +35,16 @@ def write_monitor_report(history: SignalHistory, path: str | Path, *, title: str
     last = history.signals[-1]
     parts = {
         "title": escape(title),
-        "style": page_file("report_page.css"),
-        "script": page_file("monitor_page.js"),
-        "plotly": plotly_source(),
         "measured": "\n  ".join(f'<p class="measured">{escape(line)}</p>' for line in caption_of([last])),
         "records": escape(_records(history)),
         "findings": _findings(history),
         "tables": numbers_table(last),
         "step": str(history.steps[-1]),
         "configuration": settings_table([last]),
-        "data": inert(json.loads(figure.to_json())),
     }
-    return write_page(path, "monitor_page.html", parts)
+    body = filled(page_file("monitor_page.html"), parts)
+    data = {"chart": json.loads(figure.to_json())}
+    return write_page(path, title=title, body=body, data=data, script=page_file("figures.js"))
 
 
 def _records(history: SignalHistory) -> str:

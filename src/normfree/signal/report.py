@@ -1,6 +1,6 @@
 """The interactive report of a signal propagation plot: one HTML file that opens offline.
 
-``report_page.html``, ``.css`` and ``.js`` beside this file are the page; this module fills it. Findings,
+``report_page.html`` and ``.js`` beside this file are the page's body and script; this module fills it. Findings,
 numbers and configuration are plain HTML; the curves are drawn by plotly.js, which is part of the file.
 The page's content security policy forbids it to request anything.
 """
@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from normfree.signal.page import inert, page_file, plotly_source, write_page
+from normfree.signal.page import filled, page_file, write_page
 from normfree.signal.panels import (
     COLORS,
     ENTRY_X,
@@ -74,9 +74,6 @@ def write_report(
     planned = "The thin dashed line is the variance that the model's plan expects; the curve should lie on it."
     parts = {
         "title": escape(title),
-        "style": page_file("report_page.css"),
-        "script": page_file("report_page.js"),
-        "plotly": plotly_source(),
         "measured": "\n  ".join(f'<p class="measured">{escape(line)}</p>' for line in caption_of(signals)),
         "summary": "".join(_verdict(signal, number) for number, signal in enumerate(signals)),
         "legend": "".join(_legend_item(signal, number) for number, signal in enumerate(signals)),
@@ -88,9 +85,9 @@ def write_report(
         "appendix": appendix,
         "tables": "".join(numbers_table(signal) for signal in signals),
         "configuration": settings_table(signals),
-        "data": inert(_page_data(signals)),
     }
-    return write_page(path, "report_page.html", parts)
+    body = filled(page_file("report_page.html"), parts)
+    return write_page(path, title=title, body=body, data=_page_data(signals), script=page_file("report_page.js"))
 
 
 def _page_data(signals: Sequence[SignalPropagation]) -> dict[str, Any]:

@@ -1,21 +1,19 @@
 """The report of a training run: curves, the signal through training, confusion, configuration; opens offline.
 
-``report_page.html`` and ``.js`` beside this file are the page; its style is that of the signal's report.
+``report_page.html`` and ``.css`` beside this file are the page's body and its own style.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from normfree.signal import SignalHistory, write_atomically
+from normfree.signal import SignalHistory
 from normfree.signal.monitor_figure import slider_figure
-from normfree.signal.page import inert, page_file, plotly_source
+from normfree.signal.page import filled, page_file, write_page
 from normfree.train.records import Row, read_rows
 
 GRID = "rgba(128,128,128,0.22)"
@@ -54,20 +52,24 @@ def write_training_report(
     found = metrics["evaluation"]
     if found is not None:
         figures["confusion"] = confusion_figure(found["confusion"], config["derived"]["classes"])
+    title = f"Training run: {metrics['recipe']}"
     parts = {
-        "title": escape(f"Training run: {metrics['recipe']}"),
-        "style": page_file("report_page.css"),
-        "script": _own("report_page.js"),
-        "plotly": plotly_source(),
+        "title": escape(title),
         "described": escape(_described(config, metrics)),
         "figures": _figures(metrics, training),
         "signal": f"<p>{LISTENED if history else SILENT}</p>",
         "confused": escape(_confused(found, config["derived"]["classes"])),
         "configuration": "".join(_setting(name, value) for name, value in _flat(config).items()),
-        "data": inert(figures),
     }
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _own("report_page.html"))
-    return write_atomically(folder / "report.html", page)
+    own = "normfree.train"
+    return write_page(
+        folder / "report.html",
+        title=title,
+        body=filled(page_file("report_page.html", own), parts),
+        data=figures,
+        script=page_file("figures.js"),
+        style=page_file("report_page.css", own),
+    )
 
 
 def curve_figures(training: Sequence[Row], evaluation: Sequence[Row]) -> dict[str, Any]:
@@ -204,7 +206,3 @@ def _setting(name: str, value: Any) -> str:
     shown = json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
     shown = shown if len(shown) <= 400 else f"{shown[:400]} …"
     return f"<tr><th scope=row>{escape(name)}</th><td>{escape(shown)}</td></tr>"
-
-
-def _own(name: str) -> str:
-    return resources.files("normfree.train").joinpath(name).read_text(encoding="utf-8").rstrip()

@@ -5,12 +5,14 @@
   const narrow = matchMedia("(max-width: 700px)");
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const config = () => ({ responsive: true, displaylogo: false, displayModeBar: narrow.matches ? false : "hover" });
+  const config = { responsive: true, displaylogo: false, displayModeBar: narrow.matches ? false : "hover" };
 
   function dress(layout) {
     layout.font = { ...layout.font, color: css("--muted"), family: getComputedStyle(document.body).fontFamily };
     layout.dragmode = narrow.matches ? false : "zoom"; // a finger scrolls the page, a mouse zooms
     layout.hoverlabel = { bgcolor: css("--card"), bordercolor: css("--muted"), font: { color: css("--ink") } };
+    layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: css("--muted"), activecolor: css("--ink") };
+    if (layout.sliders) Object.assign(layout.margin, narrow.matches ? { l: 46, r: 8 } : { l: 64, r: 16 });
     (layout.annotations ?? []).forEach((it) => { it.font = { ...it.font, color: css("--ink") }; });
     const bar = { bgcolor: css("--line"), bordercolor: css("--muted"), activebgcolor: css("--accent") };
     (layout.sliders ?? []).forEach((it) => Object.assign(it, bar, { currentvalue: { ...it.currentvalue, font: { size: 15, color: css("--ink") } } }));
@@ -24,7 +26,7 @@
     narrow.addEventListener("change", redress);
     dark.addEventListener("change", redress);
     const frames = figure.frames ?? [];
-    return Plotly.newPlot(place, figure.data, dress(figure.layout), config())
+    return Plotly.newPlot(place, figure.data, dress(figure.layout), config)
       .then(() => (frames.length ? Plotly.addFrames(place, frames) : null));
   });
   Promise.all(drawn).then(() => { document.body.dataset.ready = "true"; });
