@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.digits import digits
 from benchmarks.sweep import build
 from normfree.convert import Conversion, conversion_of, convert
 from normfree.convert.kinds import activation_in, is_norm
-from normfree.optim import clip_grad_adaptive_, warmup_cosine
+from normfree.optim import warmup_cosine
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
-Clip = Callable[[nn.Module], Any]
+Optimizing = Callable[[list[nn.Parameter], float], Optimizer]
 Run = dict[str, Any]
 
 CLASSES, BATCH, SIZE, WARM_UP, CLIP = 10, 16, 32, 50, 1.0
@@ -30,58 +31,55 @@ of all parameters together is clipped to."""
 SIZES = {"inception": 96}
 """Heights and widths of models that do not take 32 pixels."""
 
-ADAPTIVE_SIZE, ADAPTIVE_CLIP = 64, 0.05
-"""The second recipe, for what the first does not train: height and width, and the factor of adaptive clipping."""
-
 COLOUR = (1.0, 0.6, 0.3)
 """Gains of the three channels: of grey images, filters of mean zero and one pixel see nothing."""
 
 FIRST_RATE, LAST_RATE, MOST_RATES = 0.4, 6.4, 7
 """Where the search for a learning rate begins, how far it goes up, and how many rates it tries."""
 
+ADAM_RATES = (0.01, 0.003, 0.001, 0.0003, 0.0001)
+"""The second recipe's learning rates, in the order they are tried."""
+
 
 def trained(name: str, steps: int, device: str = "cpu") -> dict[str, Any]:
     """Find a learning rate at which a model with its norms deleted fails and the converted one trains.
 
-    One recipe for both (:func:`run`), on ``device``. If the converted model trains at no rate, both are trained again
-    by a second recipe: larger images, and adaptive clipping in place of that of the whole gradient's norm.
-
-    Returns:
-        ``steps``, ``rate``, and a :func:`run` of ``deleted`` and ``converted`` at that rate; ``rates``, all tried; with
-        the second recipe, the same in ``adaptive``.
-    """
-    size = next((size for part, size in SIZES.items() if part in name), SIZE)
-    found: dict[str, Any] = {"steps": steps} | _told_apart(name, steps, device, size, clip_norm)
-    if not _trains(found["converted"]):
-        found["adaptive"] = _told_apart(name, steps, device, ADAPTIVE_SIZE, clip_adaptively)
-    return found
-
-
-def _told_apart(name: str, steps: int, device: str, size: int, clip: Clip) -> dict[str, Any]:
-    """The :func:`search` for a named model, by one recipe.
+    One recipe for both (:func:`run`), on ``device``. If the converted model trains at no rate of SGD, both are trained
+    with Adam.
 
     The model is converted on 32 of the images it is trained on, its scales measured, for padding takes most of maps
     this small.
+
+    Returns:
+        ``steps``, ``rate``, and a :func:`run` of ``deleted`` and ``converted`` at that rate; ``rates``, all tried; if
+        it came to that, the same with Adam as ``adam``.
     """
-    model, batches = classifier(name), coloured_digits(size)
+    model, batches = (
+        classifier(name),
+        coloured_digits(next((size for part, size in SIZES.items() if part in name), SIZE)),
+    )
     images = torch.cat([batches(step)[0] for step in range(2)])
     converted = convert(model, images, beta="measured")
     deleted = without_norms(model, conversion_of(converted)).to(device)
     converted.to(device)
-    return search(
-        lambda rate: run(copy.deepcopy(deleted), batches, rate, steps, clip),
-        lambda rate: run(copy.deepcopy(converted), batches, rate, steps, clip),
-    )
+
+    def runs_of(twin: nn.Module, optimizing: Optimizing) -> Callable[[float], Run]:
+        return lambda rate: run(copy.deepcopy(twin), batches, rate, steps, optimizing)
+
+    found: dict[str, Any] = {"steps": steps} | search(runs_of(deleted, momentum), runs_of(converted, momentum))
+    if not _trains(found["converted"]):
+        found["adam"] = first_apart(runs_of(deleted, adam), runs_of(converted, adam))
+    return found
 
 
-def clip_norm(model: nn.Module) -> None:
-    """Clip the norm of all gradients together to 1."""
-    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+def momentum(parameters: list[nn.Parameter], rate: float) -> Optimizer:
+    """The first recipe's optimizer."""
+    return SGD(parameters, lr=rate, momentum=0.9)
 
 
-def clip_adaptively(model: nn.Module) -> None:
-    """Clip the gradient of each filter to a twentieth of the filter's norm."""
-    clip_grad_adaptive_(model, ADAPTIVE_CLIP)
+def adam(parameters: list[nn.Parameter], rate: float) -> Optimizer:
+    """The second recipe's optimizer, which steps as far in layers of large gradients as in those of small ones."""
+    return Adam(parameters, lr=rate)
 
 
 def search(deleted: Callable[[float], Run], converted: Callable[[float], Run]) -> dict[str, Any]:
@@ -112,12 +110,30 @@ def search(deleted: Callable[[float], Run], converted: Callable[[float], Run]) -
     return {"rate": rate, "deleted": without, "converted": with_scales, "rates": rates}
 
 
+def first_apart(deleted: Callable[[float], Run], converted: Callable[[float], Run]) -> dict[str, Any]:
+    """Find the first of Adam's rates at which the converted model trains and the deleted one does not.
+
+    The deleted model is run where the converted one trains, and at the last rate.
+    """
+
+    def found(rate: float, without: Run, with_scales: Run) -> dict[str, Any]:
+        tried = sorted(each for each in ADAM_RATES if each >= rate)
+        return {"rate": rate, "deleted": without, "converted": with_scales, "rates": tried}
+
+    *first, last = ADAM_RATES
+    for rate in first:
+        with_scales = converted(rate)
+        if _trains(with_scales) and not _trains(without := deleted(rate)):
+            return found(rate, without, with_scales)
+    return found(last, deleted(last), converted(last))
+
+
 def _trains(run: Run) -> bool:
     return run["outcome"] == "trains"
 
 
-def run(model: nn.Module, batches: Batches, rate: float, steps: int, clip: Clip = clip_norm) -> Run:
-    """Train in place: SGD, momentum 0.9, clipped gradients; the rate rises in 50 steps and falls as a cosine.
+def run(model: nn.Module, batches: Batches, rate: float, steps: int, optimizing: Optimizing) -> Run:
+    """Train in place, gradients clipped to a norm of 1; the rate rises in 50 steps and falls as a cosine.
 
     Returns:
         ``outcome``; the mean ``loss`` of the first and the last tenth of the steps and its ``peak``, None for what is
@@ -127,7 +143,7 @@ def run(model: nn.Module, batches: Batches, rate: float, steps: int, clip: Clip 
     model.train()
     parameters = list(model.parameters())
     device = parameters[0].device
-    optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9)
+    optimizer = optimizing(parameters, rate)
     schedule = warmup_cosine(optimizer, steps=steps, warmup_steps=WARM_UP)
     losses: list[float] = []
     for step in range(steps):
@@ -138,7 +154,7 @@ def run(model: nn.Module, batches: Batches, rate: float, steps: int, clip: Clip 
         if not isfinite(losses[-1]):
             break
         loss.backward()
-        clip(model)
+        nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         schedule.step()
     tenth = max(1, steps // 10)

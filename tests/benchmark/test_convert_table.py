@@ -71,14 +71,14 @@ def test_each_row_keeps_where_it_was_measured(table, tmp_path):
     assert "Checked on another machine" in where and here in where
 
 
-def test_the_page_says_what_adaptive_clipping_trained(table):
+def test_the_page_says_what_adam_trained(table):
     def ran(deleted, converted):
         ends = {"loss": [2.3, 1.0], "peak": 3.0}
         return {"rate": 0.2, "deleted": {"outcome": deleted, **ends}, "converted": {"outcome": converted, **ends}}
 
-    training = {"machine": "this", **ran("learns nothing", "diverges"), "adaptive": ran("learns nothing", "trains")}
+    training = {"machine": "this", **ran("learns nothing", "diverges"), "adam": ran("learns nothing", "trains")}
     page = table.module.table([{**row("timm:lcnet_050"), **CHECKED, "training": training}])
-    assert "the norm-deleted one does not | 0 |" in page and "without | 1 of 1 |" in page
+    assert "the norm-deleted one does not | 0 |" in page and "with SGD | 1 of 1 |" in page
     assert "`timm:lcnet_050`, rate 0.2, norms deleted 2.30 → 1.00, learns nothing, converted 2.30 → 1.00." in page
 
 

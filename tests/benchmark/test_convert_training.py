@@ -3,8 +3,10 @@
 import math
 
 import pytest
-import torch
 from torch import nn
+from torch.optim import SGD, Adam
+
+from normfree.nn import ScaledWSConv2d
 
 
 @pytest.fixture
@@ -65,29 +67,37 @@ def below(limit):
     return lambda rate: {"outcome": "trains" if rate < limit else "fails"}
 
 
-def test_what_does_not_train_is_tried_with_adaptive_clipping_and_larger_images(training, monkeypatch):
-    tried = []
+@pytest.mark.parametrize(
+    ("deleted_trains_below", "converted_trains_below", "rate", "outcomes"),
+    [
+        (0.001, 0.02, 0.01, ("fails", "trains")),
+        (0.001, 0.005, 0.003, ("fails", "trains")),
+        (0.02, 0.02, 0.0001, ("trains", "trains")),
+        (0.0, 0.0, 0.0001, ("fails", "fails")),
+        (0.02, 0.0, 0.0001, ("trains", "fails")),
+    ],
+)
+def test_adam_takes_the_first_rate_at_which_only_the_converted_model_trains(
+    training, deleted_trains_below, converted_trains_below, rate, outcomes
+):
+    found = training.first_apart(below(deleted_trains_below), below(converted_trains_below))
+    assert found["rate"] == rate
+    assert (found["deleted"]["outcome"], found["converted"]["outcome"]) == outcomes
 
-    def told_apart(name, steps, device, size, clip):
-        tried.append((size, clip))
-        return {"converted": {"outcome": "trains" if clip is training.clip_adaptively else "diverges"}}
 
-    monkeypatch.setattr(training, "_told_apart", told_apart)
+@pytest.mark.parametrize(("trains_with", "tried"), [(SGD, {SGD}), (Adam, {SGD, Adam})])
+def test_what_does_not_train_with_sgd_is_tried_with_adam(training, monkeypatch, trains_with, tried):
+    used = set()
+
+    def run(model, batches, rate, steps, optimizing):
+        optimizer = optimizing(list(model.parameters()), rate)
+        used.add(type(optimizer))
+        standardized = any(isinstance(each, ScaledWSConv2d) for each in model.modules())
+        return {"outcome": "trains" if standardized and isinstance(optimizer, trains_with) else "fails"}
+
+    monkeypatch.setattr(training, "run", run)
+    monkeypatch.setattr(training, "classifier", lambda name: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     found = training.trained("timm:lcnet_050", 200)
-    assert tried == [(32, training.clip_norm), (64, training.clip_adaptively)]
-    assert (found["converted"]["outcome"], found["adaptive"]["converted"]["outcome"]) == ("diverges", "trains")
-
-
-def test_what_trains_is_not_tried_again(training, monkeypatch):
-    monkeypatch.setattr(training, "_told_apart", lambda *_: {"converted": {"outcome": "trains"}})
-    assert "adaptive" not in training.trained("timm:resnet26", 200)
-
-
-@pytest.mark.parametrize(("clip", "norms"), [("clip_norm", (0.8, 0.6)), ("clip_adaptively", (0.1, 0.05))])
-def test_gradients_are_clipped_as_the_recipe_says(training, clip, norms):
-    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
-    for layer, weight, gradient in zip(model, (2.0, 1.0, 1.0), (4.0, 3.0, 0.0), strict=True):
-        nn.init.constant_(layer.weight, weight)
-        layer.weight.grad = torch.full((1, 1), gradient)
-    getattr(training, clip)(model)
-    assert (float(model[0].weight.grad), float(model[1].weight.grad)) == pytest.approx(norms)
+    assert used == tried
+    told_apart = found["adam"] if Adam in tried else found
+    assert (told_apart["deleted"]["outcome"], told_apart["converted"]["outcome"]) == ("fails", "trains")
