@@ -73,7 +73,7 @@ inception_v4 mobilevit_xxs poolformer_s12 rdnet_tiny repghostnet_050 repvit_m1 r
 tresnet_m ese_vovnet19b_slim_dw vovnet39a xception41 xception41p
 """
 
-PATIENCE = 3600
+PATIENCE = 10800
 """Seconds for one part of one model."""
 
 
