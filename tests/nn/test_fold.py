@@ -119,7 +119,7 @@ def test_a_patched_layer_is_refused(method):
     layer = ScaledConv2d(4, 4, 3)
     original = getattr(layer, method)
     setattr(layer, method, lambda *inputs: 3 * original(*inputs))
-    with pytest.raises(ValueError, match=rf"has a {method} of its own.*remove it first"):
+    with pytest.raises(ValueError, match=rf"has a {method} put on it.*remove it first"):
         fold(nn.Sequential(layer))
 
 

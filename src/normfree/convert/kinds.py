@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree import nn as ours
+from normfree.nn.fold import attached_to
 
 TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: ours.ScaledWSConv1d,
@@ -85,11 +86,6 @@ def is_layer(module: nn.Module) -> bool:
     return is_convolution(module) or isinstance(module, nn.Linear)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something listens to a module, or changes what it takes or gives: hooks, or a forward put on it."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
 def base_of(module: nn.Module, *, fresh: bool) -> type[nn.Module] | None:
     """The torch class a layer behaves as; None where a subclass, or a hook, may do what is not known.
 
@@ -97,7 +93,7 @@ def base_of(module: nn.Module, *, fresh: bool) -> type[nn.Module] | None:
         module: the layer.
         fresh: its weight is drawn anew, so that a standardization of its own does not matter.
     """
-    if has_hooks(module):
+    if attached_to(module):
         return None
     if type(module) in TWINS:
         return type(module)
@@ -120,11 +116,8 @@ def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def why_no_twin(module: nn.Module) -> str:
     """Why :func:`base_of` knows no class for a layer, as a predicate."""
-    return (
-        "has hooks or a forward put on it"
-        if has_hooks(module)
-        else f"is a {class_name(module)}, which has no standardized twin"
-    )
+    attached = attached_to(module)
+    return f"has {attached}" if attached else f"is a {class_name(module)}, which has no standardized twin"
 
 
 def outputs_of(layer: nn.Module) -> int:

@@ -8,7 +8,6 @@ from normfree.convert.dataflow import Call, Dataflow, Step, passes_unchanged
 from normfree.convert.kinds import (
     activation_in,
     base_of,
-    has_hooks,
     is_batch_norm,
     is_convolution,
     is_map_norm,
@@ -18,6 +17,7 @@ from normfree.convert.kinds import (
 )
 from normfree.convert.record import Kept
 from normfree.convert.structure import Structure
+from normfree.nn.fold import attached_to
 from normfree.signal import operations as op
 
 _ACTIVATIONS = op.NONLINEAR - {"pow", "square", "sqrt", "rsqrt", "reciprocal", "abs", "clamp", "clamp_min", "maximum"}
@@ -96,8 +96,8 @@ def _foreign(structure: Structure, calls: list[Call], behind: list[Call | None])
 
 def why_unknown(flow: Dataflow, call: Call) -> str:
     """Why it is not known what a norm's module does; "" where it normalizes, and runs its own activation at most."""
-    if has_hooks(call.module):
-        return "it has hooks or a forward put on it"
+    if attached := attached_to(call.module):
+        return f"it has {attached}"
     if not is_removable(call.module):
         return "what it does beside normalizing is not known"
     more = _beside_normalizing(flow, call)

@@ -11,6 +11,10 @@ from normfree.nn.checks import invalid
 
 _COMPUTING = ("forward", "convolve", "_conv_forward", "__call__")
 _ANSWERING = ("folded", "plain", "plain_class")
+_REMEDIES = {
+    "hooks": "remove them first, add them afterwards",
+    "parametrizations": "remove them first (torch.nn.utils.parametrize.remove_parametrizations)",
+}
 
 
 class Foldable(nn.Module, ABC):
@@ -81,16 +85,20 @@ def _make_plain(module: nn.Module) -> None:
         module.__class__ = module.plain_class() or type(module)  # type: ignore[assignment]
 
 
-def _check_bare(module: nn.Module, name: str) -> None:
+def attached_to(module: nn.Module) -> str:
+    """What a module in the place of this one would lose: "hooks", "a forward put on it" …; "" for nothing."""
     kept = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(module, hooks) for hooks in kept):
-        raise ValueError(f"model: {name} has hooks, which folding would lose; remove them first, add them afterwards")
-    for method in _COMPUTING:
-        if method in vars(module):
-            raise ValueError(f"model: {name} has a {method} of its own, which folding would lose; remove it first")
-    if hasattr(module, "parametrizations"):
-        remedy = "remove them first (torch.nn.utils.parametrize.remove_parametrizations)"
-        raise ValueError(f"model: {name} has parametrizations, which folding would lose; {remedy}")
+        return "hooks"
+    if method := next((method for method in _COMPUTING if method in vars(module)), ""):
+        return f"a {method} put on it"
+    return "parametrizations" if hasattr(module, "parametrizations") else ""
+
+
+def _check_bare(module: nn.Module, name: str) -> None:
+    if attached := attached_to(module):
+        remedy = _REMEDIES.get(attached, "remove it first")
+        raise ValueError(f"model: {name} has {attached}, which folding would lose; {remedy}")
     if not _answers_for_its_outputs(type(module)):
         kind = type(module).__name__
         raise ValueError(
