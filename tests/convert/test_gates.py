@@ -63,11 +63,12 @@ def test_gates_in_series_restore_what_each_of_them_takes(gate):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), PostActivation(64, 64, gate=gate(64)))
     converted = normfree.convert(model, IMAGES)
-    factors = {change.name: change.correction or change.input_scale for change in converted.conversion.changes}
+    changes = {change.name: change for change in converted.conversion.changes}
     if gate is Attention:
-        assert factors["2.gate.second"] == 4 and "2.gate.first" not in factors
+        assert changes["2.gate.second"].correction == 4 and "2.gate.first" not in changes
     else:
-        assert factors["2.conv2"] == pytest.approx(4 * normfree.gamma(nn.ReLU()))
+        assert changes["2.conv2"].correction == 4
+        assert changes["2.conv2"].input_scale == pytest.approx(4 * normfree.gamma(nn.ReLU()))
     block = normfree.spp(converted, IMAGES).blocks[0]
     assert block.residual_avg_channel_var == pytest.approx(0.85, abs=0.15), "less padding; 0.2 without one of the 2s"
 

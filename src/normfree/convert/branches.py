@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from normfree.convert.dataflow import Addition, Call, Step
-from normfree.convert.kinds import activation_in
 from normfree.convert.structure import Structure, changes_branch, gate_of
 from normfree.signal import operations as op
 from normfree.signal.graph import Node
@@ -30,7 +29,7 @@ class Ending:
         modules: names of the modules that carry its factor, and what each restores of gates: 2 for each sigmoid's;
             none where ``problem`` says why.
         learned: name of a parameter of the branch's own that scales it, and so stands for the skip gain; "" for none.
-        square: mean square of that parameter, 1 for none.
+        square: mean square of that parameter, 1 for none, or where the addition itself applies it.
         problem: why no module can carry it, in words.
     """
 
@@ -120,6 +119,7 @@ class _Walk:
         self.learned = ""
 
     def ending(self) -> Ending:
+        self._note_learned(self.structure.flow.made_by[self.addition.output])
         waiting = [_Way(self.addition.branch)]
         while waiting:
             way = waiting.pop()
@@ -143,18 +143,18 @@ class _Walk:
         call = self.structure.layer_at.get(node)
         if call is not None:
             return self._carried_by(call, way)
-        norm = self.structure.norm_at.get(node)
         step = self.structure.flow.made_by.get(node)
         if step is None:
             raise _Blocked("it reads the input itself")
-        if norm is not None and norm.name in self.removed and not activation_in(norm.module):
-            assert norm.input is not None
-            return [replace(way, node=norm.input)]
+        if self.structure.is_plain_norm(node, self.removed):
+            before = self.structure.norm_at[node].input
+            assert before is not None
+            return [replace(way, node=before)]
         gated = gate_of(self.structure.flow, step)
         if gated is not None:
             return [self._gated(way, *gated)]
         if step.name in op.SCALING and len(step.inputs) == 1:
-            self._note_learned(step)
+            self.square *= self._note_learned(step)
             return [replace(way, node=step.inputs[0])]
         if step.name in _LINEAR or step.name == "add":
             summed = step.name == "add" if len(step.inputs) > 1 else way.summed
@@ -167,7 +167,7 @@ class _Walk:
             for step in self.structure.flow.readers(node)
             if any(made in self.structure.alive for made in step.outputs)
         }
-        if len(readers) > 1:
+        if len(readers) + (node in self.structure.flow.outputs) > 1:
             raise _Blocked("what ends it is read elsewhere, too")
 
     def _carry(self, module: str, correction: float) -> None:
@@ -226,9 +226,12 @@ class _Walk:
         made = {call.output for call in self.structure.flow.calls if call.name == step.module}
         return step.module if node in made or not made.isdisjoint(step.outputs) else None
 
-    def _note_learned(self, step: Step) -> None:
+    def _note_learned(self, step: Step) -> float:
+        """Note a parameter that scales the branch; its mean square, 1 where there is none."""
+        square = 1.0
         for value in step.args:
             found = self.owners.get(value.untyped_storage().data_ptr()) if isinstance(value, Tensor) else None
             if found is not None:
                 self.learned = found[0]
-                self.square *= float(found[1].detach().double().square().mean())
+                square *= float(found[1].detach().double().square().mean())
+        return square

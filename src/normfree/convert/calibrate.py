@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normfree.convert.dataflow import resting
 from normfree.nn.branch_end import BranchEnd
 from normfree.nn.scaled_ws_conv import Standardized
-from normfree.signal.inputs import Batch, call
+from normfree.signal.inputs import Batch, call, copy_of
 
 EPS = 1e-5
 """Added to the variance of a channel of the input, as BatchNorm does."""
@@ -22,18 +22,19 @@ into rounding, of about 1e-14 in float32."""
 
 
 def measured_scales(
-    model: nn.Module, layers: Iterable[str], affines: Iterable[str], batch: Batch, *, heads: bool
+    model: nn.Module, layers: Mapping[str, float], affines: Iterable[str], batch: Batch, *, heads: bool
 ) -> dict[str, float]:
-    """The input scale of each named layer under which its output has a mean square of 1.
+    """The input scale of each named layer under which its output has a mean square of 1, times a factor of its own.
 
     The filters sum to zero, so the mean square is the variance plus what differing channel means bring; of
     features pooled to one position it is the quantity that does not depend on how alike the examples are. Layers
     are set one after another as the signal reaches them, with branches awake (skip gains of one); a layer that runs
-    several times, by its first input. Affine maps are set so that each channel leaves them with mean 0 and variance 1.
+    several times, by its first input, and so are affine maps, so that each channel leaves them with mean 0 and
+    variance 1.
 
     Args:
         model: the converted model; its layers keep the scales found.
-        layers: names of the layers to measure.
+        layers: names of the layers to measure, and the factor of each: what restores what gates take behind it.
         affines: names of the :class:`ChannelAffine` maps.
         batch: what to measure with.
         heads: run what runs in training alone, too.
@@ -43,7 +44,8 @@ def measured_scales(
     """
     modules = dict(model.named_modules())
     found: dict[str, float] = {}
-    hooks = {name: _setter(name, found) for name in layers} | dict.fromkeys(affines, _standardize_channels)
+    hooks = {name: _at_first(_setter(name, factor, found)) for name, factor in layers.items()}
+    hooks |= {name: _at_first(_standardize_channels) for name in affines}
     handles = [modules[name].register_forward_pre_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
     gains = [m.skip_gain for m in model.modules() if isinstance(m, BranchEnd) and m.skip_gain is not None]
     kept = [gain.detach().clone() for gain in gains]
@@ -51,7 +53,7 @@ def measured_scales(
         with torch.no_grad(), resting(model, heads=heads):
             for gain in gains:
                 gain.fill_(1)
-            call(model, batch)
+            call(model, copy_of(batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -64,6 +66,18 @@ def measured_scales(
 
 
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+
+
+def _at_first(hook: Hook) -> Hook:
+    """The hook at a module's first run alone."""
+    ran: list[nn.Module] = []
+
+    def once(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if not ran:
+            ran.append(module)
+            hook(module, inputs, named)
+
+    return once
 
 
 def _standardize_channels(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -79,10 +93,8 @@ def _tensor_in(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     return next(leaf for leaf in (*inputs, *named.values()) if isinstance(leaf, Tensor))
 
 
-def _setter(name: str, found: dict[str, float]) -> Hook:
+def _setter(name: str, factor: float, found: dict[str, float]) -> Hook:
     def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if name in found:
-            return
         given = _tensor_in(inputs, named)
         mean_square = float(_plain_output(module, given).double().square().mean())
         if not mean_square > LEAST_SEEN * float(given.double().square().mean()):
@@ -91,7 +103,7 @@ def _setter(name: str, found: dict[str, float]) -> Hook:
                 "pixel by pixel), and filters that sum to zero make nothing of it, so its scale cannot be measured; "
                 "give a batch of several different examples, in colour"
             )
-        found[name] = module.input_scale = mean_square**-0.5
+        found[name] = module.input_scale = factor * mean_square**-0.5
 
     return hook
 

@@ -19,7 +19,7 @@ from normfree.convert.pretrained import fill, pretrained_plan
 from normfree.convert.record import STARTS, Conversion
 from normfree.convert.rewrite import AFFINE, LAYERS, exchanged
 from normfree.convert.structure import Structure
-from normfree.nn.checks import check_choice, check_integer, check_number
+from normfree.nn.checks import check_choice, check_integer, check_number, invalid
 from normfree.signal.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of
 from normfree.signal.measure import unwrapped
 from normfree.signal.nonfinite import check_present
@@ -28,6 +28,9 @@ ALPHA, SKIP_GAIN = 0.2, 1.0
 """Of residual branches, where nothing else is asked for."""
 
 BETAS = ("plan", MEASURED)
+
+MOST_SEED = 2**64 - 1
+"""Torch's generators take no larger one."""
 
 
 def convert(
@@ -113,7 +116,7 @@ def _note_leaks(converted: nn.Module, flow: Dataflow, batch: Batch) -> None:
 def _fresh(model: nn.Module, record: Conversion, batch: Batch, *, heads: bool) -> nn.Module:
     """The converted model, what is still open measured."""
     converted, replaced = exchanged(model, record)
-    with running(record, replaced):
+    with running(record, model, converted, replaced):
         _measure(converted, record, batch, heads=heads)
     keep_pace(converted.get_submodule(change.name) for change in record.changes if change.now in LAYERS)
     return converted
@@ -127,8 +130,7 @@ def _pretrained(model: nn.Module, record: Conversion, structure: Structure, batc
         full = completed(record, model, structure, changes, kept, [])
         converted, replaced = exchanged(model, full)
         fill(model, converted, changes)
-        with running(full, replaced):
-            culprit = misunderstood(model, converted, full, batch, heads=heads)
+        culprit = misunderstood(model, converted, replaced, full, batch, heads=heads)
         if culprit is None:
             return converted
         staying[culprit] = "what it, or something before it, does is more than its constants say"
@@ -139,7 +141,8 @@ def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: s
     check_number("alpha", alpha, 0.0)
     check_number("skip_gain", skip_gain)
     check_choice("beta", beta, BETAS)
-    check_integer("seed", seed, 0)
+    if check_integer("seed", seed, 0) > MOST_SEED:
+        raise invalid("seed", seed, "must be an integer of 64 bits", "pass a smaller one")
     check_present(model)
     if "conversion" in model._modules and conversion_of(model) is None:
         raise ValueError('model: its submodule "conversion" has the name of the record; give it another')
@@ -153,7 +156,11 @@ def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: s
 
 def _measure(converted: nn.Module, conversion: Conversion, batch: Batch, *, heads: bool) -> None:
     """Set what is still open, and enter the input scales into the record."""
-    waiting = [change.name for change in conversion.changes if change.now in LAYERS and change.input_scale is None]
+    waiting = {
+        change.name: change.correction or 1.0
+        for change in conversion.changes
+        if change.now in LAYERS and change.input_scale is None
+    }
     affines = [change.name for change in conversion.changes if change.now == AFFINE]
     scales = measured_scales(converted, waiting, affines, batch, heads=heads)
     unseen = next((name for name in waiting if name not in scales), None)

@@ -32,7 +32,9 @@ def _note(model: nn.Module) -> str | None:
     if conversion is None:
         return None
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    missing = [change.name for change in conversion.changes if change.name not in known]
+    names = [change.name for change in conversion.changes]
+    within = {name for name in names if any(name.startswith(f"{one}.") for one in names)}  # a norm's own activation
+    missing = [name for name in names if name not in known | within]
     if missing:
         rule = f"{missing[0]} of its conversion's record is gone, so a file could not rebuild it"
         raise invalid("model", type(model).__name__, rule, "convert the model again after changing it")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from normfree.convert.branches import Ending, endings
+from normfree.convert.input_scales import InputScale, input_scales
 from normfree.convert.kinds import TWINS, activation_in, base_of, class_name, fan_in
 from normfree.convert.norms import needs_copy, sorted_norms
 from normfree.convert.record import Change, Kept
 from normfree.convert.rewrite import AFFINE, BARE, COPY, SCALED, WITH_ACTIVATION
 from normfree.convert.structure import Structure, layers_to_standardize
-from normfree.convert.variances import InputScale, input_scales
 
 MEASURED = "measured"
 
@@ -78,32 +78,40 @@ def _layer(
     base = base_of(module, fresh=True)
     assert base is not None
     ends = name in carriers
-    place = _place(carriers[name]) if ends else ""
+    correction = carriers[name].modules[name] if ends else 1.0
+    place = _place(carriers[name]) + _restored(correction) if ends else ""
     bare = "; one weight a filter leaves nothing to standardize" if fan_in(module) == 1 else ""
     return Change(
         name=name,
         was=class_name(module),
         now="ScaledConv2d" if bare else TWINS[base].__name__,
         reason=scale.reason + place + bare,
-        input_scale=None if scale.value is None else scale.value * (carriers[name].modules[name] if ends else 1),
+        input_scale=None if scale.value is None else scale.value * correction,
         alpha=alpha if ends else None,
         skip_gain=skip_gain if ends and not carriers[name].learned else None,
+        correction=correction if correction != 1 else None,
     )
 
 
 def _scaled(module: nn.Module, name: str, ending: Ending, alpha: float, skip_gain: float) -> Change:
     correction = ending.modules[name]
     what = "the gate" if correction != 1 else "the activation"
-    restored = f"; {correction:g} for what {'a sigmoid halves' if correction == 2 else 'sigmoids take'}"
     return Change(
         name=name,
         was=class_name(module),
         now=SCALED,
-        reason=f"{what}{_place(ending)}{restored if correction != 1 else ''}",
+        reason=f"{what}{_place(ending)}{_restored(correction)}",
         alpha=alpha,
         skip_gain=None if ending.learned else skip_gain,
         correction=correction if correction != 1 else None,
     )
+
+
+def _restored(correction: float) -> str:
+    """What a factor restores, for a reason; "" for none."""
+    if correction == 1:
+        return ""
+    return f"; {correction:g} for what {'a sigmoid halves' if correction == 2 else 'sigmoids take'}"
 
 
 def _place(ending: Ending) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -50,7 +52,8 @@ def pretrained_plan(structure: Structure, misunderstood: Mapping[str, str]) -> t
             continue
         module = structure.layers[layer][0].module
         now, reason = WITH_ACTIVATION if activation_in(norm) else BARE, f"folded into {layer}"
-        changes.append(Change(name=layer, was=class_name(module), now=_twin(module), reason=f"carries {name}"))
+        carrier = Change(name=layer, was=class_name(module), now=_twin(module), reason=f"carries {name}")
+        changes.append(replace(carrier, input_scale=_plain_scale(module)))
         changes.append(Change(name=name, was=class_name(norm), now=now, reason=reason, into=layer))
     modules = {name: calls[0].module for name, calls in structure.layers.items()}
     carriers = {change.into for change in changes}
@@ -60,6 +63,15 @@ def pretrained_plan(structure: Structure, misunderstood: Mapping[str, str]) -> t
         if name not in carriers
     ]
     return changes, kept
+
+
+def _plain_scale(module: nn.Module) -> float | None:
+    """The input scale at which a twin has no constant, so that its gain trains at the pace of a plain weight, too.
+
+    That of a transposed convolution's twin restores what its stride leaves out, which a trained weight has done.
+    """
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    return prod(module.stride) ** -0.5 if transposed else None
 
 
 def _twin(module: nn.Module) -> str:

@@ -34,7 +34,7 @@ class Change:
         input_scale: constant factor of a layer's input (γ / β); None for what is no layer.
         alpha: constant factor of the output of what ends a residual branch.
         skip_gain: initial value of its learnable factor; None for none.
-        correction: factor of a gate's output that belongs to the gate; None for what is no gate.
+        correction: factor that restores what a gate takes, on the gate or within a layer's input scale; None for none.
     """
 
     name: str

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,8 +36,7 @@ def exchanged(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[
     converted = _copied(model)
     modules = dict(converted.named_modules())
     found: dict[nn.Module, nn.Module] = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(conversion.seed)
+    with _drawing(conversion.seed):
         for change in conversion.changes:
             old = modules.get(change.name)
             if old is None or class_name(old) != change.was:
@@ -45,7 +45,9 @@ def exchanged(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[
                     f"original: {change.name} is {there}, and the record changes a {change.was}; "
                     "give the model that was converted, built with the same arguments"
                 )
-            found[old] = _made(found.get(old, old), change, _options(model)).train(old.training)
+            made = _made(found.get(old, old), change, _options(model)).train(old.training)
+            shared = made in found.values()  # an activation of several norms: each place has a module of its own
+            found[old] = nn.Sequential(made).train(old.training) if shared else made
     for module in [*converted.modules(), *found.values()]:  # a norm's activation may have been exchanged, too
         for name, child in module._modules.items():
             while child in found and found[child] is not module:
@@ -56,13 +58,27 @@ def exchanged(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[
     return converted, set(found) - set(converted.modules())
 
 
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Make modules as if nothing but a seed had been chosen: on the CPU, in float32; the caller's state is kept."""
+    precision = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        try:
+            torch.set_default_dtype(torch.float32)
+            yield
+        finally:
+            torch.set_default_dtype(precision)
+
+
 def _copied(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
-    except RuntimeError as error:  # what torch.nn.utils.weight_norm computed before is no leaf
+    except (RuntimeError, TypeError) as error:  # weight_norm's computed weight is no leaf; a lock cannot be copied
         raise ValueError(
-            f"model: {class_name(model)} cannot be copied ({str(error).splitlines()[0][:120]}); if it uses "
-            "torch.nn.utils.weight_norm or spectral_norm, use those of torch.nn.utils.parametrizations"
+            f"model: {class_name(model)} cannot be copied ({str(error).splitlines()[0][:120]}): have "
+            "copy.deepcopy make one (if it uses torch.nn.utils.weight_norm or spectral_norm, use those of "
+            "torch.nn.utils.parametrizations)"
         ) from error
 
 

@@ -9,7 +9,7 @@ from math import prod
 from torch import nn
 
 from normfree.convert.dataflow import Addition, Call, Dataflow, Step, passes_unchanged
-from normfree.convert.kinds import base_of, fan_in, is_convolution, is_layer, is_norm, why_no_twin
+from normfree.convert.kinds import activation_in, base_of, fan_in, is_convolution, is_layer, is_norm, why_no_twin
 from normfree.signal.graph import Node
 
 
@@ -69,16 +69,21 @@ class Structure:
             node = step.inputs[0]
         return None
 
+    def is_plain_norm(self, node: Node | None, removed: set[str]) -> bool:
+        """Whether an activation is what a norm to be removed made, without an activation of its own."""
+        call = self.norm_at.get(node) if node is not None else None
+        return call is not None and call.name in removed and not activation_in(call.module)
+
     def is_gate_only(self, name: str) -> bool:
         """Whether a layer only computes a gate."""
         return all(call.output not in self.alive for call in self.layers[name])
 
-    def region(self, addition: Addition) -> set[Node]:
-        """The activations between an addition's ancestor and its branch, the branch included."""
+    def region(self, addition: Addition, end: Node) -> set[Node]:
+        """The activations between an addition's ancestor and its branch or shortcut ``end``, which is included."""
         ancestor = addition.ancestor
         return {
             node
-            for node in self.flow.backwards(addition.branch, stop=lambda each: each is ancestor)
+            for node in self.flow.backwards(end, stop=lambda each: each is ancestor)
             if node is not ancestor and node.level > ancestor.level
         }
 
@@ -174,17 +179,24 @@ def _in_branches(structure: Structure, removed: set[str]) -> set[str]:
     wanted = set()
     for addition in structure.flow.additions:
         if changes_branch(structure, addition, removed):
-            wanted |= set(layers_in(structure, structure.region(addition)))
+            wanted |= set(layers_in(structure, structure.region(addition, addition.branch)))
+            shortcut = structure.region(addition, addition.shortcut)
+            if norms_in(structure, shortcut) <= removed:
+                wanted |= set(layers_in(structure, shortcut))
     return wanted
 
 
 def changes_branch(structure: Structure, addition: Addition, removed: set[str]) -> bool:
     """Whether some norm of a residual branch, or one that takes the sum alone, is removed, and none of it kept."""
-    region = structure.region(addition)
-    norms = {structure.norm_at[node].name for node in region if node in structure.norm_at}
+    norms = norms_in(structure, structure.region(addition, addition.branch))
     if not structure.flow.is_read_twice(addition.output):
         norms |= {c.name for calls in structure.norms.values() for c in calls if c.input is addition.output}
     return bool(norms) and norms <= removed
+
+
+def norms_in(structure: Structure, region: set[Node]) -> set[str]:
+    """The norms that made activations of a region."""
+    return {structure.norm_at[node].name for node in region if node in structure.norm_at}
 
 
 def layers_in(structure: Structure, region: set[Node]) -> Iterator[str]:

@@ -1,71 +1,39 @@
-"""What variance each activation is expected to have once the norms are gone, and what each layer's input needs.
+"""What variance each activation is expected to have once the norms are gone.
 
-The plan knows Gaussian activations: a standardized layer gives variance 1 (alpha² where it ends a branch), a sum
-the sum, a concatenation the mean over its channels. So inside a stage the residual stream climbs by alpha² a
-block and a projection shortcut resets it, as in the variance plan of our own networks. A layer fed by an
-elementwise function of a Gaussian activation of variance β² has the input scale γ / β. Every other
-input (a pool, a gate's product, a stream that was rectified before) has no closed form and is measured.
+The plan knows Gaussian activations: a standardized layer gives variance 1 (alpha² where it ends a branch), a sum with
+constant factors the sum of its independent operands, a concatenation the mean over its channels. So inside a stage the
+residual stream climbs by alpha² a block and a projection shortcut resets it, as in the variance plan of our own
+networks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from normfree.convert.branches import Ending
-from normfree.convert.dataflow import Call, Dataflow, Step, passes_unchanged
-from normfree.convert.kinds import activation_in
+from normfree.convert.dataflow import Dataflow, Step, passes_unchanged
 from normfree.convert.structure import Structure
-from normfree.nn import gamma
 from normfree.signal import operations as op
 from normfree.signal.graph import Node
 
-# Elementwise, with nothing but numbers beside the activation.
-_ELEMENTWISE = (
-    op.NONLINEAR - {"_softmax", "_log_softmax", "_safe_softmax", "glu"}
-    | op.SCALING
-    | {"add", "sub", "rsub", "neg", "sgn", "log1p", "expm1"}
-)
 
-
-@dataclass(frozen=True)
-class InputScale:
-    """The constant factor of one layer's input.
-
-    Attributes:
-        value: the factor; None if it has to be measured.
-        reason: where it comes from, in words.
-    """
-
-    value: float | None
-    reason: str
-
-
-def input_scales(
-    structure: Structure, chosen: Iterable[str], removed: set[str], found: Iterable[Ending], alpha: float
-) -> dict[str, InputScale]:
-    """The input scale of every layer to be standardized."""
-    planned = _planned(structure, set(chosen), removed, list(found), alpha)
-    functions = _Functions(structure, removed, planned)
-    scales = {}
-    for name in chosen:
-        each = [_scale_of(call, planned, functions) for call in structure.layers[name]]
-        alike = all(scale.value == each[0].value for scale in each)
-        scales[name] = each[0] if alike else InputScale(None, "measured on the first of several signals")
-    return scales
-
-
-def _planned(
+def planned_variances(
     structure: Structure, chosen: set[str], removed: set[str], found: list[Ending], alpha: float
 ) -> dict[Node, float]:
-    """The variance of every activation that is expected to be Gaussian."""
-    carriers = {name: ending for ending in found for name in ending.modules}
+    """The variance of every activation that is expected to be Gaussian.
+
+    Args:
+        structure: of the model.
+        chosen: names of the layers to be standardized.
+        removed: names of the norms to be passed as if they were not there.
+        found: the endings of the branches. A branch of which the plan knows no variance (it ends in a gate or an
+            activation) is taken to have what its factor is for, alpha².
+        alpha: of the branches.
+    """
+    carriers = {name for ending in found for name in ending.modules}
     variance: dict[Node, float] = {}
     for name in chosen:
         for call in structure.layers[name]:
@@ -76,166 +44,57 @@ def _planned(
         for node in step.outputs[:1]:
             if node in variance or not step.inputs:
                 continue
-            known = [variance.get(each) for each in step.inputs]
             if node in sums:
-                shortcut = variance.get(sums[node].addition.shortcut)
-                value = None if shortcut is None else shortcut + alpha**2 * sums[node].square
-            else:
-                value = _after(step, known, structure.flow, removed, _is_removed_norm(structure, node, removed))
+                variance.setdefault(sums[node].addition.branch, alpha**2 * sums[node].square)
+            through = structure.is_plain_norm(node, removed) or (step.name in op.NORM and step.module in removed)
+            value = _after(step, variance, structure.flow, through=through)
             if value is not None:
                 variance[node] = value
     return variance
 
 
-def _is_removed_norm(structure: Structure, node: Node, removed: set[str]) -> bool:
-    call = structure.norm_at.get(node)
-    return call is not None and call.name in removed and not activation_in(call.module)
-
-
-def _after(
-    step: Step, known: list[float | None], flow: Dataflow, removed: set[str], removed_norm: bool
-) -> float | None:
-    if any(value is None for value in known):
+def _after(step: Step, variance: Mapping[Node, float], flow: Dataflow, *, through: bool) -> float | None:
+    """The variance of what an operation makes, or None; ``through`` an operation that is not left in the model."""
+    known = [variance[node] for node in step.inputs if node in variance]
+    if len(known) < len(step.inputs):
         return None
-    values = [value for value in known if value is not None]
-    if removed_norm or passes_unchanged(step) or (step.name in op.NORM and step.module in removed):
-        return values[0]
-    if step.name == "add" and len(values) == 2 and flow.shapes[step.inputs[0]] == flow.shapes[step.inputs[1]]:
-        return values[0] + values[1]
+    if through or passes_unchanged(step):
+        return known[0]
     if step.name == "cat":
         sizes = [math.prod(flow.shapes[node]) for node in step.inputs]
-        return sum(size * value for size, value in zip(sizes, values, strict=True)) / sum(sizes)
-    return None
+        return sum(size * value for size, value in zip(sizes, known, strict=True)) / sum(sizes)
+    factors = _factors(step)
+    if factors is None or len({flow.shapes[node] for node in step.inputs}) > 1:
+        return None
+    total = dict.fromkeys(step.inputs, 0.0)  # an activation added to itself is twice as large
+    for node, factor in zip(step.inputs, factors, strict=True):
+        total[node] += factor
+    return sum(variance[node] * factor**2 for node, factor in total.items())
 
 
-def _scale_of(call: Call, planned: Mapping[Node, float], functions: _Functions) -> InputScale:
-    if call.input is None:
-        return InputScale(None, "measured")
-    variance = planned.get(call.input)
-    if variance is not None:
-        beta = math.sqrt(variance)
-        return InputScale(1 / beta, "fed by unit variance" if beta == 1 else f"1/β, β = {beta:.4g} by the plan")
-    found = functions.feeding(call.input)
-    if found is None:
-        return InputScale(None, "measured: no closed form for what feeds it")
-    base, name, constant = found
-    beta = math.sqrt(planned[base])
-    of_beta = "" if beta == 1 else f" / β, β = {beta:.4g} by the plan"
-    return InputScale(constant / beta, f"γ = {constant:.4g} of {name}{of_beta}")
+def _factors(step: Step) -> tuple[float, ...] | None:
+    """With what factor each activation enters a linear operation; None for any other one."""
+    args, count = step.args, len(step.inputs)
+    if step.name in ("mul", "div") and count == 1 and isinstance(args[0], Node):
+        size = _size(args[1])
+        return None if size is None or size == 0 else (size if step.name == "mul" else 1 / size,)
+    if count != 2 or not (isinstance(args[0], Node) and isinstance(args[1], (Node, Tensor))):
+        return None
+    factor: float | None = None
+    if step.name in ("add", "sub"):
+        factor = float(step.kwargs.get("alpha", 1)) * (1 if step.name == "add" else -1)
+    elif step.name == "lerp":
+        share = _size(args[2])
+        return None if share is None else (1 - share, share)
+    elif step.name == "addcmul":
+        size = _size(args[2] if isinstance(args[1], Node) else args[1])
+        factor = None if size is None else size * float(step.kwargs.get("value", 1))
+    return None if factor is None else (1.0, factor)
 
 
-class _Functions:
-    """Finds the elementwise function that turned a Gaussian activation into another, and its gamma.
-
-    Args:
-        structure: of the model.
-        removed: names of the norms to be passed as if they were not there.
-        planned: the Gaussian activations.
-    """
-
-    def __init__(self, structure: Structure, removed: set[str], planned: Mapping[Node, float]) -> None:
-        self.structure, self.removed, self.planned = structure, removed, planned
-        self.known: dict[Any, float | None] = {}
-
-    def feeding(self, node: Node) -> tuple[Node, str, float] | None:
-        """The Gaussian activation behind ``node``, the function's name, and its gamma."""
-        found = self._steps_to(node)
-        if found is None:
-            return None
-        base, steps = found
-        name = "·".join(dict.fromkeys(step.name for step in steps if step.name in op.NONLINEAR)) or "identity"
-        key = _key(steps, base)
-        if key not in self.known:
-            try:
-                self.known[key] = gamma(_replayed(steps, base, node))
-            except ValueError:  # not elementwise after all, or constant: there is no gamma
-                self.known[key] = None
-        constant = self.known[key]
-        return None if constant is None else (base, name, constant)
-
-    def _steps_to(self, node: Node) -> tuple[Node, list[Step]] | None:
-        """The operations since the one Gaussian activation that ``node`` is a function of, in order."""
-        bases, steps, waiting, seen = set[Node](), dict[int, Step](), [node], {node}
-        while waiting:
-            current = waiting.pop()
-            if current in self.planned:
-                bases.add(current)
-                continue
-            step = self.structure.flow.made_by.get(current)
-            if step is None or not self._is_elementwise(step, current) or len(bases) > 1:
-                return None
-            steps[id(step)] = step
-            for each in step.inputs:
-                if each not in seen:
-                    seen.add(each)
-                    waiting.append(each)
-        if len(bases) != 1:
-            return None
-        return bases.pop(), [step for step in self.structure.flow.steps if id(step) in steps]
-
-    def _is_elementwise(self, step: Step, node: Node) -> bool:
-        if step.name in op.VIEW and len(step.inputs) == 1:
-            return True
-        call = self.structure.norm_at.get(node)
-        if step.name in op.NORM:
-            return step.module in self.removed
-        if call is not None and call.name in self.removed and not activation_in(call.module):
-            return False  # a norm written in parts: what it does to a vector is not what is left of it
-        return step.name in _ELEMENTWISE
-
-
-def _key(steps: list[Step], base: Node) -> Any:
-    numbers = {base: 0}
-    parts = []
-    for step in steps:
-        given = [*step.args, *(value for item in sorted(step.kwargs.items()) for value in item)]
-        parts.append((str(step.function), *(_as_key(value, numbers) for value in given)))
-        numbers |= {node: len(numbers) for node in step.outputs}
-    return tuple(parts)
-
-
-def _as_key(value: Any, numbers: dict[Node, int]) -> Any:
-    if isinstance(value, Node):
-        return ("activation", numbers.get(value))
+def _size(value: object) -> float | None:
+    """A number, or the root mean square of a tensor that is no activation."""
     if isinstance(value, Tensor):
-        if value.is_floating_point() and not _is_constant(value):
-            return "differs"
-        return ("tensor", value.dtype, tuple(value.flatten()[: 1 if value.is_floating_point() else None].tolist()))
-    return str(value)
-
-
-def _is_constant(value: Tensor) -> bool:
-    return bool((value == value.flatten()[0]).all())
-
-
-def _replayed(steps: list[Step], base: Node, last: Node) -> Callable[[Tensor], Tensor]:
-    """The operations again, as a function of any tensor; layouts and removed norms leave it as it is."""
-
-    def function(x: Tensor) -> Tensor:
-        values = {base: x}
-
-        def given(value: Any) -> Any:
-            return _given(value, values)
-
-        for step in steps:
-            if step.name in op.VIEW or step.name in op.NORM:
-                result: Any = values[step.inputs[0]]
-            else:
-                args, kwargs = tree_map(given, (step.args, step.kwargs))
-                result = step.function(*args, **kwargs)
-            results = result if isinstance(result, (tuple, list)) else [result]
-            values |= dict(zip(step.outputs, results, strict=False))
-        return values[last]
-
-    return function
-
-
-def _given(value: Any, values: Mapping[Node, Tensor]) -> Any:
-    """An argument for the replay: a copy, as the operation may work in place; one number for a constant tensor."""
-    if isinstance(value, Node):
-        return values[value].clone()
-    if isinstance(value, Tensor) and value.is_floating_point():
-        if not _is_constant(value):
-            raise ValueError("it differs from channel to channel")
-        return value.detach().flatten()[:1].to(device="cpu", dtype=torch.float64)
-    return value
+        size = float(value.detach().double().square().mean().sqrt())
+        return math.copysign(size, float(value)) if value.numel() == 1 else size
+    return float(value) if isinstance(value, (int, float)) else None

@@ -33,7 +33,8 @@ class ChannelAffine(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         shape = (-1, *[1] * (input.dim() - 2))
-        return torch.addcmul(self.bias.view(shape), input, self.weight.view(shape))
+        output = torch.addcmul(self.bias.view(shape), input, self.weight.view(shape))
+        return output.to(input.dtype)  # as BatchNorm's, also where its own numbers are of another precision
 
 
 class BranchScale(BranchEnd):

@@ -94,6 +94,11 @@ def placed_like(model: nn.Module, batch: Batch) -> Batch:
     return tree_map(lambda leaf: leaf.to(parameter.device) if isinstance(leaf, Tensor) else leaf, batch)
 
 
+def copy_of(batch: Batch) -> Batch:
+    """The batch in memory of its own, for a model that may write into its input."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+
+
 def call(model: nn.Module, batch: Batch) -> Any:
     """Run the model on a batch of any form."""
     if isinstance(batch, Mapping):

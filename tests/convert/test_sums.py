@@ -1,0 +1,96 @@
+"""Sums in a plan: with factors, of one activation with itself, behind branches of several layers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import normfree
+
+IMAGES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def normed(channels, out):
+    return nn.Sequential(nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out))
+
+
+class Joined(nn.Module):
+    """Two layers' outputs joined in some way, and a third layer behind an activation."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.left, self.right, self.after = normed(3, 16), normed(3, 16), normed(16, 16)
+        self.join = join
+
+    def forward(self, x):
+        return self.after(torch.relu(self.join(self.left(x), self.right(x))))
+
+
+SUMS = {
+    "a sum": (lambda a, b: a + b, 2),
+    "a difference": (lambda a, b: a - b, 2),
+    "a factor of the sum's own": (lambda a, b: torch.add(a, b, alpha=0.1), 1.01),
+    "a factor before it": (lambda a, b: a + 0.1 * b, 1.01),
+    "a division before it": (lambda a, b: a / 2 + b, 1.25),
+    "a factor of the whole": (lambda a, b: (a + b) * 0.5, 0.5),
+    "itself": (lambda a, b: a + a, 4),
+    "less itself in part": (lambda a, b: torch.sub(a, a, alpha=0.5), 0.25),
+    "a factor of each channel": (lambda a, b: a + b * torch.linspace(0, 1, 16)[:, None, None], 1 + 31 / 90),
+    "fused with a factor": (lambda a, b: torch.addcmul(a, b, torch.full((16, 1, 1), 0.5), value=2), 2),
+    "interpolated": (lambda a, b: torch.lerp(a, b, 0.25), 0.75**2 + 0.25**2),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_sum_has_the_variance_of_its_parts(name):
+    join, variance = SUMS[name]
+    torch.manual_seed(0)
+    converted = normfree.convert(Joined(join), IMAGES)
+    planned = next(change for change in converted.conversion.changes if change.name == "after.0")
+    assert planned.input_scale == pytest.approx(normfree.gamma(nn.ReLU()) / math.sqrt(variance))
+    assert planned.reason.startswith("γ")
+    seen = []
+    converted.after[0].register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    converted(IMAGES)
+    assert float(seen[0][:, :, 2:-2, 2:-2].var()) == pytest.approx(1, abs=0.35), "of 16 filters, no padding near"
+
+
+class Residual(nn.Module):
+    """A block whose branch joins the stream in some way."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.branch, self.other, self.join = normed(16, 16), normed(16, 16), join
+        self.scale = nn.Parameter(torch.full((16, 1, 1), 0.5))
+
+    def forward(self, x):
+        return self.join(self, x)
+
+
+BLOCKS = {
+    "a sum": (lambda m, x: x + m.branch(x), lambda v: v + 0.04),
+    "a factor": (lambda m, x: x + 0.1 * m.branch(x), lambda v: v + 0.01 * 0.04),
+    "a factor of the sum's own": (lambda m, x: torch.add(x, m.branch(x), alpha=0.1), lambda v: v + 0.01 * 0.04),
+    "two layers": (lambda m, x: x + (m.branch(x) + m.other(x)), lambda v: v + 0.08),
+    "a layer scale": (lambda m, x: x + m.scale * m.branch(x), lambda v: v + 0.25 * 0.04),
+    "a layer scale fused": (lambda m, x: torch.addcmul(x, m.branch(x), m.scale), lambda v: v + 0.25 * 0.04),
+    "an interpolation": (lambda m, x: torch.lerp(x, m.branch(x), 0.5), lambda v: 0.25 * v + 0.25 * 0.04),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_in_a_row_have_the_variance_that_is_planned(name):
+    join, step = BLOCKS[name]
+    model = nn.Sequential(normed(3, 16), *(Residual(join) for _ in range(4)), normed(16, 16))
+    record = normfree.convert(model, IMAGES).conversion
+    variance = 1.0
+    for _ in range(4):
+        variance = step(variance)
+    last = next(change for change in record.changes if change.name == "5.0")
+    assert last.input_scale == pytest.approx(1 / math.sqrt(variance))
+    branch = next(change for change in record.changes if change.name == "1.branch.0")
+    assert branch.alpha == 0.2
+    assert branch.skip_gain == (None if "layer scale" in name else 1), "the layer scale stands for it"
