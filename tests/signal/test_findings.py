@@ -66,6 +66,58 @@ def test_explosion():
     assert "explosion" not in kinds(net(5, gain=HE, scale=1.0))
 
 
+def plain(gains, channels: int = 48) -> nn.Module:
+    """Linear layers with ReLU that keep the second moment, each times a gain of its own."""
+    torch.manual_seed(0)
+    layers = []
+    for gain in gains:
+        layers += [nn.Linear(channels, channels, bias=False), nn.ReLU()]
+        nn.init.normal_(layers[-2].weight, std=gain * math.sqrt(2 / channels))
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize(
+    ("gains", "severity"),
+    [
+        ([1, 1, 1e3, 1, 1, 1], "error"),
+        ([1] * 5 + [3e3], "error"),
+        ([1, 1, 1, 300, 1, 1], "warning"),
+        ([1, 1, 5, 1], None),
+    ],
+)
+def test_a_signal_that_explodes_in_one_step(gains, severity):
+    found = {kind: f for (kind, _), f in findings(plain(gains)).items()}
+    assert (found["explosion"].severity if severity else found.get("explosion")) == severity
+    if severity:
+        assert f"block {gains.index(max(gains))} " in found["explosion"].message.split("past")[1]
+
+
+def test_a_burst_that_a_normalizer_takes_back_is_none():
+    model = plain([1, 1, 1e3, 1])
+    assert "explosion" not in kinds(nn.Sequential(*model[:6], nn.BatchNorm1d(48), *model[6:]))
+
+
+@pytest.mark.parametrize("unit", [100.0, 1e-3])
+def test_an_input_in_units_of_its_own_is_no_change_of_the_signal(unit):
+    layers = plain([1 / unit, 1, 1, 1])
+    assert not {"attenuation", "explosion"} & {*kinds(layers, unit * X)}
+    assert {"attenuation", "explosion"} & {*kinds(plain([1 / unit**2, 1, 1, 1]), unit * X)}, "past one"
+
+
+def test_an_unscaled_input_fades_all_the_same():
+    assert ("attenuation", "error") in findings(plain([1, 1, 0.1, 0.1, 1]), 100 * X)
+
+
+def test_the_sign_of_one_feature_is_no_collapse():
+    errors = 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+        nn.init.constant_(model[2].bias, 2.0)
+        errors += "correlation_collapse" in kinds(model, X[:, :8])
+    assert errors == 0
+
+
 def test_attenuation():
     class Plain(nn.Module):
         def __init__(self, factor: float) -> None:

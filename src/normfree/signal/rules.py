@@ -17,22 +17,32 @@ from normfree.signal.propagation import BlockSignal, Entry, Finding, SignalPropa
 # a signal without normalisation doubles per block. A factor of 100 at 1.2 a block is neither luck nor linear.
 EXPLODED, GROWTH_PER_BLOCK = 100.0, 1.2
 
+# A few layers can do the same at once. A signal that comes back (a normalizer follows) has not exploded; one that
+# ends at ten thousand times the variance has outputs a hundred times as large, at a million times, a thousand.
+BURST, FAR_BURST = 1e4, 1e6
+
 
 def _explosion(signal: SignalPropagation) -> Iterator[Finding]:
-    start = signal.entry.avg_channel_var
     blocks = [b for b in _comparable(signal) if isfinite(b.avg_channel_var)]
+    start, at = _beginning(signal, blocks)
+    asleep = all(block.woken for block in signal.blocks)  # it starts as its shortcuts, which do not explode
     over = next((b for b in blocks if start > 0 and b.avg_channel_var > EXPLODED * start), None)
     growth = _growth_per_block(blocks)
-    if over is None or growth < GROWTH_PER_BLOCK:
+    burst = list(takewhile(lambda b: b.avg_channel_var > BURST * start > 0, reversed(blocks)))
+    if over is not None and growth >= GROWTH_PER_BLOCK:
+        how, severe = f"grows {growth:.2f} times per block", True
+    elif burst:
+        over, how = burst[-1], "grows in a few steps"
+        severe = any(b.avg_channel_var > FAR_BURST * start for b in burst)
+    else:
         return
     peak = max(blocks, key=lambda b: b.avg_channel_var)
-    asleep = all(block.woken for block in signal.blocks)  # it starts as its shortcuts, which do not explode
     yield Finding(
         kind="explosion",
-        severity="warning" if asleep else "error",
+        severity="error" if severe and not asleep else "warning",
         block=over.index,
         message=(
-            f"the variance grows {growth:.2f} times per block: from {start:.3g} at the entry past "
+            f"the variance {how}: from {start:.3g} {at} past "
             f"{over.avg_channel_var:.3g} at {where(over)} to {peak.avg_channel_var:.3g} at {where(peak)}."
         ),
         remedy=(
@@ -49,8 +59,8 @@ FADED, WEAK = 1e-3, 1e-2
 
 
 def _attenuation(signal: SignalPropagation) -> Iterator[Finding]:
-    start = signal.entry.avg_channel_var
     blocks = [b for b in _comparable(signal) if isfinite(b.avg_channel_var)]
+    start, at = _beginning(signal, blocks)
     weak = list(takewhile(lambda b: b.avg_channel_var < WEAK * start, reversed(blocks)))
     if not weak:
         return
@@ -61,7 +71,7 @@ def _attenuation(signal: SignalPropagation) -> Iterator[Finding]:
         severity="error" if faded else "warning",
         block=under.index,
         message=(
-            f"the variance falls from {start:.3g} at the entry below {under.avg_channel_var:.3g} at {where(under)}, "
+            f"the variance falls from {start:.3g} {at} below {under.avg_channel_var:.3g} at {where(under)}, "
             f"down to {low.avg_channel_var:.3g} at {where(low)}."
         ),
         remedy=(
@@ -191,10 +201,14 @@ def _dead_channels(signal: SignalPropagation) -> Iterator[Finding]:
 # begin with is not the network's doing.
 COLLAPSED, STILL_APART = 0.99, 0.9
 
+# Of one feature the cosine is the sign.
+FEW_FEATURES = 4
+
 
 def _correlation_collapse(signal: SignalPropagation) -> Iterator[Finding]:
     start = signal.entry.input_correlation
-    rated = [(b.input_correlation, b) for b in _comparable(signal) if b.input_correlation is not None]
+    many = [b for b in _comparable(signal) if prod(b.shape[1:]) >= FEW_FEATURES]
+    rated = [(b.input_correlation, b) for b in many if b.input_correlation is not None]
     over = next((b for c, b in rated if c > COLLAPSED), None)
     if start is None or over is None or start > STILL_APART:
         return
@@ -223,6 +237,20 @@ RULES: Sequence[Callable[[SignalPropagation], Iterator[Finding]]] = (
     _dead_channels,
     _correlation_collapse,
 )
+
+
+def _beginning(signal: SignalPropagation, blocks: Sequence[BlockSignal]) -> tuple[float, str]:
+    """The variance that the signal begins with, and where that is.
+
+    What comes first brings an input in units of its own (pixels of 0 to 255, numbers of tokens) to one, or nearer to
+    it; that is no change of the signal. So it is the entry's, the first point's or one, whichever lies between.
+    """
+    entry = signal.entry.avg_channel_var
+    first = blocks[0].avg_channel_var if blocks else entry
+    start = sorted((entry, first, 1.0))[1] if entry > 0 else 0.0
+    if start == entry or not blocks:
+        return start, "at the entry"
+    return start, f"at {where(blocks[0])}" if start == first else f"(the entry, {entry:.3g}, has units of its own)"
 
 
 def _comparable(signal: SignalPropagation) -> list[BlockSignal]:
