@@ -34,8 +34,8 @@ class Built(NamedTuple):
 def build(source: str) -> Built:
     """Build a model, freshly initialised (or as a checkpoint has it).
 
-    A FACTORY may return ``(model, batch)`` to say what the model takes: a tensor, a tuple of positional or a
-    mapping of keyword arguments.
+    A FACTORY is a function, or the model itself. A function may return ``(model, batch)`` to say what the model takes:
+    a tensor, a tuple of positional or a mapping of keyword arguments.
 
     Args:
         source: one of :data:`FORMS`. Overrides follow one of our names after a colon:
@@ -78,8 +78,26 @@ def _from_checkpoint(path: str) -> Built:
             f"model: {path!r} was converted from a {conversion.model} of your own, which its record cannot build; "
             "write FILE.py:FACTORY that returns normfree.load(path, original=...)"
         )
-    original = build(conversion.source)
+    original = build(_found_from(conversion.source, Path(path)))
     return Built(load(path, original=original.model), original.batch)
+
+
+def _found_from(source: str, checkpoint: Path) -> str:
+    """What builds a converted model's original: a file is looked for here, then beside the checkpoint.
+
+    Raises:
+        ValueError: it is in neither place.
+    """
+    name, _, factory = source.rpartition(":")
+    if Path(name).suffix != ".py" or Path(name).is_file():
+        return source
+    beside = checkpoint.parent / name
+    if not beside.is_file():
+        raise ValueError(
+            f"model: {str(checkpoint)!r} was converted from {source!r}, and there is no {name!r} here or beside it; "
+            "run the command in the folder where it was converted"
+        )
+    return f"{beside}:{factory}"
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -102,7 +120,7 @@ def _timm(name: str) -> nn.Module:
 
 
 def _from_file(source: str) -> Built:
-    """Call FACTORY of FILE.py; the file's own folder is importable meanwhile."""
+    """What FACTORY of FILE.py returns, or is; the file's own folder is importable meanwhile."""
     path, _, factory = source.rpartition(":")
     file = Path(path)
     if not path or not factory:
@@ -135,6 +153,8 @@ def _called(file: Path, factory: str) -> Any:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     function = getattr(module, factory, None)
+    if isinstance(function, nn.Module):
+        return function
     if not callable(function):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise _Told(f"model: {file} defines no function {factory!r}; {suggestion(factory, names)}")

@@ -74,6 +74,23 @@ def test_convert_writes_a_checkpoint_that_other_commands_take(source, tmp_path, 
     assert (tmp_path / "model.pt2").is_file() and (tmp_path / "spp" / "spp.json").is_file()
 
 
+def test_a_checkpoint_finds_the_file_beside_it(source, tmp_path, monkeypatch, capsys):
+    assert run("convert", source, "--out", "model.safetensors") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert isinstance(build("../model.safetensors").model, torch.nn.Module)
+    (tmp_path / "nets.py").rename(tmp_path / "moved.py")
+    capsys.readouterr()
+    assert run("spp", "../model.safetensors") == 2
+    told = "was converted from 'nets.py:batch_norm', and there is no 'nets.py' here or beside it"
+    assert told in capsys.readouterr().err
+
+
+def test_a_model_may_stand_in_the_file_itself(source, tmp_path):
+    (tmp_path / "made.py").write_text("from torch import nn\nmade = nn.Sequential(nn.Linear(2, 2))\n")
+    assert type(build("made.py:made").model) is torch.nn.Sequential
+
+
 def test_convert_keeps_the_function_of_given_weights(source, tmp_path):
     model = build(source).model
     with torch.no_grad():

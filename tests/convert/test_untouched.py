@@ -169,6 +169,42 @@ def test_measured_scales_restore_what_gates_take():
     assert scales[1].input_scale == pytest.approx(scales[0].input_scale, rel=0.25), "half of it without"
 
 
+def test_an_affine_map_is_read_by_torchscript():
+    scripted = torch.jit.script(ChannelAffine(3))
+    assert torch.equal(scripted(IMAGES), IMAGES)
+
+
+@STARTS
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_what_is_wrapped_is_saved_and_loaded(tmp_path, start, wrap):
+    converted = normfree.convert(wrap(small()), IMAGES, start=start)
+    path = normfree.save(wrap(converted), tmp_path / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(normfree.load(path, original=wrap(small()))(IMAGES), converted(IMAGES))
+
+
+@STARTS
+def test_a_norm_over_neighbouring_channels_is_told(start):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(5), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    record = normfree.convert(model, IMAGES, start=start).conversion
+    assert [(one.name, one.was) for one in record.norms_left] == [("1", "LocalResponseNorm")]
+
+
+@STARTS
+def test_a_damaged_model_is_one_line(start):
+    model = small()
+    model[3].weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match=r"parameter '3\.weight' has 8 of 32 values that are not finite"):
+        normfree.convert(model, IMAGES, start=start)
+    model = small()
+    model[1].running_var.fill_(float("nan"))
+    if start == "pretrained":
+        with pytest.raises(ValueError, match=r"model: 1 \(BatchNorm2d\) has statistics"):
+            normfree.convert(model, IMAGES, start=start)
+    else:
+        assert torch.isfinite(normfree.convert(model, IMAGES, start=start)(IMAGES)).all()
+
+
 def test_an_affine_map_keeps_the_precision_of_its_input():
     norm, x = nn.BatchNorm2d(3).eval(), IMAGES.bfloat16()
     assert norm(x).dtype is ChannelAffine(3)(x).dtype is torch.bfloat16

@@ -22,7 +22,7 @@ from normfree.convert.structure import Structure
 from normfree.nn.checks import check_choice, check_integer, check_number, invalid
 from normfree.signal.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of
 from normfree.signal.measure import unwrapped
-from normfree.signal.nonfinite import check_present
+from normfree.signal.nonfinite import check_finite, check_present
 
 ALPHA, SKIP_GAIN = 0.2, 1.0
 """Of residual branches, where nothing else is asked for."""
@@ -144,13 +144,14 @@ def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: s
     if check_integer("seed", seed, 0) > MOST_SEED:
         raise invalid("seed", seed, "must be an integer of 64 bits", "pass a smaller one")
     check_present(model)
+    check_finite(model)
     if "conversion" in model._modules and conversion_of(model) is None:
         raise ValueError('model: its submodule "conversion" has the name of the record; give it another')
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
                 f"model: {name or 'it'} is a scripted {class_name(module)}, whose modules cannot be exchanged; "
-                "convert the model before scripting it"
+                "convert the model first, and script what normfree.fold makes of it"
             )
 
 

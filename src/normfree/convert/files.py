@@ -12,6 +12,7 @@ from normfree.convert.converting import conversion_of
 from normfree.convert.record import Conversion
 from normfree.convert.rewrite import rewritten
 from normfree.nn.checks import invalid
+from normfree.signal.measure import unwrapped
 from normfree.weights.checkpoint import Origin, register
 from normfree.weights.stored import Stored, read, restored
 
@@ -51,7 +52,7 @@ def _rebuilt(stored: Stored, original: nn.Module | None) -> nn.Module:
         rule = f"{str(stored.path)!r} holds a converted {conversion.model}"
         raise invalid("original", None, rule, f"pass the model it was converted from ({how})")
     try:
-        return restored(rewritten(original, conversion), stored)
+        return restored(rewritten(unwrapped(original), conversion), stored)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         rule = f"it is not the model that {str(stored.path)!r} was converted from ({reason})"

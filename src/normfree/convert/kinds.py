@@ -52,7 +52,7 @@ def class_name(module: nn.Module) -> str:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module normalizes."""
-    return isinstance(module, (*_BATCH, *_INSTANCE, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)) or (
+    return isinstance(module, (*_BATCH, *_INSTANCE, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)) or (
         class_name(module) in FROZEN or class_name(module).startswith(ROOT_MEAN_SQUARE)
     )
 
@@ -72,7 +72,7 @@ def is_map_norm(module: nn.Module) -> bool:
 def is_removable(module: nn.Module) -> bool:
     """Whether what a norm does beside normalizing is known (an activation and a dropout at most)."""
     return not class_name(module).startswith(("EvoNorm", "FilterResponseNorm")) and not isinstance(
-        module, torch.jit.ScriptModule
+        module, (torch.jit.ScriptModule, nn.LocalResponseNorm)
     )
 
 

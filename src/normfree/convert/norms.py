@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from normfree.convert.dataflow import Call, Dataflow, Step, passes_unchanged
 from normfree.convert.kinds import (
     activation_in,
@@ -98,6 +100,8 @@ def why_unknown(flow: Dataflow, call: Call) -> str:
     """Why it is not known what a norm's module does; "" where it normalizes, and runs its own activation at most."""
     if attached := attached_to(call.module):
         return f"it has {attached}"
+    if isinstance(call.module, nn.LocalResponseNorm):
+        return "it divides by its neighbouring channels, each position by itself: it keeps no statistics"
     if not is_removable(call.module):
         return "what it does beside normalizing is not known"
     more = _beside_normalizing(flow, call)

@@ -115,18 +115,22 @@ def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
 
 @torch.no_grad()
 def fill(original: nn.Module, converted: nn.Module, changes: Iterable[Change]) -> None:
-    """Give the converted modules the numbers that keep the function."""
+    """Give the converted modules the numbers that keep the function.
+
+    Raises:
+        ValueError: a norm's constants are not finite.
+    """
     for change in changes:
         norm = original.get_submodule(change.name)
         if change.now == AFFINE:
-            scale, shift = _constants(norm)
+            scale, shift = _constants(norm, change.name)
             affine: Any = converted.get_submodule(change.name)
             affine = affine if isinstance(affine, ChannelAffine) else affine[0]
             affine.weight.copy_(scale)
             affine.bias.copy_(shift)
         if change.into is None:
             continue
-        scale, shift = _constants(norm)
+        scale, shift = _constants(norm, change.name)
         old: Any = original.get_submodule(change.into)
         new: Any = converted.get_submodule(change.into)
         bias = shift if old.bias is None else shift + scale * old.bias.double()
@@ -137,7 +141,11 @@ def fill(original: nn.Module, converted: nn.Module, changes: Iterable[Change]) -
             new.bias.copy_(bias)
 
 
-def _constants(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _constants(norm: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     constants = constants_of(norm)
     assert constants is not None, "planned as a norm with constants"
+    if not all(bool(torch.isfinite(each).all()) for each in constants):
+        raise ValueError(
+            f"model: {name} ({class_name(norm)}) has statistics or weights that are not finite; load a sound checkpoint"
+        )
     return constants

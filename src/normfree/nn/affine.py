@@ -32,7 +32,7 @@ class ChannelAffine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, input: Tensor) -> Tensor:
-        shape = (-1, *[1] * (input.dim() - 2))
+        shape = [-1] + [1] * (input.dim() - 2)
         output = torch.addcmul(self.bias.view(shape), input, self.weight.view(shape))
         return output.to(input.dtype)  # as BatchNorm's, also where its own numbers are of another precision
 

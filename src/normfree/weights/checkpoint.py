@@ -19,6 +19,7 @@ from normfree.models import Backbone, create_model
 from normfree.models.recognised import check_backbone
 from normfree.nn.checks import invalid
 from normfree.nn.fold import fold, has_foldable
+from normfree.signal.measure import unwrapped
 from normfree.weights.stored import Stored, read, restored, write
 
 
@@ -56,7 +57,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     not there.
 
     Args:
-        model: the model.
+        model: the model; of a compiled or data-parallel one, what it wraps.
         path: where to, ``*.safetensors``; a file of that name is replaced.
 
     Returns:
@@ -66,12 +67,14 @@ def save(model: nn.Module, path: str | Path) -> Path:
         ValueError: the path is a folder or ends otherwise; the model does not know how it was built, was built from
             a callable, or has had a layer exchanged since.
     """
+    model = unwrapped(model)
     for origin in _ORIGINS:
         if (note := origin.note(model)) is not None:
             return write(model, path, {origin.key: note})
     check_backbone(model, "save its state_dict with safetensors.torch.save_file")
     rule = "has no config, so a file could not rebuild it"
-    raise invalid("model", type(model).__name__, rule, "build it with normfree.create_model")
+    remedy = "build it with normfree.create_model, or convert it with normfree.convert"
+    raise invalid("model", type(model).__name__, rule, remedy)
 
 
 def load(path: str | Path, *, original: nn.Module | None = None) -> nn.Module:
