@@ -190,3 +190,35 @@ def test_a_norm_behind_another_is_no_norm_of_the_input():
     )
     record = normfree.convert(nn.Sequential(*dense, nn.Conv2d(8, 8, 3)), IMAGES).conversion
     assert [change.now for change in record.changes if change.was == "BatchNorm2d"] == ["Identity", "Identity"]
+
+
+def test_measured_scales_are_those_of_branches_awake():
+    torch.manual_seed(0)
+    model = post_activation()
+    records = (normfree.convert(model, IMAGES, beta="measured", skip_gain=gain).conversion for gain in (1.0, 0.0))
+    awake, asleep = ({change.name: change.input_scale for change in record.changes} for record in records)
+    assert asleep == awake
+
+
+def test_a_layer_that_shrinks_its_input_keeps_the_usual_raw_weights():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64)]
+    loud, quiet = (normfree.convert(nn.Sequential(*layers), size * IMAGES, beta="measured")[0] for size in (0.1, 10))
+    assert quiet.input_scale < 1 < loud.input_scale
+    assert float(quiet.weight.detach().std()) == pytest.approx(27**-0.5, rel=0.1)
+    assert float(loud.weight.detach().std()) == pytest.approx(loud.input_scale * 27**-0.5, rel=0.1)
+
+
+def test_a_sum_over_expanded_positions_is_measured():
+    class Context(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.local = nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16))
+            self.whole = nn.Sequential(nn.Conv2d(3, 16, 32), nn.BatchNorm2d(16))
+            self.after = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16))
+
+        def forward(self, x):
+            return self.after(self.local(x) + self.whole(x))
+
+    record = normfree.convert(Context(), IMAGES).conversion
+    assert next(c for c in record.changes if c.name == "after.0").reason.startswith("measured")

@@ -246,3 +246,25 @@ def test_what_ends_a_branch_inside_of_a_norm_is_saved_and_loaded(tmp_path):
     path = normfree.save(model, tmp_path / "model.safetensors")
     with torch.no_grad():
         assert torch.equal(normfree.load(path, original=build())(IMAGES), model(IMAGES))
+
+
+@STARTS
+def test_each_module_keeps_its_mode(start):
+    model = small().train()
+    model[:2].eval()
+    converted = normfree.convert(model, IMAGES, start=start)
+    assert [module.training for module in converted] == [False, False, True, True]
+
+
+@STARTS
+def test_what_training_alone_runs_is_left_out_where_all_norms_run_without(start):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.extra = small(), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.extra(self.body(x)) if self.training else self.body(x)
+
+    record = normfree.convert(Noisy(), IMAGES, start=start).conversion
+    assert "extra" not in {one.name for one in (*record.kept, *record.changes)}
