@@ -38,6 +38,7 @@ SUMS = {
     "a factor of the whole": (lambda a, b: (a + b) * 0.5, 0.5),
     "itself": (lambda a, b: a + a, 4),
     "less itself in part": (lambda a, b: torch.sub(a, a, alpha=0.5), 0.25),
+    "a factor in front": (lambda a, b: a + torch.linspace(0, 1, 16)[:, None, None] * b, 1 + 31 / 90),
     "a factor of each channel": (lambda a, b: a + b * torch.linspace(0, 1, 16)[:, None, None], 1 + 31 / 90),
     "fused with a factor": (lambda a, b: torch.addcmul(a, b, torch.full((16, 1, 1), 0.5), value=2), 2),
     "interpolated": (lambda a, b: torch.lerp(a, b, 0.25), 0.75**2 + 0.25**2),

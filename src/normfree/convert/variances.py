@@ -74,22 +74,21 @@ def _after(step: Step, variance: Mapping[Node, float], flow: Dataflow, *, throug
 
 def _factors(step: Step) -> tuple[float, ...] | None:
     """With what factor each activation enters a linear operation; None for any other one."""
-    args, count = step.args, len(step.inputs)
-    if step.name in ("mul", "div") and count == 1 and isinstance(args[0], Node):
-        size = _size(args[1])
-        return None if size is None or size == 0 else (size if step.name == "mul" else 1 / size,)
-    if count != 2 or not (isinstance(args[0], Node) and isinstance(args[1], (Node, Tensor))):
-        return None
-    factor: float | None = None
+    args = step.args
+    if len(step.inputs) == 1:
+        other = next((each for each in args if not isinstance(each, Node)), None)
+        size = _size(other) or 0.0
+        divided = step.name == "div" and isinstance(args[0], Node)
+        return None if not size else (size,) if step.name == "mul" else (1 / size,) if divided else None
     if step.name in ("add", "sub"):
-        factor = float(step.kwargs.get("alpha", 1)) * (1 if step.name == "add" else -1)
-    elif step.name == "lerp":
+        return 1.0, float(step.kwargs.get("alpha", 1)) * (1 if step.name == "add" else -1)
+    if step.name == "lerp" and args[:2] == step.inputs:
         share = _size(args[2])
         return None if share is None else (1 - share, share)
-    elif step.name == "addcmul":
-        size = _size(args[2] if isinstance(args[1], Node) else args[1])
-        factor = None if size is None else size * float(step.kwargs.get("value", 1))
-    return None if factor is None else (1.0, factor)
+    if step.name == "addcmul" and isinstance(args[0], Node):
+        size = next((_size(each) for each in args[1:] if not isinstance(each, Node)), None)
+        return None if size is None else (1.0, size * float(step.kwargs.get("value", 1)))
+    return None
 
 
 def _size(value: object) -> float | None:
