@@ -104,6 +104,19 @@ def test_an_input_in_units_of_its_own_is_no_change_of_the_signal(unit):
     assert {"attenuation", "explosion"} & {*kinds(plain([1 / unit**2, 1, 1, 1]), unit * X)}, "past one"
 
 
+def test_token_numbers_are_no_signal():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.mix, self.head = nn.Embedding(1000, 48), plain([1, 1, 1]), nn.Linear(48, 4)
+
+        def forward(self, x):
+            return self.head(self.mix(self.embedding(x)).mean(1))
+
+    numbers = torch.randint(0, 1000, (16, 64), generator=torch.Generator().manual_seed(0))
+    assert not {"attenuation", "explosion"} & {*kinds(Tokens(), numbers)}
+
+
 def test_an_unscaled_input_fades_all_the_same():
     assert ("attenuation", "error") in findings(plain([1, 1, 0.1, 0.1, 1]), 100 * X)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from math import isfinite
 
 from normfree.signal import rules
+from normfree.signal.comparable import where as where_is
 from normfree.signal.nonfinite import NonFinite
 from normfree.signal.propagation import SEVERITIES, Finding, SignalPropagation
 
@@ -41,7 +42,7 @@ def _non_finite(signal: SignalPropagation, found: NonFinite | None) -> Iterator[
     block = next((b for b in signal.blocks if not isfinite(b.avg_channel_var)), None)
     if block is None and found is None:
         return
-    where = f"first seen at {rules.where(block)}" if block is not None else "after the last block"
+    where = f"first seen at {where_is(block)}" if block is not None else "after the last block"
     origin = ""
     if found is not None:
         origin = (

@@ -11,6 +11,7 @@ from itertools import pairwise, takewhile
 from math import isfinite, prod
 from statistics import median
 
+from normfree.signal.comparable import beginning, comparable, where
 from normfree.signal.propagation import BlockSignal, Entry, Finding, SignalPropagation
 
 # BatchNorm before the branch grows the variance linearly, by less than 40 over the 50 blocks of a stage;
@@ -23,8 +24,8 @@ BURST, FAR_BURST = 1e4, 1e6
 
 
 def _explosion(signal: SignalPropagation) -> Iterator[Finding]:
-    blocks = [b for b in _comparable(signal) if isfinite(b.avg_channel_var)]
-    start, at = _beginning(signal, blocks)
+    blocks = [b for b in comparable(signal) if isfinite(b.avg_channel_var)]
+    start, at = beginning(signal, blocks)
     asleep = all(block.woken for block in signal.blocks)  # it starts as its shortcuts, which do not explode
     over = next((b for b in blocks if start > 0 and b.avg_channel_var > EXPLODED * start), None)
     growth = _growth_per_block(blocks)
@@ -42,8 +43,8 @@ def _explosion(signal: SignalPropagation) -> Iterator[Finding]:
         severity="error" if severe and not asleep else "warning",
         block=over.index,
         message=(
-            f"the variance {how}: from {start:.3g} {at} past "
-            f"{over.avg_channel_var:.3g} at {where(over)} to {peak.avg_channel_var:.3g} at {where(peak)}."
+            f"the variance {how}: from {start:.3g} {at} past {over.avg_channel_var:.3g} at {where(over)}"
+            + ("." if peak is over else f" to {peak.avg_channel_var:.3g} at {where(peak)}.")
         ),
         remedy=(
             "Make each branch variance preserving and scale it before the addition: x + α·f(x/β) with scaled weight "
@@ -59,8 +60,8 @@ FADED, WEAK = 1e-3, 1e-2
 
 
 def _attenuation(signal: SignalPropagation) -> Iterator[Finding]:
-    blocks = [b for b in _comparable(signal) if isfinite(b.avg_channel_var)]
-    start, at = _beginning(signal, blocks)
+    blocks = [b for b in comparable(signal) if isfinite(b.avg_channel_var)]
+    start, at = beginning(signal, blocks)
     weak = list(takewhile(lambda b: b.avg_channel_var < WEAK * start, reversed(blocks)))
     if not weak:
         return
@@ -71,8 +72,8 @@ def _attenuation(signal: SignalPropagation) -> Iterator[Finding]:
         severity="error" if faded else "warning",
         block=under.index,
         message=(
-            f"the variance falls from {start:.3g} {at} below {under.avg_channel_var:.3g} at {where(under)}, "
-            f"down to {low.avg_channel_var:.3g} at {where(low)}."
+            f"the variance falls from {start:.3g} {at} below {under.avg_channel_var:.3g} at {where(under)}"
+            + ("." if low is under else f", down to {low.avg_channel_var:.3g} at {where(low)}.")
         ),
         remedy=(
             "Raise the gain of the weights to 1/sqrt(E[act(z)²]) (He initialisation for ReLU), or use scaled weight "
@@ -95,7 +96,7 @@ def _mean_shift(signal: SignalPropagation) -> Iterator[Finding]:
     inherited = _ratio(signal.entry)  # identity shortcuts carry on the offset a max-pool or the image has
     rated: list[tuple[float, BlockSignal]] = []
     over: BlockSignal | None = None
-    for block in _comparable(signal):
+    for block in comparable(signal):
         if block.transition:
             inherited = 0.0
         if not _positive(block):
@@ -181,7 +182,7 @@ DEAD, MANY_DEAD = 0.01, 0.1
 
 
 def _dead_channels(signal: SignalPropagation) -> Iterator[Finding]:
-    dead = [b for b in _comparable(signal) if b.dead_channels > DEAD]  # a class token starts the same for all
+    dead = [b for b in comparable(signal) if b.dead_channels > DEAD]  # a class token starts the same for all
     if not dead:
         return
     worst = max(dead, key=lambda b: b.dead_channels)
@@ -207,7 +208,7 @@ FEW_FEATURES = 4
 
 def _correlation_collapse(signal: SignalPropagation) -> Iterator[Finding]:
     start = signal.entry.input_correlation
-    many = [b for b in _comparable(signal) if prod(b.shape[1:]) >= FEW_FEATURES]
+    many = [b for b in comparable(signal) if prod(b.shape[1:]) >= FEW_FEATURES]
     rated = [(b.input_correlation, b) for b in many if b.input_correlation is not None]
     over = next((b for c, b in rated if c > COLLAPSED), None)
     if start is None or over is None or start > STILL_APART:
@@ -239,34 +240,6 @@ RULES: Sequence[Callable[[SignalPropagation], Iterator[Finding]]] = (
 )
 
 
-def _beginning(signal: SignalPropagation, blocks: Sequence[BlockSignal]) -> tuple[float, str]:
-    """The variance that the signal begins with, and where that is.
-
-    What comes first brings an input in units of its own (pixels of 0 to 255, numbers of tokens) to one, or nearer to
-    it; that is no change of the signal. So it is the entry's, the first point's or one, whichever lies between.
-    """
-    entry = signal.entry.avg_channel_var
-    first = blocks[0].avg_channel_var if blocks else entry
-    start = sorted((entry, first, 1.0))[1] if entry > 0 else 0.0
-    if start == entry or not blocks:
-        return start, "at the entry"
-    return start, f"at {where(blocks[0])}" if start == first else f"(the entry, {entry:.3g}, has units of its own)"
-
-
-def _comparable(signal: SignalPropagation) -> list[BlockSignal]:
-    """The points whose numbers compare with the entry's: not those behind a global pool or of class tokens.
-
-    A mean over all positions cuts the variance by their number, and tells nothing of how the signal fares.
-    """
-    if _positions(signal.entry) == 1:
-        return list(signal.blocks)
-    return [block for block in signal.blocks if _positions(block) > 1]
-
-
-def _positions(point: Entry | BlockSignal) -> int:
-    return prod(point.shape) // (point.shape[0] * point.shape[point.channel_axis])
-
-
 def _growth_per_block(blocks: Sequence[BlockSignal]) -> float:
     """Median ratio of the variance from one block to the next, where the shortcut is the identity."""
     ratios = [
@@ -291,11 +264,6 @@ def _ratio(point: Entry | BlockSignal) -> float:
 
 def _positive(block: BlockSignal) -> bool:
     return isfinite(block.avg_channel_var) and isfinite(block.avg_channel_sq_mean) and block.avg_channel_var > 0
-
-
-def where(block: BlockSignal) -> str:
-    """How a message names a block."""
-    return f"block {block.index} ({block.name or 'the model itself'})"
 
 
 def _some(names: Sequence[str]) -> str:
