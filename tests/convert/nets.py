@@ -21,6 +21,11 @@ def randomise(model: nn.Module, seed: int = 1) -> nn.Module:
     return model
 
 
+def normed(channels: int, out: int) -> nn.Sequential:
+    """A convolution and its norm."""
+    return nn.Sequential(nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out))
+
+
 class Offset(nn.BatchNorm2d):
     """A norm with another gain than it has in its weight: no operation of its forward tells."""
 

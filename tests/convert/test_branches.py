@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import torch
+from convert.nets import normed
 from torch import nn
 
 import normfree
 
 IMAGES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-
-
-def normed(channels, out):
-    return nn.Sequential(nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out))
 
 
 class Block(nn.Module):

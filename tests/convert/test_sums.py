@@ -6,15 +6,12 @@ import math
 
 import pytest
 import torch
+from convert.nets import normed
 from torch import nn
 
 import normfree
 
 IMAGES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-
-
-def normed(channels, out):
-    return nn.Sequential(nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out))
 
 
 class Joined(nn.Module):
