@@ -56,7 +56,6 @@ def test_a_norm_behind_a_stream_that_goes_on_belongs_to_no_branch():
 
     record = record_of(preactivated)
     assert carriers(record) == ["1.branch.0"]
-    assert "1.plain" in {one.name for one in record.kept} | {c.name for c in record.changes if c.alpha is None}
 
 
 def test_a_norm_behind_a_sum_that_nothing_else_reads_belongs_to_its_branch():

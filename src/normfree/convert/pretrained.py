@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -52,8 +51,8 @@ def pretrained_plan(structure: Structure, misunderstood: Mapping[str, str]) -> t
             continue
         module = structure.layers[layer][0].module
         now, reason = WITH_ACTIVATION if activation_in(norm) else BARE, f"folded into {layer}"
-        carrier = Change(name=layer, was=class_name(module), now=_twin(module), reason=f"carries {name}")
-        changes.append(replace(carrier, input_scale=_plain_scale(module)))
+        was, twin, scale = class_name(module), _twin(module), _plain_scale(module)
+        changes.append(Change(name=layer, was=was, now=twin, reason=f"carries {name}", input_scale=scale))
         changes.append(Change(name=name, was=class_name(norm), now=now, reason=reason, into=layer))
     modules = {name: calls[0].module for name, calls in structure.layers.items()}
     carriers = {change.into for change in changes}

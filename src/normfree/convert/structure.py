@@ -69,9 +69,9 @@ class Structure:
             node = step.inputs[0]
         return None
 
-    def is_plain_norm(self, node: Node | None, removed: set[str]) -> bool:
+    def is_plain_norm(self, node: Node, removed: set[str]) -> bool:
         """Whether an activation is what a norm to be removed made, without an activation of its own."""
-        call = self.norm_at.get(node) if node is not None else None
+        call = self.norm_at.get(node)
         return call is not None and call.name in removed and not activation_in(call.module)
 
     def is_gate_only(self, name: str) -> bool:
