@@ -1,65 +1,12 @@
-"""Which slices of a parameter are its units, and which layer is a network's final linear one."""
+"""Which slices of a parameter are its units, and which parameters are left alone."""
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
 
-import normfree
-from normfree.optim import AdaptiveGradientClipping, clip_grad_adaptive_, final_linear
+from normfree.optim import AdaptiveGradientClipping, clip_grad_adaptive_
 from normfree.optim.units import units_of
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("nf_resnet50", "classifier"),
-        ("fixup_resnet50", "classifier"),  # a scalar bias is registered after it
-        ("nf_regnet_b0", "classifier"),
-    ],
-)
-def test_final_linear_layer_of_our_networks(name, expected):
-    with torch.device("meta"):
-        assert final_linear(normfree.create_model(name, num_classes=10)) == expected
-
-
-def test_a_network_without_a_classifier_has_none():
-    with torch.device("meta"):
-        model = normfree.create_model("nf_resnet50", num_classes=0, use_se=True)  # its last layer is a gate's
-    assert final_linear(model) is None
-    assert len(units_of(model)) == len(list(model.parameters()))
-
-
-class Training(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-        self.loss = nn.CrossEntropyLoss()
-
-
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)), "2"),
-        (nn.Sequential(nn.Linear(3, 4), nn.Conv1d(1, 1, 3)), None),
-        (nn.Linear(3, 4), ""),
-        (Training(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))), "net.2"),
-        (nn.Sequential(nn.Linear(3, 4)), "0"),
-        (nn.Conv2d(3, 4, 3), None),
-    ],
-)
-def test_final_linear_layer_of_any_network(model, expected):
-    assert final_linear(model) == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"), [("resnet18", "fc"), ("vgg11", "classifier.6"), ("vit_b_32", "heads.head")]
-)
-def test_final_linear_layer_of_torchvision(name, expected):
-    import torchvision
-
-    with torch.device("meta"):
-        assert final_linear(torchvision.models.get_model(name)) == expected
 
 
 def names(model, **options):
@@ -72,6 +19,17 @@ def test_only_the_final_weight_is_left_alone_not_its_bias():
     assert names(model, exclude=()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert names(model, exclude=["0"]) == {"2.weight", "2.bias"}
     assert names(model, exclude=["0.bias"]) == {"0.weight", "2.weight", "2.bias"}
+
+
+def test_every_head_is_left_alone_and_a_network_without_one_is_said_to_have_none():
+    trunk = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    heads = nn.ModuleDict({"policy_head": nn.Linear(4, 2), "value_head": nn.Conv1d(4, 1, 1)})
+    assert names(nn.ModuleDict({"trunk": trunk, "heads": heads})) == {
+        "trunk.0.weight", "trunk.0.bias", "heads.policy_head.bias", "heads.value_head.bias",
+    }  # fmt: skip
+    backbone = nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 4))
+    with pytest.warns(UserWarning, match=r"exclude: .*exclude=\(\)"):
+        assert names(backbone) == {name for name, _ in backbone.named_parameters()}
 
 
 def test_a_parametrized_final_weight_is_left_alone():
@@ -88,9 +46,9 @@ def test_a_weight_tied_to_the_final_layer_is_left_alone_and_shared_ones_come_onc
 
 def test_units_of_transposed_convolutions_also_behind_a_parametrization():
     layer = nn.ConvTranspose2d(6, 4, 3, groups=2)
-    assert {one.name: (one.count, one.kept) for one in units_of(layer)} == {"weight": (4, (0, 2)), "bias": (1, ())}
+    assert {one.name: (one.count, one.kept) for one in units_of(layer, ())} == {"weight": (4, (0, 2)), "bias": (1, ())}
     wrapped = nn.utils.parametrizations.spectral_norm(nn.ConvTranspose1d(6, 4, 3))
-    assert {one.name: one.count for one in units_of(wrapped)} == {"bias": 1, "parametrizations.weight.original": 4}
+    assert {one.name: one.count for one in units_of(wrapped, ())} == {"bias": 1, "parametrizations.weight.original": 4}
 
 
 def test_wrappers_are_looked_through():

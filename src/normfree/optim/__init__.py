@@ -3,15 +3,15 @@
 from normfree.optim.averaging import WeightAverage
 from normfree.optim.clipping import clip_grad_adaptive_
 from normfree.optim.clipping_optimizer import AdaptiveGradientClipping
+from normfree.optim.final_layers import final_layers
 from normfree.optim.groups import nesterov_sgd, parameter_groups
 from normfree.optim.schedule import warmup_cosine, warmup_cosine_factor
-from normfree.optim.units import final_linear
 
 __all__ = [
     "AdaptiveGradientClipping",
     "WeightAverage",
     "clip_grad_adaptive_",
-    "final_linear",
+    "final_layers",
     "nesterov_sgd",
     "parameter_groups",
     "warmup_cosine",

@@ -45,8 +45,8 @@ def clip_grad_adaptive_(
         clip_factor: lambda, the largest norm of a gradient as a fraction of its weight's norm; 0.01 in the paper
             for batches of 4096, more for smaller ones.
         eps: smallest norm a weight counts with, so that weights that start at zero can grow.
-        exclude: names of parameters, or of modules for all of theirs, to leave alone. By default the weight of the
-            model's final linear layer (its bias is clipped); ``()`` for none. Required with pairs.
+        exclude: names of parameters, or of modules for all of theirs, to leave alone. By default the weights of the
+            model's :func:`final_layers` (their biases are clipped); ``()`` for none. Required with pairs.
 
     Returns:
         The fraction of units that were clipped, over all ranks: 0-d, on the device of the gradients, which it does

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from normfree.nn.checks import check_number, check_rate, invalid
-from normfree.optim.units import final_linear, original
+from normfree.optim.final_layers import final_layers
+from normfree.optim.units import original
 
 # Layers whose weight is a matrix or a stack of filters, also where it has a single row or column.
 _WEIGHTED = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
@@ -31,8 +32,7 @@ def parameter_groups(
     Args:
         model: the model; frozen parameters are left out, shared ones are named once.
         weight_decay: of the decayed group; 5e-5 for the paper's NF-ResNets, 2e-5 for NFNets.
-        classifier_lr_scale: learning rate of the final linear layer as a share of the others', above 0; 1 is the
-            papers'.
+        classifier_lr_scale: learning rate of the final layers as a share of the others', above 0; 1 is the papers'.
 
     Returns:
         Groups for any ``torch.optim`` optimizer, each with a "name" and an "lr_scale", what to multiply its learning
@@ -41,7 +41,7 @@ def parameter_groups(
 
     Raises:
         ValueError: for a negative decay, a model without trainable parameters, and a scale for the classifier of a
-            model that does not end in a linear layer.
+            model that ends in no linear layer or convolution.
 
     Source: Brock et al. 2021, appendix on training ("we do not apply weight decay to the affine parameters").
     """
@@ -74,12 +74,13 @@ def parameter_groups(
 
 
 def _classifier(model: nn.Module) -> set[int]:
-    """Identities of the final linear layer's parameters."""
+    """Identities of the final layers' parameters."""
     network = original(model)
-    if (name := final_linear(network)) is None:
-        rule = "it does not end in a linear layer, whose learning rate could be scaled"
+    layers = final_layers(network)
+    if not layers:
+        rule = "it does not end in a linear layer or convolution, whose learning rate could be scaled"
         raise invalid("model", type(network).__name__, rule, "pass classifier_lr_scale=1")
-    return {id(parameter) for parameter in network.get_submodule(name).parameters()}
+    return {id(parameter) for name in layers for parameter in network.get_submodule(name).parameters()}
 
 
 def _decays(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
@@ -106,7 +107,7 @@ def nesterov_sgd(
         lr: learning rate; the paper's ResNets take 0.1 * batch size / 256.
         weight_decay: of weights, see :func:`parameter_groups`.
         momentum: above 0 and below 1.
-        classifier_lr_scale: learning rate of the final linear layer as a share of ``lr``, see
+        classifier_lr_scale: learning rate of the final layers as a share of ``lr``, see
             :func:`parameter_groups`.
         options: more of ``torch.optim.SGD``'s, such as ``fused=True``.
 

@@ -12,6 +12,7 @@ A unit is what one output of a layer owns of the layer's weight. Which axis that
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -22,11 +23,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from normfree.nn.checks import invalid, suggestion
+from normfree.optim.final_layers import final_layers
 
 Parameters = nn.Module | Iterable[tuple[str, Tensor]]
-
-HEADS = ("classifier", "fc", "head", "heads")
-"""What networks call the part that ends in their final linear layer."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ def units_of(parameters: Parameters, exclude: Iterable[str] | None = None) -> li
     Args:
         parameters: a module; or pairs (name, parameter), which do not say what layer a parameter belongs to: axis 0
             is then taken to be the output's, and ``exclude`` must be given.
-        exclude: names of parameters, or of modules for all of theirs. By default the weight of a module's final
-            linear layer, see :func:`final_linear`; ``()`` for none.
+        exclude: names of parameters, or of modules for all of theirs. By default the weights of a module's final
+            layers, see :func:`normfree.optim.final_layers`; ``()`` for none.
 
     Returns:
         One entry for each parameter, shared ones once.
@@ -88,7 +87,7 @@ def units_of(parameters: Parameters, exclude: Iterable[str] | None = None) -> li
     else:
         owned = [(name, parameter, None) for name, parameter in checked_pairs(parameters)]
         if exclude is None:
-            rule = "bare parameters do not tell which of them is the final linear layer's weight"
+            rule = "bare parameters do not tell which of them are the final layers' weights"
             raise invalid("exclude", None, rule, "pass the model, or name what to leave alone; exclude=() clips all")
         excluded = _named((n for n, *_ in owned), exclude)
     # By identity: a tied weight has two names, and is left alone if either is excluded.
@@ -111,28 +110,6 @@ def original(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def final_linear(model: nn.Module) -> str | None:
-    """Return the name of the network's final linear layer, or None if it does not end in one.
-
-    It is the last linear layer of the child called "classifier", "fc", "head" or "heads". Where there is no such
-    child, the one child that has parameters is looked into (a training wrapper around a network), and failing that
-    it is the last layer with a weight, if that is linear.
-    """
-    head = next((name for name, _ in reversed(list(model.named_children())) if name in HEADS), None)
-    if head is not None:
-        linears = [name for name, m in model.get_submodule(head).named_modules(prefix=head) if isinstance(m, nn.Linear)]
-        return linears[-1] if linears else None
-    inner = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
-    own = any(parameter is not None for parameter in model.parameters(recurse=False))
-    if len(inner) == 1 and not own and not isinstance(model, nn.Sequential | nn.Linear):
-        found = final_linear(model.get_submodule(inner[0]))
-        return None if found is None else f"{inner[0]}.{found}".rstrip(".")
-    weighted = [owner for _, parameter, owner in _owned(model) if parameter.dim() > 1]
-    if not weighted or not isinstance(weighted[-1], nn.Linear):
-        return None
-    return next(name for name, module in model.named_modules() if module is weighted[-1])
-
-
 def _owned(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
     """Every name of every parameter with the layer it belongs to, which for parametrizations is the layer above."""
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -145,13 +122,17 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
 
 
 def _final_weights(model: nn.Module) -> set[str]:
-    """The final linear layer's weight, by all the names a parametrization may have split it into."""
-    layer = final_linear(model)
-    if layer is None:
-        return set()
-    prefix = f"{layer}." if layer else ""
-    starts = (f"{prefix}weight", f"{prefix}parametrizations.weight.")
-    return {name for name, _ in model.named_parameters(remove_duplicate=False) if name.startswith(starts)}
+    """The weights of the final layers, by all the names a parametrization may have split them into."""
+    layers = final_layers(model)
+    if not layers:
+        warnings.warn(
+            f"exclude: {type(model).__name__} has no final linear layer or convolution to be left alone, so all "
+            "weights are clipped; pass exclude=() if that is meant, or the names of the layers its outputs come from",
+            stacklevel=4,
+        )
+    prefixes = [f"{layer}." if layer else "" for layer in layers]
+    starts = tuple(start for each in prefixes for start in (f"{each}weight", f"{each}parametrizations.weight."))
+    return {name for name, _ in model.named_parameters(remove_duplicate=False) if starts and name.startswith(starts)}
 
 
 def _named(names: Iterable[str], exclude: Iterable[str]) -> set[str]:

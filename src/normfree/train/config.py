@@ -46,7 +46,7 @@ class OptimizerConfig:
     clip_norm: float | None = None
     """Largest Euclidean norm of the whole gradient, before adaptive clipping; None: any."""
     classifier_lr_scale: float = 1.0
-    """Learning rate of the final linear layer as a share of the others'."""
+    """Learning rate of the final layers as a share of the others'."""
 
     def __post_init__(self) -> None:
         check_number("learning_rate", self.learning_rate, 0, exclusive=True)
