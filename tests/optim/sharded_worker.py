@@ -1,4 +1,4 @@
-"""One of two ranks that clip the same network sharded and whole; run by ``test_sharding.py``, fails by exit code."""
+"""One of two ranks that clip and step one network, sharded and whole; run by ``test_sharding.py``."""
 
 import copy
 import os
@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from normfree.optim import AdaptiveGradientClipping, WeightAverage, clip_grad_adaptive_
+from normfree.optim import AdaptiveGradientClipping, WeightAverage, clip_grad_adaptive_, muon_sgd
 
 
 def network():
@@ -71,6 +71,23 @@ def check_fully_shard():
     refused(lambda: WeightAverage(sharded), "pass module=")
 
 
+def check_muon():
+    """Ranks that divide the matrices among them take the step that one takes alone, whole or sharded."""
+    plain, divided, sharded = network(), network(), shard(network())
+    group = dist.group.WORLD
+    optimizers = [muon_sgd(plain, 0.1), muon_sgd(divided, 0.1, process_group=group)]
+    optimizers.append(muon_sgd(sharded, 0.1, process_group=group))
+    start = [parameter.detach().clone() for parameter in plain.parameters()]
+    for _ in range(3):
+        for model, optimizer in zip((plain, divided, sharded), optimizers, strict=True):
+            optimizer.zero_grad()
+            backward(model)
+            optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(start, plain.parameters(), strict=True))
+    assert_same(divided, plain, "weight")
+    assert_same(sharded, plain, "weight")
+
+
 def check_placements(mesh):
     """Linear weights sharded over their inputs (units cut through), their outputs, and not at all."""
     for placement in (Shard(0), Shard(1), Shard(-1), Replicate()):
@@ -107,6 +124,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     check_fully_shard()
+    check_muon()
     check_placements(mesh)
     check_refusals(mesh)
     dist.destroy_process_group()

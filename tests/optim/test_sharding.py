@@ -1,4 +1,4 @@
-"""Clipping a sharded network equals clipping it whole, with two processes."""
+"""Clipping and stepping a sharded network equals doing so with the whole, with two processes."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo")
-def test_two_ranks_clip_as_one(tmp_path):
+def test_two_ranks_clip_and_step_as_one(tmp_path):
     worker = Path(__file__).with_name("sharded_worker.py")
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
     commands = [[sys.executable, str(worker), str(rank), str(tmp_path / "store")] for rank in range(2)]

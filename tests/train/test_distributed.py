@@ -98,11 +98,12 @@ def test_the_command_says_it_too(tmp_path):
     assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
 
 
-def test_sharded_training_is_the_unsharded_one_and_resumes(tmp_path):
+@pytest.mark.parametrize("rule", ["sgd", "muon"])
+def test_sharded_training_is_the_unsharded_one_and_resumes(rule, tmp_path):
     """FSDP, with scalars that it cannot shard, clipping and averaging; weights to the rounding of another order."""
     common = {"limit_train_steps": 4, "limit_eval_steps": 1, "checkpoint_every": 2, "data": {"batch_size": 64}}
     common["data"] |= {"augmentation": PLAIN}
-    common["model"] = NETWORKS["nf"]
+    common |= {"model": NETWORKS["nf"], "optimizer": {"rule": rule}}
     whole = start(tmp_path / "ddp", TORCHRUN, **common)
     first = start(tmp_path / "fsdp", TORCHRUN, **{**common, "limit_train_steps": 2}, strategy="fsdp")
     for process in (whole, first):

@@ -75,7 +75,9 @@ def test_a_mistake_is_refused_with_its_remedy(mistake):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("rule", "adam"),
         ("learning_rate", 0),
+        ("sgd_learning_rate", 0),
         ("reference_batch", 0),
         ("momentum", 0),
         ("momentum", 1),

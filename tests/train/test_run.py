@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_run import MODEL, tiny
 
 import normfree
@@ -134,6 +135,23 @@ def test_the_whole_gradient_is_clipped_to_its_norm(tmp_path):
     for largest, end in lengths.items():
         assert (end - start).norm().item() == pytest.approx(0.02 * 1.9 * min(largest, norm), rel=1e-3)
     assert norm > 0.05
+
+
+@pytest.mark.parametrize("rule", ["sgd", "muon"])
+def test_each_rule_steps_every_parameter_and_goes_on_to_the_same_bits(rule, tmp_path):
+    options = {"optimizer": {"rule": rule, "warmup_epochs": 0}, "limit_eval_steps": 1, "checkpoint_every": 2}
+    options["average_decay"] = None
+    whole = train(tiny(tmp_path / "whole", **options, limit_train_steps=4))
+    train(tiny(tmp_path / "part", **options, limit_train_steps=2))
+    train(tiny(tmp_path / "part", **options, limit_train_steps=4))
+    first = train(tiny(tmp_path / "first", **options, limit_train_steps=1))
+    ends = [load_file(run / "model.safetensors") for run in (whole.folder, tmp_path / "part", first.folder)]
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
+        if tensor.dim() < 4 or tensor[0].numel() > 2:  # a standardized filter of two weights is a sign alone
+            assert not torch.equal(tensor, ends[2][name]), name
+    if rule == "muon":
+        torch.testing.assert_close(*(end["stages.0.0.conv1.weight"].flatten(1).norm(dim=1) for end in ends[::2]))
 
 
 def test_the_classifier_learns_at_its_own_rate(tmp_path):

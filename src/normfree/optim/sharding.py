@@ -33,11 +33,11 @@ def split_of(units: Units) -> Split:
     Raises:
         ValueError: for a placement that has no units on any rank.
     """
-    placements = _placements(units.parameter)
+    placements = placements_of(units.parameter)
     if placements is None:
         return Split()
     gradient = units.parameter.grad
-    if gradient is not None and _placements(gradient) != placements:
+    if gradient is not None and placements_of(gradient) != placements:
         rule = "the gradient is sharded otherwise than its parameter"
         raise invalid("parameters", units.name, rule, "redistribute the gradient to the parameter's placements")
     within, between = [], []
@@ -53,7 +53,7 @@ def split_of(units: Units) -> Split:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a sharded tensor, sharing its memory; an ordinary tensor as it is."""
-    return tensor if _placements(tensor) is None else tensor.to_local()  # type: ignore[attr-defined]
+    return tensor if placements_of(tensor) is None else tensor.to_local()  # type: ignore[attr-defined]
 
 
 def sum_over(tensor: Tensor, mesh: Any, axes: tuple[int, ...]) -> Tensor:
@@ -63,7 +63,8 @@ def sum_over(tensor: Tensor, mesh: Any, axes: tuple[int, ...]) -> Tensor:
     return tensor
 
 
-def _placements(tensor: Tensor) -> Any:
+def placements_of(tensor: Tensor) -> Any:
+    """Return how a sharded tensor lies on its device mesh; None for an ordinary one."""
     # Without a process group there is no sharded tensor, and the import, which takes a second, is saved.
     if not (dist.is_available() and dist.is_initialized()):
         return None

@@ -82,7 +82,7 @@ def units_of(parameters: Parameters, exclude: Iterable[str] | None = None) -> li
         raise invalid("exclude", exclude, "must be a collection of names", f"pass exclude=[{exclude!r}]")
     if isinstance(parameters, nn.Module):
         model = original(parameters)
-        owned = list(_owned(model))
+        owned = list(owned_parameters(model))
         excluded = _final_weights(model) if exclude is None else _named((n for n, *_ in owned), exclude)
     else:
         owned = [(name, parameter, None) for name, parameter in checked_pairs(parameters)]
@@ -110,7 +110,7 @@ def original(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _owned(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
+def owned_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
     """Every name of every parameter with the layer it belongs to, which for parametrizations is the layer above."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for prefix, module in modules.items():

@@ -21,19 +21,25 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """SGD with Nesterov momentum, a warm-up from zero, and half a cosine.
+    """SGD with Nesterov momentum, or Muon with it, a warm-up from zero, and half a cosine.
 
     Biases, gains, skip gains and a normalizer's parameters are not decayed.
     """
 
+    rule: Literal["sgd", "muon"] = "sgd"
+    """sgd: Nesterov SGD for all parameters. muon: orthogonalized steps (normfree.optim.Muon) for the weights of
+    convolutions and linear layers but the final ones, Nesterov SGD for the rest."""
     learning_rate: float = 0.1
     """Highest learning rate, for a batch of `--optimizer.reference-batch` images."""
+    sgd_learning_rate: float = 0.1
+    """With `--optimizer.rule muon`, the highest learning rate of what Muon does not step, at the same batch."""
     reference_batch: int | None = 256
     """The learning rate grows linearly with the batch from here; None: it is the same at every batch."""
     momentum: float = 0.9
-    """Of SGD, above 0."""
+    """Of both rules, above 0."""
     weight_decay: float = 5e-5
-    """Of weights; the paper takes 5e-5 for NF-ResNets and 1e-4 for their twins with BatchNorm."""
+    """Of weights; the paper takes 5e-5 for NF-ResNets and 1e-4 for their twins with BatchNorm. With
+    `--optimizer.rule muon`, of the final layers and embeddings, and decoupled of matrices that are not standardized."""
     warmup_epochs: float = 5
     """Epochs in which the learning rate grows from 0; at most all."""
     final_learning_rate: float = 0.0
@@ -49,7 +55,9 @@ class OptimizerConfig:
     """Learning rate of the final layers as a share of the others'."""
 
     def __post_init__(self) -> None:
-        check_number("learning_rate", self.learning_rate, 0, exclusive=True)
+        check_choice("rule", self.rule, ("sgd", "muon"))
+        for name in ("learning_rate", "sgd_learning_rate"):
+            check_number(name, getattr(self, name), 0, exclusive=True)
         if self.reference_batch is not None:
             check_integer("reference_batch", self.reference_batch, 1)
         if check_rate("momentum", self.momentum) == 0:

@@ -16,10 +16,17 @@ from torch.optim import SGD, Optimizer
 from normfree.data import open_training
 from normfree.models import Backbone, create_model
 from normfree.nn.checks import invalid
-from normfree.optim import AdaptiveGradientClipping, WeightAverage, parameter_groups, warmup_cosine_factor
+from normfree.optim import (
+    AdaptiveGradientClipping,
+    Muon,
+    WeightAverage,
+    muon_groups,
+    parameter_groups,
+    warmup_cosine_factor,
+)
 from normfree.signal import SignalMonitor
 from normfree.train.checkpoint import AVERAGED, WEIGHTS, Checkpoint
-from normfree.train.config import TrainConfig
+from normfree.train.config import OptimizerConfig, TrainConfig
 from normfree.train.precision import shard
 from normfree.train.sharing import ShardedStates, States, WholeStates
 from normfree.weights import save
@@ -111,11 +118,25 @@ class Session:
         if config.final_learning_rate > self.peak:
             rule = f"is above the highest learning rate, {self.peak:g}"
             raise invalid("final_learning_rate", config.final_learning_rate, rule, "pass a smaller one")
-        groups = parameter_groups(self.network, config.weight_decay, classifier_lr_scale=config.classifier_lr_scale)
-        optimizer = SGD(self.states.groups(groups), lr=self.peak, momentum=config.momentum, nesterov=True, foreach=True)
+        optimizer = self._muon(config) if config.rule == "muon" else self._sgd(config)
         if config.clip_factor is None:
             return optimizer
         return AdaptiveGradientClipping(optimizer, self.network, config.clip_factor, config.clip_eps)
+
+    def _sgd(self, config: OptimizerConfig) -> SGD:
+        groups = parameter_groups(self.network, config.weight_decay, classifier_lr_scale=config.classifier_lr_scale)
+        return SGD(self.states.groups(groups), lr=self.peak, momentum=config.momentum, nesterov=True, foreach=True)
+
+    def _muon(self, config: OptimizerConfig) -> Muon:
+        groups = muon_groups(
+            self.network,
+            config.weight_decay,
+            sgd_lr_scale=config.sgd_learning_rate / config.learning_rate,
+            sgd_weight_decay=config.weight_decay,
+            classifier_lr_scale=config.classifier_lr_scale,
+        )
+        ranks = torch.distributed.group.WORLD if self.fabric.world_size > 1 else None
+        return Muon(self.states.groups(groups), self.peak, momentum=config.momentum, process_group=ranks)
 
     @property
     def sharded(self) -> bool:
