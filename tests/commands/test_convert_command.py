@@ -66,24 +66,81 @@ def test_convert_writes_a_checkpoint_that_other_commands_take(source, tmp_path, 
     assert "wrote model.safetensors model.json" in told
     record = json.loads((tmp_path / "model.json").read_text())
     assert record["source"] == source and len(record["changes"]) == 8
-    built = build("model.safetensors")
+    built = build("model.safetensors", source)
     assert tuple(built.batch.shape) == (4, 3, 12, 12)
     assert float(built.model.state_dict()["1.conv.skip_gain"]) == 0.5
-    assert run("spp", "model.safetensors", "--out", "spp") == 0
-    assert run("export", "model.safetensors", "--out", "model.pt2") == 0
+    assert run("spp", "model.safetensors", "--original", source, "--out", "spp") == 0
+    assert run("export", "model.safetensors", "--original", source, "--out", "model.pt2") == 0
     assert (tmp_path / "model.pt2").is_file() and (tmp_path / "spp" / "spp.json").is_file()
 
 
-def test_a_checkpoint_finds_the_file_beside_it(source, tmp_path, monkeypatch, capsys):
+TAKES_A_MODEL = {
+    "spp": (),
+    "doctor": (),
+    "benchmark": (),
+    "export": ("--out", "m.onnx"),
+    "convert": ("--out", "m.safetensors"),
+    "evaluate": ("--source", "digits"),
+    "predict": ("image.png",),
+}
+
+
+@pytest.mark.parametrize("command", TAKES_A_MODEL)
+def test_no_command_runs_code_because_a_file_names_it(command, source, tmp_path, capsys):
     assert run("convert", source, "--out", "model.safetensors") == 0
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert isinstance(build("../model.safetensors").model, torch.nn.Module)
-    (tmp_path / "nets.py").rename(tmp_path / "moved.py")
+    (tmp_path / "nets.py").write_text("open('ran', 'w')\n")
     capsys.readouterr()
-    assert run("spp", "../model.safetensors") == 2
-    told = "was converted from 'nets.py:batch_norm', and there is no 'nets.py' here or beside it"
-    assert told in capsys.readouterr().err
+    assert run(command, "model.safetensors", *TAKES_A_MODEL[command]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "--original" in told and "nets.py:batch_norm" in told
+    assert not (tmp_path / "ran").exists()
+
+
+def forged(source, tmp_path):
+    """A converted checkpoint whose record names another source."""
+    from safetensors import safe_open
+
+    path = normfree.save(normfree.convert(*build("nets.py:batch_norm")), tmp_path / "model.safetensors")
+    with safe_open(path, framework="pt") as file:
+        notes, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    record = {**json.loads(notes["normfree.conversion"]), "source": source}
+    save_file(tensors, path, {"normfree.conversion": json.dumps(record)})
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "nets.py:batch_norm",
+        "./nets.py:batch_norm",
+        "timm:hf-hub:someone/model",
+        "timm:./nets.py",
+        "other.safetensors",
+        "nf_resnet50",  # a file of this name lies beside it: the name of ours goes before
+        "nf_resnet50:depths=(1000000000,1,1,1)",
+        "nf_resnet50:width=4000000",
+        "torchvision:vit_h_14",  # 2.5 GB for a file of a few thousand numbers
+        "torchvision:regnet_y_128gf",
+        "",
+        "\x1b[31m",
+    ],
+)
+def test_what_a_file_says_of_its_original_is_followed_for_names_alone(named, source, tmp_path, capsys):
+    path = forged(named, tmp_path)
+    (tmp_path / "nets.py").write_text("open('ran', 'w')\n")
+    (tmp_path / "nf_resnet50").write_text("no checkpoint")
+    assert run("spp", path) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "model.safetensors" in told and "\x1b" not in told
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_original_for_what_was_not_converted_is_refused(source, tmp_path, capsys):
+    model = normfree.create_model("nf_resnet50", num_classes=3, depths=(1, 1, 1, 1), widths=(16, 16, 16, 16))
+    path = str(normfree.save(model, tmp_path / "plain.safetensors"))
+    for words in (("export", path, "--out", "m.onnx"), ("spp", path), ("spp", "nf_resnet50"), ("doctor", source)):
+        assert run(*words, "--original", source) == 2
+        assert "leave --original out" in capsys.readouterr().err
 
 
 def test_a_model_may_stand_in_the_file_itself(source, tmp_path):
@@ -101,7 +158,7 @@ def test_convert_keeps_the_function_of_given_weights(source, tmp_path):
     assert run("convert", source, *words) == 0
     x = torch.randn(2, 3, 12, 12)
     with torch.no_grad():
-        torch.testing.assert_close(build("kept.safetensors").model(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(build("kept.safetensors", source).model(x), model.eval()(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_of_ones_own_is_loaded_with_its_original(source, tmp_path):
@@ -153,7 +210,19 @@ def test_what_is_converted_is_evaluated(source, tmp_path, capsys):
     factory = f"from torch import nn, zeros\n\ndef made():\n    return nn.Sequential({layers}), zeros(2, 1, 8, 8)\n"
     (tmp_path / "digits.py").write_text(factory)
     assert run("convert", "digits.py:made", "--out", "net.safetensors", "--start", "pretrained") == 0
-    assert run("evaluate", "net.safetensors", "--source", "digits", "--limit-eval-steps", "1") == 0
+    assert (
+        run(
+            "evaluate",
+            "net.safetensors",
+            "--original",
+            "digits.py:made",
+            "--source",
+            "digits",
+            "--limit-eval-steps",
+            "1",
+        )
+        == 0
+    )
     assert "accuracy" in capsys.readouterr().out
 
 

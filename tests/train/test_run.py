@@ -223,7 +223,7 @@ def test_every_form_of_the_network_is_evaluated_alike(run, exported, tmp_path, c
     for form, source in forms.items():
         path = tmp_path / f"{form}.json"
         words = ["evaluate", str(source), "--run", str(run.folder), "--precision", "fp32", "--json", str(path)]
-        assert main(words) == 0
+        assert main(words + ["--trust-code"] * (form == "pt2")) == 0
         losses[form] = json.loads(path.read_text())
     capsys.readouterr()
     for found in losses.values():
@@ -242,7 +242,8 @@ def test_images_are_named(run, exported, tmp_path, capsys):
         Image.fromarray((digits.images[index] * 255 / 16).astype("uint8")).save(files[-1])
     told = []
     for source in (run.folder, exported / "m.pt2"):
-        assert main(["predict", str(source), *files, "--run", str(run.folder), "--json", "--top", "3"]) == 0
+        words = ["predict", str(source), *files, "--run", str(run.folder), "--json", "--top", "3"]
+        assert main(words + ["--trust-code"] * (source.suffix == ".pt2")) == 0
         told.append(json.loads(capsys.readouterr().out))
     for mine, theirs in zip(*told, strict=True):
         assert [one["class"] for one in mine["predictions"]] == [one["class"] for one in theirs["predictions"]]
@@ -263,6 +264,8 @@ MISTAKES = {
     "no image": (["predict", "{run}", "{dir}/text.png"], "does not decode as an image"),
     "no file": (["predict", "{run}", "{dir}/none.png"], "there is no file"),
     "top": (["predict", "{run}", "{dir}/text.png", "--top", "0"], "top=0"),
+    "a program": (["evaluate", "{dir}/m.pt2", "--run", "{run}"], r"m\.pt2.*runs code.*--trust-code"),
+    "a program to predict with": (["predict", "{dir}/m.pt2", "{dir}/text.png"], r"m\.pt2.*runs code.*--trust-code"),
     "recipe": (["train", "digitz"], "digitz"),
     "field": (["train", "digits", "--epochs", "0"], "epochs=0: must be an integer"),
     "model": (["train", "digits", "--model", "nf_resnet51"], "did you mean nf_resnet50"),

@@ -14,6 +14,7 @@ from normfree.benchmark.machine import hardware
 from normfree.benchmark.memory import peak_bytes
 from normfree.benchmark.part import Part
 from normfree.benchmark.timing import Clock, interleaved, spread
+from normfree.text import first_line, one_line
 
 WARM_UP = 2
 """Calls before anything is measured: compilers, allocators and caches have their say in the first."""
@@ -99,5 +100,4 @@ def _warm(contender: Contender, part: Part, setting: Setting, seed: int) -> Call
 
 
 def _reason(error: Exception) -> str:
-    told = (str(error).strip().splitlines() or [""])[0]
-    return told if isinstance(error, ValueError) else f"{type(error).__name__}: {told}"
+    return first_line(error) if isinstance(error, ValueError) else one_line(error)

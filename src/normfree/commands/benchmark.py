@@ -17,7 +17,7 @@ from normfree.commands.devices import device_named
 from normfree.commands.outputs import check_folder
 from normfree.nn import has_foldable
 from normfree.signal import input_shape, write_atomically
-from normfree.sources import build
+from normfree.sources import build, check_original, takes_original
 
 TITLES = {"training": "One training step", "inference": "Inference"}
 
@@ -34,6 +34,9 @@ class Benchmark:
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
     """A name of `normfree models` (overrides after a colon: nf_resnet50:width=1), torchvision:NAME,
     timm:NAME, FILE.py:FACTORY (a classifier of images), or a checkpoint of normfree.save."""
+    original: str | None = None
+    """Of converted checkpoints, what builds the model they were made of: FILE.py:FACTORY, which is run, or another
+    MODEL. Needed where that is no name of ours, torchvision's or timm's."""
     task: Literal["both", "training", "inference"] = "both"
     """What to time."""
     batch_size: int = 16
@@ -82,17 +85,18 @@ class Benchmark:
             for part in self.parts():
                 results.append(measure(part, device=device, seed=self.seed, say=status.update))
         page = markdown(results, "Benchmark")
-        console.print(page, markup=False, highlight=False, soft_wrap=True)
         self.out.mkdir(parents=True, exist_ok=True)
         written = [
             write_atomically(self.out / "benchmark.json", json.dumps({"results": results}, indent=1) + "\n"),
             write_atomically(self.out / "benchmark.md", page),
         ]
-        console.print("wrote " + " ".join(map(str, written)), highlight=False, soft_wrap=True)
+        console.print(page, markup=False, highlight=False, soft_wrap=True)
+        console.print("wrote " + " ".join(map(str, written)), highlight=False, markup=False, soft_wrap=True)
 
     def parts(self) -> list[Part]:
         """Return the comparisons asked for."""
-        models = {source: _built(source) for source in dict.fromkeys(self.models)}
+        check_original(self.original, self.models)
+        models = {source: _built(source, self.original) for source in dict.fromkeys(self.models)}
         size = self.image_size or _size(next(iter(models.values())))
         ours = {name for name, model in models.items() if has_foldable(model)}
         shared: dict[str, Any] = {
@@ -125,9 +129,9 @@ class Benchmark:
         return found
 
 
-def _built(source: str) -> nn.Module:
+def _built(source: str, original: str | None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        return build(source).model
+        return build(source, original if takes_original(source) else None).model
 
 
 def _size(model: nn.Module) -> int:

@@ -17,7 +17,9 @@ from normfree.commands.spp import batch_shape, precision_of
 from normfree.commands.tables import print_conversion
 from normfree.convert import ALPHA, SKIP_GAIN, Conversion, conversion_of, convert
 from normfree.data import probe_named
+from normfree.nn.checks import invalid
 from normfree.sources import Built, build
+from normfree.text import all_lines
 from normfree.weights import save
 from normfree.weights.stored import read
 
@@ -32,6 +34,9 @@ class Convert:
     model: Annotated[str, tyro.conf.Positional]
     """torchvision:NAME, timm:NAME, FILE.py:FACTORY (which may return (model, batch)), a name of `normfree models`,
     or a checkpoint of normfree.save."""
+    original: str | None = None
+    """Of a converted checkpoint, what builds the model it was made of: FILE.py:FACTORY, which is run, or another MODEL.
+    Needed where that is no name of ours, torchvision's or timm's."""
     out: Path
     """Checkpoint to write; by custom *.safetensors."""
     start: Literal["fresh", "pretrained"] = "fresh"
@@ -67,8 +72,8 @@ class Convert:
         with console.status(f"converting {self.model}"):
             converted = converted_as(self, built)
         conversion = _record_of(converted)
-        print_conversion(console, conversion)
         paths = [save(converted, self.out), conversion.to_json(self.out.with_suffix(".json"))]
+        print_conversion(console, conversion)
         console.print("wrote " + " ".join(str(path) for path in paths), highlight=False, soft_wrap=True)
 
 
@@ -84,7 +89,7 @@ def prepared(options: Any) -> tuple[Built, dict[str, Any]]:
     device = device_named(options.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        built = build(options.model)
+        built = build(options.model, options.original)
     if options.weights is not None:
         _load_weights(built.model, options.weights)
     model = built.model.to(device)
@@ -130,8 +135,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(read(path, "weights").tensors)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"weights: {str(path)!r} are not this model's: {reason}; give its own state dict") from error
+        rule = f"are not this model's ({all_lines(error)})"
+        raise invalid("weights", str(path), rule, "give its own state dict") from error
 
 
 def _record_of(converted: nn.Module) -> Conversion:

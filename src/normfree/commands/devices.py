@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from normfree.text import first_line
+
 
 def device_named(name: str | None) -> torch.device:
     """Return a device by name; by default a GPU if there is one.
@@ -17,6 +19,5 @@ def device_named(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: {name!r} is not to be had here ({reason}); use cpu") from error
+        raise ValueError(f"device: {name!r} is not to be had here ({first_line(error)}); use cpu") from error
     return device

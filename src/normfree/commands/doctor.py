@@ -32,6 +32,9 @@ class Doctor:
     model: Annotated[str, tyro.conf.Positional]
     """torchvision:NAME, timm:NAME, FILE.py:FACTORY (which may return (model, batch)), a name of `normfree models`,
     or a checkpoint of normfree.save."""
+    original: str | None = None
+    """Of a converted checkpoint, what builds the model it was made of: FILE.py:FACTORY, which is run, or another MODEL.
+    Needed where that is no name of ours, torchvision's or timm's."""
     start: Literal["fresh", "pretrained"] = "fresh"
     """How the converted model begins."""
     weights: Path | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,11 @@ class Evaluate:
     """A run's folder, a checkpoint's folder, or a .safetensors, .onnx or .pt2 file."""
     run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
     """Run whose data and preparation apply; the one the model lies in by default."""
+    original: str | None = None
+    """Of a converted checkpoint, what builds the model it was made of: FILE.py:FACTORY, which is run, or another
+    MODEL of `normfree spp`. Needed where that is no name of ours, torchvision's or timm's."""
+    trust_code: bool = False
+    """Open a .pt2 file although it can run code of whoever wrote it; an .onnx file cannot."""
     source: str | None = None
     """Other data: digits, a folder, *.parquet, *.tar, hub:OWNER/NAME."""
     split: str | None = None
@@ -70,7 +76,9 @@ class Evaluate:
         from normfree.train.precision import launched
         from normfree.train.trained import open_trained
 
-        trained = open_trained(self.model, self.run_folder, opened=opened)
+        trained = open_trained(
+            self.model, self.run_folder, opened=partial(opened, original=self.original), trust_code=self.trust_code
+        )
         fabric = launched(
             "cpu" if trained.exported else self.accelerator, "fp32" if trained.exported else self.precision
         )
@@ -82,11 +90,11 @@ class Evaluate:
         top5 = "" if found.top5 is None else f"  top-5 {100 * found.top5:.2f} %"
         skipped = f"  {len(data.bad_images)} bad images" if data.bad_images else ""
         line = f"accuracy {100 * found.top1:.2f} %{top5}  loss {found.loss:.4f}  of {found.examples:,} images{skipped}"
-        console.print(line, highlight=False, soft_wrap=True)
         if self.json is not None:
             result: dict[str, Any] = {"model": self.model, "source": data.config.source, **found.to_dict()}
             result |= {"classes": list(data.class_names), "bad_images": data.bad_images}
-            console.print(f"wrote {write_atomically(self.json, json.dumps(result) + chr(10))}", soft_wrap=True)
+            line += f"\nwrote {write_atomically(self.json, json.dumps(result) + chr(10))}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _data(self, known: DataConfig | None, rank: int, world_size: int) -> EvaluationData:
         """The run's data with what the options change."""

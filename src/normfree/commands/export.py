@@ -32,6 +32,9 @@ class Export:
     model: Annotated[str, tyro.conf.Positional]
     """A checkpoint of normfree.save, a name of `normfree models` (overrides after a colon: nf_resnet50:width=1),
     torchvision:NAME, timm:NAME, or FILE.py:FACTORY (which may return (model, batch))."""
+    original: str | None = None
+    """Of a converted checkpoint, what builds the model it was made of: FILE.py:FACTORY, which is run, or another MODEL.
+    Needed where that is no name of ours, torchvision's or timm's."""
     format: Annotated[str | None, tyro.conf.arg(metavar="onnx|pt2")] = None
     """onnx (ONNX Runtime and its like) or pt2 (PyTorch); what --out ends in by default, onnx without it."""
     dynamic_batch: bool = False
@@ -64,7 +67,7 @@ class Export:
         check_path(path, f".{kind}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            model, batch = build(self.model)
+            model, batch = build(self.model, self.original)
             batch = self._batch(model) if batch is None else self._own(batch)
         with console.status(f"exporting {self.model}"):
             written = WRITERS[kind](model, batch, path, dynamic_batch=self.dynamic_batch, tolerance=self.tolerance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,11 @@ class Predict:
     """Image files."""
     run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
     """Run that says how images are prepared and what the classes are; the one the model lies in by default."""
+    original: str | None = None
+    """Of a converted checkpoint, what builds the model it was made of: FILE.py:FACTORY, which is run, or another
+    MODEL of `normfree spp`. Needed where that is no name of ours, torchvision's or timm's."""
+    trust_code: bool = False
+    """Open a .pt2 file although it can run code of whoever wrote it; an .onnx file cannot."""
     image_size: int | None = None
     """Height and width; as in the run by default, 224 without one."""
     top: int = 5
@@ -45,7 +51,9 @@ class Predict:
         from normfree.sources import opened
         from normfree.train.trained import open_trained
 
-        trained = open_trained(self.model, self.run_folder, opened=opened)
+        trained = open_trained(
+            self.model, self.run_folder, opened=partial(opened, original=self.original), trust_code=self.trust_code
+        )
         images = self._images(trained)
         with torch.no_grad():
             logits = torch.cat([trained.network(part) for part in images.split(64)])

@@ -21,7 +21,7 @@ from normfree.commands.outputs import check_folder, write_signals
 from normfree.commands.tables import print_signal
 from normfree.data import GaussianNoise, Probe, probe_named
 from normfree.signal import SignalPropagation, input_shape, spp
-from normfree.sources import build
+from normfree.sources import build, check_original, takes_original
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,9 @@ class Spp:
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
     """A name of `normfree models` (overrides after a colon: nf_resnet50:width=1), torchvision:NAME,
     timm:NAME, FILE.py:FACTORY (which may return (model, batch)), or a checkpoint of normfree.save."""
+    original: str | None = None
+    """Of converted checkpoints, what builds the model they were made of: FILE.py:FACTORY, which is run, or another
+    MODEL. Needed where that is no name of ours, torchvision's or timm's."""
     input: str = "gaussian"
     """gaussian, photos (random crops of scikit-learn's two photographs), or a folder of images."""
     image_size: int | None = None
@@ -73,13 +76,14 @@ class Spp:
     def run(self, console: Console) -> None:
         """Measure all models first, then write: a failure leaves no file."""
         signals = self.measure(console)
+        paths = write_signals(signals, self.out)
         for signal in signals:
             print_signal(console, signal)
-        paths = write_signals(signals, self.out)
         console.print("wrote " + " ".join(str(path) for path in paths), highlight=False, soft_wrap=True)
 
     def measure(self, console: Console) -> list[SignalPropagation]:
         """One measurement a model, in the order given."""
+        check_original(self.original, self.models)
         probe = probe_named(self.input)
         device = device_named(self.device)
         signals = []
@@ -94,7 +98,7 @@ class Spp:
     def _measure_one(self, source: str, probe: Probe, device: torch.device) -> SignalPropagation:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            model, batch = build(source)
+            model, batch = build(source, self.original if takes_original(source) else None)
         model = model.to(device)
         described: dict[str, Any] = {"kind": "the factory's own"}
         if batch is None:

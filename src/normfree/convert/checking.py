@@ -18,6 +18,7 @@ from normfree.convert.rewrite import AFFINE
 from normfree.signal.inputs import Batch, call, copy_of, examples_in
 from normfree.signal.outputs import tensors_in
 from normfree.signal.preserve import untouched
+from normfree.text import one_line
 
 LEAST_ERROR = (1e-2, 0.1)
 """Relative error that is no rounding: TensorFloat-32 makes 1e-3, a norm that was misunderstood 0.1 and more; in half
@@ -61,9 +62,8 @@ def running(
         if not called:
             raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
         raise ValueError(
-            f"model: {conversion.model} does not run once converted ({type(error).__name__}: {reason}); its forward "
+            f"model: {conversion.model} does not run once converted ({one_line(error)}); its forward "
             "asks for something of a module that was exchanged: have it ask something else"
         ) from error
     finally:

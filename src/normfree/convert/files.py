@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -12,7 +11,9 @@ from normfree.convert.converting import conversion_of
 from normfree.convert.record import Conversion
 from normfree.convert.rewrite import rewritten
 from normfree.nn.checks import invalid
+from normfree.reading import parse_json
 from normfree.signal.measure import unwrapped
+from normfree.text import all_lines, first_line
 from normfree.weights.checkpoint import Origin, register
 from normfree.weights.stored import Stored, read, restored
 
@@ -48,24 +49,21 @@ def _rebuilt(stored: Stored, original: nn.Module | None) -> nn.Module:
     if original is not None and not isinstance(original, nn.Module):
         raise invalid("original", original, "is no torch.nn.Module", "pass the model itself, with any weights")
     if original is None:
-        how = f"normfree.sources.build({conversion.source!r}).model" if conversion.source else "with any weights"
         rule = f"{str(stored.path)!r} holds a converted {conversion.model}"
-        raise invalid("original", None, rule, f"pass the model it was converted from ({how})")
+        raise invalid("original", None, rule, "pass the model it was converted from (with any weights)")
     try:
         return restored(rewritten(unwrapped(original), conversion), stored)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        rule = f"it is not the model that {str(stored.path)!r} was converted from ({reason})"
+    except Exception as error:  # a forged record makes constructors raise almost anything
+        rule = f"it is not the model that {str(stored.path)!r} was converted from ({all_lines(error)})"
         remedy = f"pass a {conversion.model} of the same sizes"
         raise invalid("original", type(original).__name__, rule, remedy) from error
 
 
 def _record_in(stored: Stored) -> Conversion:
     try:
-        document: Any = json.loads(stored.notes[CONVERTED.key])
-        return Conversion.from_dict(document)
-    except (ValueError, AttributeError) as error:
-        raise stored.error(f"has a damaged record ({error})", "take an undamaged copy") from error
+        return Conversion.from_dict(parse_json(stored.notes[CONVERTED.key]))
+    except ValueError as error:
+        raise stored.error(f"has a damaged record ({first_line(error)})", "take an undamaged copy") from error
 
 
 CONVERTED = register(Origin(key="normfree.conversion", note=_note, rebuilt=_rebuilt))

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from normfree.nn.checks import invalid
+from normfree.reading import structured
 from normfree.signal import write_atomically
+from normfree.text import first_line
 
 SCHEMA = 1
 
@@ -103,16 +105,14 @@ class Conversion:
         Raises:
             ValueError: it is no such record, or one of another schema.
         """
-        if document.get("schema") != SCHEMA:
-            raise invalid("schema", document.get("schema"), f"must be {SCHEMA}", "use the version that wrote it")
+        if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
+            schema = document.get("schema") if isinstance(document, Mapping) else None
+            raise invalid("schema", schema, f"must be {SCHEMA}", "use the version that wrote it")
         try:
-            known = {one.name: document[one.name] for one in fields(cls)}
-            known["changes"] = tuple(Change(**change) for change in known["changes"])
-            known["kept"] = tuple(Kept(**kept) for kept in known["kept"])
-            known["input_shapes"] = tuple(tuple(shape) for shape in known["input_shapes"])
-            return cls(**{**known, "notes": tuple(known["notes"])})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"document: it is no record of a conversion ({error}); give one of to_dict") from error
+            return structured(cls, {key: value for key, value in document.items() if key != "schema"})
+        except ValueError as error:
+            rule = f"document: it is no record of a conversion ({first_line(error)})"
+            raise ValueError(f"{rule}; give one of to_dict") from error
 
     def summary(self) -> str:
         """One line: what was exchanged for what, and what is left."""

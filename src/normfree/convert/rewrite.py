@@ -14,6 +14,7 @@ from normfree import nn as ours
 from normfree.convert.frozen import keep_frozen
 from normfree.convert.kinds import KEPT_TWINS, SAME_PADDED, TWINS, activation_in, channels_of, class_name
 from normfree.convert.record import Change, Conversion
+from normfree.text import first_line
 
 BARE, WITH_ACTIVATION, COPY = "Identity", "Activation", "Copy"
 AFFINE, SCALED = "ChannelAffine", "BranchScale"
@@ -76,7 +77,7 @@ def _copied(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:  # weight_norm's computed weight is no leaf; a lock cannot be copied
         raise ValueError(
-            f"model: {class_name(model)} cannot be copied ({str(error).splitlines()[0][:120]}): have "
+            f"model: {class_name(model)} cannot be copied ({first_line(error, 120)}): have "
             "copy.deepcopy make one (if it uses torch.nn.utils.weight_norm or spectral_norm, use those of "
             "torch.nn.utils.parametrizations)"
         ) from error
@@ -95,7 +96,8 @@ def _made(old: nn.Module, change: Change, options: dict[str, Any]) -> nn.Module:
     if change.now == AFFINE:
         affine = ours.ChannelAffine(channels_of(old)).to(**(_options(old) or options))
         return nn.Sequential(affine, *_activations(old)) if activation_in(old) else affine
-    assert change.now in (BARE, WITH_ACTIVATION, COPY), change.now
+    if change.now not in (BARE, WITH_ACTIVATION, COPY):
+        raise ValueError(f"original: the record puts {change.now!r} at {change.name}, which this version does not make")
     left = [ours.Copy(), *_activations(old)] if change.now == COPY else _activations(old)
     return left[0] if len(left) == 1 else nn.Sequential(*left) if left else nn.Identity()
 

@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from normfree.text import first_line
+
 ORIENTATION = 0x0112
 """EXIF's tag for how the camera was held."""
 
@@ -99,4 +101,4 @@ def _reason(source: bytes | str | Path, error: Exception) -> str:
         return "it is empty"
     if type(error).__name__ == "UnidentifiedImageError":
         return "it is no image of a known format"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return first_line(error)

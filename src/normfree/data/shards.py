@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from normfree.nn.checks import invalid
+from normfree.text import first_line
 
 
 def count_rows(files: Sequence[str]) -> list[int]:
@@ -22,7 +23,7 @@ def count_rows(files: Sequence[str]) -> list[int]:
         try:
             counts.append(parquet.read_metadata(file).num_rows)
         except (ArrowException, OSError) as error:
-            raise invalid("source", file, f"is no whole parquet file ({_line(error)})", "write it anew") from error
+            raise invalid("source", file, f"is no whole parquet file ({first_line(error)})", "write it anew") from error
     return counts
 
 
@@ -46,12 +47,8 @@ def scan_shards(files: Sequence[str]) -> tuple[int, int | None]:
                     if kind.lower() == "cls" and (content := shard.extractfile(member)):
                         largest = max(largest, int(content.read()))
         except (tarfile.TarError, OSError, ValueError) as error:
-            raise invalid("source", file, f"is no whole shard ({_line(error)})", "write it anew") from error
+            raise invalid("source", file, f"is no whole shard ({first_line(error)})", "write it anew") from error
         examples += len(keys)
     if not examples:
         raise invalid("source", next(iter(files)), "the shards hold no example", "pass shards with images in them")
     return examples, largest + 1 if largest >= 0 else None
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

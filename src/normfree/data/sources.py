@@ -22,6 +22,7 @@ from normfree.data.shards import count_rows, scan_shards
 from normfree.data.splits import grouped, split_of
 from normfree.nn.checks import invalid
 from normfree.signal.packages import required
+from normfree.text import first_line
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -287,8 +288,8 @@ def explained(source: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        raise invalid("source", source, f"could not be read ({reason})", "mend the files or the name") from error
+        rule = f"could not be read ({first_line(cause)})"
+        raise invalid("source", source, rule, "mend the files or the name") from error
 
 
 def readable(rows: Iterable[dict[str, Any]], source: str) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normfree.nn.checks import invalid
+from normfree.text import one_line
 
 ExampleInput: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -76,12 +77,6 @@ class Arguments:
             return values[torch.randint(len(values), shape, generator=generator)]
 
         return Arguments(*tree_map(draw, (self.positional, self.named)))
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's type and the first line of what it says."""
-    told = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {told[0].rstrip('.')}" if told else type(error).__name__
 
 
 def output_tensors(outputs: Any) -> list[Tensor]:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+from normfree.text import LONGEST_PART, printable, quoted, shortened
+
 Choice = TypeVar("Choice")
 
 LISTED = 20
@@ -18,7 +20,8 @@ LISTED = 20
 
 def invalid(argument: str, value: object, rule: str, remedy: str) -> ValueError:
     """Return (not raise) the ``ValueError`` that says what is wrong with an argument and how to mend it."""
-    return ValueError(f"{argument}={value!r}: {rule}; {remedy}")
+    said = f"{argument}={quoted(value)}: {shortened(rule, LONGEST_PART)}; {remedy}"
+    return ValueError(shortened(printable(said)))
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:

@@ -12,6 +12,8 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from normfree.text import first_line
+
 _BUILT: dict[torch.device, Any] = {}
 """The module of the kernels for each device, None where they cannot be built."""
 
@@ -73,7 +75,7 @@ def _kernels(device: torch.device) -> Any:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the loader's, the compiler's, Triton's own kinds
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             remedy = "install triton and a C compiler, or compile the model, for faster steps"
             warnings.warn(
                 f"filters are standardized by several calls each: no kernels here ({reason}); {remedy}", stacklevel=2

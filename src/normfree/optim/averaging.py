@@ -20,6 +20,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from normfree.nn.checks import check_rate, invalid
 from normfree.optim.units import original
+from normfree.text import all_lines
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -120,8 +121,7 @@ class WeightAverage:
         try:
             self.module.load_state_dict(state["module"])
         except RuntimeError as error:
-            rule = str(error).splitlines()[-1].strip()
-            raise invalid("state", "module", rule, "load it beside the model it was saved with") from error
+            raise invalid("state", "module", all_lines(error), "load it beside the model it was saved with") from error
         self.updates = int(state["updates"])
 
     @staticmethod

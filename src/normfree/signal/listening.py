@@ -10,6 +10,7 @@ from normfree.signal.modules import ModuleStack
 from normfree.signal.outputs import tensors_in
 from normfree.signal.preserve import Preserved
 from normfree.signal.recorder import LayerRecorder, Point, Recorder, Recording, ResidualRecorder
+from normfree.text import first_line
 
 
 class Listener:
@@ -96,7 +97,7 @@ def run(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]:
     except Exception as error:
         shapes = ", ".join(str(list(t.shape)) for t in tensors_of(batch))
         where = f" in {stack.last_running}" if stack.last_running else ""
-        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         remedy = "give a batch that the model's forward takes"
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in reason:
             remedy = "give a smaller batch or smaller images"

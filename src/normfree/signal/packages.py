@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from normfree.text import all_lines
+
 
 def required(module: str, purpose: str, install: str | None = None) -> ModuleType:
     """Import a package's module, or say what needs it and how to install it.
@@ -26,6 +28,6 @@ def required(module: str, purpose: str, install: str | None = None) -> ModuleTyp
         return importlib.import_module(module)
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == package
-        reason = "is not installed" if missing else f"cannot be imported ({' '.join(str(error).split())})"
+        reason = "is not installed" if missing else f"cannot be imported ({all_lines(error)})"
         told = f"{purpose} needs {package}, which {reason}; pip install {install or package}"
         raise ImportError(told, name=package) from error

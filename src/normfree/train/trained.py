@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from normfree.data import DataConfig
+from normfree.nn.checks import invalid
 from normfree.signal.packages import required
+from normfree.text import first_line
 from normfree.train.checkpoint import MANIFEST, CheckpointStore, verified
 from normfree.train.config import from_dict
 from normfree.train.run import CHECKPOINTS, CONFIG, MODEL
@@ -40,7 +42,11 @@ class Trained:
 
 
 def open_trained(
-    source: str | Path, run: str | Path | None = None, *, opened: Callable[[Path], nn.Module] = load
+    source: str | Path,
+    run: str | Path | None = None,
+    *,
+    opened: Callable[[Path], nn.Module] = load,
+    trust_code: bool = False,
 ) -> Trained:
     """Open a trained network.
 
@@ -48,11 +54,17 @@ def open_trained(
         source: a run's folder, a checkpoint's folder, or a .safetensors, .onnx or .pt2 file.
         run: folder of the run it comes from, which says how images are prepared; the one it lies in by default.
         opened: how to open a file of weights.
+        trust_code: whether a .pt2 file may be opened. PyTorch's loader runs what such an archive says, so whoever wrote
+            it decides what this process does; a .safetensors or .onnx file cannot.
 
     Raises:
-        ValueError: if there is no such network, or it is damaged.
+        ValueError: if there is no such network, it is damaged, or a .pt2 file and not trusted.
     """
     path = Path(source)
+    if path.suffix == ".pt2" and path.exists() and not trust_code:
+        rule = "PyTorch's loader of .pt2 files runs code that the file holds"
+        remedy = "give an .onnx or .safetensors file, or --trust-code (trust_code=True) if you made it yourself"
+        raise invalid("model", str(path), rule, remedy)
     if not path.exists():
         raise ValueError(f"model: there is no {str(path)!r}; give {FORMS}")
     described = _described(path if run is None else Path(run), required=run is not None)
@@ -155,7 +167,7 @@ class OnnxNetwork(FixedBatch):
             session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
             (given,) = session.get_inputs()
         except Exception as error:  # of its own kinds
-            raise ValueError(f"model: ONNX Runtime does not run {str(path)!r}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"model: ONNX Runtime does not run {str(path)!r}: {first_line(error)}") from error
         sizes = [size if isinstance(size, int) else None for size in given.shape]
         self.batch_size, self.size = sizes[0], sizes[-1]
         self.answer = lambda images: torch.from_numpy(session.run(None, {given.name: images.numpy()})[0])
@@ -177,7 +189,7 @@ class ProgramNetwork(FixedBatch):
             program = torch.export.load(path)
             (name,) = program.graph_signature.user_inputs
         except Exception as error:  # a damaged file raises almost anything
-            raise ValueError(f"model: PyTorch does not load {str(path)!r}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"model: PyTorch does not load {str(path)!r}: {first_line(error)}") from error
         (shape,) = (node.meta["val"].shape for node in program.graph.nodes if node.name == name)
         sizes = [size if isinstance(size, int) else None for size in shape]
         self.batch_size, self.size = sizes[0], sizes[-1]

@@ -17,10 +17,12 @@ from torch import nn
 
 from normfree.models import Backbone, create_model
 from normfree.models.recognised import check_backbone
-from normfree.nn.checks import invalid
+from normfree.nn.checks import invalid, is_integer
 from normfree.nn.fold import fold, has_foldable
+from normfree.reading import parse_json
 from normfree.signal.measure import unwrapped
-from normfree.weights.stored import Stored, read, restored, write
+from normfree.text import first_line
+from normfree.weights.stored import Stored, check_fits, read, restored, write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +137,24 @@ def named_config(stored: Stored) -> dict[str, Any]:
         ValueError: it notes none, or they are damaged.
     """
     try:
-        config = json.loads(stored.notes[NAMED.key])
-    except (KeyError, ValueError, RecursionError) as error:
+        config = parse_json(stored.notes[NAMED.key])
+    except (KeyError, ValueError) as error:
         rule = "does not say which model of create_model it holds"
         raise stored.error(rule, "give one that normfree.save_pretrained or normfree.save wrote") from error
     if not isinstance(config, dict) or not isinstance(config.get("name"), str):
         raise stored.error("names no model of create_model", "give an undamaged file")
     return config
+
+
+def check_depths(depths: Any, tensors: int) -> None:
+    """Raise if a network of these depths has more blocks than a file has tensors; each block has several.
+
+    Raises:
+        ValueError: it has, or they are no depths.
+    """
+    blocks = depths if isinstance(depths, (list, tuple)) else [depths]
+    if not all(is_integer(depth) for depth in blocks) or sum(blocks) > tensors:
+        raise invalid("depths", depths, f"must be integers of at most {tensors} in all, for so many tensors", "mend it")
 
 
 def _named(stored: Stored, original: nn.Module | None) -> nn.Module:
@@ -155,14 +168,36 @@ def named(stored: Stored) -> Backbone:
     """Return the model of ``create_model`` that a file holds.
 
     Raises:
-        ValueError: it holds none, or one that this version does not build.
+        ValueError: it holds none, or one that this version does not build. No memory was taken for its weights then.
     """
+    config = checked_config(stored)
     try:
-        return restored(create_model(**named_config(stored)), stored)
+        return restored(create_model(**config), stored)
     except (TypeError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        rule = f"does not describe a model this version builds ({reason})"
-        raise stored.error(rule, "save it anew, or use the version that wrote it") from error
+        raise _undescribed(stored, error) from error
+
+
+def checked_config(stored: Stored) -> dict[str, Any]:
+    """Return the arguments of ``create_model`` that a file notes, once a model without memory has its tensors' shapes.
+
+    Raises:
+        ValueError: it notes none, or those of a model with other tensors.
+    """
+    config = named_config(stored)
+    try:
+        if "depths" in config:
+            check_depths(config["depths"], len(stored.tensors))
+        with torch.device("meta"):
+            model = create_model(**config)
+    except Exception as error:  # arguments of any kind and size make a constructor raise almost anything
+        raise _undescribed(stored, error) from error
+    check_fits(model, stored)
+    return config
+
+
+def _undescribed(stored: Stored, error: Exception) -> ValueError:
+    rule = f"does not describe a model this version builds ({first_line(error)})"
+    return stored.error(rule, "save it anew, or use the version that wrote it")
 
 
 NAMED = register(Origin(key="normfree", note=named_note, rebuilt=_named))

@@ -16,7 +16,7 @@ from normfree.models import Backbone, create_model
 from normfree.models.recognised import check_backbone
 from normfree.nn.checks import invalid
 from normfree.signal.files import write_atomically
-from normfree.weights.checkpoint import NAMED, named, named_config, named_note
+from normfree.weights.checkpoint import NAMED, checked_config, named, named_note
 from normfree.weights.stored import Stored, alike, read, write
 
 CONFIG_FILE = "config.json"
@@ -107,7 +107,7 @@ def load_folder(folder: str | Path, *, argument: str = "folder", **overrides: An
         rule = f"has no {WEIGHTS_FILE}, and weights in any other form are not read"
         raise invalid(argument, str(folder), rule, "give a folder of normfree.save_pretrained")
     stored = read(folder / WEIGHTS_FILE, argument)
-    config = named_config(stored)
+    config = checked_config(stored)
     changed = {key: value for key, value in overrides.items() if value != config.get(key, ...)}
     return _changed(stored, config, changed) if changed else named(stored)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from normfree.nn import PaddedConv2d
 from normfree.nn.checks import invalid
+from normfree.text import first_line
 from normfree.weights.haiku_names import haiku_names
 from normfree.weights.matching import check_names, check_shapes, copy_in
 from normfree.weights.restricted import read_pickle
@@ -106,8 +107,8 @@ def _read_npz(path: Path) -> dict[str, dict[str, np.ndarray]]:
                     module, _, name = rest.rpartition("/")
                     tree.setdefault(module, {})[name] = archive[key]
     except Exception as error:  # zip, zlib and numpy raise ten kinds of their own
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise invalid("source", str(path), f"is no sound archive of arrays ({reason})", "write it again") from error
+        rule = f"is no sound archive of arrays ({first_line(error)})"
+        raise invalid("source", str(path), rule, "write it again") from error
     if not tree:
         remedy = "name the arrays params/<module path>/<name>"
         raise invalid("source", str(path), "has no array whose name begins with params/", remedy)

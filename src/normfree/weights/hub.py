@@ -19,6 +19,7 @@ from normfree.models import Backbone
 from normfree.nn.checks import invalid
 from normfree.signal.files import write_atomically
 from normfree.signal.packages import required
+from normfree.text import all_lines, first_line
 from normfree.weights.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_folder, model_card, save_pretrained
 
 
@@ -69,7 +70,7 @@ def from_pretrained(
     try:
         return model.to(map_location)
     except (AssertionError, RuntimeError) as error:  # the former: PyTorch was built without it
-        rule = f"is no device here ({str(error).splitlines()[0][:200]})"
+        rule = f"is no device here ({first_line(error)})"
         raise invalid("map_location", map_location, rule, "pass one such as 'cpu' or 'cuda'") from error
 
 
@@ -179,5 +180,4 @@ def hub_errors(subject: str) -> Iterator[ModuleType]:
     try:
         yield hub
     except (errors.HfHubHTTPError, errors.HTTPError, errors.HFValidationError, OSError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(f"{subject}: {' '.join(lines[:2]) or type(error).__name__}") from error
+        raise ValueError(f"{subject}: {all_lines(error)}") from error

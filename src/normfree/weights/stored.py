@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
 from collections.abc import Mapping
@@ -9,16 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from normfree.nn.checks import invalid
 from normfree.nn.fold import fold, has_foldable
+from normfree.reading import check_file, kind_of, refused
 from normfree.signal.files import write_atomically
+from normfree.text import all_lines, shortened
 
 Model = TypeVar("Model", bound=nn.Module)
 
 SUFFIX = ".safetensors"
 FOLDED = "normfree.folded"  # the note of a model that fold has made plain
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Precisions of weights; others (of eight bits and fewer, complex) no layer computes with."""
+
+NOTE = 2**26
+"""Characters of a note that are read at most: the record of a conversion of 100,000 modules."""
 
 
 @dataclass(frozen=True)
@@ -97,22 +107,77 @@ def read(path: str | Path, argument: str = "path") -> Stored:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
-    if path.is_dir():
+    kind = kind_of(path)
+    if kind == "a folder":
         remedy = "name a file in it, or read a folder of normfree.save_pretrained with normfree.from_pretrained"
         raise invalid(argument, str(path), "is a folder", remedy)
-    if not path.is_file():
-        raise invalid(argument, str(path), "is no file", "give one that normfree.save wrote")
+    path = check_file(path, argument, "give one that normfree.save wrote")
     try:
         with safe_open(path, framework="pt") as file:
+            notes = file.metadata() or {}
+            if any(len(note) > NOTE for note in notes.values()):
+                raise refused(argument, path, f"has a note of more than {NOTE:,} characters", "give an undamaged one")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            return Stored(path, argument, file.metadata() or {}, tensors)
-    except (SafetensorError, OSError) as error:
+            return Stored(path, argument, notes, tensors)
+    except (SafetensorError, OSError, AttributeError, TypeError) as error:  # the latter: a dtype torch does not have
         if zipfile.is_zipfile(path):
             remedy = "write its tensors with safetensors.torch.save_file(model.state_dict(), …)"
             raise invalid(argument, str(path), "is a file of torch.save, not of safetensors", remedy) from error
-        rule = f"is no sound safetensors file ({' '.join(str(error).split())})"
+        rule = f"is no sound safetensors file ({all_lines(error)})"
         raise invalid(argument, str(path), rule, "give an undamaged one that normfree.save wrote") from error
+
+
+def check_fits(model: nn.Module, stored: Stored) -> None:
+    """Raise unless a model, which may be on the meta device, has the tensors of a file: names, shapes, kinds of number.
+
+    Raises:
+        ValueError: naming the first tensor that differs.
+    """
+    own = cast(nn.Module, fold(model) if stored.folded else model).state_dict()
+    for name in sorted({*own, *stored.tensors}):
+        mine, theirs = own.get(name), stored.tensors.get(name)
+        if mine is None or theirs is None:
+            there = "is not in the file" if theirs is None else "is not in the model"
+            raise stored.error(f"{shortened(name, 80)} {there} that it describes", "give an undamaged one")
+        if mine.shape != theirs.shape:
+            rule = f"{name} has shape {list(theirs.shape)}, and the model it describes {list(mine.shape)}"
+            raise stored.error(rule, "give an undamaged one")
+        check_number_kind(stored, name, mine, theirs)
+
+
+def check_number_kind(stored: Stored, name: str, mine: Tensor, theirs: Tensor) -> None:
+    """Raise where a file has integers for a model's floating-point numbers, or the reverse.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    if theirs.dtype not in FLOATING and (mine.is_floating_point() or theirs.is_floating_point() or theirs.is_complex()):
+        rule = f"{name} holds {_named(theirs.dtype)}, which are no weights"
+        raise stored.error(rule, "save the model in float32, float64, float16 or bfloat16")
+    if theirs.is_floating_point() and not mine.is_floating_point():
+        rule = f"{name} holds {_named(theirs.dtype)} where the model counts in {_named(mine.dtype)}"
+        raise stored.error(rule, "give an undamaged one")
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def sizes(path: str | Path, argument: str = "path") -> tuple[int, int]:
+    """Return how many numbers and how many tensors a safetensors file holds, from its header.
+
+    Raises:
+        ValueError: no such file, or a damaged one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(check_file(path, argument), framework="pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        rule = f"is no sound safetensors file ({all_lines(error)})"
+        raise invalid(argument, str(path), rule, "give an undamaged one") from error
+    return sum(map(math.prod, shapes)), len(shapes)
 
 
 def alike(model: Model, stored: Stored) -> Model:
@@ -136,7 +201,11 @@ def restored(model: Model, stored: Stored) -> Model:
 
     Raises:
         RuntimeError: it is another model.
+        ValueError: numbers of another kind than the model's.
     """
     model = alike(model, stored)
+    for name, mine in model.state_dict().items():
+        if name in stored.tensors:
+            check_number_kind(stored, name, mine, stored.tensors[name])
     model.load_state_dict(stored.tensors)
     return model.eval()

@@ -1,0 +1,183 @@
+"""Files from outside: regular, of bounded size, and JSON whose values have the types of a dataclass.
+
+What is wrong with a file is a ``ValueError`` of one line that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import stat
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from normfree.text import LONGEST, first_line, quoted, shortened
+
+Dataclass = TypeVar("Dataclass")
+
+JSON_BYTES = 2**28
+"""Bytes of JSON that are read at most: a signal history of 1,000 records of 1,000 blocks has about 2**28."""
+
+LARGEST_FLOAT = sys.float_info.max
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def refused(argument: str, path: str | Path, rule: str, remedy: str) -> ValueError:
+    """Return (not raise) the error about a file."""
+    return ValueError(shortened(f"{argument}={quoted(str(path))}: {rule}; {remedy}"))
+
+
+def kind_of(path: str | Path) -> str:
+    """Return what a path leads to: "file", "nothing", or in words what else."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # the latter: a NUL in the name
+        return "nothing"
+    return "file" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no regular file")
+
+
+def check_file(path: str | Path, argument: str = "path", remedy: str = "give a file") -> Path:
+    """Return the path of a regular file; opening anything else could wait for ever.
+
+    Raises:
+        ValueError: there is no such file, or it is a folder, named pipe, device or socket.
+    """
+    kind = kind_of(path)
+    if kind != "file":
+        raise refused(argument, path, "is no file" if kind == "nothing" else f"is {kind}, no file", remedy)
+    return Path(path)
+
+
+def read_bytes(path: str | Path, argument: str = "path", *, most: int = JSON_BYTES) -> bytes:
+    """Return what is in a regular file.
+
+    The file is opened without waiting and looked at again, for another may have taken its place meanwhile.
+
+    Args:
+        path: of the file.
+        argument: what named it, for messages.
+        most: bytes at most.
+
+    Raises:
+        ValueError: no regular file, one that is larger, or one that cannot be read.
+    """
+    check_file(path, argument)
+    try:
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise refused(argument, path, "is no file", "give a file")
+            if status.st_size > most:
+                raise refused(argument, path, f"has {status.st_size:,} bytes, more than {most:,}", "give another file")
+            return file.read(most + 1)[:most]
+    except OSError as error:
+        raise refused(argument, path, f"cannot be read ({first_line(error)})", "give a readable file") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON says.
+
+    Raises:
+        ValueError: it is none, or nested deeper than Python follows.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_json(path: str | Path, argument: str = "path", *, most: int = JSON_BYTES) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        ValueError: as of :func:`read_bytes`, or it is no JSON object.
+    """
+    content = read_bytes(path, argument, most=most)
+    try:
+        document = parse_json(content)
+    except ValueError as error:
+        rule = f"is no sound JSON file ({first_line(error)})"
+        raise refused(argument, path, rule, "give an undamaged copy") from error
+    if not isinstance(document, dict):
+        raise refused(argument, path, f"holds {type(document).__name__}, no JSON object", "give an undamaged copy")
+    return document
+
+
+def structured(kind: type[Dataclass], document: Any, *, finite: bool = True) -> Dataclass:
+    """Return a dataclass with the values of a JSON object, each of its field's type.
+
+    Nested dataclasses, tuples, mappings, unions, ``Literal`` and paths are followed. Nothing is converted but integers
+    to floats, lists to tuples and strings to paths.
+
+    Args:
+        kind: the dataclass.
+        document: the object.
+        finite: whether numbers have to be.
+
+    Raises:
+        ValueError: naming the first field that is missing, unknown or of another type.
+    """
+    return _instance(kind, document, kind.__name__, finite)
+
+
+def _instance(kind: type[Dataclass], document: Any, place: str, finite: bool) -> Dataclass:
+    if not isinstance(document, Mapping):
+        raise ValueError(f"{place}: {quoted(document)} is no {kind.__name__}")
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
+    if unknown := [str(name) for name in document if name not in fields]:
+        raise ValueError(f"{place}: {shortened(unknown[0], 60)} is no field of {kind.__name__}")
+    absent = dataclasses.MISSING
+    missing = [name for name, one in fields.items() if one.default is absent and one.default_factory is absent]
+    if missing := [name for name in missing if name not in document]:
+        raise ValueError(f"{place}: {missing[0]} is missing")
+    values = {name: _typed(hints[name], value, f"{place}.{name}", finite) for name, value in document.items()}
+    return kind(**values)
+
+
+def _typed(hint: Any, value: Any, place: str, finite: bool) -> Any:
+    """The value as its type has it; the first alternative of a union that takes it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for alternative in arguments:
+            try:
+                return _typed(alternative, value, place, finite)
+            except ValueError as error:
+                if dataclasses.is_dataclass(alternative) and isinstance(value, Mapping):
+                    raise ValueError(first_line(error, LONGEST)) from error
+    elif hint is Any:
+        return value
+    elif origin is Literal:
+        if any(type(value) is type(choice) and value == choice for choice in arguments):
+            return value
+    elif dataclasses.is_dataclass(hint):
+        return _instance(hint, value, place, finite)  # type: ignore[arg-type]
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        if len(kinds) == len(value):
+            return tuple(
+                _typed(one, item, f"{place}[{i}]", finite)
+                for i, (one, item) in enumerate(zip(kinds, value, strict=True))
+            )
+    elif isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return {str(key): _typed(arguments[1], item, f"{place}.{key}", finite) for key, item in value.items()}
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not finite or abs(value) <= LARGEST_FLOAT:
+            return value
+    elif hint is Path and isinstance(value, str):
+        return Path(value)
+    elif (hint in (str, bool, int) and type(value) is hint) or (hint in (None, type(None)) and value is None):
+        return value
+    raise ValueError(f"{shortened(place, 80)}: {quoted(value)} is no {getattr(hint, '__name__', hint)}")

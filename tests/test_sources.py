@@ -1,0 +1,145 @@
+"""Models from files of a person: whatever their module leaves behind, and whenever it imports."""
+
+import os
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import normfree
+from normfree.cli import main
+from normfree.sources import build
+
+LATE = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        {imports}
+        return self.conv(x) * {value}
+
+def net():
+    return Net()
+"""
+
+
+class Lazy(types.ModuleType):
+    """Attributes raise ImportError, as of a module whose package is not installed."""
+
+    def __getattr__(self, name):
+        raise ImportError(f"lazy import of {name} failed")
+
+
+def write(folder: Path, **files: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("imports", "value"),
+    [
+        ("import helper", "helper.FACTOR"),
+        ("from helper import FACTOR", "FACTOR"),
+        ("import importlib; helper = importlib.import_module('helper')", "helper.FACTOR"),
+        ("import parts.helper", "parts.helper.FACTOR"),
+        ("from indirect import factor", "factor()"),
+    ],
+)
+def test_a_forward_may_import_what_lies_beside_its_file(tmp_path, imports, value):
+    helpers = {"helper": "FACTOR = 3.0\n", "indirect": "def factor():\n    import helper\n    return helper.FACTOR\n"}
+    folder = write(tmp_path, net=LATE.format(imports=imports, value=value), **helpers)
+    write(folder / "parts", __init__="", helper="FACTOR = 3.0\n")
+    model = build(f"{folder / 'net.py'}:net").model
+    x = torch.randn(2, 3, 8, 8)
+    try:
+        with torch.no_grad():
+            assert torch.equal(model(x), model.conv(x) * 3)
+    finally:
+        for name in ("helper", "indirect", "parts", "parts.helper"):
+            sys.modules.pop(name, None)
+
+
+def test_a_module_imported_twice_is_one_module(tmp_path):
+    counting = "COUNT = 0\ndef counted():\n    global COUNT\n    COUNT += 1\n    return COUNT\n"
+    early = "import helper\nhelper.counted()\n" + LATE.format(imports="import helper", value="helper.counted()")
+    folder = write(tmp_path, net=early, helper=counting)
+    model = build(f"{folder / 'net.py'}:net").model
+    try:
+        x = torch.randn(1, 3, 8, 8)
+        with torch.no_grad():
+            assert torch.equal(model(x), model.conv(x) * 2)
+    finally:
+        sys.modules.pop("helper", None)
+
+
+def test_other_files_do_not_see_the_folder(tmp_path):
+    folder = write(
+        tmp_path, net="from torch import nn\ndef net():\n    return nn.Linear(2, 2)\n", plotly="1/0\n", other=""
+    )
+    path = list(sys.path)
+    build(f"{folder / 'net.py'}:net")
+    with pytest.raises(ModuleNotFoundError):
+        __import__("other")
+    assert sys.path == path
+
+
+@pytest.mark.parametrize("command", ["spp", "doctor", "export", "convert"])
+def test_a_lazy_module_left_behind_does_no_harm(tmp_path, command, capsys):
+    text = (
+        "import sys\nfrom torch import nn, randn\nfrom test_sources import Lazy\n"
+        "def net():\n    sys.modules['left_behind'] = Lazy('left_behind')\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), randn(2, 3, 8, 8)\n"
+    )
+    folder = write(tmp_path, net=text)
+    out = {"export": "m.onnx", "convert": "m.safetensors"}.get(command, "out")
+    sys.modules["test_sources"] = sys.modules[__name__]
+    try:
+        code = main([command, f"{folder / 'net.py'}:net", "--out", str(tmp_path / out)])
+        assert code in (0, 1) and "Error" not in capsys.readouterr().err
+        assert (tmp_path / out).exists()
+    finally:
+        sys.modules.pop("left_behind", None)
+        sys.modules.pop("test_sources", None)
+
+
+ENDINGS = {
+    "nothing said": ("raise RuntimeError", "failed with RuntimeError$"),
+    "an empty message": ("raise ValueError('')", "failed with ValueError$"),
+    "an assertion": ("assert 1 == 2", "failed with AssertionError$"),
+    "exit": ("import sys; sys.exit()", "failed with SystemExit$"),
+    "exit with a code": ("import sys; sys.exit(3)", "failed with SystemExit: 3$"),
+    "SystemExit": ("raise SystemExit('enough')", "failed with SystemExit: enough$"),
+    "terminal escapes": ("raise ValueError('\\x1b[31mred\\x07')", r"failed with ValueError: \\x1b\[31mred\\x07$"),
+    "a long message": ("raise ValueError('x' * 10**6)", "…$"),
+    "recursion": ("net()", "failed with RecursionError"),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_however_a_factory_ends_it_is_one_line(tmp_path, ending, capsys):
+    code, pattern = ENDINGS[ending]
+    folder = write(tmp_path, net=f"def net():\n    {code}\n")
+    assert main(["spp", f"{folder / 'net.py'}:net", "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and len(told) <= 520
+    assert re.search(pattern, told.strip()), told
+
+
+def test_a_file_that_is_none_is_refused_without_being_opened(tmp_path, capsys):
+    os.mkfifo(tmp_path / "net.py")
+    os.mkfifo(tmp_path / "model.safetensors")
+    os.mkfifo(tmp_path / "pipe")
+    for source in ("net.py:net", "model.safetensors", "pipe"):
+        assert main(["spp", str(tmp_path / source)]) == 2
+        assert "named pipe" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="a device"):
+        normfree.load("/dev/zero")
