@@ -1,5 +1,7 @@
 """Official weights that do not fit, or are none: one line that says what, and a model left as it was."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -107,9 +109,47 @@ def test_archives_are_read_without_unpickling(tmp_path):
     np.savez(tmp_path / "other.npz", x=np.ones(2))
     whole = (tmp_path / "other.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    for name, reason in (("objects", "allow_pickle"), ("other", "begins with params/"), ("cut", "no sound archive")):
+    for name, reason in (("objects", "dtype object"), ("other", "begins with params/"), ("cut", "no sound archive")):
         with pytest.raises(ValueError, match=reason) as caught:
             load_haiku_weights(regnet(), tmp_path / f"{name}.npz")
         assert name in str(caught.value)
     with pytest.raises(ValueError, match="is no file"):
         load_haiku_weights(regnet(), tmp_path / "none.npz")
+
+
+def archive_of(path, *entries):
+    """A zip of (name, shape that the header claims, bytes that follow)."""
+    import zipfile
+
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, shape, content in entries:
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            archive.writestr(f"params/{name}.npy", header.getvalue() + content)
+    return path
+
+
+ARCHIVES = {
+    "a header that claims more": ([("a/w", (10**11,), b"abcd")], "claims 400,000,000,000 bytes and holds 4"),
+    "a header that claims less": ([("a/w", (1,), b"abcdefgh")], "claims 4 bytes and holds 8"),
+    "a size beyond any": ([("a/w", (2**60, 2**60), b"abcd")], "holds 4"),
+    "a megabyte that is a gigabyte": ([("a/w", (2**28,), bytes(2**30))], "the model's far fewer"),
+    "many that are a gigabyte": ([(f"a{i}/w", (2**22,), bytes(2**24)) for i in range(64)], "the model's far fewer"),
+}
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_archives_take_no_more_memory_than_the_model(tmp_path, name):
+    import tracemalloc
+
+    entries, reason = ARCHIVES[name]
+    path = archive_of(tmp_path / "weights.npz", *entries)
+    model = regnet()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=reason) as caught:
+            load_haiku_weights(model, path)
+        assert tracemalloc.get_traced_memory()[1] < 2**27
+    finally:
+        tracemalloc.stop()
+    assert "weights.npz" in str(caught.value) and len(str(caught.value)) <= 500

@@ -163,6 +163,8 @@ def test_a_shape_is_believed_only_with_its_bytes(tmp_path, shape):
     assert "array of shape" in reason
 
 
+SHARED = b")q\x000" + b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(60)) + b"h<"
+
 NO_PICKLES = {
     "empty": (b"", "no pickle of protocol 2 to 5"),
     "text": (b"Not found", "no pickle of protocol 2 to 5"),
@@ -177,7 +179,13 @@ NO_PICKLES = {
     "frame bomb": (b"\x80\x04\x95" + struct.pack("<Q", 1 << 60) + b"N.", "no sound pickle"),
     "list in itself": (b"\x80\x02]q\x00h\x00a.", "nested deeper"),
     "dict in itself": (b"\x80\x02}q\x00K\x01h\x00s.", "nested deeper"),
-    "unhashable key": (b"\x80\x02}]K\x01s.", "no sound pickle"),
+    "unhashable key": (b"\x80\x02}]K\x01s.", "has a key of type list"),
+    # Tuples of two that share their parts: 2**60 leaves, of which hash and repr would look at each.
+    "exponential key": (b"\x80\x02}" + SHARED + b"K\x01s.", "has a key of type tuple"),
+    "exponential keys": (b"\x80\x02}(" + SHARED + b"K\x01u.", "has a key of type tuple"),
+    "exponential keys of a dict": (b"\x80\x02(" + SHARED + b"K\x01d.", "has a key of type tuple"),
+    "exponential dtype": (b"\x80\x02cnumpy\ndtype\n" + SHARED + b"\x85R.", "has an array of dtype"),
+    "exponential value": (b"\x80\x02" + SHARED + b".", "nested deeper"),
     "append to a class": (b"\x80\x02cnumpy\nndarray\nK\x01a.", "no sound pickle"),
 }
 
@@ -190,7 +198,7 @@ def test_what_is_no_such_pickle_is_refused(tmp_path, name):
 
 def test_a_missing_file_is_refused(tmp_path):
     assert "is no file" in refused(tmp_path / "none.npz")
-    assert "is no file" in refused(tmp_path)
+    assert "is a folder" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("protocol", [2, 5])

@@ -102,6 +102,21 @@ def test_the_models_types_are_kept_and_its_weights_its_own():
     assert all(block.squeeze_excite.skip_gain == 1 for stage in model.stages for block in stage)
 
 
+@pytest.mark.parametrize(
+    "prefixes", [("module.",), ("_orig_mod.",), ("module.", "_orig_mod."), ("_orig_mod.", "module.")]
+)
+def test_the_names_of_a_wrapped_model_are_those_of_what_is_wrapped(prefixes):
+    network = theirs("nfnet_f0", **TIMM_NFNET)
+    state = network.state_dict()
+    plain = load_timm_weights(create_model("nfnet_f0", activation="gelu_exact", **NFNET), state)
+    wrapped = {"".join(prefixes) + name: tensor for name, tensor in state.items()}
+    model = load_timm_weights(create_model("nfnet_f0", activation="gelu_exact", **NFNET), wrapped)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    partly = {**wrapped, "module.stem.conv9.weight": wrapped.pop(f"{''.join(prefixes)}stem.conv1.weight")}
+    with pytest.raises(ValueError, match="state_dict"):
+        load_timm_weights(model, partly)
+
+
 def refused(model, state, message):
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=message) as caught:

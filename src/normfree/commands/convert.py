@@ -21,6 +21,7 @@ from normfree.nn.checks import invalid
 from normfree.sources import Built, build
 from normfree.text import all_lines
 from normfree.weights import save
+from normfree.weights.matching import without_wrappers
 from normfree.weights.stored import read
 
 
@@ -133,7 +134,7 @@ def check_sizes(batch_size: int, image_size: int | None, seed: int) -> None:
 
 def _load_weights(model: nn.Module, path: Path) -> None:
     try:
-        model.load_state_dict(read(path, "weights").tensors)
+        model.load_state_dict(without_wrappers(read(path, "weights").tensors))
     except RuntimeError as error:
         rule = f"are not this model's ({all_lines(error)})"
         raise invalid("weights", str(path), rule, "give its own state dict") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from normfree.nn import PaddedConv2d
 from normfree.nn.checks import invalid
+from normfree.reading import kind_of
 from normfree.text import first_line
 from normfree.weights.haiku_names import haiku_names
 from normfree.weights.matching import check_names, check_shapes, copy_in
@@ -23,6 +26,7 @@ Tree = Mapping[str, Mapping[str, Any]]
 
 _FORM = "pass {module path: {name: array}}, such as {'NFNet/~/linear': {'w': ..., 'b': ...}}"
 _PARTS = ("params", "state")
+_NUMBERS = "fiub"
 
 
 def load_haiku_weights(model: Model, source: str | Path | Tree) -> Model:
@@ -52,7 +56,8 @@ def load_haiku_weights(model: Model, source: str | Path | Tree) -> Model:
     Source: the names are those of the authors' public definitions; see ``normfree.weights.haiku_names``.
     """
     names = haiku_names(model)
-    arrays = _arrays(source)
+    numbers = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    arrays = _arrays(source, 2 * 8 * numbers + 2**20)  # of float64, with a header each, and others that are left over
     statistics = names.statistics if any(name in arrays for name in names.statistics.values()) else {}
     counters = {ours: name for ours, name in names.counters.items() if name in arrays}
     wanted = {**names.parameters, **statistics, **counters}
@@ -70,10 +75,15 @@ def load_haiku_weights(model: Model, source: str | Path | Tree) -> Model:
     return model
 
 
-def _arrays(source: str | Path | Tree) -> dict[str, np.ndarray]:
-    """Return the arrays of a file or mapping by their official names, ``<module path>/<name>``."""
+def _arrays(source: str | Path | Tree, bound: int) -> dict[str, np.ndarray]:
+    """Return the arrays of a file or mapping by their official names, ``<module path>/<name>``.
+
+    Args:
+        source: as of :func:`load_haiku_weights`.
+        bound: bytes that an archive may have when unpacked.
+    """
     if isinstance(source, (str, Path)):
-        source = _read_npz(Path(source)) if _is_archive(Path(source)) else read_pickle(source)
+        source = _read_npz(Path(source), bound) if _is_archive(Path(source)) else read_pickle(source)
     if not isinstance(source, Mapping):
         raise invalid("source", type(source).__name__, "is neither a file nor a mapping", _FORM)
     arrays: dict[str, np.ndarray] = {}
@@ -90,22 +100,25 @@ def _arrays(source: str | Path | Tree) -> dict[str, np.ndarray]:
 
 def _is_archive(path: Path) -> bool:
     """Tell a zip file, as ``np.savez`` writes, by its beginning; the published ``.npz`` files are none."""
-    if not path.is_file():
+    if kind_of(path) != "file":
         return False
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _read_npz(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Return the tree in an archive of numpy's; never unpickles."""
+def _read_npz(path: Path, bound: int) -> dict[str, dict[str, np.ndarray]]:
+    """Return the tree in an archive of numpy's of so many bytes at most when unpacked; never unpickles."""
     tree: dict[str, dict[str, np.ndarray]] = {}
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            for key in archive.files:
-                part, _, rest = key.partition("/")
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                part, _, rest = entry.filename.removesuffix(".npy").partition("/")
                 if part in _PARTS:
                     module, _, name = rest.rpartition("/")
-                    tree.setdefault(module, {})[name] = archive[key]
+                    bound -= entry.file_size
+                    if bound < 0:
+                        raise ValueError(f"its arrays take {entry.file_size:,} bytes and more, the model's far fewer")
+                    tree.setdefault(module, {})[name] = _read_npy(archive, entry)
     except Exception as error:  # zip, zlib and numpy raise ten kinds of their own
         rule = f"is no sound archive of arrays ({first_line(error)})"
         raise invalid("source", str(path), rule, "write it again") from error
@@ -115,6 +128,27 @@ def _read_npz(path: Path) -> dict[str, dict[str, np.ndarray]]:
     return tree
 
 
+def _read_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+    """Return an array whose bytes are as many as its header says: no memory is taken for what is not there.
+
+    Raises:
+        ValueError: they are more or fewer, or no numbers.
+    """
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{entry.filename} has version {version} of numpy's format")
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(file)
+        if dtype.hasobject or dtype.kind not in _NUMBERS:
+            raise ValueError(f"{entry.filename} has dtype {dtype}")
+        content = file.read()
+    claimed = math.prod(shape) * dtype.itemsize
+    if claimed != len(content):
+        raise ValueError(f"{entry.filename} claims {claimed:,} bytes and holds {len(content):,}")
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
+
+
 def _array(name: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
@@ -122,7 +156,7 @@ def _array(name: str, value: Any) -> np.ndarray:
             array = array.astype(np.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise invalid("source", name, f"is no array but {type(value).__name__}", _FORM) from error
-    if array.dtype.kind not in "fiub":
+    if array.dtype.kind not in _NUMBERS:
         raise invalid("source", name, f"has dtype {array.dtype}, which is no real number", "pass arrays of numbers")
     return array
 

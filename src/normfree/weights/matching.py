@@ -15,6 +15,16 @@ _SHOWN = 3
 _BLOCK = re.compile(r"stages\.\d+\.\d+(?=\.)|[^/]+/~/\w*block\w*(?=/)")
 
 
+_WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and DistributedDataParallel, of torch.compile
+
+
+def without_wrappers(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a state dict by the names of what was wrapped: prefixes of wrappers that all names have are left out."""
+    while state_dict and (prefix := next((one for one in _WRAPPERS if all(k.startswith(one) for k in state_dict)), "")):
+        state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    return state_dict
+
+
 def listed(names: Sequence[str]) -> str:
     """Return the first few names and how many more there are."""
     more = len(names) - _SHOWN

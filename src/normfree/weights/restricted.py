@@ -14,13 +14,15 @@ import io
 import math
 import pickle
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from normfree.nn.checks import invalid
+from normfree.reading import check_file
+from normfree.text import printable, quoted
 
 # What Pickler writes, at protocols 2 to 5, for arrays in dicts, lists and tuples. Absent: INST, OBJ, NEWOBJ and
 # NEWOBJ_EX, which make instances; EXT*, whose cached objects come without a look-up; persistent ids; sets;
@@ -72,7 +74,7 @@ class _DType:
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
         if code not in _DTYPES:
-            raise _Refused(f"has an array of dtype {code!r}")
+            raise _Refused(f"has an array of dtype {quoted(code)}")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: Any) -> None:
@@ -100,8 +102,8 @@ class _Array:
         """Take ``data`` as the content, once it is certain that it is exactly that."""
         if not isinstance(dtype, _DType) or not isinstance(data, (bytes, bytearray)) or order not in ("C", "F"):
             raise _Refused("has an array of objects, or of a dtype or order that is none")
-        if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape):
-            raise _Refused(f"has an array of shape {shape!r}")
+        if not isinstance(shape, tuple) or len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+            raise _Refused(f"has an array of shape {quoted(shape)}")
         claimed = math.prod(shape) * dtype.dtype.itemsize
         if claimed != len(data):
             raise _Refused(f"claims an array of shape {shape!r}, which is {claimed} bytes, and brings {len(data)}")
@@ -183,18 +185,49 @@ _KNOWN: dict[tuple[str, str], _StandIn] = {
 
 def _find(module: Any, name: Any) -> _StandIn:
     if not isinstance(module, str) or not isinstance(name, str) or (module, name) not in _KNOWN:
-        raise _Refused(f"names {module}.{name}")
+        raise _Refused(f"names {quoted(module)[1:-1]}.{quoted(name)[1:-1]}")
     return _KNOWN[module, name]
 
 
-class _Unpickler(pickle.Unpickler):
-    """Python's unpickler with every way out closed."""
+_PYTHONS: Any = pickle._Unpickler  # type: ignore[attr-defined] - the one written in Python
+
+
+class _Unpickler(_PYTHONS):
+    """Python's unpickler, written in Python, with every way out closed.
+
+    Keys of dicts are looked at before they are hashed: tuples that share tuples are hashed in time exponential in their
+    depth.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(_PYTHONS.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         return _find(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
         raise _Refused("has a persistent id")
+
+    def load_setitem(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        _check_keys(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        _check_keys(self.stack[::2])
+        super().load_dict()
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    for key in keys:
+        if not isinstance(key, (str, bytes, int, float, type(None))):
+            raise _Refused(f"has a key of type {type(key).__name__.lstrip('_')}")
 
 
 def _check_opcodes(content: bytes) -> None:
@@ -204,6 +237,8 @@ def _check_opcodes(content: bytes) -> None:
     for count, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(content))):
         if opcode.name not in _OPCODES:
             raise _Refused(f"has the opcode {opcode.name}")
+        if opcode.name == "FRAME" and int(argument or 0) > len(content):
+            raise ValueError(f"a frame of {argument} bytes in a file of {len(content)}")
         # The unpickler makes room for as many entries as the highest number given to one.
         if opcode.name in ("BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
             raise _Refused(f"puts entry {argument} into a memo of at most {count}")
@@ -242,9 +277,7 @@ def read_pickle(path: str | Path) -> Any:
         ValueError: no such file; not such a pickle, damaged, or with anything else in it. Nothing has been
             imported or called then, either.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise invalid("source", str(path), "is no file", _REMEDY)
+    path = check_file(path, "source", _REMEDY)
     try:
         content = path.read_bytes()
         _check_opcodes(content)
@@ -255,5 +288,5 @@ def read_pickle(path: str | Path) -> Any:
 
 def _reason(error: Exception) -> str:
     """Return one printable line; the file may have chosen part of it."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in str(error)[:_LETTERS])
+    text = printable(str(error)[:_LETTERS])
     return text if isinstance(error, _Refused) else f"is no sound pickle ({type(error).__name__}: {text})"

@@ -138,9 +138,9 @@ def check_fits(model: nn.Module, stored: Stored) -> None:
         mine, theirs = own.get(name), stored.tensors.get(name)
         if mine is None or theirs is None:
             there = "is not in the file" if theirs is None else "is not in the model"
-            raise stored.error(f"{shortened(name, 80)} {there} that it describes", "give an undamaged one")
+            raise stored.error(f"does not describe its tensors: {shortened(name, 80)} {there}", "give an undamaged one")
         if mine.shape != theirs.shape:
-            rule = f"{name} has shape {list(theirs.shape)}, and the model it describes {list(mine.shape)}"
+            rule = f"does not describe its tensors: {name} is {list(theirs.shape)}, described as {list(mine.shape)}"
             raise stored.error(rule, "give an undamaged one")
         check_number_kind(stored, name, mine, theirs)
 

@@ -24,7 +24,7 @@ from normfree.models.nf_common import NFBackbone
 from normfree.models.recognised import check_backbone
 from normfree.nn import ACTIVATIONS, OFFICIAL_GAMMA, VARIANCE_FLOOR, PaddedConv2d
 from normfree.nn.checks import invalid
-from normfree.weights.matching import check_names, check_shapes, copy_in
+from normfree.weights.matching import check_names, check_shapes, copy_in, without_wrappers
 from normfree.weights.timm_names import TimmStyle, check_sizes, recognize, timm_names
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,7 +58,8 @@ def load_timm_weights(model: Model, state_dict: Mapping[str, Tensor]) -> Model:
 
     Args:
         model: an ``NFNet`` or ``NFRegNet`` of ``create_model``, with the state dict's num_classes and in_channels.
-        state_dict: of a ``timm.create_model(...)``; ours keeps no reference to it.
+        state_dict: of a ``timm.create_model(...)``, also compiled or data-parallel (``_orig_mod.``, ``module.``); ours
+            keeps no reference to it.
 
     Returns:
         The model; it is left as it was when anything is wrong.
@@ -72,6 +73,7 @@ def load_timm_weights(model: Model, state_dict: Mapping[str, Tensor]) -> Model:
     network = check_backbone(model, "pass an nfnet_f* or nf_regnet_b*")
     if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise invalid("state_dict", type(state_dict).__name__, "must map names to tensors", "pass model.state_dict()")
+    state_dict = without_wrappers(state_dict)
     style = recognize(state_dict)
     _check_definition(network, style)
     names = timm_names(model, style)
