@@ -23,8 +23,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
@@ -37,6 +35,7 @@ import torch
 from benchmarks.convert_checks import checked, is_trained
 from benchmarks.convert_training import trained
 from benchmarks.pool import at_once
+from benchmarks.rows import page, run_apart, stored_rows, where_measured
 from normfree.benchmark.machine import hardware, versions
 from normfree.signal import write_atomically
 
@@ -85,17 +84,8 @@ def names() -> list[str]:
 
 def apart(part: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What a part (``check`` or ``train``) says of a model, in a process of its own; or why it was "aborted"."""
-    command = [sys.executable, "-m", "benchmarks.convert", f"--{part}", name]
-    command += ["--steps", str(options.steps), "--device", options.device]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        return {"aborted": f"not done after {PATIENCE / 60:.0f} minutes"}
-    lines = run.stdout.strip().splitlines()
-    if run.returncode or not lines:
-        last = (run.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"aborted": f"exit code {run.returncode}: {last[:200]}"}
-    return json.loads(lines[-1])
+    arguments = [f"--{part}", name, "--steps", str(options.steps), "--device", options.device]
+    return run_apart("benchmarks.convert", arguments, PATIENCE)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -161,18 +151,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines += ["", f"{what}: {', '.join(f'`{name}`' for name in missing)}."]
     lines += ["", "## Where", ""]
     trainings = [{"model": row["model"]} | row["training"] for row in rows if "training" in row]
-    lines += [*_where("Checked", rows), *_where("Trained", trainings)]
+    lines += [*where_measured("Checked", rows), *where_measured("Trained", trainings)]
     return "\n".join(lines) + "\n"
-
-
-def _where(what: str, measured: list[dict[str, Any]]) -> list[str]:
-    """One line for each machine, the models named of all but the one that most were measured on."""
-    by_machine: dict[str, list[str]] = {}
-    for one in measured:
-        by_machine.setdefault(one["machine"], []).append(one["model"])
-    most, *others = sorted(by_machine.items(), key=lambda item: len(item[1]), reverse=True) or [("", [])]
-    lines = [f"- {what} on {most[0]}: {'all others' if others else 'all'}."] if most[1] else []
-    return lines + [f"- {what} on {where}: {', '.join(f'`{name}`' for name in names)}." for where, names in others]
 
 
 def _is_untrained(row: dict[str, Any]) -> bool:
@@ -231,12 +211,6 @@ def _count(rows: list[dict[str, Any]], probe: str) -> int:
     return sum(row[probe] == [] for row in rows)
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """The results as JSON, a model a line."""
-    models = ",\n".join(json.dumps(row) for row in rows)
-    return f'{{"models": [\n{models}\n]}}\n'
-
-
 def main(arguments: list[str] | None = None, say: Callable[[str], None] = print) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=__doc__)
@@ -262,7 +236,7 @@ def _run_all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     """Check every model that was not, then train those small enough, the smallest first."""
     path, cpu = options.out / "models.json", {key: value for key, value in hardware().items() if key != "gpu"}
     here = {"check": versions(cpu), "train": versions(cpu if options.device == "cpu" else hardware())}
-    before = json.loads(path.read_text())["models"] if path.exists() else []
+    before = stored_rows(path)
     asked = [name for name in names() if any(fnmatch.fnmatch(name, pattern) for pattern in options.only)]
     again = set(asked) if options.fresh else set[str]()
     rows = {row["model"]: row for row in before if row["model"] not in again}

@@ -20,6 +20,7 @@ import torch
 import torchvision
 from torch import nn
 
+from benchmarks.rows import one_line
 from benchmarks.sweep_structure import stated_additions
 from normfree.benchmark import hardware
 from normfree.signal import SignalPropagation, spp, write_atomically
@@ -117,7 +118,7 @@ def measured(name: str) -> dict[str, Any]:
     try:
         model = build(name)
     except Exception as error:
-        return {"model": name, "failure": _one_line(error)}
+        return {"model": name, "failure": one_line(error)}
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     if millions > LARGEST / 1e6:
         return {"model": name, "skipped": f"{millions:.0f} million parameters"}
@@ -127,7 +128,7 @@ def measured(name: str) -> dict[str, Any]:
         try:
             signal = spp(model, batch, name=name)
         except ValueError as error:
-            failure = _one_line(error)
+            failure = one_line(error)
             continue
         seconds = {"build": round(built - start, 2), "spp": round(time.perf_counter() - built, 2)}
         return {"model": name, "millions": round(millions, 1), **_row(model, signal), "seconds": seconds}
@@ -175,10 +176,6 @@ def _is_width(model: nn.Module, name: str, size: int) -> bool:
         if not path:
             return False
         path = path.rpartition(".")[0]
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
 
 
 def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
