@@ -36,6 +36,12 @@ from normfree.nn.scaled_ws_layers import (
 )
 from normfree.nn.squeeze_excite import SqueezeExcite
 from normfree.nn.standardization import VARIANCE_FLOOR, standardize
+from normfree.nn.standardized_module import (
+    Standardization,
+    WeightLayout,
+    standardization_of,
+    standardize_module,
+)
 from normfree.nn.stochastic_depth import StochasticDepth
 from normfree.nn.variance_plan import PlannedBlock, variance_plan
 
@@ -72,14 +78,18 @@ __all__ = [
     "ScaledWSConvTranspose3d",
     "ScaledWSLinear",
     "SqueezeExcite",
+    "Standardization",
     "StochasticDepth",
+    "WeightLayout",
     "build_activation",
     "fold",
     "gamma",
     "has_foldable",
     "pad_same",
     "same_padding",
+    "standardization_of",
     "standardize",
+    "standardize_module",
     "symmetric_padding",
     "variance_plan",
 ]

@@ -33,9 +33,22 @@ class Refined(nn.Module, ABC):
         """Return the base class that computes the same from the same attributes; None if none does."""
 
 
+class Reparametrization(nn.Module, ABC):
+    """A child that makes what its parent reads for its own parameters; folding stores that and takes the child away."""
+
+    @abstractmethod
+    def restore(self, module: nn.Module) -> None:
+        """Give the parent the class and the kind of parameters it had before, its outputs staying the same."""
+
+
+def reparametrization_of(module: nn.Module) -> Reparametrization | None:
+    """Return the child that makes a module's parameters; None if they are its own."""
+    return next((child for child in module._modules.values() if isinstance(child, Reparametrization)), None)
+
+
 def has_foldable(model: nn.Module) -> bool:
     """Return whether any layer of a model is still to be folded: not so of what :func:`fold` returns."""
-    return any(isinstance(module, Foldable) for module in model.modules())
+    return any(isinstance(module, (Foldable, Reparametrization)) for module in model.modules())
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -44,7 +57,8 @@ def fold(model: nn.Module) -> nn.Module:
     Every :class:`normfree.nn.ScaledWSConv2d` and ``ScaledConv2d`` becomes an ``nn.Conv2d`` with the standardised,
     scaled weight ``alpha * s * gamma / beta * What`` and the bias ``alpha * s * b`` (a ``PaddedConv2d`` where the
     padding is TensorFlow's, which depends on the input's size). No gain, no standardization and no factor is left
-    but the [N, C] gates' and the pooled features'. Activations and pools become torch's own, with their hooks. Layers
+    but the [N, C] gates' and the pooled features'. A module of another library that conversion has standardized is of
+    its own class again, with the effective weight. Activations and pools become torch's own, with their hooks. Layers
     of any other kind stay as they are, normalizers too.
 
     Args:
@@ -72,6 +86,8 @@ def _folded(module: nn.Module, name: str, known: dict[nn.Module, nn.Module]) -> 
             known[module] = module.folded()
         else:
             known[module] = module
+            if (child := reparametrization_of(module)) is not None:
+                child.restore(module)
             _make_plain(module)
             for child_name, child in module._modules.items():
                 if child is not None:

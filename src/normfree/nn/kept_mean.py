@@ -15,10 +15,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
-from normfree.nn.branch_end import Scale
 from normfree.nn.scaled_ws_conv import ScaledWSConv2d, Standardized
 from normfree.nn.scaled_ws_layers import (
     ScaledWSConv1d,
@@ -28,13 +26,6 @@ from normfree.nn.scaled_ws_layers import (
     ScaledWSConvTranspose3d,
     ScaledWSLinear,
 )
-from normfree.nn.standardization import VARIANCE_FLOOR
-
-
-@torch.fx.wrap  # one node of a symbolic trace, for it asks for dimensions
-def spread(values: Tensor, filters: Tensor) -> Tensor:
-    """Return one value for each filter, [O], at each of its weights, [O, fan-in …]."""
-    return values.view(-1, *[1] * (filters.dim() - 1)).expand_as(filters)
 
 
 class KeptMean(Standardized):
@@ -46,37 +37,20 @@ class KeptMean(Standardized):
     Source: this project's.
     """
 
-    kept_mean: nn.Parameter
-
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.kept_mean = nn.Parameter(torch.zeros_like(self.gain))
-
-    def scaled_weight(self, scale: Scale | None) -> Tensor:
-        """Return the standardised weight plus the kept mean, with the factors of both."""
-        mean = self.kept_mean if scale is None else self.kept_mean * scale
-        means = spread(mean * self.fan_in**-0.5, self.filters(self.weight))
-        return super().scaled_weight(scale) + self.weight_of(means)
 
     @torch.no_grad()
     def become(self, weight: Tensor, bias: Tensor | None, factor: Tensor) -> None:
         """Have the effective weight be ``weight`` with filter i times ``factor_i``, and the bias be ``bias``.
 
         Args:
-            weight: in the layer's layout. The raw weight becomes it with the factors' magnitudes, so that it, too,
-                trains at the pace of a plain weight; where a factor is zero it keeps its own size.
+            weight: in the layer's layout.
             bias: [O], or None where the layer has none.
             factor: [O].
         """
-        factor = factor.double()
-        magnitude = torch.where(factor == 0, 1.0, factor.abs())
-        filters = self.filters(weight.double())
-        filters = filters * magnitude.view(-1, *[1] * (filters.dim() - 1))
-        self.weight.copy_(self.weight_of(filters))
-        rows, sign = filters.flatten(1), factor.sign()
-        norm = (rows - rows.mean(1, keepdim=True)).square().sum(1).clamp_min(VARIANCE_FLOOR).sqrt()
-        self.gain.copy_(sign * norm / self.constant)
-        self.kept_mean.copy_(sign * rows.mean(1) * self.fan_in**0.5)
+        self.fit(self.weight, weight, factor)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 

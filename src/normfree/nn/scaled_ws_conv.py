@@ -12,37 +12,94 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from normfree.nn.branch_end import Scale
+from normfree.nn.branch_end import BranchEnd, Scale
 from normfree.nn.checks import invalid
 from normfree.nn.padding import PaddingMode, Size2d
 from normfree.nn.scaled_conv import ScaledConv2d
 from normfree.nn.scaled_layer import ScaledLayer
-from normfree.nn.standardization import standardize
+from normfree.nn.standardization import VARIANCE_FLOOR, standardize
 
 torch.fx.wrap("standardize")  # one node of a symbolic trace, for it asks for dimensions and values
 
 
-class Standardized(ScaledLayer):
-    """Standardises the weight of the layer that follows it in a class's bases.
-
-    The weight is read as filters [O, fan-in …]; a layout whose rows are none says how.
+class StandardizedFilters(BranchEnd):
+    """The rule for a weight [O, fan-in …] in whatever layout it lies: learnable factors, and what they make of it.
 
     Attributes:
         gain: [O], learnable, starts at 1.
+        kept_mean: [O], learnable, a mean per filter as :mod:`normfree.nn.kept_mean` says; None for none.
     """
 
     gain: nn.Parameter
+    kept_mean: nn.Parameter | None
 
-    def start_gain(self, **tensor_options: Any) -> None:
-        """Make the gain, after the constructor of the layer.
+    def start_gain(self, weight: Tensor, **tensor_options: Any) -> None:
+        """Make the gain of a weight; a mean is kept only where one is set afterwards.
 
         Raises:
             ValueError: a fan-in of 1, whose standardised weight is always zero.
         """
-        if self.fan_in == 1:
+        filters = self.filters(weight)
+        if filters[0].numel() == 1:
             rule = "a filter of one weight minus its mean is always zero"
             raise invalid("fan_in", 1, rule, "use ScaledConv2d or a plain layer, or a larger kernel or group")
-        self.gain = nn.Parameter(torch.ones(len(self.filters(self.weight)), **tensor_options))
+        self.gain = nn.Parameter(torch.ones(len(filters), **tensor_options))
+        self.register_parameter("kept_mean", None)
+
+    @property
+    def constant(self) -> float:
+        """The constant factor of the standardised weight."""
+        raise NotImplementedError
+
+    def filters(self, weight: Tensor) -> Tensor:
+        """Return a weight as filters [O, fan-in …]."""
+        return weight
+
+    def weight_of(self, filters: Tensor) -> Tensor:
+        """Return filters [O, fan-in …] as a weight."""
+        return filters
+
+    def made_of(self, weight: Tensor, scale: Scale | None) -> Tensor:
+        """Return the standardised weight, in the layer's layout, with the factor of the input and of the output."""
+        filters = self.filters(weight)
+        gain = self.gain if scale is None else self.gain * scale
+        made = self.weight_of(standardize(filters, gain, self.constant))
+        if self.kept_mean is None:
+            return made
+        mean = self.kept_mean if scale is None else self.kept_mean * scale
+        return made + self.weight_of(spread(mean, filters))
+
+    @torch.no_grad()
+    def fit(self, raw: Tensor, weight: Tensor, factor: Tensor) -> None:
+        """Have what is made of a raw weight be ``weight`` with filter i times ``factor_i``; a mean must be kept.
+
+        Args:
+            raw: is set to the weight with the factors' magnitudes, so that it, too, trains at the pace of a plain
+                weight; where a factor is zero it keeps its own size.
+            weight: in the layer's layout.
+            factor: [O].
+        """
+        assert self.kept_mean is not None, "a standardized weight alone sums to zero"
+        factor = factor.double()
+        magnitude = torch.where(factor == 0, 1.0, factor.abs())
+        filters = self.filters(weight.double())
+        filters = filters * magnitude.view(-1, *[1] * (filters.dim() - 1))
+        raw.copy_(self.weight_of(filters))
+        rows, sign = filters.flatten(1), factor.sign()
+        norm = (rows - rows.mean(1, keepdim=True)).square().sum(1).clamp_min(VARIANCE_FLOOR).sqrt()
+        self.gain.copy_(sign * norm / self.constant)
+        self.kept_mean.copy_(sign * rows.mean(1) * rows.shape[1] ** 0.5)
+
+
+@torch.fx.wrap  # one node of a symbolic trace, for it asks for dimensions
+def spread(means: Tensor, filters: Tensor) -> Tensor:
+    """Return one mean for each filter, [O], at each of its N weights, [O, fan-in …], divided by sqrt(N)."""
+    scaled = means * filters[0].numel() ** -0.5
+    return scaled.view(-1, *[1] * (filters.dim() - 1)).expand_as(filters)
+
+
+class Standardized(StandardizedFilters, ScaledLayer):
+    """Standardises the weight of the layer that follows it in a class's bases."""
 
     @property
     def fan_in(self) -> int:
@@ -54,14 +111,6 @@ class Standardized(ScaledLayer):
         """The constant factor of the standardised weight."""
         return self.input_scale
 
-    def filters(self, weight: Tensor) -> Tensor:
-        """Return a weight as filters [O, fan-in …]."""
-        return weight
-
-    def weight_of(self, filters: Tensor) -> Tensor:
-        """Return filters [O, fan-in …] as a weight."""
-        return filters
-
     def reset_parameters(self) -> None:
         """Draw the weight from N(0, 1/fan_in), set the bias to zero and the gain to one."""
         nn.init.normal_(self.weight, std=1 / math.sqrt(self.fan_in))
@@ -72,8 +121,7 @@ class Standardized(ScaledLayer):
 
     def scaled_weight(self, scale: Scale | None) -> Tensor:
         """Return the standardised weight, in the layer's layout, with the factor of the input and of the output."""
-        gain = self.gain if scale is None else self.gain * scale
-        return self.weight_of(standardize(self.filters(self.weight), gain, self.constant))
+        return self.made_of(self.weight, scale)
 
 
 class ScaledWSConv2d(Standardized, ScaledConv2d):
@@ -129,4 +177,4 @@ class ScaledWSConv2d(Standardized, ScaledConv2d):
             skip_gain=skip_gain,
             **tensor_options,
         )
-        self.start_gain(**tensor_options)
+        self.start_gain(self.weight, **tensor_options)

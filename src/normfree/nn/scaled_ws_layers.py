@@ -53,7 +53,7 @@ class ScaledWSLayer(Standardized):
         super().__init__(*arguments, **options)
         tensor_options = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.end_branch(alpha, skip_gain, **tensor_options)
-        self.start_gain(**tensor_options)
+        self.start_gain(self.weight, **tensor_options)
 
     def take(self, plain: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """Return a plain layer with a weight and a bias, in this layer's mode."""
