@@ -21,7 +21,7 @@ def convolution(norm=None):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), {}, "nothing to convert: it has no normalizer; if its signal"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), {}, "it has no normalizer that is recognised (looked for: "),
         (nn.Sequential(nn.Flatten(), nn.Linear(768, 4), nn.LayerNorm(4)), {}, "stands between linear and attention"),
         (convolution(nn.GroupNorm(2, 4)), {"start": "pretrained"}, 'no constants to fold; choose start="fresh"'),
         (convolution(), {"start": "warm"}, "start='warm': unknown choice; choose one of 'fresh', 'pretrained'"),
@@ -131,9 +131,7 @@ def test_a_functional_norm_is_told():
     assert [(kept.name, kept.was) for kept in record.norms_left] == [("", "native_layer_norm")]
     assert "the model normalizes in its own forward, by a function; write it as a module" in str(record)
     assert "1 normalizer left" in record.summary()
-    with pytest.raises(
-        ValueError, match=r"its normalizer stays, 0 \(native_batch_norm\): .* write it as a module; keep"
-    ):
+    with pytest.raises(ValueError, match=r"its normalizer stays, 0 \(ByHand\): it gives the input its units; keep"):
         normfree.convert(nn.Sequential(ByHand(True)), IMAGES)
 
 
@@ -151,16 +149,23 @@ class ByHand(nn.Module):
         return (x - mean) / (x.var((0, 2, 3), keepdim=True) + 1e-5).sqrt()
 
 
-def test_statistics_of_the_batch_taken_by_hand_are_told():
-    model = nn.Sequential(convolution(), ByHand(False), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
-    left = normfree.convert(model, IMAGES).conversion.norms_left
-    assert [(kept.name, kept.reason) for kept in left] == [
-        ("1", "an example's output depends on the others of its batch: 1 takes statistics of them in its forward")
-    ]
+@pytest.mark.parametrize("functional", [False, True])
+def test_statistics_of_the_batch_taken_by_hand_go_in_a_fresh_start_and_stay_in_a_pretrained_one(functional):
+    model = nn.Sequential(convolution(), ByHand(functional), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    assert not normfree.convert(model, IMAGES).conversion.norms_left
+    left = normfree.convert(model, IMAGES, start="pretrained").conversion.norms_left
+    assert [kept.name for kept in left] == ["1"]
+
+
+class CentredInTraining(nn.Module):
+    """Statistics of the batch in training alone, and nothing in evaluation mode."""
+
+    def forward(self, x):
+        return x - x.mean((0, 2, 3), keepdim=True) if self.training else x
 
 
 class ByHandInTraining(nn.Module):
-    """Statistics of the batch in training alone, as a BatchNorm of one's own has them."""
+    """Statistics of the batch in training alone, as a BatchNorm of one's own has them: it converts."""
 
     def __init__(self):
         super().__init__()
@@ -178,7 +183,9 @@ class Logged(nn.Module):
         return x
 
 
-@pytest.mark.parametrize(("part", "count"), [(ByHandInTraining, 1), (Logged, 0), (nn.Dropout, 0)])
+@pytest.mark.parametrize(
+    ("part", "count"), [(CentredInTraining, 1), (ByHandInTraining, 0), (Logged, 0), (nn.Dropout, 0)]
+)
 def test_what_counts_is_whether_examples_see_each_other(part, count):
     converted = normfree.convert(nn.Sequential(convolution(), part()), IMAGES)
     assert len(converted.conversion.norms_left) == count

@@ -199,19 +199,51 @@ def test_a_forward_that_asks_the_norm_for_an_attribute_is_told(start):
         normfree.convert(model, IMAGES, start=start)
 
 
-def test_a_norm_that_turns_out_to_do_more_stays_and_the_others_go():
+def test_constants_are_what_the_operations_compute():
     torch.manual_seed(0)
     first = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
     model = randomise(nn.Sequential(*first, nn.Conv2d(4, 4, 3), Offset(4), nn.ReLU(), nn.Conv2d(4, 2, 1))).eval()
     converted = normfree.convert(model, IMAGES, start="pretrained")
-    left = [(kept.name, kept.reason) for kept in converted.conversion.norms_left]
-    assert left == [("4", "what it, or something before it, does is more than its constants say")]
+    assert not converted.conversion.norms_left
     torch.testing.assert_close(converted(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
 
 
+class Measured(nn.BatchNorm2d):
+    """A norm with a factor that it reads out of its input: it is constant in one run, and no constant."""
+
+    def forward(self, input):
+        return super().forward(input) * float(input.abs().mean())
+
+
+@pytest.mark.parametrize("kind", [Measured, Rectified])
+def test_a_norm_that_is_no_affine_map_stays_and_the_others_go(kind):
+    torch.manual_seed(0)
+    first = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    model = randomise(nn.Sequential(*first, nn.Conv2d(4, 4, 3), kind(4), nn.ReLU(), nn.Conv2d(4, 2, 1))).eval()
+    converted = normfree.convert(model, IMAGES, start="pretrained")
+    assert [kept.name for kept in converted.conversion.norms_left] == ["4"]
+    other = 3 * IMAGES
+    torch.testing.assert_close(converted(other), model(other), rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_whose_place_gives_something_else_stays(monkeypatch):
+    def misfilled(original, converted, changes, constants):
+        filled(original, converted, changes, constants)
+        if any(change.into == "3" for change in changes):
+            converted[3].bias.data += 1.0
+
+    filled = converting.fill
+    monkeypatch.setattr(converting, "fill", misfilled)
+    first = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    model = randomise(nn.Sequential(*first, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))).eval()
+    converted = normfree.convert(model, IMAGES, start="pretrained")
+    left = [(kept.name, kept.reason) for kept in converted.conversion.norms_left]
+    assert left == [("4", "what it, or something before it, does is more than its constants say")]
+
+
 def test_outputs_that_differ_for_no_known_reason_are_an_error(monkeypatch):
-    def misfilled(original, converted, changes):
-        filled(original, converted, changes)
+    def misfilled(original, converted, changes, constants):
+        filled(original, converted, changes, constants)
         converted[3].weight.data *= 1.5  # no norm's place
 
     filled = converting.fill

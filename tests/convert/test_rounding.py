@@ -55,8 +55,8 @@ def test_half_precision_inside_is_no_error(monkeypatch):
 
 
 def test_a_norm_behind_what_went_wrong_is_not_blamed(monkeypatch):
-    def misfilled(original, converted, changes):
-        attempts.append(filled(original, converted, changes))
+    def misfilled(original, converted, changes, constants):
+        attempts.append(filled(original, converted, changes, constants))
         converted[3].weight.data *= 1.5  # no norm's place
 
     filled, attempts = converting.fill, []

@@ -136,11 +136,16 @@ def _check_outputs(
 
 
 @torch.no_grad()
-def leaks(model: nn.Module, batch: Batch) -> bool:
-    """Whether an example's output depends on the other examples of its batch, in training mode."""
+def change_by_others(model: nn.Module, batch: Batch) -> float | None:
+    """The relative change of the first example's output in training mode when the others become copies of it.
+
+    Returns:
+        The change; None where it is no more than rounding makes, or where it cannot be told: the inputs do not agree
+        on a number of examples, or training wants something else, such as targets.
+    """
     examples = examples_in(batch)
     if examples is None or examples < 2:
-        return False
+        return None
 
     def alone(tensor: Any) -> Any:
         return tensor[:1].expand_as(tensor).clone() if isinstance(tensor, Tensor) and tensor.dim() else tensor
@@ -151,9 +156,11 @@ def leaks(model: nn.Module, batch: Batch) -> bool:
             with untouched(model, "train"):
                 made = tensors_in(call(model, copy_of(each)))
                 outputs.append([t[:1].clone() for t in made if t.dim() and len(t) == examples])
-        except Exception:  # training wants something else, such as targets: nothing can be said
-            return False
-    return any(_differs(a, b, LEAST_LEAK) for a, b in zip(*outputs, strict=False) if a.shape == b.shape)
+        except Exception:  # whatever a stranger's forward raises
+            return None
+    pairs = [(a, b) for a, b in zip(*outputs, strict=False) if a.shape == b.shape]
+    changes = [_relative(a, b) for a, b in pairs if _differs(a, b, LEAST_LEAK)]
+    return max(changes) if changes else None
 
 
 @torch.no_grad()

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from normfree.convert.calibrate import keep_pace, measured_scales
-from normfree.convert.checking import leaks, misunderstood, running
+from normfree.convert.checking import misunderstood, running
 from normfree.convert.completing import completed
-from normfree.convert.dataflow import Dataflow, record_all
+from normfree.convert.dataflow import record_all
 from normfree.convert.fresh import MEASURED, fresh_plan
-from normfree.convert.kinds import class_name, is_batch_norm
-from normfree.convert.norms import leaking
+from normfree.convert.kinds import class_name
+from normfree.convert.leaks import noted_leak
 from normfree.convert.pretrained import fill, pretrained_plan
 from normfree.convert.record import STARTS, Conversion
 from normfree.convert.rewrite import AFFINE, LAYERS, exchanged
@@ -100,17 +100,10 @@ def convert(
         converted = _fresh(model, record, batch, heads=heads)
     else:
         converted = _pretrained(model, record, structure, batch, heads=heads)
-    _note_leaks(converted, flow, batch)
-    return converted
-
-
-def _note_leaks(converted: nn.Module, flow: Dataflow, batch: Batch) -> None:
-    """Enter into the record that examples still see each other, where no BatchNorm is left to explain it."""
     record = conversion_of(converted)
     assert record is not None, "conversion leaves its record"
-    explained = any(is_batch_norm(converted.get_submodule(one.name)) for one in record.norms_left)
-    if not explained and leaks(converted, batch):
-        converted.conversion = replace(record, kept=(*record.kept, leaking(flow)))  # type: ignore[assignment]
+    converted.conversion = noted_leak(converted, record, batch)  # type: ignore[assignment]
+    return converted
 
 
 def _fresh(model: nn.Module, record: Conversion, batch: Batch, *, heads: bool) -> nn.Module:
@@ -129,7 +122,7 @@ def _pretrained(model: nn.Module, record: Conversion, structure: Structure, batc
         changes, kept = pretrained_plan(structure, staying)
         full = completed(record, model, structure, changes, kept, [])
         converted, replaced = exchanged(model, full)
-        fill(model, converted, changes)
+        fill(model, converted, changes, structure.constants)
         culprit = misunderstood(model, converted, replaced, full, batch, heads=heads)
         if culprit is None:
             return converted

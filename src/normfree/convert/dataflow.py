@@ -8,7 +8,7 @@ choice) and the calls of the modules that conversion may exchange.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -199,7 +199,8 @@ class DataflowRecorder(Recorder):
 
 
 def _is_of_interest(module: nn.Module) -> bool:
-    return is_norm(module) or is_layer(module) or next(module.children(), None) is None
+    leaf = next(module.children(), None) is None
+    return leaf or is_norm(module) or is_layer(module) or bool(module._buffers)
 
 
 @contextmanager
@@ -228,18 +229,21 @@ def record_all(model: nn.Module, batch: Batch) -> tuple[Dataflow, bool]:
     return (more, True) if len(more.called(is_norm)) > len(flow.called(is_norm)) else (flow, False)
 
 
-def record(model: nn.Module, batch: Batch, *, heads: bool = False) -> Dataflow:
+def record(
+    model: nn.Module, batch: Batch, *, heads: bool = False, state: AbstractContextManager[Preserved] | None = None
+) -> Dataflow:
     """Run a model once and keep its dataflow; the model is given back as it was.
 
     Args:
         model: the model, which runs in evaluation mode.
         batch: its input.
         heads: have what runs in training alone run, too.
+        state: another mode that it runs in: a context that puts it into that and back, and preserves it.
 
     Raises:
         ValueError: the model does not take the batch; one line says where it failed.
     """
-    with resting(model, heads=heads) as preserved:
+    with state or resting(model, heads=heads) as preserved:
         stack = ModuleStack(model)
         tensors = tensors_of(batch)
         recorder = DataflowRecorder(

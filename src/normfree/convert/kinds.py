@@ -35,10 +35,6 @@ KEPT_TWINS: dict[type[nn.Module], type[nn.Module]] = {
 SAME_PADDED = frozenset({"Conv2dSame", "StdConv2dSame", "ScaledStdConv2dSame"})
 STANDARDIZED = frozenset({"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"})
 
-# Norms by class name, where their base class does not tell: frozen statistics, and root mean squares.
-FROZEN = frozenset({"FrozenBatchNorm2d", "FrozenBatchNormAct2d"})
-ROOT_MEAN_SQUARE = ("RmsNorm", "RMSNorm", "SimpleNorm", "EvoNorm", "FilterResponseNorm")
-
 _BATCH = (nn.modules.batchnorm._BatchNorm,)
 _INSTANCE = (nn.modules.instancenorm._InstanceNorm,)
 
@@ -51,10 +47,8 @@ def class_name(module: nn.Module) -> str:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalizes."""
-    return isinstance(module, (*_BATCH, *_INSTANCE, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)) or (
-        class_name(module) in FROZEN or class_name(module).startswith(ROOT_MEAN_SQUARE)
-    )
+    """Whether a module is of torch's normalization classes; others are recognised by what they compute."""
+    return isinstance(module, (*_BATCH, *_INSTANCE, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm))
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -63,17 +57,15 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def is_map_norm(module: nn.Module) -> bool:
-    """Whether a norm is one of convolutional networks; a LayerNorm over the last axis is so only behind one."""
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or class_name(module).startswith(ROOT_MEAN_SQUARE):
+    """Whether a norm of torch's is one of convolutional networks; a LayerNorm over the last axis: only behind one."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return "2d" in class_name(module).lower()
     return is_norm(module)
 
 
 def is_removable(module: nn.Module) -> bool:
     """Whether what a norm does beside normalizing is known (an activation and a dropout at most)."""
-    return not class_name(module).startswith(("EvoNorm", "FilterResponseNorm")) and not isinstance(
-        module, (torch.jit.ScriptModule, nn.LocalResponseNorm)
-    )
+    return not isinstance(module, (torch.jit.ScriptModule, nn.LocalResponseNorm))
 
 
 def is_convolution(module: nn.Module) -> bool:
@@ -137,25 +129,10 @@ def fan_in(module: nn.Module) -> int:
 
 
 def channels_of(norm: nn.Module) -> int:
-    """The channels of a norm with statistics of each."""
-    mean = getattr(norm, "running_mean", None)
-    return mean.numel() if isinstance(mean, Tensor) else int(norm.num_features)  # type: ignore[arg-type]
-
-
-def constants_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """The scale and shift [C], in float64, that a norm is in evaluation mode; None if it looks at its input then."""
-    mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-    if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
-        return None
-    eps = getattr(module, "eps", None)
-    if not isinstance(eps, (int, float)):
-        return None
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    scale = (variance.detach().double() + eps).rsqrt()
-    if isinstance(weight, Tensor):
-        scale = scale * weight.detach().double()
-    shift = -mean.detach().double() * scale
-    return scale, shift + bias.detach().double() if isinstance(bias, Tensor) else shift
+    """The channels of a norm with statistics of each: no tensor of its own has more numbers."""
+    tensors = (*norm._parameters.values(), *norm._buffers.values())
+    sizes = [tensor.numel() for tensor in tensors if tensor is not None]
+    return max(sizes) if sizes else int(norm.num_features)  # type: ignore[arg-type]
 
 
 def activation_in(norm: nn.Module) -> list[tuple[str, nn.Module]]:

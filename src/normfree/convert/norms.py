@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from normfree.convert.dataflow import Call, Dataflow, Step, passes_unchanged
+from normfree.convert.dataflow import Call, Dataflow, passes_unchanged
 from normfree.convert.kinds import (
     activation_in,
     base_of,
@@ -17,7 +17,6 @@ from normfree.convert.kinds import (
     is_removable,
     why_no_twin,
 )
-from normfree.convert.record import Kept
 from normfree.convert.structure import Structure
 from normfree.nn.fold import attached_to
 from normfree.signal import operations as op
@@ -27,7 +26,6 @@ NOT_FOLLOWED = "no recorded operation leads from the input to it"
 """Why a norm stays in a model whose forward copies its input piece by piece, as detectors do."""
 
 _WEIGHTED = op.CONVOLUTION | op.RECURRENT | op.EMBEDDING
-_STATISTICS = frozenset({"mean", "var", "var_mean", "std", "std_mean", "sum", "amax", "amin"})
 _LAYOUT = op.VIEW | op.PARTIAL | {"cat"}
 _AFFINE = op.SCALING | op.ADDITION | {"addcmul"}
 
@@ -57,7 +55,8 @@ def sorted_norms(structure: Structure) -> Norms:
             if is_batch_norm(calls[0].module):
                 norms.of_the_input.append(name)
             else:
-                norms.kept[name] = "it gives the input its units, each example by itself"
+                alone = ", each example by itself" if is_norm(calls[0].module) else ""
+                norms.kept[name] = f"it gives the input its units{alone}"
         else:
             norms.removed.append(name)
     return norms
@@ -68,13 +67,14 @@ def _comes_before_layers(structure: Structure, call: Call) -> bool:
 
 
 def _reason_to_keep(structure: Structure, calls: list[Call]) -> str:
-    norm = calls[0].module
     if unknown := why_unknown(structure.flow, calls[0]):
         return unknown
     if any(call.input is None or call.output is None for call in calls):
         return NOT_FOLLOWED
     behind = [structure.directly_behind(call.input, alone=False) for call in calls]
-    if not is_map_norm(norm) and not all(call is not None and is_convolution(call.module) for call in behind):
+    if not _is_of_maps(structure, calls) and not all(
+        call is not None and is_convolution(call.module) for call in behind
+    ):
         return "it stands between linear and attention layers, not behind a convolution"
     if len({call.name for call in behind if call is not None}) > 1:
         return f"several layers share it ({', '.join(sorted({c.name for c in behind if c}))})"
@@ -84,6 +84,15 @@ def _reason_to_keep(structure: Structure, calls: list[Call]) -> str:
     if shared is not None:
         return f"{structure.shared[shared]} reads a parameter of {shared} before it, too"
     return next((reason for call in calls if (reason := _unknown_operation(structure, call))), "")
+
+
+def _is_of_maps(structure: Structure, calls: list[Call]) -> bool:
+    """Whether a norm is one of convolutional networks: of torch's classes, with statistics, or of maps [N, C, …, …]."""
+    name, module, node = calls[0].name, calls[0].module, calls[0].input
+    if is_norm(module):
+        return is_map_norm(module)
+    is_map = node is not None and len(structure.flow.shapes[node]) > 3 and node.note.channel_axis == 1
+    return name in structure.constants or is_map
 
 
 def _foreign(structure: Structure, calls: list[Call], behind: list[Call | None]) -> str:
@@ -160,35 +169,3 @@ def needs_copy(structure: Structure, call: Call) -> bool:
                     seen.add(made)
                     waiting.append(made)
     return False
-
-
-def norms_without_module(flow: Dataflow) -> list[Kept]:
-    """The functional norms of a forward, past the modules that conversion knows."""
-    known = {call.name for call in flow.calls if is_norm(call.module)}
-    found: dict[str, Kept] = {}
-    for step in flow.steps:
-        if step.name in op.NORM and step.module not in known:
-            reason = f"{step.module or 'the model'} normalizes in its own forward, by a function; write it as a module"
-            found.setdefault(step.module, Kept(name=step.module, was=step.name, reason=reason, norm=True))
-    return list(found.values())
-
-
-def leaking(flow: Dataflow) -> Kept:
-    """What to record of a model in which an example's output depends on others, with no BatchNorm left."""
-    known = {call.name for call in flow.calls if is_norm(call.module)}
-    step = next((s for s in flow.steps if s.module not in known and _is_over_examples(flow, s)), None)
-    where = "" if step is None else step.module
-    told = "something" if step is None else where or "the model"
-    reason = f"an example's output depends on the others of its batch: {told} takes statistics of them in its forward"
-    return Kept(name=where, was="statistics of the batch" if step is None else step.name, reason=reason, norm=True)
-
-
-def _is_over_examples(flow: Dataflow, step: Step) -> bool:
-    """Whether an operation takes a statistic over the first axis."""
-    if step.name not in _STATISTICS:
-        return False
-    axes = step.args[1] if len(step.args) > 1 else step.kwargs.get("dim")
-    if not isinstance(axes, (list, tuple)):
-        return axes in (None, 0)
-    dimensions = len(flow.shapes[step.inputs[0]])
-    return 0 in {axis % dimensions for axis in axes}

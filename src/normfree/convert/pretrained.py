@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.convert.constants import AffineMap
 from normfree.convert.frozen import learns
 from normfree.convert.kinds import (
     KEPT_TWINS,
@@ -16,7 +17,6 @@ from normfree.convert.kinds import (
     base_of,
     channels_of,
     class_name,
-    constants_of,
     fan_in,
     outputs_of,
     why_no_twin,
@@ -40,7 +40,7 @@ def pretrained_plan(structure: Structure, misunderstood: Mapping[str, str]) -> t
     for name, calls in structure.norms.items():
         norm = calls[0].module
         reason = misunderstood.get(name) or why_unknown(structure.flow, calls[0])
-        if not reason and constants_of(norm) is None:
+        if not reason and name not in structure.constants:
             reason = "it normalizes by its own input in evaluation mode, too: it has no constants to fold"
         if reason:
             kept.append(Kept(name=name, was=class_name(norm), reason=reason, norm=True))
@@ -113,25 +113,33 @@ def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
 
 
 @torch.no_grad()
-def fill(original: nn.Module, converted: nn.Module, changes: Iterable[Change]) -> None:
+def fill(
+    original: nn.Module, converted: nn.Module, changes: Iterable[Change], constants: Mapping[str, AffineMap]
+) -> None:
     """Give the converted modules the numbers that keep the function.
+
+    Args:
+        original: the model.
+        converted: its copy, modules exchanged.
+        changes: the plan.
+        constants: what each norm computes in evaluation mode, by name.
 
     Raises:
         ValueError: a norm's constants are not finite.
     """
     for change in changes:
-        norm = original.get_submodule(change.name)
-        if change.now == AFFINE:
-            scale, shift = _constants(norm, change.name)
+        if change.now != AFFINE and change.into is None:
+            continue
+        scale, shift = _finite(constants[change.name], change)
+        if change.into is None:
             affine: Any = converted.get_submodule(change.name)
             affine = affine if isinstance(affine, ChannelAffine) else affine[0]
             affine.weight.copy_(scale)
             affine.bias.copy_(shift)
-        if change.into is None:
             continue
-        scale, shift = _constants(norm, change.name)
         old: Any = original.get_submodule(change.into)
         new: Any = converted.get_submodule(change.into)
+        scale, shift = scale.to(old.weight.device), shift.to(old.weight.device)
         bias = shift if old.bias is None else shift + scale * old.bias.double()
         if isinstance(new, KeptMean):
             new.become(old.weight, bias, scale)
@@ -140,11 +148,10 @@ def fill(original: nn.Module, converted: nn.Module, changes: Iterable[Change]) -
             new.bias.copy_(bias)
 
 
-def _constants(norm: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-    constants = constants_of(norm)
-    assert constants is not None, "planned as a norm with constants"
-    if not all(bool(torch.isfinite(each).all()) for each in constants):
+def _finite(constants: AffineMap, change: Change) -> tuple[Tensor, Tensor]:
+    if not all(bool(torch.isfinite(each).all()) for each in (constants.scale, constants.shift)):
         raise ValueError(
-            f"model: {name} ({class_name(norm)}) has statistics or weights that are not finite; load a sound checkpoint"
+            f"model: {change.name} ({change.was}) has statistics or weights that are not finite; "
+            "load a sound checkpoint"
         )
-    return constants
+    return constants.scale, constants.shift

@@ -121,7 +121,9 @@ class Conversion:
             counts[change.now] = counts.get(change.now, 0) + 1
         made = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
         count = len(self.norms_left)
-        left = f"{count} normalizer{'s' if count > 1 else ''} left" if count else "no normalizer left"
+        left = (
+            f"{count} normalizer{'s' if count > 1 else ''} left" if count else "no normalizer left that is recognised"
+        )
         return f"{self.model} converted ({self.start}): {made}; {left}"
 
     def different_notes(self) -> list[str]:

@@ -8,8 +8,10 @@ from math import prod
 
 from torch import nn
 
+from normfree.convert.constants import AffineMap, norm_calls
 from normfree.convert.dataflow import Addition, Call, Dataflow, Step, passes_unchanged
-from normfree.convert.kinds import activation_in, base_of, fan_in, is_convolution, is_layer, is_norm, why_no_twin
+from normfree.convert.kinds import activation_in, base_of, fan_in, is_convolution, is_layer, why_no_twin
+from normfree.convert.normalization import Normalizations
 from normfree.signal.graph import Node
 
 
@@ -23,6 +25,8 @@ class Structure:
         norm_at, layer_at: the call that made an activation.
         alive: activations that reach an output other than through a gate.
         shared: the layers a parameter of which another module reads, too, and that module.
+        normalizations: every place at which an activation is normalized.
+        constants: what each norm that has constants in evaluation mode computes then.
     """
 
     flow: Dataflow
@@ -32,9 +36,13 @@ class Structure:
     layer_at: dict[Node, Call] = field(init=False)
     alive: set[Node] = field(init=False)
     shared: dict[str, str] = field(init=False)
+    normalizations: Normalizations = field(init=False)
+    constants: dict[str, AffineMap] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.norms, self.layers = self.flow.called(is_norm), self.flow.called(is_layer)
+        self.normalizations = Normalizations(self.flow)
+        self.norms, self.constants = norm_calls(self.flow, self.normalizations)
+        self.layers = self.flow.called(is_layer)
         self.norm_at = {c.output: c for calls in self.norms.values() for c in calls if c.output is not None}
         self.layer_at = {c.output: c for calls in self.layers.values() for c in calls if c.output is not None}
         self.alive = _alive(self.flow)
