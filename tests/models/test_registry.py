@@ -101,6 +101,7 @@ def test_unknown_overrides_are_answered_with_the_accepted():
     assert accepted_overrides("skipinit_resnet50") == [
         "depths", "width", "widths", "activation", "stochdepth_rate", "drop_rate", "skipinit_gain", "stem",
     ]  # fmt: skip
+    assert accepted_overrides("nf_regnet_b0")[-1] == "centred"
 
 
 @pytest.mark.parametrize(

@@ -137,10 +137,10 @@ def test_the_whole_gradient_is_clipped_to_its_norm(tmp_path):
     assert norm > 0.05
 
 
-@pytest.mark.parametrize("rule", ["sgd", "muon"])
-def test_each_rule_steps_every_parameter_and_goes_on_to_the_same_bits(rule, tmp_path):
+@pytest.mark.parametrize(("rule", "centred"), [("sgd", ""), ("muon", ""), ("muon", ",centred=True")])
+def test_each_rule_steps_every_parameter_and_goes_on_to_the_same_bits(rule, centred, tmp_path):
     options = {"optimizer": {"rule": rule, "warmup_epochs": 0}, "limit_eval_steps": 1, "checkpoint_every": 2}
-    options["average_decay"] = None
+    options |= {"average_decay": None, "model": MODEL + centred}
     whole = train(tiny(tmp_path / "whole", **options, limit_train_steps=4))
     train(tiny(tmp_path / "part", **options, limit_train_steps=2))
     train(tiny(tmp_path / "part", **options, limit_train_steps=4))
@@ -150,6 +150,7 @@ def test_each_rule_steps_every_parameter_and_goes_on_to_the_same_bits(rule, tmp_
         assert torch.equal(tensor, ends[1][name]), name
         if tensor.dim() < 4 or tensor[0].numel() > 2:  # a standardized filter of two weights is a sign alone
             assert not torch.equal(tensor, ends[2][name]), name
+    assert any(name.endswith("input_mean") for name in ends[0]) == bool(centred)
     if rule == "muon":
         torch.testing.assert_close(*(end["stages.0.0.conv1.weight"].flatten(1).norm(dim=1) for end in ends[::2]))
 

@@ -47,12 +47,14 @@ class Backbone(nn.Module):
         name: the name ``create_model`` built it by; empty if built otherwise.
         config: arguments with which ``create_model`` builds another like it.
         post_activation: whether the blocks end in their activation, instead of beginning with it.
+        standardized: whether the convolutions have scaled weight standardization.
 
     Raises:
         ValueError: negative num_classes; a drop_rate outside [0, 1).
     """
 
     post_activation: ClassVar[bool] = False
+    standardized: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -98,6 +98,8 @@ class NFBackbone(Backbone):
         ValueError: a value that breaks its rule.
     """
 
+    standardized = True
+
     def __init__(
         self,
         *,

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from normfree.models.backbone import Backbone
-from normfree.nn.checks import invalid, suggestion
+from normfree.nn.centring import centre_weights
+from normfree.nn.checks import check_flag, invalid, suggestion
 
 Family = TypeVar("Family", bound=type[Backbone])
 
 # Arguments of every model; all other keyword-only arguments of a family's constructor are its overrides.
 _COMMON = ("num_classes", "in_channels", "padding")
+
+CENTRED = "centred"
+"""The override that centres the weights of a network's standardized layers (:mod:`normfree.nn.centring`)."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,10 @@ def accepted_overrides(name: str) -> list[str]:
     Raises:
         ValueError: unknown name.
     """
-    parameters = inspect.signature(_entry(name).family).parameters.values()
+    family = _entry(name).family
+    parameters = inspect.signature(family).parameters.values()
     keywords = (parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
-    return [keyword for keyword in keywords if keyword not in _COMMON]
+    return [*(keyword for keyword in keywords if keyword not in _COMMON), *([CENTRED] if family.standardized else [])]
 
 
 def create_model(
@@ -88,7 +93,8 @@ def create_model(
         in_channels: channels of the input.
         padding: "symmetric" (PyTorch's) or "same" (TensorFlow's, which official weights need).
         overrides: what differs from the named variant; ``accepted_overrides(name)`` lists them, the family's
-            class explains them.
+            class explains them. ``centred=True``, for networks with standardized weights, centres these weights
+            (:mod:`normfree.nn.centring`).
 
     Returns:
         The model, in training mode. ``create_model(**model.config)`` builds another like it.
@@ -105,7 +111,10 @@ def create_model(
         rule = "widths gives the stages' channels themselves, so there is nothing left to multiply"
         raise invalid("width", overrides["width"], rule, "pass one of the two")
     common = {"num_classes": num_classes, "in_channels": in_channels, "padding": padding}
-    model = entry.family(**common, **{**entry.variant, **overrides})
+    own = {override: value for override, value in overrides.items() if override != CENTRED}
+    model = entry.family(**common, **{**entry.variant, **own})
+    if check_flag(CENTRED, overrides.get(CENTRED, False)):
+        centre_weights(model)
     model.name = name
     model.config = {"name": name, **common, **overrides}
     return model

@@ -3,6 +3,7 @@
 from normfree.nn.activations import ACTIVATIONS, Activation, Elementwise, build_activation
 from normfree.nn.affine import BranchScale, ChannelAffine, Copy
 from normfree.nn.branch_end import BranchEnd
+from normfree.nn.centring import centre_weights
 from normfree.nn.fold import Foldable, fold, has_foldable
 from normfree.nn.gamma import OFFICIAL_GAMMA, gamma
 from normfree.nn.kept_mean import (
@@ -82,6 +83,7 @@ __all__ = [
     "StochasticDepth",
     "WeightLayout",
     "build_activation",
+    "centre_weights",
     "fold",
     "gamma",
     "has_foldable",

@@ -128,7 +128,11 @@ class PaddedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve [N, C, H, W] to [N, O, H', W']."""
+        self.observe(input)
         return self.convolve(input, *self.effective())
+
+    def observe(self, x: Tensor) -> None:
+        """Do what a subclass measures of its input; nothing here."""
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """Return the weight [O, I/G, kh, kw] and the bias [O] or None to convolve with."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.nn.branch_end import BranchEnd, Scale
@@ -44,7 +45,8 @@ class StandardizedFilters(BranchEnd):
             rule = "a filter of one weight minus its mean is always zero"
             raise invalid("fan_in", 1, rule, "use ScaledConv2d or a plain layer, or a larger kernel or group")
         self.gain = nn.Parameter(torch.ones(len(filters), **tensor_options))
-        self.register_parameter("kept_mean", None)
+        for name in ("kept_mean", "input_mean"):
+            self.register_parameter(name, None)
 
     @property
     def constant(self) -> float:
@@ -99,7 +101,17 @@ def spread(means: Tensor, filters: Tensor) -> Tensor:
 
 
 class Standardized(StandardizedFilters, ScaledLayer):
-    """Standardises the weight of the layer that follows it in a class's bases."""
+    """Standardises the weight of the layer that follows it in a class's bases.
+
+    Attributes:
+        input_mean: [I], means of the input's channels if the layer is centred (:mod:`normfree.nn.centring`), or None.
+        measured_share: part of each training batch whose channel means are added to ``measured_mean``; 0 for none.
+        measured_mean: [I + 1], sum of the channel means of training batches, and their number; None for none.
+    """
+
+    input_mean: nn.Parameter | None
+    measured_share: float = 0.0
+    measured_mean: Tensor | None = None
 
     @property
     def fan_in(self) -> int:
@@ -110,6 +122,41 @@ class Standardized(StandardizedFilters, ScaledLayer):
     def constant(self) -> float:
         """The constant factor of the standardised weight."""
         return self.input_scale
+
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight, in the layer's layout, and the bias [O] or None that a plain layer needs instead."""
+        if self.input_mean is None:
+            return super().effective()
+        weight = self.scaled_weight(None)
+        bias, scale = self.bias - self.response(weight, self.input_mean), self.branch_scale()
+        return (weight, bias) if scale is None else (weight * scale, bias * scale)
+
+    def response(self, weight: Tensor, means: Tensor) -> Tensor:
+        """Return what a weight of this layer gives, [O], for an input whose channels have these values [I] throughout.
+
+        The taps of a transposed convolution are averaged over the positions that its stride gives them to.
+        """
+        taps = self.filters(weight)
+        taps = taps.flatten(2).sum(2) if taps.dim() > 2 else taps
+        grouped = taps.unflatten(0, (getattr(self, "groups", 1), -1))
+        # Not a matrix product, which autocast would round to half precision.
+        return (grouped * means.view(len(grouped), 1, -1)).sum(2).flatten() / self.strided_taps
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Add the channel means of a training batch [N, C, …] (linear: [..., C]) to ``measured_mean``."""
+        if not (self.measured_share and self.training) or torch._C._are_functorch_transforms_active():
+            return
+        x = x.detach()[: math.ceil(len(x) * self.measured_share)]
+        channels = x.dim() - 1 if isinstance(self, nn.Linear) else 1
+        mean = x.mean([axis for axis in range(x.dim()) if axis != channels], dtype=torch.float32)
+        measured = F.pad(mean, (0, 1), value=1.0)
+        self.measured_mean = measured if self.measured_mean is None else self.measured_mean + measured
+
+    @property
+    def strided_taps(self) -> int:
+        """Positions of the output among which the taps of a filter are divided: more than 1 if it is transposed."""
+        return 1
 
     def reset_parameters(self) -> None:
         """Draw the weight from N(0, 1/fan_in), set the bias to zero and the gain to one."""

@@ -67,6 +67,7 @@ class ScaledWSLinear(ScaledWSLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., I] to [..., O]."""
+        self.observe(input)
         return F.linear(input, *self.effective())
 
     def plain(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -78,6 +79,7 @@ class ScaledWSLinear(ScaledWSLayer, nn.Linear):
 class _ScaledWSConvNd(ScaledWSLayer):
     def forward(self: Any, input: Tensor) -> Tensor:
         """Convolve [N, C, …] to [N, O, …]."""
+        self.observe(input)
         return self._conv_forward(input, *self.effective())
 
     def plain(self: Any, weight: Tensor, bias: Tensor | None, **more: Any) -> nn.Module:
@@ -116,6 +118,10 @@ class _ScaledWSConvTransposeNd(_ScaledWSConvNd):
         """The factor of the input, times what restores the taps that the stride leaves out."""
         return self.input_scale * math.sqrt(math.prod(self.stride))
 
+    @property
+    def strided_taps(self: Any) -> int:
+        return math.prod(self.stride)
+
     def filters(self: Any, weight: Tensor) -> Tensor:
         grouped = weight.unflatten(0, (self.groups, -1))
         return grouped.transpose(1, 2).flatten(0, 1)
@@ -126,6 +132,7 @@ class _ScaledWSConvTransposeNd(_ScaledWSConvNd):
 
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Convolve [N, C, …] to [N, O, …]; ``output_size`` as torch's."""
+        self.observe(input)
         axes = len(self.kernel_size)
         padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, axes, self.dilation

@@ -1,6 +1,7 @@
 """Optimization without normalizers: adaptive gradient clipping, parameter groups, schedule, weight averaging."""
 
 from normfree.optim.averaging import WeightAverage
+from normfree.optim.centring import InputCentring
 from normfree.optim.clipping import clip_grad_adaptive_
 from normfree.optim.clipping_optimizer import AdaptiveGradientClipping
 from normfree.optim.final_layers import final_layers
@@ -10,6 +11,7 @@ from normfree.optim.schedule import warmup_cosine, warmup_cosine_factor
 
 __all__ = [
     "AdaptiveGradientClipping",
+    "InputCentring",
     "Muon",
     "WeightAverage",
     "clip_grad_adaptive_",

@@ -15,9 +15,11 @@ from torch.optim import SGD, Optimizer
 
 from normfree.data import open_training
 from normfree.models import Backbone, create_model
+from normfree.models.registry import CENTRED
 from normfree.nn.checks import invalid
 from normfree.optim import (
     AdaptiveGradientClipping,
+    InputCentring,
     Muon,
     WeightAverage,
     muon_groups,
@@ -50,6 +52,7 @@ class Session:
         network: the network itself.
         model: the network as it is trained: moved, wrapped for several processes, compiled.
         optimizer: its optimizer.
+        centring: moves the input means of centred weights; None for a network without.
         average: of its weights; None without one.
         data: this rank's training images.
         accumulation: batches of a rank in an optimizer step.
@@ -81,6 +84,7 @@ class Session:
         self.monitor: SignalMonitor | None = None
         self.states: States = ShardedStates() if config.strategy == "fsdp" else WholeStates()
         self.network = self._network()
+        self.centring = self._centring()
         self.average = self._average()
         trained: nn.Module = torch.compile(self.network) if config.compile else self.network  # type: ignore[assignment]
         self.model = fabric.setup_module(trained)
@@ -102,6 +106,16 @@ class Session:
                 if parameter.ndim == 4 and parameter.shape[2:].numel() > 1:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         return network
+
+    def _centring(self) -> InputCentring | None:
+        """What moves the input means of centred weights; None for a network without."""
+        if not self.config.model_overrides.get(CENTRED, False):
+            return None
+        if self.sharded:
+            rule = "centred weights are moved whole, and fsdp shards them"
+            raise invalid("model", self.config.model, rule, "pass --strategy ddp, or leave out centred=True")
+        ranks = torch.distributed.group.WORLD if self.fabric.world_size > 1 else None
+        return InputCentring(self.network, process_group=ranks)
 
     def _average(self) -> WeightAverage | None:
         if self.config.average_decay is None:

@@ -70,6 +70,8 @@ def take_step(session: Session, batches: Sequence[Batch], *, stop: bool = False)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         optimizer.step()
+        if session.centring is not None:
+            session.centring.step()
         if session.average is not None:
             session.average.update()
     elif session.config.on_nonfinite == "error":

@@ -1,0 +1,65 @@
+"""Centred weights: a gradient that does not see the mean of a layer's input, in a function that does not change by it.
+
+    y = W (x - m) + b                       m [I]: slowly moving means of the input's channels, no gradient through them
+    m <- m + d,   b <- b + W d              a move: y stays what it was, for every x
+
+The positive mean of an activation is shared by all inputs, so the gradient with respect to a plain weight,
+``dW = sum of delta x^T``, has a part ``(sum of delta) m^T`` of rank one that repeats what the bias learns, and is the
+larger the more the inputs are alike. With a centred weight ``dW = sum of delta (x - m)^T``. BatchNorm's backward pass
+removes the same part, since it makes the deltas of a channel sum to zero; weight standardization removes only what all
+channels of the input share. No statistic of the batch is in the function: training and evaluation are the same, no
+example sees another in the forward pass, and folding stores ``b - W m``.
+
+A depthwise filter sums to zero over the one channel it sees, so standardization alone centres it; the more channels a
+filter sees, the more is left to centre. Where the input is padded the padded zeros count as ``-m``: the convolution
+runs as before, and W m is subtracted at every position.
+
+Source: this project's. Centring the statistics of a layer's input is that of centred Boltzmann machines (Montavon and
+Mueller 2012) and of the homogeneous coordinate in K-FAC (Martens and Grosse 2015).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from normfree.nn.checks import invalid
+from normfree.nn.scaled_ws_conv import Standardized
+
+
+def centre_weights(model: nn.Module) -> int:
+    """Have every standardized layer with a bias keep means of its input's channels, zero to begin with.
+
+    :class:`normfree.optim.InputCentring` measures and moves them; until then nothing changes.
+
+    Args:
+        model: the network; its layers get a parameter ``input_mean`` [I] that does not require a gradient (so that
+            weight averages average it, as they must, and optimizers leave it alone).
+
+    Returns:
+        How many layers are centred.
+
+    Raises:
+        ValueError: no layer of the model is standardized and has a bias.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, Standardized) and layer.bias is not None]
+    if not layers:
+        rule = "has no scaled-weight-standardized layer with a bias"
+        raise invalid("model", type(model).__name__, rule, "pass a normalizer-free network")
+    for layer in layers:
+        if layer.input_mean is None:
+            inputs: Any = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+            means = torch.zeros(inputs, device=layer.weight.device, dtype=layer.weight.dtype)
+            layer.input_mean = nn.Parameter(means, requires_grad=False)
+    return len(layers)
+
+
+@torch.no_grad()
+def move_input_mean(layer: Standardized, means: torch.Tensor) -> None:
+    """Give a centred layer other means of its input, [I], and the bias under which its outputs stay the same."""
+    assert layer.input_mean is not None, "centre_weights comes first"
+    move = means - layer.input_mean
+    layer.bias.add_(layer.response(layer.scaled_weight(None), move))
+    layer.input_mean.copy_(means)
