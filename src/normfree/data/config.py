@@ -12,6 +12,9 @@ from normfree.nn.checks import check_choice, check_flag, check_integer, check_nu
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+MOST_CLASSES = 1_000_000
+"""Classes a network has at most; labels that number more are identifiers."""
+
 LARGEST_MAGNITUDE = 10
 """RandAugment's scale: 10 is the strongest that torchvision's operations are defined for (its own scale's 30)."""
 
@@ -130,6 +133,9 @@ class DataConfig:
         for name in ("num_classes", "examples", "evaluation_examples", "image_size"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
+        if self.num_classes is not None and self.num_classes > MOST_CLASSES:
+            rule = f"must be at most {MOST_CLASSES:,}"
+            raise invalid("num_classes", self.num_classes, rule, "pass the number of different labels")
         check_choice("in_channels", self.in_channels, (None, 1, 3))
         check_choice("in_memory", self.in_memory, ("auto", True, False))
         check_choice("streaming", self.streaming, ("auto", True, False))

@@ -8,7 +8,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from normfree.reading import kind_of
 from normfree.text import first_line
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
+"""Formats that are decoded, an MPO as the JPEG it is: none of Pillow's that starts another program (PostScript)."""
 
 ORIENTATION = 0x0112
 """EXIF's tag for how the camera was held."""
@@ -19,7 +23,7 @@ class DamagedImage(ValueError):
 
 
 def decode(source: bytes | str | Path, channels: int = 3) -> Any:
-    """Decode a still image of any format and colour that Pillow reads.
+    """Decode a still image of any format in :data:`FORMATS`, in any colour that Pillow reads.
 
     Sixteen bits are scaled to eight, CMYK and palettes are converted, transparency is laid on white, and a
     photograph is turned as its EXIF data say.
@@ -40,7 +44,7 @@ def decode(source: bytes | str | Path, channels: int = 3) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            with _opened(source) as image:
                 # A photograph with a preview beside it (MPO) also has frames; its first is the picture.
                 if getattr(image, "is_animated", False) and image.format != "MPO":
                     raise DamagedImage("it has several frames, of which none is the image")
@@ -58,10 +62,19 @@ def header_size(source: bytes | str | Path) -> tuple[int, int] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            with _opened(source) as image:
                 return image.size
     except Exception:  # a damaged file makes Pillow raise almost anything
         return None
+
+
+def _opened(source: bytes | str | Path) -> Any:
+    """An image whose header has been read, of one of our formats; a path has to lead to a file."""
+    from PIL import Image
+
+    if not isinstance(source, bytes) and (kind := kind_of(source)) != "file":
+        raise DamagedImage("there is no such file" if kind == "nothing" else f"it is {kind}, no file")
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
 
 
 def to_eight_bits(image: Any, channels: int = 3) -> Any:
@@ -97,7 +110,7 @@ def _upright(image: Any) -> Any:
 
 def _reason(source: bytes | str | Path, error: Exception) -> str:
     """One line, without the address of a buffer in it."""
-    if not source or (not isinstance(source, bytes) and Path(source).is_file() and not os.path.getsize(source)):
+    if not source or (not isinstance(source, bytes) and kind_of(source) == "file" and not os.path.getsize(source)):
         return "it is empty"
     if type(error).__name__ == "UnidentifiedImageError":
         return "it is no image of a known format"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -11,9 +11,10 @@ from normfree.data.augmentation import Standardization
 from normfree.data.config import DataConfig
 from normfree.data.crops import CentreCrop
 from normfree.data.loading import Decoded, Decoder, Example, loader
-from normfree.data.memory import Pixels, check_failures, decoded, digits
-from normfree.data.opened import open_split, resolved
+from normfree.data.memory import DIGITS_SPLITS, Pixels, check_failures, decoded, digits
+from normfree.data.opened import check_classes, open_split, resolved
 from normfree.data.order import check_rank, evaluation_indices
+from normfree.data.splits import chosen_split
 from normfree.data.stream import Shards
 from normfree.data.training import open_training, with_digits, with_statistics
 
@@ -94,7 +95,9 @@ class _Records:
             yield batch
 
 
-def open_evaluation(config: DataConfig, *, rank: int = 0, world_size: int = 1) -> EvaluationData:
+def open_evaluation(
+    config: DataConfig, *, rank: int = 0, world_size: int = 1, classes: Sequence[str] | None = None
+) -> EvaluationData:
     """Open the evaluation split of a config's source.
 
     Where the config leaves the means and deviations of a set in memory open, they are taken from the training
@@ -104,15 +107,19 @@ def open_evaluation(config: DataConfig, *, rank: int = 0, world_size: int = 1) -
         config: what to open.
         rank: of this process.
         world_size: number of processes.
+        classes: of the network to evaluate, by their numbers; labels that are words are numbered so.
 
     Raises:
-        ValueError: as of :func:`~normfree.data.open_training`.
+        ValueError: as of :func:`~normfree.data.open_training`; the data have other classes.
     """
     check_rank(rank, world_size)
     if config.source == "digits":
+        training = chosen_split(DIGITS_SPLITS, config, training=False) == "train"
         config = with_digits(config)
-        return _from_memory(digits(training=False), with_statistics(config, digits(training=True)), rank, world_size)
-    opened = open_split(config, training=False)
+        pixels = digits(training=training)
+        check_classes(pixels.class_names, classes, config.source)
+        return _from_memory(pixels, with_statistics(config, digits(training=True)), rank, world_size)
+    opened = open_split(config, training=False, classes=classes)
     config = resolved(config, opened)
     if config.in_memory:
         pixels = decoded(opened.records() if opened.streamed else opened.table(), opened.class_names, config)

@@ -18,6 +18,7 @@ from normfree.signal.packages import required
 
 LARGEST = 2**30
 """Bytes that are held in memory without being asked to."""
+DIGITS_SPLITS = ("train", "test")
 CHUNK = 256
 """Images decoded together."""
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-import numpy as np
-
-from normfree.data.config import DataConfig
+from normfree.data.config import MOST_CLASSES, DataConfig
 from normfree.data.decode import header_size
 from normfree.data.memory import LARGEST
-from normfree.data.records import Columns, Record, RecordReader, Table, find_columns
+from normfree.data.records import Columns, Record, RecordReader, Table, find_columns, listed
 from normfree.data.sources import Source, readable, source_named
 from normfree.data.splits import chosen_split
 from normfree.nn.checks import invalid
@@ -20,6 +18,9 @@ from normfree.nn.checks import invalid
 PROBED = 16
 """Images whose size is looked at."""
 USUAL_SIZE = 224
+
+FEW_CLASSES = 1000
+"""Classes up to which labels are taken as classes, however few examples each has."""
 
 
 @dataclass
@@ -60,11 +61,16 @@ class Opened:
         return self.table().records(sorted({count * i // PROBED for i in range(PROBED)}))
 
 
-def open_split(config: DataConfig, *, training: bool) -> Opened:
+def open_split(config: DataConfig, *, training: bool, classes: Sequence[str] | None = None) -> Opened:
     """Open the split to train or to evaluate on.
 
+    Args:
+        config: what to open.
+        training: which split.
+        classes: of the network to evaluate, by their numbers; those of the data must be the same.
+
     Raises:
-        ValueError: if the source, the split or a column is not there, or labels are missing.
+        ValueError: if the source, the split or a column is not there, labels are missing, or the classes are others.
     """
     source = source_named(config)
     split = chosen_split(source.splits, config, training=training)
@@ -72,7 +78,8 @@ def open_split(config: DataConfig, *, training: bool) -> Opened:
     rows = source.rows(split, streaming=streamed)
     columns = find_columns(rows.features, config)
     first = split if training else _training_split(source, config, split)
-    class_names = _class_names(source, first, columns, config, streamed)
+    class_names = _class_names(source, first, columns, config, streamed, classes)
+    check_classes(class_names, classes, config.source)
     reader = RecordReader(columns, class_names, source.namer(split), config.source)
     given = config.examples if training else config.evaluation_examples
     if streamed:
@@ -110,31 +117,71 @@ def _training_split(source: Source, config: DataConfig, split: str) -> str:
         return split
 
 
-def _class_names(source: Source, split: str, columns: Columns, config: DataConfig, streamed: bool) -> tuple[str, ...]:
-    """Names as declared; else the distinct words of the training labels; else their numbers as words."""
+def check_classes(names: Sequence[str], wanted: Sequence[str] | None, source: str) -> None:
+    """Raise if a network's classes are known, and the data have others or another order.
+
+    Raises:
+        ValueError: naming some of both.
+    """
+    if wanted is not None and tuple(names) != tuple(wanted):
+        rule = f"its classes ({listed(names)}) are not the model's ({listed(wanted)})"
+        raise invalid("source", source, rule, "give data with the model's classes")
+
+
+def _class_names(
+    source: Source, split: str, columns: Columns, config: DataConfig, streamed: bool, known: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Names as declared; else the network's; else the distinct words of the training labels; else their numbers."""
     if columns.class_names is not None:
         if config.num_classes not in (None, len(columns.class_names)):
             rule = f"the data declare {len(columns.class_names)} classes"
             raise invalid("num_classes", config.num_classes, rule, "leave it out")
         return columns.class_names
+    if known is not None:
+        return tuple(known)
+    found = source.labels(split, columns.label) if streamed else source.rows(split, streaming=False)[columns.label]
+    if found is None:
+        examples, count = source.counted(split) if config.num_classes is None else (None, config.num_classes)
+        if count is None:
+            raise invalid("num_classes", None, "the streamed data do not say how many classes there are", "pass it")
+        _check_count(columns.label, count, count, examples)
+        return tuple(map(str, range(count)))
+    labels = [label for label in found if label is not None]
+    distinct = set(labels) if all(isinstance(label, (str, int)) for label in labels) else set()
+    if distinct and all(isinstance(label, str) for label in distinct):
+        if config.num_classes not in (None, len(distinct)):
+            rule = f"the column {columns.label!r} holds {len(distinct)} names of classes"
+            raise invalid("num_classes", config.num_classes, rule, "leave it out")
+        _check_count(columns.label, len(distinct), len(distinct), len(labels))
+        return tuple(sorted(distinct))
     if config.num_classes is not None:
         return tuple(map(str, range(config.num_classes)))
-    if streamed:
-        if (count := source.counted(split)[1]) is not None:
-            return tuple(map(str, range(count)))
-        raise invalid("num_classes", None, "the streamed data do not say how many classes there are", "pass it")
-    labels = {label for label in source.rows(split, streaming=False)[columns.label] if label is not None}
-    if labels and all(isinstance(label, str) for label in labels):
-        return tuple(sorted(labels))
-    if labels and all(isinstance(label, int) for label in labels) and max(labels) >= 0:
-        return tuple(map(str, range(max(labels) + 1)))
+    if distinct and all(isinstance(label, int) for label in distinct) and max(distinct) >= 0:
+        _check_count(columns.label, max(distinct) + 1, len(distinct), len(labels))
+        return tuple(map(str, range(max(distinct) + 1)))
     raise invalid("label_column", columns.label, "holds neither numbers nor names of classes", "pass another")
+
+
+def _check_count(column: str, classes: int, distinct: int, examples: int | None) -> None:
+    """Raise where labels are identifiers: more numbers than examples, or hardly one that comes twice.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    identifiers = classes > MOST_CLASSES
+    if examples is not None and classes > FEW_CLASSES:
+        identifiers |= classes > examples or 2 * distinct > examples
+    if identifiers:
+        of = "" if examples is None else f" of {examples:,} examples"
+        rule = f"its labels{of} number {classes:,} classes, so they are identifiers"
+        raise invalid("label_column", column, rule, "name the column of the classes")
 
 
 def _check_labels(rows: Any, reader: RecordReader) -> None:
     """Read every label now: a missing one is found before the first step, not after the last."""
     labels = list(rows[reader.columns.label])
-    numbers = np.array([label if isinstance(label, int) else -1 for label in labels])
-    for index in np.flatnonzero((numbers < 0) | (numbers >= len(reader.class_names))).tolist():
-        if labels[index] not in reader.class_names:
+    count = len(reader.class_names)
+    for index, label in enumerate(labels):
+        number = isinstance(label, int) and 0 <= label < count
+        if not (number or (isinstance(label, str) and label in reader.numbers)):
             reader(rows[index], index)  # raises, with the example's name

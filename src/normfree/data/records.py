@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from normfree.data.config import DataConfig
 from normfree.nn.checks import invalid, suggestion
+from normfree.text import printable, shortened
 
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
 
@@ -80,6 +82,12 @@ def _holds_bytes(feature: Any) -> bool:
     return getattr(inner, "dtype", None) in ("binary", "large_binary")
 
 
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names and how many more there are, as a message has them."""
+    more = f", … {len(names)} in all" if len(names) > most else ""
+    return printable(", ".join(shortened(name, 30) for name in names[:most]) + more)
+
+
 class Namer(Protocol):
     """What error messages call a row."""
 
@@ -104,6 +112,11 @@ class RecordReader:
     name: Namer = field(repr=False)
     source: str
 
+    @functools.cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of each class, by its name."""
+        return {name: number for number, name in enumerate(self.class_names)}
+
     def __call__(self, row: dict[str, Any], number: int, shard: int | None = None) -> Record:
         """Read a row; a ValueError names the one whose label is missing or none of the classes.
 
@@ -120,9 +133,14 @@ class RecordReader:
 
     def _class_number(self, value: Any, name: str) -> int:
         column = self.columns.label
-        if isinstance(value, str) and value in self.class_names:
-            return self.class_names.index(value)
-        if value is None or value == -1 or isinstance(value, (str, float, dict, list)):
+        if isinstance(value, str) and value in self.numbers:
+            return self.numbers[value]
+        if isinstance(value, str):
+            rule = (
+                f"{shortened(name, 120)} is of none of the {len(self.class_names)} classes ({listed(self.class_names)})"
+            )
+            raise invalid(column, value, rule, "pass data of these classes")
+        if value is None or value == -1 or not isinstance(value, int):
             rule = f"{name} has no class there" if value in (None, -1) else f"{name} has another kind of value there"
             raise invalid(column, value, rule, "pass another label_column, or a split with labels")
         if not 0 <= value < len(self.class_names):

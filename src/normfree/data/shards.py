@@ -7,7 +7,22 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from normfree.nn.checks import invalid
+from normfree.reading import check_file
 from normfree.text import first_line
+
+LONGEST_NUMBER = 32
+"""Characters of a .cls file that are read: it holds one number."""
+
+
+def check_files(files: Sequence[str]) -> None:
+    """Raise unless each path is a regular file; addresses (``://``) are left alone.
+
+    Raises:
+        ValueError: naming the one that is not.
+    """
+    for file in files:
+        if "://" not in file:
+            check_file(file, "source", "give .parquet or .tar files")
 
 
 def count_rows(files: Sequence[str]) -> list[int]:
@@ -45,7 +60,7 @@ def scan_shards(files: Sequence[str]) -> tuple[int, int | None]:
                     stem, _, kind = path.name.partition(".")
                     keys.add(str(path.parent / stem))
                     if kind.lower() == "cls" and (content := shard.extractfile(member)):
-                        largest = max(largest, int(content.read()))
+                        largest = max(largest, int(content.read(LONGEST_NUMBER)))
         except (tarfile.TarError, OSError, ValueError) as error:
             raise invalid("source", file, f"is no whole shard ({first_line(error)})", "write it anew") from error
         examples += len(keys)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from normfree.data.config import DataConfig
 from normfree.data.records import Namer
-from normfree.data.shards import count_rows, scan_shards
+from normfree.data.shards import check_files, count_rows, scan_shards
 from normfree.data.splits import grouped, split_of
 from normfree.nn.checks import invalid
 from normfree.signal.packages import required
@@ -41,6 +41,10 @@ class Source(Protocol):
 
     def rows(self, split: str, *, streaming: bool) -> Any:
         """The rows of a split, as a Hugging Face data set with images left encoded (or an iterable one)."""
+        ...
+
+    def labels(self, split: str, column: str) -> list[Any] | None:
+        """The labels of a split, read without its images; None where that takes reading everything."""
         ...
 
     def counted(self, split: str) -> tuple[int | None, int | None]:
@@ -157,6 +161,9 @@ class FolderSource:
         )
         return datasets.Dataset.from_dict({"image": paths, "label": labels}, features=features)
 
+    def labels(self, split: str, column: str) -> list[Any] | None:
+        return self.rows(split, streaming=False)[column]
+
     def counted(self, split: str) -> tuple[int | None, int | None]:
         return len(self.rows(split, streaming=False)), len(self.class_names)
 
@@ -174,6 +181,8 @@ class FileSource:
     """
 
     def __init__(self, kind: str, files: dict[str, list[str]], config: DataConfig) -> None:
+        for group in files.values():
+            check_files(group)
         self.kind, self.files, self.config = kind, files, config
         self.splits = tuple(files)
         self.streams = kind == "webdataset"
@@ -200,6 +209,17 @@ class FileSource:
         with explained(self.config.source):
             tables = [datasets.Dataset(InMemoryTable(parquet.read_table(file))) for file in self.files[split]]
             return _encoded(datasets.concatenate_datasets(tables))
+
+    def labels(self, split: str, column: str) -> list[Any] | None:
+        from pyarrow import parquet
+
+        files = self.files[split]
+        if self.kind != "parquet" or any("://" in file for file in files):
+            return None
+        count_rows(files)
+        with explained(self.config.source):
+            tables = (parquet.read_table(file, columns=[column]) for file in files)
+            return list(itertools.chain.from_iterable(table.column(column).to_pylist() for table in tables))
 
     @functools.cache  # noqa: B019 (a source lives as long as its data)
     def counted(self, split: str) -> tuple[int | None, int | None]:
@@ -246,6 +266,9 @@ class HubSource:
 
     def rows(self, split: str, *, streaming: bool) -> Any:
         return _loaded(self.config, self.name, self.configuration, split=split, streaming=streaming)
+
+    def labels(self, split: str, column: str) -> list[Any] | None:
+        return None
 
     def counted(self, split: str) -> tuple[int | None, int | None]:
         info = self.rows(split, streaming=True).info

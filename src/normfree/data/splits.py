@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -48,7 +49,7 @@ def chosen_split(splits: Sequence[str], config: DataConfig, *, training: bool) -
     if wanted in splits:
         return wanted
     alike = [split for split in splits if split_of(wanted) in (split, split_of(split))]
-    if split_of(wanted) is None or not alike:
+    if wanted.lower() not in itertools.chain(*WORDS.values()) or not alike:
         argument = "training_split" if training else "evaluation_split"
         raise invalid(argument, wanted, "the data have no such split", f"choose one of {listed}")
     return alike[0]
