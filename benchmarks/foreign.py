@@ -2,10 +2,12 @@
 
 ``python -m benchmarks.foreign [--only PATTERN ...] [--out results/foreign] [--fresh] [--onnx] [--workers 2]`` writes
 ``table.json`` and this page. The libraries are those of ``pip install .[foreign] --constraint constraints-foreign.txt``;
-all models have random weights and small sizes, and nothing is downloaded. Each row is measured in a process of its own
-that is ended after ten minutes; rows already in ``table.json`` are kept, so that an interrupted run goes on.
+all models have random weights and small sizes, and nothing is downloaded. Each row is measured in a process of its
+own, of one thread, that is ended after ten minutes; rows already in ``table.json`` are kept, so that an interrupted run
+goes on.
 
-*Blocks* are the residual additions found, and those that the authors' code makes. *Verdict* is what ``spp`` says at
+*Blocks* are the residual additions found, and those that the authors' code makes (*+ n*: fusions of two paths, which
+may be found or not). *Verdict* is what ``spp`` says at
 random initialisation: healthy where no finding is an error; *expected* is what an expert expects, with the reason below.
 *Pretrained* is the conversion that keeps the function: its largest error relative to the largest output, with running
 statistics, gains and biases drawn at random, and the norms left. *Fresh* is the conversion for training anew: norms
@@ -18,11 +20,11 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
+import os
 import sys
 import warnings
-from collections.abc import Callable
-from concurrent.futures import as_completed
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +32,15 @@ import torch
 
 from benchmarks.foreign_case import Case
 from benchmarks.foreign_checks import checked, exported
-from benchmarks.pool import at_once
-from benchmarks.rows import page, run_apart, stored_rows, where_measured
+from benchmarks.rows import page, run_forked, stored_rows, where_measured
 from normfree.benchmark.machine import hardware, versions
 from normfree.signal import write_atomically
 
 LIMIT = 600
 """Seconds for one part of one row."""
 
-QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "YOLO_OFFLINE": "true"}
-"""No library may ask a hub, and each process computes with one thread."""
+QUIET = {"HF_HUB_OFFLINE": "1", "YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false", "TRANSFORMERS_VERBOSITY": "error"}
+"""The environment of all rows: no library asks a hub, or speaks."""
 
 
 def cases() -> list[Case]:
@@ -85,7 +86,7 @@ def _totals(rows: list[dict[str, Any]], described: dict[str, Case]) -> dict[str,
     return {
         "architectures, of libraries": f"{len(rows)}, {len({described[row['model']].package for row in rows})}",
         "measured by `spp`": len(measured),
-        "with as many blocks as the authors' code makes": sum(row["blocks"] == row["stated"] for row in measured),
+        "with as many blocks as the authors' code makes": sum(map(_has_stated, measured)),
         "with the verdict that an expert expects": sum(
             is_healthy(row["findings"]) == (described[row["model"]].verdict == "healthy") for row in measured
         ),
@@ -99,6 +100,11 @@ def _totals(rows: list[dict[str, Any]], described: dict[str, Case]) -> dict[str,
         "folds within 1e-4": f"{sum(_at_most(one.get('fold'), 1e-4) for one in fresh + kept)} of {len(fresh + kept)}",
         "ONNX files that agree": f"{sum('error' in one for one in exports)} of {len(exports)}",
     }
+
+
+def _has_stated(row: dict[str, Any]) -> bool:
+    """Whether all residual additions were found, and no others; a fusion may be one."""
+    return 0 <= row.get("blocks", -1) - row["stated"] <= row["fusions"]
 
 
 def _at_most(error: float | None, most: float) -> bool:
@@ -119,7 +125,7 @@ def _line(row: dict[str, Any], case: Case) -> str:
         case.name,
         case.field,
         row["thousands"],
-        f"{found}, {row['stated']}" if found == row["stated"] else f"**{found}**, {row['stated']}",
+        f"{found if _has_stated(row) else f'**{found}**'}, {row['stated']}" + f" + {row['fusions']}" * bool(row["fusions"]),
         _verdict(row, "spp", row.get("findings")),
         case.verdict,
         _failed(row, "pretrained") if kept is None else _number(kept["error"]),
@@ -191,16 +197,10 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
     parser.add_argument("--fresh", action="store_true", help="measure again those of --only that table.json has")
     parser.add_argument("--onnx", action="store_true", help="also export each converted model")
     parser.add_argument("--workers", type=int, default=2, help="processes at once, of one thread each")
-    parser.add_argument("--check", help="measure one model in this process, and print its row")
-    parser.add_argument("--export", help="export one model in this process, and print how that went")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if options.check or options.export:
-        warnings.filterwarnings("ignore")
-        case = {case.name: case for case in cases()}[options.check or options.export]
-        done = checked(case) if options.check else exported(case)
-        say(json.dumps(done))
-        return
+    os.environ |= QUIET
+    warnings.filterwarnings("ignore")
     _run_all(options, say)
 
 
@@ -220,24 +220,15 @@ def _run_all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
         write_atomically(path, page(ordered))
         write_atomically(options.out / "README.md", table(ordered, described))
 
-    def apart(part: str, name: str) -> dict[str, Any]:
-        return run_apart("benchmarks.foreign", [f"--{part}", name], LIMIT, QUIET)
+    def run(part: Callable[[Case], dict[str, Any]], waiting: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        return run_forked({name: partial(part, described[name]) for name in waiting}, options.workers, LIMIT)
 
-    with at_once(options.workers) as pool:
-        waiting = [name for name in asked if name not in rows or "aborted" in rows[name]]
-        runs = {pool.submit(apart, "check", name): name for name in waiting}
-        for run in as_completed(runs):
-            name = runs[run]
-            rows[name] = {"model": name, "machine": here} | run.result()
-            write(name)
-        if not options.onnx:
-            return
-        waiting = [name for name in asked if _is_exportable(rows[name])]
-        runs = {pool.submit(apart, "export", name): name for name in waiting}
-        for run in as_completed(runs):
-            name = runs[run]
-            rows[name]["onnx"] = run.result()
-            write(name)
+    for name, row in run(checked, [name for name in asked if "aborted" in rows.get(name, {"aborted": ""})]):
+        rows[name] = {"model": name, "machine": here} | row
+        write(name)
+    for name, row in run(exported, [name for name in asked if options.onnx and _is_exportable(rows[name])]):
+        rows[name]["onnx"] = row
+        write(name)
 
 
 def _is_exportable(row: dict[str, Any]) -> bool:

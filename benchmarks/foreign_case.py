@@ -24,6 +24,8 @@ class Case:
         blocks: how many residual additions the authors' code makes, computed from the model's configuration where it
             depends on one.
         counted: where that number comes from.
+        fusions: how many additions join two paths of different depth or resolution (pyramids, additive decoders, sums
+            of skip outputs), which are no residual branches and may be points or not.
         verdict: what an expert expects of the signal at this initialisation: no error, or at least one.
         because: the expert's reason.
     """
@@ -36,6 +38,7 @@ class Case:
     counted: str
     verdict: Literal["healthy", "sick"]
     because: str
+    fusions: int = 0
 
     def stated(self, model: nn.Module) -> int:
         """The number of residual additions of a built model."""

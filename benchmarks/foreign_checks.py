@@ -61,7 +61,7 @@ def checked(case: Case) -> dict[str, Any]:
         model, batch = built(case)
         row["thousands"] = round(sum(p.numel() for p in model.parameters()) / 1e3)
         row["shapes"] = [list(tensor.shape) for tensor in tensors_of(batch)]
-        row["stated"] = case.stated(model)
+        row |= {"stated": case.stated(model), "fusions": case.fusions}
     if "build" in row["failed"]:
         return row
     with stages("spp"):

@@ -15,8 +15,8 @@ def _of(module: str, name: str) -> Any:
     return getattr(import_module(module), name)
 
 
-def _case(name: str, package: str, field: str, build: Any, blocks: Any, counted: str, because: str, verdict: Any = "healthy") -> Case:
-    return Case(name=name, package=package, field=field, build=build, blocks=blocks, counted=counted, verdict=verdict, because=because)
+def _case(name: str, package: str, field: str, build: Any, blocks: Any, counted: str, because: str, verdict: Any = "healthy", fusions: int = 0) -> Case:
+    return Case(name=name, package=package, field=field, build=build, blocks=blocks, counted=counted, verdict=verdict, because=because, fusions=fusions)
 
 
 def _table(count: int = 64, categories: int = 3, numbers: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,8 +75,7 @@ GRAPHS = [
     _case("pyg:GAT", "torch-geometric", "graphs", lambda: _gnn("GAT", heads=2), 0, "message passing in a chain", "BatchNorm after each aggregation"),
     _case("pyg:GraphSAGE", "torch-geometric", "graphs", lambda: _gnn("GraphSAGE"), 0, "a node's own features pass a layer of their own and are added, which is no shortcut", "BatchNorm after each aggregation"),
     _case("pyg:PNA", "torch-geometric", "graphs", lambda: _gnn("PNA", aggregators=["mean", "max", "std"], scalers=["identity", "amplification"], deg=torch.tensor([0, 8, 16, 24, 16])), 0, "message passing in a chain", "BatchNorm after each aggregation"),
-    _case("pyg:DeeperGCN", "torch-geometric", "graphs", _deep_gcn, lambda m: 2 * len(m.layers), "one addition around each layer, and GENConv adds the node to its message before its MLP", "LayerNorm before each branch"),
-    _case("pyg:SchNet", "torch-geometric", "molecules", lambda: (_of("torch_geometric.nn", "SchNet")(hidden_channels=32, num_filters=32, num_interactions=4, num_gaussians=16), (torch.randint(1, 9, (24,)), torch.randn(24, 3) * 2, torch.arange(24) // 6)), lambda m: len(m.interactions), "one addition an interaction", "no normalization, but few blocks of small branches"),
+    _case("pyg:DeeperGCN", "torch-geometric", "graphs", _deep_gcn, lambda m: len(m.layers), "one addition around each layer; GENConv adds a node to its neighbours without any weight between", "LayerNorm before each branch"),
     _case("pyg:GraphUNet", "torch-geometric", "graphs", lambda: (_of("torch_geometric.nn", "GraphUNet")(8, 16, 8, 3), _graph()), 0, "levels are added (fusions)", "no normalization, four layers deep"),
 ]
 
@@ -94,13 +93,7 @@ SERIES = [
     _case("tsai:TSTPlus", "tsai", "time series", lambda: _tsai("TSTPlus", "TSTPlus", 3, 4, 64, n_layers=3, d_model=32, n_heads=4, d_ff=64), lambda m: 2 * 3, "attention and MLP of each layer", "BatchNorm after each addition"),
     _case("tsai:OmniScaleCNN", "tsai", "time series", lambda: _tsai("OmniScaleCNN", "OmniScaleCNN", 3, 4, 64, layers=[8 * 16, 5 * 16 * 4, 16 * 16]), 0, "convolutions of many sizes are concatenated", "BatchNorm after each convolution"),
     _case("pytorch-tcn:TCN", "pytorch-tcn", "time series", lambda: (_of("pytorch_tcn", "TCN")(3, [16] * 5, use_norm="batch_norm", causal=True), torch.randn(8, 3, 64)), lambda m: len(m.network), "temporal blocks", "BatchNorm after each convolution"),
-    _case("pytorch-forecasting:NBeats", "pytorch-forecasting", "time series", lambda: _nbeats(), 0, "blocks subtract their backcast and add their forecasts", "no normalization: each stack's forecast is small"),
 ]
-
-
-def _nbeats() -> Built:
-    block = _of("pytorch_forecasting.models.nbeats.sub_modules", "NBEATSGenericBlock")
-    return block(units=64, thetas_dim=16, num_block_layers=4, backcast_length=24, forecast_length=8), torch.randn(16, 24)
 
 
 def _yolo(file: str, size: int = 64, **options: Any) -> Built:
@@ -110,9 +103,9 @@ def _yolo(file: str, size: int = 64, **options: Any) -> Built:
 
 
 def _yolo_blocks(model: Any) -> int:
-    bottlenecks = sum(bool(m.add) for m in model.modules() if type(m).__name__ == "Bottleneck")
-    psa = sum(2 * bool(m.add) for m in model.modules() if type(m).__name__ == "PSABlock")
-    return bottlenecks + psa
+    bottlenecks = sum(bool(m.add) for m in model.modules() if type(m).__name__ in ("Bottleneck", "CIB"))
+    attention = sum(2 * getattr(m, "add", True) for m in model.modules() if type(m).__name__ in ("PSABlock", "PSA"))
+    return bottlenecks + attention
 
 
 YOLO = [
@@ -131,15 +124,10 @@ IMAGES = [
     _case("vit-pytorch:CvT", "vit-pytorch", "recognition", lambda: (_of("vit_pytorch.cvt", "CvT")(num_classes=10, s1_emb_dim=16, s2_emb_dim=32, s3_emb_dim=64, s3_depth=3, s1_heads=1, s2_heads=2, s3_heads=2), torch.randn(4, 3, 64, 64)), 2 * (1 + 2 + 3), "attention and MLP of each layer", "LayerNorm before each branch"),
     _case("vit-pytorch:SimpleViT-1d", "vit-pytorch", "time series", lambda: (_of("vit_pytorch.simple_vit_1d", "SimpleViT")(seq_len=64, patch_size=8, num_classes=10, dim=64, depth=3, heads=4, mlp_dim=128), torch.randn(4, 3, 64)), 6, "attention and MLP of each of three layers", "LayerNorm before each branch"),
     _case("kornia:HardNet", "kornia", "local features", lambda: (_of("kornia.feature", "HardNet")(pretrained=False), torch.randn(16, 1, 32, 32)), 0, "a chain of seven convolutions", "BatchNorm after each convolution"),
-    _case("kornia:DexiNed", "kornia", "edges", lambda: (_of("kornia.filters.dexined", "DexiNed")(pretrained=False), torch.randn(2, 3, 64, 64)), lambda m: _dexined(m), "additions of the dense blocks and between them", "BatchNorm after each convolution"),
+    _case("kornia:DexiNed", "kornia", "edges", lambda: (_of("kornia.filters.dexined", "DexiNed")(pretrained=False), torch.randn(2, 3, 64, 64)), lambda m: 2 + 3 + 3 + 3, "each dense layer is averaged with the block's side input; side outputs between the blocks are fusions", "BatchNorm after each convolution", fusions=4),
     _case("kornia:TinyViT", "kornia", "recognition", lambda: (_of("kornia.contrib", "TinyViT")(img_size=64, num_classes=10, embed_dims=(32, 32, 64, 64), depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 2), window_sizes=(4, 4, 4, 2)), torch.randn(4, 3, 64, 64)), lambda m: count(m, "MBConv") + 2 * count(m, "TinyViTBlock"), "MBConvs; attention and MLP of each block", "BatchNorm and LayerNorm"),
     _case("facenet:InceptionResnetV1", "facenet-pytorch", "faces", lambda: (_of("facenet_pytorch", "InceptionResnetV1")(pretrained=None, classify=True, num_classes=10), torch.randn(4, 3, 96, 96)), lambda m: count(m, "Block35", "Block17", "Block8"), "Inception-ResNet blocks", "BatchNorm after each convolution, branches scaled by 0.1 to 0.2"),
-    _case("effdet:d0", "effdet", "detection", lambda: _effdet(), lambda m: sum(bool(getattr(b, "has_skip", False)) for b in m.backbone.modules()), "inverted residuals of the backbone; the pyramid's weighted sums are fusions", "BatchNorm after each convolution"),
 ]
-
-
-def _dexined(model: Any) -> int:
-    return 0
 
 
 def _open_clip(layers: Any) -> Built:
@@ -154,35 +142,28 @@ def _coca() -> Built:
     return _of("open_clip", "CoCa")(64, decoder, text, vision), {"image": torch.randn(4, 3, 64, 64), "text": torch.randint(1, 64, (4, 12))}
 
 
-def _effdet() -> Built:
-    config = _of("effdet", "get_efficientdet_config")("tf_efficientdet_d0")
-    config.image_size, config.backbone_args = (128, 128), {"drop_path_rate": 0.0}
-    return _of("effdet", "EfficientDet")(config, pretrained_backbone=False), torch.randn(2, 3, 128, 128)
-
-
 TABLES = [
-    _case("tabnet:TabNet", "pytorch-tabnet", "tables", lambda: (_of("pytorch_tabnet.tab_network", "TabNet")(8, 3, n_d=16, n_a=16, n_steps=3, group_attention_matrix=torch.eye(8)), torch.randn(256, 8)), lambda m: 0, "gated layers scaled by √½", "ghost BatchNorm after each layer"),
+    _case("tabnet:TabNet", "pytorch-tabnet", "tables", lambda: (_of("pytorch_tabnet.tab_network", "TabNet")(8, 3, n_d=16, n_a=16, n_steps=3, group_attention_matrix=torch.eye(8)), torch.randn(256, 8)), lambda m: sum(len(block.glu_layers) - block.first for block in m.modules() if type(block).__name__ == "GLU_Block"), "each gated layer of a feature transformer but the first adds its input, scaled by √½", "ghost BatchNorm after each layer"),
     _case("rtdl:MLP", "rtdl-revisiting-models", "tables", lambda: (_of("rtdl_revisiting_models", "MLP")(d_in=8, d_out=3, n_blocks=6, d_block=64, dropout=0.1), torch.randn(64, 8)), 0, "a chain of Linear, ReLU, Dropout", "torch's initialisation, without any normalizer: variance falls by about six a layer", "sick"),
     _case("rtdl:ResNet", "rtdl-revisiting-models", "tables", lambda: (_of("rtdl_revisiting_models", "ResNet")(d_in=8, d_out=3, n_blocks=4, d_block=64, d_hidden_multiplier=2.0, dropout1=0.1, dropout2=0.0), torch.randn(64, 8)), 4, "blocks", "BatchNorm before each branch"),
     _case("rtdl:FTTransformer", "rtdl-revisiting-models", "tables", lambda: (_of("rtdl_revisiting_models", "FTTransformer")(n_cont_features=6, cat_cardinalities=[5, 5, 5], d_out=3, n_blocks=3, d_block=32, attention_n_heads=4, attention_dropout=0.1, ffn_d_hidden_multiplier=2.0, ffn_dropout=0.1, residual_dropout=0.0), tuple(reversed(_table()))), 6, "attention and MLP of each of three blocks", "LayerNorm before each branch"),
-    _case("tab-transformer:TabTransformer", "tab-transformer-pytorch", "tables", lambda: (_of("tab_transformer_pytorch", "TabTransformer")(categories=(5, 5, 5), num_continuous=6, dim=32, dim_out=3, depth=3, heads=4), _table()), 6, "attention and MLP of each of three layers", "LayerNorm before each branch"),
+    _case("tab-transformer:FTTransformer", "tab-transformer-pytorch", "tables", lambda: (_of("tab_transformer_pytorch", "FTTransformer")(categories=(5, 5, 5), num_continuous=6, dim=32, dim_out=3, depth=3, heads=4), _table()), 6, "attention and MLP of each of three layers", "LayerNorm before each branch"),
     _case("tabm:TabM", "tabm", "tables", lambda: (_of("tabm", "TabM").make(n_num_features=6, cat_cardinalities=[5, 5, 5], d_out=3, k=4, n_blocks=3, d_block=64), tuple(reversed(_table()))), 0, "an ensemble of chains of Linear and ReLU", "three layers deep, no normalizer needed"),
-    _case("pytorch-forecasting:GRN", "pytorch-forecasting", "time series", lambda: (_of("pytorch_forecasting.models.temporal_fusion_transformer.sub_modules", "GatedResidualNetwork")(32, 32, 32), torch.randn(8, 16, 32)), 1, "one gated addition", "LayerNorm after the addition"),
 ]
 
 GENERATION = [
     _case("denoising-diffusion:Unet", "denoising-diffusion-pytorch", "generation", lambda: (_of("denoising_diffusion_pytorch", "Unet")(dim=16, dim_mults=(1, 2, 4), flash_attn=False), (torch.randn(4, 3, 32, 32), torch.randint(0, 100, (4,)))), lambda m: count(m, "ResnetBlock", "LinearAttention", "Attention"), "ResnetBlocks and attentions", "RMSNorm after each convolution"),
     _case("x-transformers:decoder", "x-transformers", "language", lambda: (_of("x_transformers", "TransformerWrapper")(num_tokens=64, max_seq_len=32, attn_layers=_of("x_transformers", "Decoder")(dim=64, depth=4, heads=4, use_rmsnorm=True, ff_glu=True, rotary_pos_emb=True)), torch.randint(0, 64, (4, 16))), 8, "attention and MLP of each of four layers", "RMSNorm before each branch"),
     _case("x-transformers:sandwich", "x-transformers", "language", lambda: (_of("x_transformers", "TransformerWrapper")(num_tokens=64, max_seq_len=32, attn_layers=_of("x_transformers", "Encoder")(dim=64, depth=4, heads=4, sandwich_norm=True, use_scalenorm=True)), torch.randint(0, 64, (4, 16))), 8, "attention and MLP of each of four layers", "norms before and after each branch"),
-    _case("nflows:glow-step", "nflows", "flows", lambda: _nflow(), 0, "each coupling's network is a residual one", "zero-initialised couplings"),
+    _case("nflows:RealNVP", "nflows", "flows", lambda: _nflow(), lambda m: count(m, "ResidualBlock"), "residual blocks of each coupling's network", "BatchNorm before each convolution of a block, and last weights of 0.001"),
     _case("normflows:RealNVP", "normflows", "flows", lambda: _realnvp(), 0, "couplings in a chain", "zero-initialised last layers make each coupling the identity"),
     _case("normflows:Glow", "normflows", "flows", lambda: _glow(), 0, "couplings in a chain", "zero-initialised last layers make each coupling the identity"),
 ]
 
 
 def _nflow() -> Built:
-    maf = _of("nflows.flows.autoregressive", "MaskedAutoregressiveFlow")
-    return _of("nflows.flows.realnvp", "SimpleRealNVP")(8, 32, 4, 2, batch_norm_within_layers=True), torch.randn(32, 8)
+    flow = _of("nflows.flows.realnvp", "SimpleRealNVP")(8, 32, 4, 2, batch_norm_within_layers=True)
+    return flow._transform, torch.randn(32, 8)
 
 
 def _realnvp() -> Built:
@@ -213,21 +194,19 @@ def _glow() -> Built:
 
 
 SOUND = [
-    _case("asteroid:TDConvNet", "asteroid", "speech separation", lambda: (_of("asteroid.masknn", "TDConvNet")(32, 2, n_blocks=4, n_repeats=2, bn_chan=32, hid_chan=64, skip_chan=32), torch.randn(4, 32, 100)), lambda m: 8, "one addition a block to the stream; those to the skip sum are a fusion", "a norm after each convolution, but the stream adds plain 1×1 convolutions"),
+    _case("asteroid:TDConvNet", "asteroid", "speech separation", lambda: (_of("asteroid.masknn", "TDConvNet")(32, 2, n_blocks=4, n_repeats=2, bn_chan=32, hid_chan=64, skip_chan=32), torch.randn(4, 32, 100)), lambda m: 8, "one addition a block to the stream; those to the sum of skip outputs are fusions", "a norm after each convolution but the last of a branch", fusions=7),
     _case("asteroid:DPRNN", "asteroid", "speech separation", lambda: (_of("asteroid.masknn", "DPRNN")(32, 2, bn_chan=32, hid_size=32, chunk_size=20, n_repeats=3), torch.randn(4, 32, 100)), lambda m: 6, "two of each of three dual-path blocks", "a norm at the end of each branch"),
-    _case("asteroid:ConvTasNet", "asteroid", "speech separation", lambda: (_of("asteroid.models", "ConvTasNet")(2, n_filters=32, n_blocks=4, n_repeats=2, bn_chan=32, hid_chan=64, skip_chan=32), torch.randn(4, 1600)), lambda m: 8, "one addition a block to the stream", "a norm after each convolution"),
-    _case("demucs:HDemucs", "demucs", "music separation", lambda: (_of("demucs.hdemucs", "HDemucs")(sources=["a", "b"], channels=8, depth=4, nfft=512, norm_starts=2), torch.randn(2, 2, 16384)), lambda m: 0, "", "GroupNorm in the inner layers, rescaled weights in the outer"),
-    _case("demucs:Demucs", "demucs", "music separation", lambda: (_of("demucs.demucs", "Demucs")(sources=["a", "b"], channels=8, depth=4, norm_starts=2, resample=False), torch.randn(2, 2, 8192)), lambda m: 0, "", "GroupNorm in the inner layers, rescaled weights in the outer"),
+    _case("asteroid:ConvTasNet", "asteroid", "speech separation", lambda: (_of("asteroid.models", "ConvTasNet")(2, n_filters=32, n_blocks=4, n_repeats=2, bn_chan=32, hid_chan=64, skip_chan=32), torch.randn(4, 1600)), lambda m: 8, "one addition a block to the stream; those to the sum of skip outputs are fusions", "a norm after each convolution but the last of a branch", fusions=7),
+    _case("demucs:Demucs", "demucs", "music separation", lambda: (_of("demucs.demucs", "Demucs")(sources=["a", "b"], channels=8, depth=4, norm_starts=2, resample=False), torch.randn(2, 2, 8192)), lambda m: sum(len(d.layers) for d in m.modules() if type(d).__name__ == "DConv"), "dilated branches of the encoder; the decoder's additions of encoder maps are fusions", "branches have GroupNorm and a layer scale of 1e-4; the outer layers have none, and rescaled weights", fusions=4),
     _case("conformer:Conformer", "conformer", "speech", lambda: (_of("conformer", "Conformer")(64, depth=3, dim_head=16, heads=4), torch.randn(4, 32, 64)), 12, "two half MLPs, attention and convolution of each of three blocks", "LayerNorm before each branch"),
 ]
 
 RESTORATION = [
-    _case("spandrel:ESRGAN", "spandrel", "restoration", lambda: (_of("spandrel.architectures.ESRGAN", "RRDBNet" if False else "ESRGAN") if False else _of("spandrel.architectures.ESRGAN.__arch.RRDB", "RRDBNet")(num_filters=16, num_blocks=3), torch.randn(2, 3, 24, 24)), lambda m: 4 * 3 + 1, "three dense blocks and one addition around them in each of three, and one around all", "no normalizer: branches are scaled by 0.2"),
+    _case("spandrel:ESRGAN", "spandrel", "restoration", lambda: (_of("spandrel.architectures.ESRGAN.__arch.RRDB", "RRDBNet")(num_filters=16, num_blocks=3), torch.randn(2, 3, 24, 24)), lambda m: 4 * 3 + 1, "three dense blocks and one addition around them in each of three, and one around all", "no normalizer: branches are scaled by 0.2"),
 ]
 
 VIDEO = [
-    _case("pytorchvideo:slowfast_r50", "pytorchvideo", "video", lambda: (_of("pytorchvideo.models", "create_slowfast")(model_depth=18 if False else 50, model_num_class=10, head_pool_kernel_sizes=((4, 2, 2), (16, 2, 2)), slowfast_fusion_conv_stride=(4, 1, 1)), [torch.randn(1, 3, 4, 64, 64), torch.randn(1, 3, 16, 64, 64)]), lambda m: count(m, "ResBlock"), "bottlenecks of both pathways", "BatchNorm after each convolution"),
-    _case("pytorchvideo:x3d", "pytorchvideo", "video", lambda: (_of("pytorchvideo.models", "create_x3d")(input_clip_length=4, input_crop_size=64, model_num_class=10), torch.randn(2, 3, 4, 64, 64)), lambda m: count(m, "ResBlock"), "bottlenecks", "BatchNorm after each convolution"),
+    _case("pytorchvideo:x3d", "pytorchvideo", "video", lambda: (_of("pytorchvideo.models.x3d", "create_x3d")(input_clip_length=4, input_crop_size=64, model_num_class=10), torch.randn(2, 3, 4, 64, 64)), lambda m: count(m, "ResBlock"), "bottlenecks", "BatchNorm after each convolution"),
     _case("pytorchvideo:slow_r50", "pytorchvideo", "video", lambda: (_of("pytorchvideo.models", "create_resnet")(model_num_class=10, head_pool_kernel_size=(4, 2, 2)), torch.randn(2, 3, 4, 64, 64)), lambda m: count(m, "ResBlock"), "bottlenecks", "BatchNorm after each convolution"),
 ]
 
@@ -244,16 +223,21 @@ NNUNET = [
     _case("nnunet:ResidualEncoderUNet", "dynamic-network-architectures", "medical volumes", lambda: _nnunet(True), lambda m: count(m, "BasicBlockD", "BottleneckD"), "residual blocks of the encoder", "InstanceNorm after each convolution"),
 ]
 
+def _smooth(examples: int, channels: int, size: int) -> torch.Tensor:
+    """Random fields of unit variance and few frequencies, as solutions of equations are."""
+    coarse = torch.randn(examples, channels, 5, 5)
+    fields = nn.functional.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
+    return fields / fields.std()
+
+
 PHYSICS = [
-    _case("neuralop:FNO", "neuraloperator", "physics", lambda: (_of("neuralop.models", "FNO")(n_modes=(8, 8), in_channels=1, out_channels=1, hidden_channels=16, n_layers=4), torch.randn(4, 1, 32, 32)), lambda m: 2 * 4, "the spectral path and the channel MLP of each layer are added to a shortcut", "no normalizer"),
-    _case("neuralop:UNO", "neuraloperator", "physics", lambda: (_of("neuralop.models", "UNO")(1, 1, hidden_channels=16, n_layers=4, uno_out_channels=[16, 16, 16, 16], uno_n_modes=[[8, 8]] * 4, uno_scalings=[[1.0, 1.0], [0.5, 0.5], [1, 1], [2, 2]]), torch.randn(2, 1, 32, 32)), lambda m: 8, "", "no normalizer"),
-    _case("e3nn:gate-points", "e3nn", "molecules", lambda: _e3nn(), 0, "", "weights of unit variance scaled by 1/√fan-in"),
+    _case("neuralop:FNO", "neuraloperator", "physics", lambda: (_of("neuralop.models", "FNO")(n_modes=(8, 8), in_channels=1, out_channels=1, hidden_channels=16, n_layers=4), _smooth(4, 1, 32)), lambda m: 2 * 4, "the spectral path and the channel MLP of each layer are added to a shortcut", "no normalizer"),
+    _case("e3nn:FullyConnectedNet", "e3nn", "molecules", lambda: _e3nn(), 0, "a chain of linear layers", "weights of unit variance scaled by 1/√fan-in"),
 ]
 
 
 def _e3nn() -> Built:
-    net = _of("e3nn.nn.models.gate_points_2101", "Network") if False else _of("e3nn.nn", "FullyConnectedNet")
-    return net([16, 64, 64, 64, 8], torch.nn.functional.silu), torch.randn(64, 16)
+    return _of("e3nn.nn", "FullyConnectedNet")([16, 64, 64, 64, 8], torch.nn.functional.silu), torch.randn(64, 16)
 
 
 def _policy(kind: str) -> Built:

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 
-def run_apart(module: str, arguments: Sequence[str], limit: float, environment: Mapping[str, str] = {}) -> dict[str, Any]:
+def run_apart(module: str, arguments: Sequence[str], limit: float) -> dict[str, Any]:
     """What ``python -m MODULE ARGUMENTS`` prints as its last line, one JSON object; or why it was "aborted".
 
     Args:
         module: whose main prints it.
         arguments: of the command line.
         limit: seconds after which it is ended.
-        environment: variables set beside those of this process.
     """
     command = [sys.executable, "-m", module, *arguments]
     try:
-        run = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=limit, env={**os.environ, **environment}
-        )
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
     except subprocess.TimeoutExpired:
         return {"aborted": f"not done after {limit / 60:.0f} minutes"}
     lines = run.stdout.strip().splitlines()
@@ -32,6 +31,54 @@ def run_apart(module: str, arguments: Sequence[str], limit: float, environment: 
         last = (run.stderr.strip().splitlines() or ["no output"])[-1]
         return {"aborted": f"exit code {run.returncode}: {last[:200]}"}
     return json.loads(lines[-1])
+
+
+def run_forked(
+    jobs: Mapping[str, Callable[[], dict[str, Any]]], workers: int, limit: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run each job in a fork of this process, and give its name and result as they end; or why one was "aborted".
+
+    A fork has what is imported here and leaves nothing behind.
+
+    Args:
+        jobs: what to run, by name.
+        workers: how many at once.
+        limit: seconds after which one is ended.
+    """
+    context, waiting, running = multiprocessing.get_context("fork"), list(jobs), {}
+
+    def run(job: Callable[[], dict[str, Any]], sender: Connection) -> None:
+        sender.send(job())
+
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                name = waiting.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=run, args=(jobs[name], sender), daemon=True)
+                process.start()
+                sender.close()
+                running[receiver] = name, process, time.monotonic() + limit
+            soonest = min(end for _, _, end in running.values()) - time.monotonic()
+            ended = wait(list(running), timeout=max(0.0, soonest))
+            for receiver, (name, process, end) in list(running.items()):
+                if receiver not in ended and time.monotonic() < end:
+                    continue
+                del running[receiver]
+                if receiver in ended:
+                    try:
+                        result = receiver.recv()
+                    except EOFError:
+                        process.join()
+                        result = {"aborted": f"exit code {process.exitcode}"}
+                else:
+                    result = {"aborted": f"not done after {limit:.0f} seconds"}
+                process.kill()
+                process.join()
+                yield name, result
+    finally:
+        for _, process, _ in running.values():
+            process.kill()
 
 
 def stored_rows(path: Path) -> list[dict[str, Any]]:
