@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
+from graph_reference import Reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from normfree.signal import graph
 from normfree.signal.graph import Node, Path, meet, residual
@@ -197,8 +201,43 @@ def test_a_path_counts_the_least_layers_and_the_most_mixing():
     assert through.path - x.path == Path(weighted=1, mixing=2, nonlinear=0, partial=0)
 
 
-def _steps(blocks: int, block) -> int:
-    """Lines of graph.py that run while a network of so many blocks is recorded and judged."""
+STEPS = (Path(), LAYER, BEND, POOL, PART, Path(weighted=1, mixing=1, nonlinear=1))
+
+
+@st.composite
+def graphs(draw) -> tuple[list[list[int]], list[Path]]:
+    """Parents and steps of up to 16 activations below one to three inputs; some read far back, most nearby."""
+    inputs = draw(st.integers(1, 3))
+    parents, steps = [[], *[[0]] * inputs], [Path()] * (1 + inputs)
+    for number in range(1 + inputs, draw(st.integers(4, 16)) + inputs):
+        far = st.integers(1, number - 1)
+        near = st.integers(max(1, number - 4), number - 1)
+        parents.append(draw(st.lists(st.one_of(near, near, far), min_size=1, max_size=3)))
+        steps.append(draw(st.sampled_from(STEPS)))
+    return parents, steps
+
+
+@settings(max_examples=60, deadline=None)
+@given(graphs())
+def test_every_decision_is_the_one_by_definition(drawn):
+    """Of every pair that could be added, asked in the order in which a recording asks: before what comes after."""
+    parents, steps = drawn
+    reference = Reference(parents, steps)
+    nodes: list[Node] = []
+    for above, step in zip(parents, steps, strict=True):
+        nodes.append(Node([nodes[parent] for parent in above], step))
+        last = len(nodes) - 1
+        assert (nodes[last].level, nodes[last].depth + 1) == (reference.levels[last], len(reference.dominators[last]))
+        for other in range(1, last):
+            found = residual(nodes[last], nodes[other])
+            decision = found and (nodes.index(found.ancestor), found.branch, found.weighted_shortcut)
+            assert decision == reference.residual(last, other), (last, other)
+            assert nodes.index(meet(nodes[last], nodes[other])) == reference.meet(last, other)
+            assert nodes[other].dominates(nodes[last]) == (other in reference.dominators[last])
+
+
+def _lines(build: Callable[[int], object], size: int) -> int:
+    """Lines of graph.py that run while a network of a size is recorded and judged."""
     steps = 0
 
     def trace(frame, event, argument):
@@ -211,25 +250,114 @@ def _steps(blocks: int, block) -> int:
     previous = sys.gettrace()
     sys.settrace(trace)
     try:
-        x = layer(source())
-        for _ in range(blocks):
-            shortcut, branch = block(x)
-            assert residual(shortcut, branch) is not None
-            x = add(shortcut, branch)
+        build(size)
     finally:
         sys.settrace(previous)
     return steps
 
 
-@pytest.mark.parametrize(
-    "block",
-    [
-        lambda x: (x, layer(bend(layer(x)))),
-        lambda x: (layer(bend(x)), layer(bend(layer(bend(x))))),
-        lambda x: (x, bend(layer(x), bend(layer(pool(layer(x)))))),
-    ],
-    ids=["identity", "projection", "gated"],
-)
-def test_the_cost_is_linear_in_depth(block):
-    few, many = _steps(50, block), _steps(200, block)
-    assert many <= 4.2 * few  # four times the blocks; a quadratic cost would be sixteen times the steps
+def _blocks(block: Callable[[Node], tuple[Node, Node]]) -> Callable[[int], Node]:
+    """Residual blocks one after the other."""
+
+    def build(blocks: int) -> Node:
+        x = layer(source())
+        for _ in range(blocks):
+            shortcut, branch = block(x)
+            assert residual(shortcut, branch) is not None
+            x = add(shortcut, branch)
+        return x
+
+    return build
+
+
+def _cell(inputs: int, partial: bool) -> Callable[[int], Node]:
+    """A gated cell with a residual, unrolled; its first state is zero or a second input."""
+
+    def build(steps: int) -> Node:
+        root = Node(())
+        x = Node((root,))
+        hidden = cell = Node((root,)) if inputs == 2 else None
+        for _ in range(steps):
+            now = layer(part(x))
+            if hidden is not None:
+                state = layer(hidden)
+                residual(now, state)
+                now = add(now, state)
+            gates = [bend(part(now) if partial else now) for _ in range(4)]
+            kept = bend(gates[0], gates[1])
+            if cell is not None:
+                forgotten = bend(gates[2], cell)
+                residual(forgotten, kept)
+                kept = add(forgotten, kept)
+            cell = kept
+            new = bend(gates[3], bend(cell))
+            if hidden is not None:
+                residual(hidden, new)
+            hidden = new if hidden is None else add(hidden, new)
+        assert hidden is not None
+        return hidden
+
+    return build
+
+
+def _early(second_input: bool) -> Callable[[int], Node]:
+    """The same early activation, weighted anew, is added at every step."""
+
+    def build(steps: int) -> Node:
+        root = Node(())
+        early = Node((root,))
+        x = add(layer(Node((root,))), layer(early)) if second_input else layer(early)
+        for _ in range(steps):
+            branch = layer(early)
+            residual(x, branch)
+            x = bend(add(x, branch))
+        return x
+
+    return build
+
+
+def _straight(additions: int) -> Node:
+    """A deep linear network, at whose end as many additions reach back over all of it."""
+    x = source()
+    for _ in range(additions):
+        x = layer(x)
+    total = layer(x)
+    for _ in range(additions):
+        branch = layer(x)
+        residual(total, branch)
+        total = add(total, branch)
+    return total
+
+
+def _sums(layers: int) -> Node:
+    """Each layer reads the sum of all before it, added up anew."""
+    outs = [bend(layer(source()))]
+    for _ in range(layers):
+        total = outs[0]
+        for out in outs[1:]:
+            residual(total, out)
+            total = add(total, out)
+        outs.append(bend(layer(total)))
+    return outs[-1]
+
+
+GROWING: dict[str, tuple[Callable[[int], Node], int]] = {
+    "identity": (_blocks(lambda x: (x, layer(bend(layer(x))))), 4),
+    "projection": (_blocks(lambda x: (layer(bend(x)), layer(bend(layer(bend(x)))))), 4),
+    "gated": (_blocks(lambda x: (x, bend(layer(x), bend(layer(pool(layer(x))))))), 4),
+    "unrolled cell": (_cell(inputs=1, partial=True), 4),
+    "unrolled cell with a given state": (_cell(inputs=2, partial=True), 4),
+    "unrolled cell without slices": (_cell(inputs=2, partial=False), 4),
+    "one early activation": (_early(second_input=False), 4),
+    "one early activation of another input": (_early(second_input=True), 4),
+    "straight": (_straight, 4),
+    "sums of everything": (_sums, 16),
+}
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_the_cost_grows_as_the_graph(kind):
+    """Four times the blocks (16 times the additions of sums): 4.4 allows for jumps of log(depth) steps."""
+    build, growth = GROWING[kind]
+    few, many = _lines(build, 25), _lines(build, 100)
+    assert many <= 1.1 * growth * few

@@ -1,7 +1,7 @@
 """The recorded dataflow as a graph of activations, and which additions in it are residual.
 
 Every activation is a :class:`Node` with its immediate dominator: the last activation that every path from
-the input to it runs through. That answers most questions at a cost linear in depth:
+the input to it runs through. That answers most questions:
 
 - the nearest activation two others *both depend on entirely* is where their dominator chains meet;
 - the least (or greatest) number of weighted operations on any path from a dominator to a node is the
@@ -10,6 +10,11 @@ the input to it runs through. That answers most questions at a cost linear in de
 A branch that also reads something else (cross-attention to a memory, a time embedding, a class token's
 attention to the patches) does not depend on its shortcut entirely; there the parents are searched backwards.
 
+Cost: a dominator chain may be as long as the network is deep, so every node also has a *jump pointer* to a
+dominator further up (Myers, "An applicative random-access stack", 1983: one pointer a node, O(log depth) steps to
+any depth). What a search backwards from one source found of an activation that is read more than once is kept, so
+that the next search does not pass it again.
+
 Nothing here knows torch: the rules are tested on graphs written by hand.
 """
 
@@ -17,11 +22,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Path:
+class Path(NamedTuple):
     """What the paths between two activations pass: the least of any path for each kind, or the most.
 
     Attributes:
@@ -44,23 +48,8 @@ class Path:
             self.partial - other.partial,
         )
 
-    def __add__(self, other: Path) -> Path:
-        return Path(
-            self.weighted + other.weighted,
-            self.mixing + other.mixing,
-            self.nonlinear + other.nonlinear,
-            self.partial + other.partial,
-        )
 
-    @staticmethod
-    def joined(paths: Sequence[Path]) -> Path:
-        """Of several paths to one place, the least of each count, and the most of mixing."""
-        return Path(
-            min(p.weighted for p in paths),
-            max(p.mixing for p in paths),
-            min(p.nonlinear for p in paths),
-            min(p.partial for p in paths),
-        )
+NO_STEP = Path()
 
 
 class Node:
@@ -71,46 +60,146 @@ class Node:
         step: what the operation that made it adds to a path.
         level: length of the longest path from the root; every parent's is smaller.
         dominator: the last activation all of this one depends on; None for the root above all inputs.
+        jump: a dominator further up; None for the root.
         depth: number of dominators above.
         path: counts from the root.
+        touched: how many of it and its dominators are reached from the dominator before by no path that is free of
+            weighted and of partial operations.
+        whole: how many of them are reached by a path with a weighted operation before any partial one.
+        readers: number of activations computed from it so far.
+        straight: the furthest activation behind it before which signals were joined or bent.
+        since: what paths from here to others pass, as far as was asked: fewest weighted and fewest partial
+            operations, or None for an activation that is not computed from this one.
         note: what the recorder attaches (layout, scaling, statistics).
     """
 
-    __slots__ = ("depth", "dominator", "level", "note", "parents", "path", "step")
+    __slots__ = (
+        "depth",
+        "dominator",
+        "jump",
+        "level",
+        "note",
+        "parents",
+        "path",
+        "readers",
+        "since",
+        "step",
+        "straight",
+        "touched",
+        "whole",
+    )
 
-    def __init__(self, parents: Sequence[Node], step: Path = Path(), note: Any = None) -> None:
+    def __init__(self, parents: Sequence[Node], step: Path = NO_STEP, note: Any = None) -> None:
         self.parents = tuple(parents)
         self.step = step
-        self.level = 1 + max((parent.level for parent in parents), default=-1)
-        self.dominator: Node | None = None
-        self.depth = 0
-        self.path = step
         self.note = note
-        if parents:
-            self.dominator = parents[0]
-            for parent in parents[1:]:
-                self.dominator = meet(self.dominator, parent)
-            self.depth = self.dominator.depth + 1
-            self.path = Path.joined([parent.path for parent in parents]) + step
+        self.readers = 0
+        self.since: dict[Node, tuple[int, int] | None] | None = None
+        self.straight = self
+        self.dominator: Node | None = None
+        self.jump: Node | None = None
+        self.level = self.depth = self.touched = self.whole = 0
+        self.path = step
+        if self.parents:
+            self._place()
+
+    def _place(self) -> None:
+        """Find the dominator, and count from it on."""
+        step, first = self.step, self.parents[0]
+        dominator, level, path, single = first, first.level, first.path, True
+        first.readers += 1
+        for parent in self.parents:
+            if parent is not first:
+                single = False
+                parent.readers += 1
+                dominator = meet(dominator, parent)
+                level = max(level, parent.level)
+                path = _joined(path, parent.path)
+        self.level, self.path = level + 1, path if step is NO_STEP else _passed(path, step)
+        self.dominator, self.depth, self.jump = dominator, dominator.depth + 1, _jump_from(dominator)
+        if single:
+            untouched, whole = True, False
+            if dominator.dominator is not None and not step.nonlinear:
+                self.straight = dominator.straight
+        else:
+            ways = [_untouched_and_whole(dominator, parent) for parent in self.parents]
+            untouched, whole = any(way[0] for way in ways), any(way[1] for way in ways)
+        if step.weighted:
+            untouched, whole = False, whole or untouched
+        elif step.partial:
+            untouched = False
+        self.touched = dominator.touched + (not untouched)
+        self.whole = dominator.whole + whole
 
     def dominates(self, other: Node) -> bool:
         """Whether all of ``other`` depends on this node (a node dominates itself)."""
-        node: Node | None = other
-        while node is not None and node.depth > self.depth:
-            node = node.dominator
-        return node is self
+        return dominator_at(other, self.depth) is self
+
+
+def _joined(one: Path, other: Path) -> Path:
+    """Of two paths to one place, the less of each count, and the more of mixing."""
+    return Path(
+        min(one.weighted, other.weighted),
+        max(one.mixing, other.mixing),
+        min(one.nonlinear, other.nonlinear),
+        min(one.partial, other.partial),
+    )
+
+
+def _passed(path: Path, step: Path) -> Path:
+    """A path and one more operation."""
+    return Path(
+        path.weighted + step.weighted,
+        path.mixing + step.mixing,
+        path.nonlinear + step.nonlinear,
+        path.partial + step.partial,
+    )
+
+
+def _jump_from(dominator: Node) -> Node:
+    """Where the jump pointer of a node below ``dominator`` points: past two jumps if they are of one length."""
+    jump = dominator.jump
+    if jump is None or jump.jump is None or dominator.depth - jump.depth != jump.depth - jump.jump.depth:
+        return dominator
+    return jump.jump
+
+
+def dominator_at(node: Node, depth: int) -> Node:
+    """The dominator of ``node``, or itself, that has so many dominators above; ``node`` if it has fewer."""
+    while node.depth > depth:
+        assert node.jump is not None
+        assert node.dominator is not None
+        node = node.jump if node.jump.depth >= depth else node.dominator
+    return node
 
 
 def meet(first: Node, second: Node) -> Node:
     """The nearest activation that both depend on entirely; the root if they have none but it."""
-    while first is not second:
-        if first.depth >= second.depth:
-            assert first.dominator is not None, "two roots in one graph"
-            first = first.dominator
+    first, second = dominator_at(first, second.depth), dominator_at(second, first.depth)
+    while first is not second:  # their jumps are of one length, since their depths are equal
+        assert first.dominator is not None, "two roots in one graph"
+        assert second.dominator is not None, "two roots in one graph"
+        if first.jump is second.jump:
+            first, second = first.dominator, second.dominator
         else:
-            assert second.dominator is not None, "two roots in one graph"
-            second = second.dominator
+            assert first.jump is not None
+            assert second.jump is not None
+            first, second = first.jump, second.jump
     return first
+
+
+def _untouched_and_whole(ancestor: Node, node: Node) -> tuple[bool, bool]:
+    """Whether a path from a dominator passes nothing weighted or partial; whether one is weighted before it is partial.
+
+    Every path runs through all dominators between. So one is untouched if each of these can be reached untouched from
+    the one before, and weighted first if one of these can, up to the first that cannot be reached untouched.
+    """
+    untouched = node.touched == ancestor.touched
+    if not untouched:
+        while node.dominator is not None and node.dominator.touched > ancestor.touched:
+            assert node.jump is not None
+            node = node.jump if node.jump.touched > ancestor.touched else node.dominator
+    return untouched, node.whole > ancestor.whole
 
 
 @dataclass(frozen=True)
@@ -145,8 +234,9 @@ def residual(first: Node, second: Node) -> Residual | None:
     Returns:
         The residual addition, or None.
     """
-    found = [each for each in (_with_one_source(first, second), _with_side_input(first, second)) if each]
-    return max(found, key=lambda each: each.ancestor.level, default=None)
+    found = _with_one_source(first, second)
+    nearer = _with_side_input(first, second, above=-1 if found is None else found.ancestor.level)
+    return nearer or found
 
 
 def _with_one_source(first: Node, second: Node) -> Residual | None:
@@ -172,12 +262,12 @@ def _is_projection_of_activated(node: Node, ancestor: Node) -> bool:
 
     A pre-activation block that projects its shortcut may activate shortcut and branch each for itself.
     """
-    whole = since = node.path - ancestor.path
-    while since.weighted:
+    end, weighted = node, ancestor.path.weighted
+    while node.path.weighted > weighted:
+        assert node.jump is not None, "an ancestor dominates its shortcut"
         assert node.dominator is not None, "an ancestor dominates its shortcut"
-        node = node.dominator
-        since = node.path - ancestor.path
-    return bool(whole.weighted) and since.nonlinear == whole.nonlinear
+        node = node.jump if node.jump.path.weighted > weighted else node.dominator
+    return node is not end and node.path.nonlinear == end.path.nonlinear
 
 
 def _starts_from_part(node: Node, ancestor: Node) -> bool:
@@ -186,61 +276,106 @@ def _starts_from_part(node: Node, ancestor: Node) -> bool:
     A part of what the whole was turned into (the residual half of a dual-path block, the keys of class
     attention) is no part of the ancestor.
     """
-    untouched, whole = {ancestor}, set[Node]()
-    for later in sorted(_between(ancestor.level, node), key=lambda each: each.level):
-        if any(parent in whole for parent in later.parents):
-            whole.add(later)
-        if any(parent in untouched for parent in later.parents):
-            if later.step.weighted:
-                whole.add(later)
-            elif not later.step.partial:
-                untouched.add(later)
-    return node not in untouched and node not in whole
+    return not any(_untouched_and_whole(ancestor, node))
 
 
-def _with_side_input(first: Node, second: Node) -> Residual | None:
-    """One operand leads straight back to an activation that the other was computed from, among others."""
+def _with_side_input(first: Node, second: Node, *, above: int) -> Residual | None:
+    """One operand leads straight back to an activation, above a level, that the other was computed from, among others."""
     for branch, (node, shortcut) in enumerate(((first, second), (second, first))):
-        way = _way_back(shortcut)
-        found = _paths_from_nearest(way, node)
+        found = _nearest_source(shortcut, node, above)
         if found is None:
             continue
-        ancestor, since = found
+        ancestor, weighted, partial = found
         straight = shortcut.path - ancestor.path
-        if since.weighted > straight.weighted and not (since.partial and straight.partial):
+        if weighted > straight.weighted and not (partial and straight.partial):
             return Residual(ancestor, branch, straight.weighted > 0)
     return None
 
 
-def _way_back(node: Node) -> list[Node]:
-    """The activations behind ``node`` up to where signals were last joined or bent, nearest first."""
-    way = [node]
-    while len(set(node.parents)) == 1 and not node.step.nonlinear and node.parents[0].dominator is not None:
-        node = node.parents[0]
-        way.append(node)
-    return way
+def _nearest_source(shortcut: Node, node: Node, above: int) -> tuple[Node, int, int] | None:
+    """The nearest activation straight behind ``shortcut`` that ``node`` was computed from, but not itself.
 
+    Args:
+        shortcut: where the way back begins; it ends where signals were last joined or bent.
+        node: what was computed from the activation.
+        above: the level of the activation must be greater.
 
-def _paths_from_nearest(way: Sequence[Node], node: Node) -> tuple[Node, Path] | None:
-    """The nearest activation of a way back that ``node`` was computed from, and what the paths from it pass."""
-    behind = _between(way[-1].level, node)
-    ancestor = next((each for each in way if each in behind and each is not node), None)
-    if ancestor is None:
+    Returns:
+        It, and the fewest weighted and the fewest partial operations from it to ``node``.
+    """
+    nearest, readers = shortcut, shortcut.readers
+    while readers == 0:  # read on the way alone: no other activation was computed from it
+        if nearest is shortcut.straight:
+            return None
+        nearest = nearest.parents[0]
+        readers = nearest.readers - 1
+    lowest, highest = max(above + 1, shortcut.straight.level), min(node.level - 1, nearest.level)
+    if lowest > highest:
         return None
-    since = {ancestor: Path()}
-    for later in sorted(behind, key=lambda each: each.level):
-        paths = [since[parent] for parent in later.parents if parent in since]
-        if paths:
-            since[later] = Path.joined(paths) + later.step
-    return ancestor, since[node]
+    # On a straight way levels and depths go up one by one.
+    nearest = dominator_at(nearest, nearest.depth - (nearest.level - highest))
+    since = _since(nearest, node)
+    furthest = dominator_at(nearest, nearest.depth - (highest - lowest))
+    if since is None and nearest is not furthest and (at_furthest := _since(furthest, node)) is not None:
+        since = at_furthest
+        while nearest.depth > furthest.depth + 1:  # what was computed from one was computed from all behind it
+            middle = dominator_at(nearest, (nearest.depth + furthest.depth) // 2)
+            if (at_middle := _since(middle, node)) is None:
+                nearest = middle
+            else:
+                furthest, since = middle, at_middle
+        nearest = furthest
+    return None if since is None else (nearest, *since)
 
 
-def _between(level: int, node: Node) -> set[Node]:
-    """All that ``node`` was computed from, itself included, down to a level."""
-    seen, waiting = {node}, [node]
+def _since(source: Node, node: Node) -> tuple[int, int] | None:
+    """The fewest weighted and the fewest partial operations on any path between two activations; None without a path.
+
+    What the source does not dominate is searched backwards, past all that one way alone leads to.
+    """
+    found: dict[Node, tuple[int, int] | None] = {}
+    waiting = [node]
     while waiting:
-        for parent in waiting.pop().parents:
-            if parent.level >= level and parent not in seen:
-                seen.add(parent)
-                waiting.append(parent)
-    return seen
+        place = _place_of(source, waiting[-1], found)
+        if not isinstance(place, Node):
+            waiting.pop()
+            continue
+        before = [_place_of(source, parent, found) for parent in place.parents]
+        unknown = [each for each in before if isinstance(each, Node)]
+        if unknown:
+            waiting += unknown
+            continue
+        paths = [each for each in before if each is not None and not isinstance(each, Node)]
+        found[place] = None
+        if paths:
+            weighted, partial = min(path[0] for path in paths), min(path[1] for path in paths)
+            found[place] = weighted + place.step.weighted, partial + place.step.partial
+    known = _place_of(source, node, found)
+    assert not isinstance(known, Node)
+    last = next(reversed(found), None)
+    kept = {place: path for place, path in found.items() if place.readers > 1 or place is last}
+    source.since = {} if source.since is None else source.since
+    source.since.update(kept)  # later searches come by these, not by what has been read once
+    return known
+
+
+def _place_of(source: Node, node: Node, found: dict[Node, tuple[int, int] | None]) -> tuple[int, int] | Node | None:
+    """What is known of the paths from ``source`` to ``node``, or else the activation to search behind."""
+    if node.level <= source.level:
+        return (0, 0) if node is source else None
+    common = meet(source, node)
+    entry, since = source, (0, 0)
+    if common is not source:  # all paths run through the first dominator of the node that is none of the source
+        entry = dominator_at(node, common.depth + 1)
+        if entry.level <= source.level:
+            return None
+        if entry in found:
+            since = found[entry]
+        elif source.since is not None and entry in source.since:
+            since = source.since[entry]
+        else:
+            return entry
+    if since is None:
+        return None
+    passed = node.path - entry.path
+    return since[0] + passed.weighted, since[1] + passed.partial
