@@ -293,15 +293,15 @@ def test_a_norm_behind_a_convolution_that_is_no_layer_stays():
     class Own(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+            self.weights = nn.ParameterList([torch.randn(4, 3, 3, 3)])
             self.norm, self.body = nn.BatchNorm2d(4), nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
 
         def forward(self, x):
-            return self.body(self.norm(nn.functional.conv2d(x, self.weight)))
+            return self.body(self.norm(nn.functional.conv2d(x, self.weights[0])))
 
     kept = normfree.convert(Own(), IMAGES).conversion.norms_left
     assert [one.name for one in kept] == ["norm"]
-    assert kept[0].reason == "the model before it computes convolution with a weight of no known layer"
+    assert kept[0].reason == "the model before it computes convolution with no weight of its own"
 
 
 @pytest.mark.parametrize("padding", ["symmetric", "same"])

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from normfree.convert.dataflow import resting
+from normfree.convert.weights import MapOutput
+from normfree.nn import Standardization, standardization_of
 from normfree.nn.branch_end import BranchEnd
-from normfree.nn.scaled_ws_conv import Standardized
+from normfree.nn.scaled_ws_conv import StandardizedFilters
 from normfree.signal.inputs import Batch, call, copy_of
 
 EPS = 1e-5
@@ -61,7 +63,7 @@ def measured_scales(
             for gain, value in zip(gains, kept, strict=True):
                 gain.copy_(value)
     for name, scale in found.items():
-        modules[name].input_scale = scale  # type: ignore[assignment]
+        _rule_of(modules[name]).input_scale = scale
     return found
 
 
@@ -96,29 +98,42 @@ def _tensor_in(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
 def _setter(name: str, factor: float, found: dict[str, float]) -> Hook:
     def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = _tensor_in(inputs, named)
-        mean_square = float(_plain_output(module, given).double().square().mean())
+        mean_square = float(_plain_output(module, inputs, named).double().square().mean())
         if not mean_square > LEAST_SEEN * float(given.double().square().mean()):
             raise ValueError(
                 f"example_input: all that a filter of {name} sees at once is the same (a constant, or grey images seen "
                 "pixel by pixel), and filters that sum to zero make nothing of it, so its scale cannot be measured; "
                 "give a batch of several different examples, in colour"
             )
-        found[name] = module.input_scale = factor * mean_square**-0.5
+        found[name] = _rule_of(module).input_scale = factor * mean_square**-0.5
 
     return hook
 
 
-def _plain_output(module: Any, x: Tensor) -> Tensor:
-    """The layer's output with an input scale of 1, no bias and no branch factor."""
-    before: Mapping[str, Any] = {"input_scale": module.input_scale, "alpha": module.alpha}
-    bias, gain = module._parameters["bias"], module._parameters["skip_gain"]
-    module.input_scale = module.alpha = 1.0
-    module._parameters["bias"] = module._parameters["skip_gain"] = None
+def _rule_of(module: nn.Module) -> Any:
+    """What has the factors of a layer: itself, or its child where its weight is standardized in place."""
+    return standardization_of(module) or module
+
+
+def _plain_output(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """What the layer's map makes with an input scale of 1, no bias and no branch factor."""
+    rule = _rule_of(module)
+    before: Mapping[str, Any] = {"input_scale": rule.input_scale, "alpha": rule.alpha}
+    gain, rule._parameters["skip_gain"] = rule._parameters["skip_gain"], None
+    rule.input_scale = rule.alpha = 1.0
     try:
-        return module.forward(x)
+        if rule is module:
+            bias, module._parameters["bias"] = module._parameters["bias"], None
+            try:
+                return module.forward(*inputs, **named)
+            finally:
+                module._parameters["bias"] = bias
+        with MapOutput(rule) as found:
+            module.forward(*copy_of(inputs), **copy_of(named))
+        return found.output
     finally:
-        vars(module).update(before)
-        module._parameters["bias"], module._parameters["skip_gain"] = bias, gain
+        vars(rule).update(before)
+        rule._parameters["skip_gain"] = gain
 
 
 @torch.no_grad()
@@ -131,5 +146,7 @@ def keep_pace(layers: Iterable[nn.Module]) -> None:
     times as long: three times behind a ReLU. Layers that shrink their input (c < 1) are left at their own, slower pace.
     """
     for module in layers:
-        if isinstance(module, Standardized) and module.constant > 1:
-            module.weight.mul_(module.constant)
+        rule = _rule_of(module)
+        if isinstance(rule, StandardizedFilters) and rule.constant > 1:
+            raw: Any = module._parameters[rule.layout.weight if isinstance(rule, Standardization) else "weight"]
+            raw.mul_(rule.constant)

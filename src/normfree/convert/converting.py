@@ -17,7 +17,7 @@ from normfree.convert.kinds import class_name
 from normfree.convert.leaks import noted_leak
 from normfree.convert.pretrained import fill, pretrained_plan
 from normfree.convert.record import STARTS, Conversion
-from normfree.convert.rewrite import AFFINE, LAYERS, exchanged
+from normfree.convert.rewrite import AFFINE, exchanged, is_layer_change
 from normfree.convert.structure import Structure
 from normfree.nn.checks import check_choice, check_integer, check_number, invalid
 from normfree.signal.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of
@@ -111,7 +111,7 @@ def _fresh(model: nn.Module, record: Conversion, batch: Batch, *, heads: bool) -
     converted, replaced = exchanged(model, record)
     with running(record, model, converted, replaced):
         _measure(converted, record, batch, heads=heads)
-    keep_pace(converted.get_submodule(change.name) for change in record.changes if change.now in LAYERS)
+    keep_pace(converted.get_submodule(change.name) for change in record.changes if is_layer_change(change))
     return converted
 
 
@@ -153,7 +153,7 @@ def _measure(converted: nn.Module, conversion: Conversion, batch: Batch, *, head
     waiting = {
         change.name: change.correction or 1.0
         for change in conversion.changes
-        if change.now in LAYERS and change.input_scale is None
+        if is_layer_change(change) and change.input_scale is None
     }
     affines = [change.name for change in conversion.changes if change.now == AFFINE]
     scales = measured_scales(converted, waiting, affines, batch, heads=heads)
@@ -164,7 +164,9 @@ def _measure(converted: nn.Module, conversion: Conversion, batch: Batch, *, head
             "more examples, if what runs depends on them"
         )
     changes = tuple(
-        replace(change, input_scale=scales[change.name]) if change.name in scales and change.now in LAYERS else change
+        replace(change, input_scale=scales[change.name])
+        if change.name in scales and is_layer_change(change)
+        else change
         for change in conversion.changes
     )
     converted.conversion = replace(conversion, changes=changes)  # type: ignore[assignment]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normfree.convert.kinds import is_layer, is_norm
+from normfree.convert.weights import FollowedWeights, biasless, is_foreign, zero_biases
 from normfree.signal import operations as op
 from normfree.signal.graph import Node, Residual
 from normfree.signal.inputs import Batch, examples_in, tensors_of
@@ -85,6 +87,8 @@ class Dataflow:
         additions: the residual ones.
         outputs: what the model returned.
         parameter_readers: the modules in which an operation read a parameter, by where its memory begins.
+        foreign: by name, the modules with a weight that are neither norms nor layers of torch's.
+        weights: what became of their parameters.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -95,6 +99,8 @@ class Dataflow:
     read_by: dict[Node, list[Step]] = field(default_factory=dict)
     shapes: dict[Node, tuple[int, ...]] = field(default_factory=dict)
     parameter_readers: dict[int, set[str]] = field(default_factory=dict)
+    foreign: dict[str, nn.Module] = field(default_factory=dict)
+    weights: FollowedWeights | None = None
 
     def add(self, step: Step) -> None:
         """Enter an operation."""
@@ -145,6 +151,8 @@ class DataflowRecorder(Recorder):
         super().__init__(model, *args, **kwargs)
         self.flow = Dataflow()
         self.flow.parameter_readers = {parameter.data_ptr(): set() for parameter in model.parameters()}
+        self.flow.foreign = {name: module for name, module in model.named_modules() if is_foreign(module)}
+        self.statics = self.weights = self.flow.weights = FollowedWeights(model, self.before_writing, wake=False)
         self.entered: list[tuple[nn.Module, Node | None]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -178,6 +186,8 @@ class DataflowRecorder(Recorder):
         for tensor, node in zip(made, outputs, strict=True):
             self.flow.shapes[node] = tuple(tensor.shape)
         self.flow.add(Step(name, func, kept, kept_kwargs, inputs, outputs, self.stack.name))
+        running = self.stack.running[-1] if self.stack.running else None
+        self.weights.note(name, args, kept, kept_kwargs, next(iter(outputs), None), running)
         return result
 
     def node_in(self, value: Any) -> Node | None:
@@ -190,12 +200,16 @@ class DataflowRecorder(Recorder):
     def enter(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """A module begins: remember what it was given."""
         self.entered.append((module, self.node_in((inputs, named))))
+        self.weights.runs[module] = self.weights.runs.get(module, 0) + 1
 
     def leave(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         """A module ends: its call is complete."""
         if self.entered and self.entered[-1][0] is module:
             _, node = self.entered.pop()
-            self.flow.calls.append(Call(self.stack.names[module], module, node, self.node_in(output)))
+            if _is_of_interest(module):
+                self.flow.calls.append(Call(self.stack.names[module], module, node, self.node_in(output)))
+            made = self.nodes.get(output) if isinstance(output, Tensor) else None
+            self.weights.returned.setdefault(module, []).append(made)
 
 
 def _is_of_interest(module: nn.Module) -> bool:
@@ -230,9 +244,15 @@ def record_all(model: nn.Module, batch: Batch) -> tuple[Dataflow, bool]:
 
 
 def record(
-    model: nn.Module, batch: Batch, *, heads: bool = False, state: AbstractContextManager[Preserved] | None = None
+    model: nn.Module,
+    batch: Batch,
+    *,
+    heads: bool = False,
+    state: Callable[[], AbstractContextManager[Preserved]] | None = None,
 ) -> Dataflow:
     """Run a model once and keep its dataflow; the model is given back as it was.
+
+    Foreign layers that could have a bias have one of zeros meanwhile, if the model takes that.
 
     Args:
         model: the model, which runs in evaluation mode.
@@ -243,7 +263,18 @@ def record(
     Raises:
         ValueError: the model does not take the batch; one line says where it failed.
     """
-    with state or resting(model, heads=heads) as preserved:
+    state = state or partial(resting, model, heads=heads)
+    if without := biasless(model):
+        try:
+            with zero_biases(without):
+                return _record(model, batch, state())
+        except ValueError:  # not such a bias
+            pass
+    return _record(model, batch, state())
+
+
+def _record(model: nn.Module, batch: Batch, state: AbstractContextManager[Preserved]) -> Dataflow:
+    with state as preserved:
         stack = ModuleStack(model)
         tensors = tensors_of(batch)
         recorder = DataflowRecorder(
@@ -260,7 +291,9 @@ def record(
         first = {"with_kwargs": True, "prepend": True}
         handles = []
         try:
-            for module in filter(_is_of_interest, stack.names):
+            for module in stack.names:
+                if not _is_of_interest(module) and not is_foreign(module):
+                    continue
                 handles.append(module.register_forward_pre_hook(recorder.enter, **first))
                 handles.append(module.register_forward_hook(recorder.leave, **first))
             with preserved.guarding(tensors), torch.no_grad(), stack.followed(), recorder:

@@ -6,7 +6,8 @@ from torch import nn
 
 from normfree.convert.branches import Ending, endings
 from normfree.convert.input_scales import InputScale, input_scales
-from normfree.convert.kinds import TWINS, activation_in, base_of, class_name, fan_in
+from normfree.convert.kinds import activation_in, class_name
+from normfree.convert.maps import WeightedMap
 from normfree.convert.norms import needs_copy, sorted_norms
 from normfree.convert.record import Change, Kept
 from normfree.convert.rewrite import AFFINE, BARE, COPY, SCALED, WITH_ACTIVATION
@@ -41,7 +42,7 @@ def fresh_plan(
     changes = [_norm_out(structure, name) for name in norms.removed]
     changes += [_units(structure, name) for name in norms.of_the_input]
     for name in chosen:
-        changes.append(_layer(structure.layers[name][0].module, name, scales[name], carriers, alpha, skip_gain))
+        changes.append(_layer(structure.maps[name], name, scales[name], carriers, alpha, skip_gain))
     modules = dict(model.named_modules())
     for name, ending in carriers.items():
         if name not in scales:
@@ -73,23 +74,22 @@ def _units(structure: Structure, name: str) -> Change:
 
 
 def _layer(
-    module: nn.Module, name: str, scale: InputScale, carriers: dict[str, Ending], alpha: float, skip_gain: float
+    layer: WeightedMap, name: str, scale: InputScale, carriers: dict[str, Ending], alpha: float, skip_gain: float
 ) -> Change:
-    base = base_of(module, fresh=True)
-    assert base is not None
     ends = name in carriers
     correction = carriers[name].modules[name] if ends else 1.0
     place = _place(carriers[name]) + _restored(correction) if ends else ""
-    bare = "; one weight a filter leaves nothing to standardize" if fan_in(module) == 1 else ""
+    bare = "; one weight a filter leaves nothing to standardize" if layer.fan_in == 1 else ""
     return Change(
         name=name,
-        was=class_name(module),
-        now="ScaledConv2d" if bare else TWINS[base].__name__,
+        was=class_name(layer.module),
+        now=layer.now(fresh=True),
         reason=scale.reason + place + bare,
         input_scale=None if scale.value is None else scale.value * correction,
         alpha=alpha if ends else None,
         skip_gain=skip_gain if ends and not carriers[name].learned else None,
         correction=correction if correction != 1 else None,
+        weight=layer.layout,
     )
 
 

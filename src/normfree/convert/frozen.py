@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from normfree.convert.record import Change
-from normfree.nn import ChannelAffine, KeptMean
+from normfree.nn import ChannelAffine, KeptMean, WeightLayout, standardization_of
 
 
 def keep_frozen(original: nn.Module, converted: nn.Module, changes: Iterable[Change]) -> None:
@@ -28,12 +28,23 @@ def keep_frozen(original: nn.Module, converted: nn.Module, changes: Iterable[Cha
 
 
 def _freeze_layer(new: nn.Module, old: nn.Module, norm: nn.Module) -> None:
-    weight = learns(old, "weight")
-    biases = [part for part in (old, norm) if part._parameters.get("bias") is not None]
-    bias = any(learns(part, "bias") for part in biases) if biases else weight
-    for name, parameter in new.named_parameters():
-        own = weight if name == "weight" and isinstance(new, KeptMean) else weight or learns(norm, "weight")
-        parameter.requires_grad_(bias if name == "bias" else own)
+    """Freeze the weight as the old weight, the bias as the biases, and the factors where neither weight learns."""
+    part = standardization_of(new)
+    layout = WeightLayout() if part is None else part.layout
+    weight = learns(old, layout.weight)
+    (bias_name,) = layout.biases
+    parts = ((old, bias_name), (norm, "bias"))
+    biases = [learns(one, name) for one, name in parts if one._parameters.get(name) is not None]
+    scaled = weight or learns(norm, "weight")
+    own = {
+        layout.weight: weight if part is not None or isinstance(new, KeptMean) else scaled,
+        bias_name: any(biases) if biases else weight,
+    }
+    for name, parameter in new.named_parameters(recurse=False):
+        if part is None or name in own:
+            parameter.requires_grad_(own.get(name, scaled))
+    for parameter in () if part is None else part.parameters():
+        parameter.requires_grad_(scaled)
 
 
 def learns(module: nn.Module, name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -66,7 +67,7 @@ def noted_leak(converted: nn.Module, conversion: Conversion, batch: Batch) -> Co
 def _in_training(model: nn.Module, batch: Batch) -> Dataflow | None:
     """The dataflow in training mode; None where the model wants something else then, such as targets."""
     try:
-        return record(model, batch, state=untouched(model, "train"))
+        return record(model, batch, state=partial(untouched, model, "train"))
     except ValueError:
         return None
 

@@ -9,14 +9,12 @@ from torch import nn
 from normfree.convert.dataflow import Call, Dataflow, passes_unchanged
 from normfree.convert.kinds import (
     activation_in,
-    base_of,
     is_batch_norm,
-    is_convolution,
     is_map_norm,
     is_norm,
     is_removable,
-    why_no_twin,
 )
+from normfree.convert.maps import why_no_map
 from normfree.convert.structure import Structure
 from normfree.nn.fold import attached_to
 from normfree.signal import operations as op
@@ -73,7 +71,7 @@ def _reason_to_keep(structure: Structure, calls: list[Call]) -> str:
         return NOT_FOLLOWED
     behind = [structure.directly_behind(call.input, alone=False) for call in calls]
     if not _is_of_maps(structure, calls) and not all(
-        call is not None and is_convolution(call.module) for call in behind
+        call is not None and structure.is_convolution(call) for call in behind
     ):
         return "it stands between linear and attention layers, not behind a convolution"
     if len({call.name for call in behind if call is not None}) > 1:
@@ -97,12 +95,16 @@ def _is_of_maps(structure: Structure, calls: list[Call]) -> bool:
 
 def _foreign(structure: Structure, calls: list[Call], behind: list[Call | None]) -> str:
     """Why a norm stays behind layers none of which has a twin; "" where one has, or there is none."""
-    direct = [call for call in behind if call is not None and base_of(call.module, fresh=True) is None]
+
+    def problem(call: Call) -> str:
+        return structure.maps[call.name].why_not(fresh=True) if call.name in structure.maps else ""
+
+    direct = [call for call in behind if call is not None and problem(call)]
     nearest = [c for call in calls if call.input is not None for c in structure.feeding(call.input)]
-    convolutions = [call for call in nearest if is_convolution(call.module)]
-    if not direct and any(base_of(call.module, fresh=True) is not None for call in convolutions):
+    convolutions = [call for call in nearest if structure.is_convolution(call)]
+    if not direct and any(not problem(call) for call in convolutions):
         return ""
-    return next((f"{call.name} before it {why_no_twin(call.module)}" for call in (*direct, *convolutions)), "")
+    return next((f"{call.name} before it {problem(call)}" for call in (*direct, *convolutions)), "")
 
 
 def why_unknown(flow: Dataflow, call: Call) -> str:
@@ -142,7 +144,10 @@ def _unknown_operation(structure: Structure, call: Call) -> str:
         if step is None:
             return ""
         if step.name in _WEIGHTED or (step.name in op.LINEAR and step.outputs[0].step.weighted):
-            return f"{step.module or 'the model'} before it computes {step.name} with a weight of no known layer"
+            known = why_no_map(flow, step.module)
+            return (
+                f"{step.module or 'the model'} before it {known or f'computes {step.name} with no weight of its own'}"
+            )
         node = step.inputs[0] if passes_unchanged(step) else None
     return ""
 

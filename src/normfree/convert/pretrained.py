@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import prod
 from typing import Any
 
 import torch
@@ -12,20 +11,15 @@ from torch import Tensor, nn
 from normfree.convert.constants import AffineMap
 from normfree.convert.frozen import learns
 from normfree.convert.kinds import (
-    KEPT_TWINS,
     activation_in,
-    base_of,
     channels_of,
     class_name,
-    fan_in,
-    outputs_of,
-    why_no_twin,
 )
 from normfree.convert.norms import NOT_FOLLOWED, why_unknown
 from normfree.convert.record import Change, Kept
-from normfree.convert.rewrite import AFFINE, BARE, WITH_ACTIVATION
+from normfree.convert.rewrite import AFFINE, BARE, WITH_ACTIVATION, fold_affine
 from normfree.convert.structure import Structure
-from normfree.nn import ChannelAffine, KeptMean, ScaledConv2d
+from normfree.nn import ChannelAffine
 
 
 def pretrained_plan(structure: Structure, misunderstood: Mapping[str, str]) -> tuple[list[Change], list[Kept]]:
@@ -49,10 +43,18 @@ def pretrained_plan(structure: Structure, misunderstood: Mapping[str, str]) -> t
         if layer is None:
             changes.append(Change(name=name, was=class_name(norm), now=AFFINE, reason=f"stays an affine map: {reason}"))
             continue
-        module = structure.layers[layer][0].module
+        found = structure.maps[layer]
         now, reason = WITH_ACTIVATION if activation_in(norm) else BARE, f"folded into {layer}"
-        was, twin, scale = class_name(module), _twin(module), _plain_scale(module)
-        changes.append(Change(name=layer, was=was, now=twin, reason=f"carries {name}", input_scale=scale))
+        changes.append(
+            Change(
+                name=layer,
+                was=class_name(found.module),
+                now=found.now(fresh=False),
+                reason=f"carries {name}",
+                input_scale=found.plain_scale,
+                weight=found.layout,
+            )
+        )
         changes.append(Change(name=name, was=class_name(norm), now=now, reason=reason, into=layer))
     modules = {name: calls[0].module for name, calls in structure.layers.items()}
     carriers = {change.into for change in changes}
@@ -62,21 +64,6 @@ def pretrained_plan(structure: Structure, misunderstood: Mapping[str, str]) -> t
         if name not in carriers
     ]
     return changes, kept
-
-
-def _plain_scale(module: nn.Module) -> float | None:
-    """The input scale at which a twin has no constant, so that its gain trains at the pace of a plain weight, too.
-
-    That of a transposed convolution's twin restores what its stride leaves out, which a trained weight has done.
-    """
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-    return prod(module.stride) ** -0.5 if transposed else None
-
-
-def _twin(module: nn.Module) -> str:
-    base = base_of(module, fresh=False)
-    assert base is not None
-    return ScaledConv2d.__name__ if fan_in(module) == 1 else KEPT_TWINS[base].__name__
 
 
 def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
@@ -98,17 +85,14 @@ def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
     if layer in structure.shared:
         return None, f"{structure.shared[layer]} reads a parameter of {layer} before it, too"
     regrouped = any(call.input is not None and call.input.note.axis != 1 for call in calls)
-    if regrouped or channels_of(calls[0].module) != outputs_of(structure.layers[layer][0].module):
+    if regrouped or channels_of(calls[0].module) != structure.maps[layer].outputs:
         return None, f"the channels of {layer} before it are regrouped in between"
-    module = structure.layers[layer][0].module
     if len(structure.layers[layer]) != len(calls):
         return None, f"{layer} before it is used elsewhere, too"
-    if base_of(module, fresh=False) is None:
-        return None, f"{layer} before it {why_no_twin(module)}"
-    if not module.get_parameter("weight").requires_grad and learns(calls[0].module, "weight"):
+    if problem := structure.maps[layer].why_not(fresh=False):
+        return None, f"{layer} before it {problem}"
+    if not structure.maps[layer].own_weight().requires_grad and learns(calls[0].module, "weight"):
         return None, f"{layer} before it is frozen, and it is not"
-    if fan_in(module) == 1 and not isinstance(module, nn.Conv2d):
-        return None, f"{layer} before it has one weight a filter"
     return layer, ""
 
 
@@ -137,15 +121,8 @@ def fill(
             affine.weight.copy_(scale)
             affine.bias.copy_(shift)
             continue
-        old: Any = original.get_submodule(change.into)
-        new: Any = converted.get_submodule(change.into)
-        scale, shift = scale.to(old.weight.device), shift.to(old.weight.device)
-        bias = shift if old.bias is None else shift + scale * old.bias.double()
-        if isinstance(new, KeptMean):
-            new.become(old.weight, bias, scale)
-        else:
-            new.weight.copy_(old.weight.double() * scale.view(-1, 1, 1, 1))
-            new.bias.copy_(bias)
+        old, new = original.get_submodule(change.into), converted.get_submodule(change.into)
+        fold_affine(old, new, scale, shift)
 
 
 def _finite(constants: AffineMap, change: Change) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from normfree.nn import WeightLayout
 from normfree.nn.checks import invalid
 from normfree.reading import structured
 from normfree.signal import write_atomically
@@ -37,6 +38,7 @@ class Change:
         alpha: constant factor of the output of what ends a residual branch.
         skip_gain: initial value of its learnable factor; None for none.
         correction: factor that restores what a gate takes, on the gate or within a layer's input scale; None for none.
+        weight: how the module reads its weight, where that is standardized in place; None where another module stands.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Change:
     skip_gain: float | None = None
     correction: float | None = None
     into: str | None = None
+    weight: WeightLayout | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

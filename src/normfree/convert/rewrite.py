@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from normfree import nn as ours
 from normfree.convert.frozen import keep_frozen
 from normfree.convert.kinds import KEPT_TWINS, SAME_PADDED, TWINS, activation_in, channels_of, class_name
+from normfree.convert.maps import KEPT_MEAN
 from normfree.convert.record import Change, Conversion
 from normfree.text import first_line
 
@@ -46,6 +47,9 @@ def exchanged(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[
                     f"original: {change.name} is {there}, and the record changes a {change.was}; "
                     "give the model that was converted, built with the same arguments"
                 )
+            if change.weight is not None:
+                _standardize_in_place(old, change)
+                continue
             made = _made(found.get(old, old), change, _options(model)).train(old.training)
             shared = made in found.values()  # an activation of several norms: each place has a module of its own
             found[old] = nn.Sequential(made).train(old.training) if shared else made
@@ -85,12 +89,9 @@ def _copied(model: nn.Module) -> nn.Module:
 
 def _made(old: nn.Module, change: Change, options: dict[str, Any]) -> nn.Module:
     """The module a change puts in the place of an old one; ``options`` are the model's device and precision."""
-    factors: dict[str, Any] = {}
-    if change.alpha is not None:
-        factors = {"alpha": change.alpha, "skip_gain": change.skip_gain}
+    factors = _factors(change)
     if change.now in LAYERS:
-        input_scale = 1.0 if change.input_scale is None else change.input_scale
-        return layer_like(old, LAYERS[change.now], input_scale=input_scale, **factors)
+        return layer_like(old, LAYERS[change.now], input_scale=_input_scale(change), **factors)
     if change.now == SCALED:
         return nn.Sequential(old, ours.BranchScale(correction=change.correction or 1.0, **factors).to(**options))
     if change.now == AFFINE:
@@ -106,6 +107,60 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
     kind.__name__: kind for kind in (*TWINS.values(), *KEPT_TWINS.values(), ours.ScaledConv2d)
 }
 """The layers a change puts in the place of another, by name."""
+
+
+def is_layer_change(change: Change) -> bool:
+    """Whether a change standardizes the weight of a layer, by another layer in its place or in place."""
+    return change.now in LAYERS or change.weight is not None
+
+
+def _factors(change: Change) -> dict[str, Any]:
+    return {} if change.alpha is None else {"alpha": change.alpha, "skip_gain": change.skip_gain}
+
+
+def _input_scale(change: Change) -> float:
+    return 1.0 if change.input_scale is None else change.input_scale
+
+
+def _standardize_in_place(module: nn.Module, change: Change) -> None:
+    """Standardize the weight of a module that stays: drawn anew on the CPU, its bias zeros, both of which learn."""
+    assert change.weight is not None
+    kept_mean = change.now.startswith(f"{KEPT_MEAN} ")
+    options = {"input_scale": _input_scale(change), "kept_mean": kept_mean, **_factors(change)}
+    ours.standardize_module(module, change.weight, **options)
+    weight = module._parameters[change.weight.weight]
+    assert weight is not None
+    fan_in = change.weight.filters(weight)[0].numel()
+    with torch.no_grad():
+        weight.copy_(torch.empty(weight.shape).normal_(std=fan_in**-0.5))
+        for name in change.weight.biases:
+            bias: Any = module._parameters[name]
+            bias.zero_().requires_grad_()
+    weight.requires_grad_()
+
+
+@torch.no_grad()
+def fold_affine(old: Any, new: Any, scale: Tensor, shift: Tensor) -> None:
+    """Have the layer that keeps means compute ``scale * y + shift``, y being what the old one computes.
+
+    Args:
+        old: the layer before the rewriting.
+        new: the layer in its place, or itself with its weight standardized in place.
+        scale: [O], in float64.
+        shift: [O], in float64.
+    """
+    part = ours.standardization_of(new)
+    layout = ours.WeightLayout() if part is None else part.layout
+    before, device = old._parameters.get(layout.bias), old._parameters[layout.weight].device
+    scale, shift = scale.to(device), shift.to(device)
+    bias = shift / layout.bias_factor if before is None else shift / layout.bias_factor + scale * before.double()
+    raw, weight = new._parameters[layout.weight], old._parameters[layout.weight]
+    new._parameters[layout.biases[0]].copy_(bias)
+    rule = new if part is None else part
+    if isinstance(rule, ours.KeptMean | ours.Standardization):
+        rule.fit(raw, weight, scale)
+    else:
+        raw.copy_(weight.double() * scale.view(-1, 1, 1, 1))
 
 
 def _activations(norm: nn.Module) -> list[nn.Module]:

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
-from torch import nn
-
 from normfree.convert.constants import AffineMap, norm_calls
 from normfree.convert.dataflow import Addition, Call, Dataflow, Step, passes_unchanged
-from normfree.convert.kinds import activation_in, base_of, fan_in, is_convolution, is_layer, why_no_twin
+from normfree.convert.kinds import activation_in
+from normfree.convert.maps import WeightedMap, layers_of
 from normfree.convert.normalization import Normalizations
 from normfree.signal.graph import Node
 
@@ -22,6 +21,7 @@ class Structure:
     Attributes:
         flow: the dataflow.
         norms, layers: calls of each norm and of each layer, by name.
+        maps: the linear map of each layer, by name.
         norm_at, layer_at: the call that made an activation.
         alive: activations that reach an output other than through a gate.
         shared: the layers a parameter of which another module reads, too, and that module.
@@ -32,6 +32,7 @@ class Structure:
     flow: Dataflow
     norms: dict[str, list[Call]] = field(init=False)
     layers: dict[str, list[Call]] = field(init=False)
+    maps: dict[str, WeightedMap] = field(init=False)
     norm_at: dict[Node, Call] = field(init=False)
     layer_at: dict[Node, Call] = field(init=False)
     alive: set[Node] = field(init=False)
@@ -42,7 +43,7 @@ class Structure:
     def __post_init__(self) -> None:
         self.normalizations = Normalizations(self.flow)
         self.norms, self.constants = norm_calls(self.flow, self.normalizations)
-        self.layers = self.flow.called(is_layer)
+        self.layers, self.maps = layers_of(self.flow)
         self.norm_at = {c.output: c for calls in self.norms.values() for c in calls if c.output is not None}
         self.layer_at = {c.output: c for calls in self.layers.values() for c in calls if c.output is not None}
         self.alive = _alive(self.flow)
@@ -53,6 +54,10 @@ class Structure:
         stops = {**self.norm_at, **self.layer_at}
         found = self.flow.backwards(node, stop=lambda each: each in stops)
         return [stops[each] for each in found if each in stops]
+
+    def is_convolution(self, call: Call) -> bool:
+        """Whether a call is of a layer that convolves."""
+        return call.name in self.maps and self.maps[call.name].convolution
 
     def has_layer_behind(self, node: Node) -> bool:
         """Whether anything with a weight lies between the input and an activation."""
@@ -153,18 +158,15 @@ def layers_to_standardize(structure: Structure, removed: set[str]) -> tuple[list
     direct = _directly_followed(structure, removed)
     wanted = direct | _followed(structure, removed) | _in_branches(structure, removed)
     chosen, kept = [], {}
-    for name, calls in structure.layers.items():
-        module = calls[0].module
+    for name in structure.layers:
         if name not in wanted:
             kept[name] = "no removed normalizer follows it"
         elif name not in direct and structure.is_gate_only(name):
             kept[name] = "it only computes a gate"
         elif name in structure.shared:
             kept[name] = f"{structure.shared[name]} reads a parameter of it, too"
-        elif base_of(module, fresh=True) is None:
-            kept[name] = f"it {why_no_twin(module)}"
-        elif fan_in(module) == 1 and not isinstance(module, nn.Conv2d):
-            kept[name] = "a filter of one weight cannot be standardized"
+        elif problem := structure.maps[name].why_not(fresh=True):
+            kept[name] = f"it {problem}"
         else:
             chosen.append(name)
     return chosen, kept
@@ -180,7 +182,7 @@ def _directly_followed(structure: Structure, removed: set[str]) -> set[str]:
 def _followed(structure: Structure, removed: set[str]) -> set[str]:
     """The convolutions that a removed norm follows before any other layer."""
     inputs = [call.input for name in removed for call in structure.norms[name] if call.input is not None]
-    return {call.name for node in inputs for call in structure.feeding(node) if is_convolution(call.module)}
+    return {call.name for node in inputs for call in structure.feeding(node) if structure.is_convolution(call)}
 
 
 def _in_branches(structure: Structure, removed: set[str]) -> set[str]:

@@ -43,14 +43,14 @@ class WeightLayout:
 
     Attributes:
         weight: name of the parameter.
-        bias: name of the bias parameter that the forward reads; "" for none: one is added to what it returns.
+        bias: name of the bias parameter that the forward reads; "" for none.
         groups: parts of the first axis, of a grouped transposed convolution; otherwise 1.
         order: of the axes, once split; () for the order they have.
         leading: number of axes, once ordered, that count the outputs.
         factor: constant of the standardized weight besides the input scale: what undoes a constant that the forward
             multiplies its weight by, and the taps that the stride of a transposed convolution leaves out.
         bias_factor: constant that the forward multiplies its bias by.
-        axis: of the channels in what the forward returns; read where a bias is added to it.
+        axis: of the channels in what the forward returns, where a bias is added to that; None where none is.
     """
 
     weight: str = "weight"
@@ -60,7 +60,12 @@ class WeightLayout:
     leading: int = 1
     factor: float = 1.0
     bias_factor: float = 1.0
-    axis: int = 1
+    axis: int | None = None
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """The name of the bias parameter of the module once standardized, if it has one."""
+        return (self.bias,) if self.bias else () if self.axis is None else (ADDED_BIAS,)
 
     def filters(self, weight: Tensor) -> Tensor:
         """Return a weight as filters [O, fan-in …]."""
@@ -145,7 +150,7 @@ class Standardization(StandardizedFilters, Reparametrization):
 
         The class is the one it had, but where a bias was added behind the forward: then a subclass stays that adds it.
         """
-        names = self.layout.weight, self.layout.bias or ADDED_BIAS
+        names = self.layout.weight, *self.layout.biases
         values = [getattr(module, name).detach() for name in names]
         module.__class__ = type(module).restored_class  # type: ignore[attr-defined]
         module._modules.pop(CHILD)
@@ -161,7 +166,7 @@ def standardize_module(module: nn.Module, layout: WeightLayout, **factors: Any) 
     """Have a module's forward read its weight standardized; returns the factors.
 
     The module's class becomes a subclass of the one it had, with the same forward. A module without a bias gets one of
-    zeros, if its forward takes none behind it.
+    zeros, unless the layout has no place for it.
 
     Args:
         module: the module, which is changed.
@@ -171,16 +176,17 @@ def standardize_module(module: nn.Module, layout: WeightLayout, **factors: Any) 
     Raises:
         ValueError: as :class:`Standardization`; the module has an attribute of a name that is needed.
     """
-    for name in (CHILD, *(() if layout.bias else (ADDED_BIAS,))):
+    for name in (CHILD, ADDED_BIAS):
         if hasattr(module, name):
             kind = type(module).__name__
             raise ValueError(f"module: {kind} has an attribute {name!r}, which standardizing needs; rename it")
     part = Standardization(module.get_parameter(layout.weight), layout, **factors)
-    if module._parameters.get(layout.bias or ADDED_BIAS) is None:
-        module.register_parameter(layout.bias or ADDED_BIAS, nn.Parameter(torch.zeros_like(part.gain)))
+    for name in layout.biases:
+        if module._parameters.get(name) is None:
+            module.register_parameter(name, nn.Parameter(torch.zeros_like(part.gain)))
     module.add_module(CHILD, part.train(module.training))
-    kind = type(module) if layout.bias else _biased(type(module), layout.axis)
-    module.__class__ = _standardized(kind, layout.weight, layout.bias or ADDED_BIAS)
+    kind = type(module) if layout.axis is None else _biased(type(module), layout.axis)
+    module.__class__ = _standardized(kind, layout.weight, layout.biases)
     return part
 
 
@@ -191,17 +197,20 @@ def standardization_of(module: nn.Module) -> Standardization | None:
 
 
 @cache
-def _standardized(kind: type[nn.Module], weight: str, bias: str) -> type[nn.Module]:
+def _standardized(kind: type[nn.Module], weight: str, biases: tuple[str, ...]) -> type[nn.Module]:
     """Return the subclass of a module's class whose weight and bias are what its factors make of them."""
 
     def made_weight(self: Any) -> Tensor:
         return self._modules[CHILD].weight(nn.Module.__getattr__(self, weight))
 
-    def made_bias(self: Any) -> Tensor | None:
-        return self._modules[CHILD].bias(nn.Module.__getattr__(self, bias))
+    namespace: dict[str, Any] = {weight: _computed(weight, made_weight), "restored_class": kind}
+    for name in biases:
 
-    namespace = {weight: _computed(weight, made_weight), bias: _computed(bias, made_bias), "restored_class": kind}
-    return _subclass(kind, f"Standardized{kind.__name__}", namespace, (_standardized, weight, bias))
+        def made_bias(self: Any, name: str = name) -> Tensor | None:
+            return self._modules[CHILD].bias(nn.Module.__getattr__(self, name))
+
+        namespace[name] = _computed(name, made_bias)
+    return _subclass(kind, f"Standardized{kind.__name__}", namespace, (_standardized, weight, biases))
 
 
 @cache
