@@ -150,7 +150,7 @@ def test_two_halves_of_one_activation_are_the_whole():
     assert block.residual_avg_channel_var == pytest.approx(0.2**2, rel=0.2), "4 times as much with a 2 on each"
 
 
-def test_a_sigmoid_that_all_gates_share_leaves_the_factor_to_the_layers():
+def test_a_sigmoid_that_all_gates_share_is_one_in_each_of_them():
     sigmoid = nn.Sigmoid()
 
     def gate(channels):
@@ -158,7 +158,19 @@ def test_a_sigmoid_that_all_gates_share_leaves_the_factor_to_the_layers():
         made.sigmoid = sigmoid
         return made
 
+    torch.manual_seed(0)
     model = post_activation(gate)
-    record = normfree.convert(nn.Sequential(*model[:6], sigmoid), IMAGES).conversion
-    assert [change.name for change in record.changes if change.alpha] == [f"{block}.conv2" for block in range(1, 6)]
-    assert record.notes == ()
+    shared = normfree.convert(nn.Sequential(*model[:6], sigmoid), IMAGES)
+    for block in model[1:6]:
+        block.gate.sigmoid = nn.Sigmoid()
+    own = normfree.convert(nn.Sequential(*model[:6], nn.Sigmoid()), IMAGES)
+
+    def factors(converted):
+        return {
+            change.name: (change.now, change.input_scale, change.alpha, change.correction, change.skip_gain)
+            for change in converted.conversion.changes
+        }
+
+    assert factors(shared) == factors(own)
+    assert type(shared[6]) is nn.Sigmoid, "what ends no branch has no factor"
+    torch.testing.assert_close(shared(IMAGES), own(IMAGES))

@@ -142,6 +142,7 @@ def test_a_norm_that_stays_has_no_planned_variance():
         def __init__(self):
             super().__init__()
             self.body, self.norm = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), nn.LayerNorm(8)
+            self.norm.register_forward_hook(lambda *_: None)
             self.last = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
 
         def forward(self, x):
@@ -188,8 +189,16 @@ def test_a_norm_behind_another_is_no_norm_of_the_input():
     dense = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.ReLU()
     )
-    record = normfree.convert(nn.Sequential(*dense, nn.Conv2d(8, 8, 3)), IMAGES).conversion
-    assert [change.now for change in record.changes if change.was == "BatchNorm2d"] == ["Identity", "Identity"]
+    record = normfree.convert(nn.Sequential(*dense, nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), IMAGES).conversion
+    assert [change.now for change in record.changes if change.was == "BatchNorm2d"] == 3 * ["Identity"]
+
+
+def test_a_pool_before_a_norm_is_made_up_for_where_no_layer_behind_is_standardized():
+    dense = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(2), nn.BatchNorm2d(8), nn.ReLU()]
+    converted = normfree.convert(nn.Sequential(*dense, nn.Conv2d(8, 8, 3)), IMAGES)
+    assert type(converted[4]).__name__ == "ChannelAffine"
+    outputs = converted[:5](IMAGES).detach()
+    torch.testing.assert_close(outputs.var((0, 2, 3), correction=0), torch.ones(8), rtol=1e-3, atol=0)
 
 
 def test_measured_scales_are_those_of_branches_awake():

@@ -8,13 +8,16 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from normfree.convert.dataflow import Addition, Call, Step
-from normfree.convert.structure import Structure, changes_branch, gate_of
+from normfree.convert.dataflow import Addition, Call, Dataflow, Step
+from normfree.convert.structure import Structure, changes_branch, gate_of, is_fusion
 from normfree.signal import operations as op
 from normfree.signal.graph import Node
 
 HALVING = frozenset({"sigmoid", "hardsigmoid"})
 """Gates that are 1/2 where their input is zero: the factor that restores what they take is 2."""
+
+HOMOGENEOUS = frozenset({"relu", "leaky_relu"})
+"""Functions f with f(c x) = c f(x) for every c > 0."""
 
 # Linear without mixing channels: a factor of the input is a factor of the output.
 _LINEAR = op.VIEW | op.PARTIAL | frozenset({"avg_pool2d", "_adaptive_avg_pool2d", "cat", "constant_pad_nd", "roll"})
@@ -30,6 +33,9 @@ class Ending:
             none where ``problem`` says why.
         learned: name of a parameter of the branch's own that scales it, and so stands for the skip gain; "" for none.
         square: mean square of that parameter, 1 for none, or where the addition itself applies it.
+        constant: the modules carry alpha alone, and no skip gain: it would scale more than the end of the branch.
+        passed: the removed norms between the modules and the addition.
+        absorbing: the layers that take back what a module scales beside the end of the branch.
         problem: why no module can carry it, in words.
     """
 
@@ -37,6 +43,9 @@ class Ending:
     modules: Mapping[str, float] = field(default_factory=dict)
     learned: str = ""
     square: float = 1.0
+    constant: bool = False
+    passed: frozenset[str] = frozenset()
+    absorbing: frozenset[str] = frozenset()
     problem: str = ""
 
 
@@ -45,33 +54,75 @@ class _Blocked(Exception):
 
 
 def endings(structure: Structure, model: nn.Module, removed: set[str], chosen: Iterable[str]) -> list[Ending]:
-    """The ending of every residual branch that loses its norms, in order.
+    """The ending of every residual branch that loses its norms, in order; sums of two resolutions are no branches.
 
-    A module that runs once ends one branch at most; one that runs several times has to end one each time.
+    A module that runs once ends one branch at most; one that runs several times has to end one each time, or what else
+    it gives has to go to layers that take the factor back. A module that several modules share is one in each of them.
     """
     owners = {p.untyped_storage().data_ptr(): (name, p) for name, p in model.named_parameters()}
-    found, standardized = list[Ending](), set(chosen)
-    for addition in structure.flow.additions:
-        if not changes_branch(structure, addition, removed):
-            continue
+    standardized, places = set(chosen), Places(structure.flow, model)
+    additions = [
+        addition
+        for addition in structure.flow.additions
+        if changes_branch(structure, addition, removed) and not is_fusion(structure, addition)
+    ]
+
+    def walked(addition: Addition, avoided: set[str]) -> Ending:
         try:
-            found.append(_Walk(structure, owners, removed, standardized, addition).ending())
+            return _Walk(structure, owners, removed, standardized, places, avoided, addition).ending()
         except _Blocked as blocked:
-            found.append(Ending(addition, problem=str(blocked)))
-    return _fitting(found, Counter(call.name for call in structure.flow.calls))
+            return Ending(addition, problem=str(blocked))
+
+    found = _fitting([walked(addition, set()) for addition in additions], structure, places, standardized)
+    avoided = {name for ending in found if ending.problem for name in ending.modules}
+    if not avoided:
+        return [replace(ending, modules={}) if ending.problem else ending for ending in found]
+    again = [walked(ending.addition, avoided) if ending.problem and ending.modules else ending for ending in found]
+    second = _fitting(again, structure, places, standardized)
+    return [
+        replace(new, modules={}, problem=old.problem or new.problem) if new.problem else new
+        for old, new in zip(found, second, strict=True)
+    ]
 
 
-def _fitting(found: list[Ending], runs: Mapping[str, int]) -> list[Ending]:
+class Places:
+    """The modules of a model by where they stand: one that several modules hold is one in each of them.
+
+    Args:
+        flow: of the model.
+        model: the model.
+    """
+
+    def __init__(self, flow: Dataflow, model: nn.Module) -> None:
+        held = Counter(child for module in model.modules() for child in module._modules.values() if child is not None)
+        self.shared = {name for name, calls in flow.calls_of.items() if held[calls[0].module] > 1}
+        self.calls: dict[str, list[Call]] = {}
+        for call in flow.calls:
+            if (place := self.of(call)) is not None:
+                self.calls.setdefault(place, []).append(call)
+
+    def of(self, call: Call) -> str | None:
+        """The name of the place a module ran in; None where it cannot be exchanged there alone."""
+        return call.name if call.name not in self.shared else call.place or None
+
+
+def _fitting(found: list[Ending], structure: Structure, places: Places, standardized: set[str]) -> list[Ending]:
     """The endings; with the problem those whose modules cannot carry one more factor, or not the same each time."""
     ends = Counter(name for ending in found for name in ending.modules)
+    runs = {name: len(calls) for name, calls in (structure.flow.calls_of | places.calls).items()}
+    last = {ending.addition.branch for ending in found}
     taken: dict[str, list[tuple[str, float]]] = {}
     fitting = []
     for ending in found:
-        problem = ""
+        problem, absorbing = ending.problem, frozenset[str]()
         for name, correction in ending.modules.items():
             before = taken.get(name, [])
             if ends[name] < runs[name]:
-                problem = f"{name}, which ends it, does so not each time it runs"
+                taking = _absorbing_layers(structure, places.calls.get(name, ()), last, standardized)
+                if taking is None or name in structure.layers or correction != 1:
+                    problem = f"{name}, which ends it, does so not each time it runs"
+                else:
+                    absorbing |= taking
             elif len(before) == runs[name]:
                 problem = f"{name} ends the branch of {before[0][0] or 'the model'} already"
             elif before and before[0][1] != correction:
@@ -79,8 +130,38 @@ def _fitting(found: list[Ending], runs: Mapping[str, int]) -> list[Ending]:
         if not problem:
             for name, correction in ending.modules.items():
                 taken.setdefault(name, []).append((ending.addition.name, correction))
-        fitting.append(Ending(ending.addition, problem=problem) if problem else ending)
+        constant = ending.constant or bool(absorbing)
+        fitting.append(replace(ending, problem=problem, absorbing=absorbing, constant=constant))
     return fitting
+
+
+def _absorbing_layers(
+    structure: Structure, calls: Iterable[Call], last: set[Node], standardized: set[str]
+) -> frozenset[str] | None:
+    """The standardized layers that read what a module gives where it ends no branch; None if anything else does.
+
+    Between the two may be what is homogeneous and reads nothing else: a factor there is one of the layers' input.
+    """
+    found = set[str]()
+    for call in calls:
+        if call.output is None:
+            return None
+        waiting = [] if call.output in last else [call.output]
+        while waiting:
+            node = waiting.pop()
+            readers = structure.flow.readers(node)
+            if not readers or node in structure.flow.outputs:
+                return None
+            for step in readers:
+                layer = structure.layer_of(step)
+                if layer in standardized:
+                    assert layer is not None
+                    found.add(layer)
+                elif len(step.inputs) == 1 and step.name in _LINEAR | HOMOGENEOUS and layer is None:
+                    waiting += [made for made in step.outputs if structure.flow.readers(made)]
+                else:
+                    return None
+    return frozenset(found)
 
 
 @dataclass(frozen=True)
@@ -92,12 +173,14 @@ class _Way:
         correction: of gates on the way that no module carries yet.
         carrier: the module that carries the factor; "" before there is one.
         summed: it is added to another way.
+        norm: a removed norm on the way, whose place could carry the factor; "" for none.
     """
 
     node: Node
     correction: float = 1.0
     carrier: str = ""
     summed: bool = False
+    norm: str = ""
 
 
 class _Walk:
@@ -109,10 +192,15 @@ class _Walk:
         owners: Mapping[int, tuple[str, Tensor]],
         removed: set[str],
         standardized: set[str],
+        places: Places,
+        avoided: set[str],
         addition: Addition,
     ) -> None:
         self.structure, self.owners, self.removed = structure, owners, removed
         self.standardized, self.addition = standardized, addition
+        self.places, self.avoided = places, avoided
+        self.constant = False
+        self.passed = set[str]()
         self.modules: dict[str, float] = {}
         self.sources: dict[Node, list[str]] = {}
         self.square = 1.0
@@ -132,7 +220,14 @@ class _Walk:
         for carriers in self.sources.values():  # gates of one activation, summed: their halves add up
             for carrier in carriers:
                 self.modules[carrier] /= len(carriers)
-        return Ending(self.addition, self.modules, self.learned, self.square)
+        return Ending(
+            self.addition,
+            self.modules,
+            self.learned,
+            self.square,
+            constant=self.constant,
+            passed=frozenset(self.passed),
+        )
 
     def _behind(self, way: _Way) -> list[_Way]:
         """The ways on; none where a layer ends one. A way with a carrier goes on to find the gates before it."""
@@ -147,9 +242,11 @@ class _Walk:
         if step is None:
             raise _Blocked("it reads the input itself")
         if self.structure.is_plain_norm(node, self.removed):
-            before = self.structure.norm_at[node].input
-            assert before is not None
-            return [replace(way, node=before)]
+            norm = self.structure.norm_at[node]
+            assert norm.input is not None
+            self.passed.add(norm.name)
+            once = len(self.structure.norms[norm.name]) == 1
+            return [replace(way, node=norm.input, norm=norm.name if once and not way.norm else way.norm)]
         gated = gate_of(self.structure.flow, step)
         if gated is not None:
             return [self._gated(way, *gated)]
@@ -198,7 +295,7 @@ class _Walk:
             self.modules[way.carrier] *= 2
             return replace(way, node=value)
         module = self._module_of(step, gate)
-        if module is None or self._runs(module) > 1:
+        if module is None or len(self.places.calls[module]) > 1:
             return replace(way, node=value, correction=2 * way.correction)
         self._carry(module, 2 * way.correction)
         return replace(way, node=value, correction=1.0, carrier=module)
@@ -210,21 +307,32 @@ class _Walk:
         return step
 
     def _activated(self, step: Step, way: _Way) -> list[_Way]:
-        """A branch that ends in an activation's module has the factor behind it."""
+        """A branch that ends in an activation has the factor behind it: its module's, or that of a norm's place there.
+
+        The factor of a function that is homogeneous can stand before it, but no gain that is learned: the gradient of
+        one that is zero would be zero.
+        """
         if way.carrier:
             return []
-        if step.name in op.NONLINEAR and (module := self._module_of(step, way.node)) is not None:
-            self._carry(module, way.correction)
-            return []
+        if step.name in op.NONLINEAR:
+            module = self._module_of(step, way.node)
+            if module is not None and module not in self.avoided:
+                self._carry(module, way.correction)
+                return []
+            if way.norm and way.norm not in self.avoided:
+                self._carry(way.norm, way.correction)
+                return []
+        if step.name in HOMOGENEOUS and len(step.inputs) == 1:
+            self.constant = True
+            return [replace(way, node=step.inputs[0])]
         raise _Blocked(f"it ends in {step.name}, which no weight lies behind")
-
-    def _runs(self, module: str) -> int:
-        return sum(call.name == module for call in self.structure.flow.calls)
 
     def _module_of(self, step: Step, node: Node) -> str | None:
         """The leaf module (or removed norm with an activation) that ran an operation and gave what it made."""
-        made = {call.output for call in self.structure.flow.calls if call.name == step.module}
-        return step.module if node in made or not made.isdisjoint(step.outputs) else None
+        for call in self.structure.flow.calls_of.get(step.module, ()):
+            if call.output is not None and (call.output is node or call.output in step.outputs):
+                return self.places.of(call)
+        return None
 
     def _note_learned(self, step: Step) -> float:
         """Note a parameter that scales the branch; its mean square, 1 where there is none."""

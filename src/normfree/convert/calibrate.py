@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normfree.convert.dataflow import resting
+from normfree.convert.record import Change, Conversion
+from normfree.convert.rewrite import AFFINE, SCALED, is_layer_change
 from normfree.convert.weights import MapOutput
 from normfree.nn import Standardization, standardization_of
 from normfree.nn.branch_end import BranchEnd
@@ -18,56 +21,106 @@ from normfree.signal.inputs import Batch, call, copy_of
 EPS = 1e-5
 """Added to the variance of a channel of the input, as BatchNorm does."""
 
+MOST_OFF = 100.0
+"""The variance that a norm gave may be off by so much where standardized layers before it carry it instead."""
+
 LEAST_SEEN = 1e-10
 """Share of its input's mean square that a layer must pass on: filters of mean zero turn an input that does not vary
 into rounding, of about 1e-14 in float32."""
 
 
-def measured_scales(
-    model: nn.Module, layers: Mapping[str, float], affines: Iterable[str], batch: Batch, *, heads: bool
-) -> dict[str, float]:
-    """The input scale of each named layer under which its output has a mean square of 1, times a factor of its own.
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
-    The filters sum to zero, so the mean square is the variance plus what differing channel means bring; of
-    features pooled to one position it is the quantity that does not depend on how alike the examples are. Layers
-    are set one after another as the signal reaches them, with branches awake (skip gains of one); a layer that runs
-    several times, by its first input, and so are affine maps, so that each channel leaves them with mean 0 and
-    variance 1.
+FEW_VALUES = "Expected more than 1 value per channel"
+"""How torch's own message begins where a norm in training mode gets one value of each channel."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one pass over the example gave.
+
+    Attributes:
+        scales: the input scale of each layer that had none.
+        factors: the factor of each norm's place that had none.
+        lost: the mean square at each norm's place where the layers before it do not carry the variance.
+    """
+
+    scales: dict[str, float] = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
+
+
+def measure(model: nn.Module, conversion: Conversion, batch: Batch, *, heads: bool) -> Measured:
+    """Set what a record leaves open on a converted model, and check at each norm's place what carries its variance.
+
+    A layer's input scale is the one under which its output has a mean square of 1, times a correction of its own. The
+    filters sum to zero, so the mean square is the variance plus what differing channel means bring; of features pooled
+    to one position it is the quantity that does not depend on how alike the examples are. An affine map gives each
+    channel mean 0 and variance 1, a factor in a norm's place the whole a variance of 1. They are set one after another
+    as the signal reaches them, in the mode in which the network will be trained: norms that stay on the statistics of
+    the batch, branches awake (skip gains of one), dropout off. What runs several times is set by its first input.
 
     Args:
-        model: the converted model; its layers keep the scales found.
-        layers: names of the layers to measure, and the factor of each: what restores what gates take behind it.
-        affines: names of the :class:`ChannelAffine` maps.
+        model: the converted model; it keeps what is found.
+        conversion: its record.
         batch: what to measure with.
         heads: run what runs in training alone, too.
 
     Raises:
-        ValueError: a layer's filters see a constant, so that no scale gives its output a variance.
+        ValueError: a layer's filters see a constant, so that no scale gives its output a variance; or a norm that stays
+            has one value of each channel.
     """
-    modules = dict(model.named_modules())
-    found: dict[str, float] = {}
-    hooks = {name: _at_first(_setter(name, factor, found)) for name, factor in layers.items()}
-    hooks |= {name: _at_first(_standardize_channels) for name in affines}
-    handles = [modules[name].register_forward_pre_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
+    modules, found = dict(model.named_modules()), Measured()
+    ran, scaled = set[str](), {change.name for change in conversion.changes if change.alpha is not None}
+    handles = []
+    for change in conversion.changes:
+        handles += [
+            modules[name].register_forward_pre_hook(hook, with_kwargs=True)
+            for name, hook in _hooks(change, conversion, scaled, found, ran)
+        ]
     gains = [m.skip_gain for m in model.modules() if isinstance(m, BranchEnd) and m.skip_gain is not None]
     kept = [gain.detach().clone() for gain in gains]
     try:
-        with torch.no_grad(), resting(model, heads=heads):
+        with torch.no_grad(), resting(model, heads=heads, statistics="batch"):
             for gain in gains:
                 gain.fill_(1)
             call(model, copy_of(batch))
+    except ValueError as error:
+        if not str(error).startswith(FEW_VALUES):
+            raise
+        raise ValueError(
+            "example_input: a norm that stays takes its statistics over the batch, as it will in training, and has one "
+            "value of each channel there; give several examples"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
         with torch.no_grad():
             for gain, value in zip(gains, kept, strict=True):
                 gain.copy_(value)
-    for name, scale in found.items():
+    for name, scale in found.scales.items():
         _rule_of(modules[name]).input_scale = scale
+    for name, factor in found.factors.items():
+        modules[name][0].correction = factor  # type: ignore[index]
     return found
 
 
-Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+def _hooks(
+    change: Change, conversion: Conversion, scaled: set[str], found: Measured, ran: set[str]
+) -> Iterator[tuple[str, Hook]]:
+    """What to do before the first run of an exchanged module, and its name; ``scaled`` are the ends of branches."""
+    name = change.name
+    if is_layer_change(change):
+        yield name, lambda module, inputs, named: ran.add(name)
+        if change.input_scale is None:
+            yield name, _at_first(_setter(name, change.correction or 1.0, found.scales))
+    elif change.now == AFFINE:
+        yield name, _at_first(_standardize_channels)
+    elif change.now == SCALED and change.carried_by and change.alpha is None:
+        yield name, _at_first(_factor_setter(name, found.factors))
+    elif change.carried_by:
+        size = conversion.alpha if not scaled.isdisjoint(change.carried_by) else 1.0
+        yield name, _at_first(_checker(change, size, found.lost, ran))
 
 
 def _at_first(hook: Hook) -> Hook:
@@ -82,9 +135,34 @@ def _at_first(hook: Hook) -> Hook:
     return once
 
 
+def _factor_setter(name: str, found: dict[str, float]) -> Hook:
+    def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        variance = float(_tensor_in(inputs, named).double().var(correction=0))
+        module[0].correction = found[name] = (variance + EPS) ** -0.5
+
+    return hook
+
+
+def _checker(change: Change, size: float, lost: dict[str, float], ran: set[str]) -> Hook:
+    """Note a mean square at a norm's place that is far from ``size`` squared, though layers before it carry it."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        mean_square = float(_tensor_in(inputs, named).double().square().mean())
+        if not ran.isdisjoint(change.carried_by) and not size**2 / MOST_OFF <= mean_square <= MOST_OFF:
+            lost[change.name] = mean_square
+
+    return hook
+
+
 def _standardize_channels(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
     """Have a :class:`ChannelAffine` give each channel of its input [N, C, …] mean 0 and variance 1."""
-    channels = _tensor_in(inputs, named).transpose(0, 1).flatten(1).double()
+    given = _tensor_in(inputs, named)
+    channels = given.transpose(0, 1).flatten(1).double()
+    if channels.shape[1] < 2:
+        raise ValueError(
+            f"example_input: one value of each channel, {tuple(given.shape)}, has no variance for the affine map in a "
+            "norm's place; give several examples"
+        )
     variance, mean = torch.var_mean(channels, 1, correction=0)
     scale = (variance + EPS).rsqrt()
     module.weight.copy_(scale)

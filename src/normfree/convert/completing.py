@@ -80,4 +80,5 @@ def _in_running_order(changes: list[Change], flow: Dataflow) -> list[Change]:
     order: dict[str, int] = {}
     for number, call in enumerate(flow.calls):
         order.setdefault(call.name, number)
+        order.setdefault(call.place, number)
     return sorted(changes, key=lambda change: order.get(change.name, len(order)))

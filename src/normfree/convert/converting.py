@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from normfree.convert.calibrate import keep_pace, measured_scales
+from normfree.convert.calibrate import keep_pace, measure
 from normfree.convert.checking import misunderstood, running
 from normfree.convert.completing import completed
 from normfree.convert.dataflow import record_all
@@ -16,8 +17,8 @@ from normfree.convert.fresh import MEASURED, fresh_plan
 from normfree.convert.kinds import class_name
 from normfree.convert.leaks import noted_leak
 from normfree.convert.pretrained import fill, pretrained_plan
-from normfree.convert.record import STARTS, Conversion
-from normfree.convert.rewrite import AFFINE, exchanged, is_layer_change
+from normfree.convert.record import STARTS, Change, Conversion
+from normfree.convert.rewrite import exchanged, is_layer_change
 from normfree.convert.structure import Structure
 from normfree.nn.checks import check_choice, check_integer, check_number, invalid
 from normfree.signal.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of
@@ -28,6 +29,9 @@ ALPHA, SKIP_GAIN = 0.2, 1.0
 """Of residual branches, where nothing else is asked for."""
 
 BETAS = ("plan", MEASURED)
+
+LEAST_SCALE, MOST_SCALE = 0.01, 100.0
+"""Input scales beyond them stand for a signal of a variance below 1e-4 or above 1e4: something before it is wrong."""
 
 MOST_SEED = 2**64 - 1
 """Torch's generators take no larger one."""
@@ -95,9 +99,9 @@ def convert(
         source=source,
     )
     if start == "fresh":
-        changes, kept, notes = fresh_plan(structure, model, alpha=alpha, skip_gain=skip_gain, beta=beta)
-        record = completed(record, model, structure, changes, kept, notes)
-        converted = _fresh(model, record, batch, heads=heads)
+        plan = fresh_plan(structure, model, alpha=alpha, skip_gain=skip_gain, beta=beta)
+        record = completed(record, model, structure, plan.changes, plan.kept, plan.notes)
+        converted = _fresh(model, record, structure, batch, heads=heads)
     else:
         converted = _pretrained(model, record, structure, batch, heads=heads)
     record = conversion_of(converted)
@@ -106,11 +110,11 @@ def convert(
     return converted
 
 
-def _fresh(model: nn.Module, record: Conversion, batch: Batch, *, heads: bool) -> nn.Module:
+def _fresh(model: nn.Module, record: Conversion, structure: Structure, batch: Batch, *, heads: bool) -> nn.Module:
     """The converted model, what is still open measured."""
     converted, replaced = exchanged(model, record)
     with running(record, model, converted, replaced):
-        _measure(converted, record, batch, heads=heads)
+        _measure(converted, record, structure, batch, heads=heads)
     keep_pace(converted.get_submodule(change.name) for change in record.changes if is_layer_change(change))
     return converted
 
@@ -148,28 +152,45 @@ def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: s
             )
 
 
-def _measure(converted: nn.Module, conversion: Conversion, batch: Batch, *, heads: bool) -> None:
-    """Set what is still open, and enter the input scales into the record."""
-    waiting = {
-        change.name: change.correction or 1.0
-        for change in conversion.changes
-        if is_layer_change(change) and change.input_scale is None
-    }
-    affines = [change.name for change in conversion.changes if change.now == AFFINE]
-    scales = measured_scales(converted, waiting, affines, batch, heads=heads)
-    unseen = next((name for name in waiting if name not in scales), None)
-    if unseen is not None:
-        raise ValueError(
-            f"example_input: {unseen} does not run on it in the converted model, so its scale cannot be measured; give "
-            "more examples, if what runs depends on them"
+def _measure(converted: nn.Module, conversion: Conversion, structure: Structure, batch: Batch, *, heads: bool) -> None:
+    """Set what is still open, and enter it into the record, with notes on what a reader should look at."""
+    found = measure(converted, conversion, batch, heads=heads)
+    changes = []
+    for change in conversion.changes:
+        if is_layer_change(change) and change.input_scale is None:
+            if change.name not in found.scales:
+                raise ValueError(
+                    f"example_input: {change.name} does not run on it in the converted model, so its scale cannot be "
+                    "measured; give more examples, if what runs depends on them"
+                )
+            change = replace(change, input_scale=found.scales[change.name])
+        changes.append(replace(change, correction=found.factors.get(change.name, change.correction)))
+    notes = [*conversion.notes, *_notes_on_scales(structure, changes)]
+    for name, mean_square in found.lost.items():
+        carriers = ", ".join(next(change.carried_by for change in changes if change.name == name))
+        notes.append(
+            f"at the place of {name} the mean square is {mean_square:.2g}, for what lies between it and {carriers}, "
+            'which carry its variance; if few examples are not why, choose beta="measured"'
         )
-    changes = tuple(
-        replace(change, input_scale=scales[change.name])
-        if change.name in scales and is_layer_change(change)
-        else change
-        for change in conversion.changes
-    )
-    converted.conversion = replace(conversion, changes=changes)  # type: ignore[assignment]
+    converted.conversion = replace(conversion, changes=tuple(changes), notes=tuple(notes))  # type: ignore[assignment]
+
+
+def _notes_on_scales(structure: Structure, changes: list[Change]) -> Iterator[str]:
+    """A note on each layer whose input is so large or so small that something before it should be mended."""
+    new = {change.name for change in changes}
+    for change in changes:
+        scale = (change.input_scale or 1.0) / (change.correction or 1.0)
+        if not is_layer_change(change) or LEAST_SCALE <= scale <= MOST_SCALE:
+            continue
+        node = structure.layers[change.name][0].input
+        behind = [] if node is None else structure.nearest_behind(node)
+        alone = [name for name in behind if name not in new]
+        cause = "the input itself" if not behind else f"what comes from {', '.join(sorted(alone or behind)[:3])}"
+        stays = ", which conversion left as it is" if alone else ""
+        yield (
+            f"{change.name} has an input scale of {scale:.4g}: {cause}{stays}, reaches it with a mean square of about "
+            f"{scale**-2:.2g}; scale it there, by its initialization or in the data"
+        )
 
 
 def conversion_of(model: Any) -> Conversion | None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree.convert.kinds import is_layer, is_norm
 from normfree.convert.weights import FollowedWeights, biasless, is_foreign, zero_biases
@@ -39,6 +40,8 @@ class Step:
         inputs: the activations among them, in order.
         outputs: the activations it made.
         module: the innermost running module.
+        number: how many operations ran before it.
+        learned: among its other arguments is a parameter, or what was computed from one.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Step:
     inputs: tuple[Node, ...]
     outputs: tuple[Node, ...]
     module: str
+    number: int = 0
+    learned: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +63,14 @@ class Call:
         name: the module's qualified name.
         module: the module.
         input, output: activations it took (the first) and gave; None where it took or gave none.
+        place: its name in the module that called it; "" where that module does not hold it.
     """
 
     name: str
     module: nn.Module
     input: Node | None
     output: Node | None
+    place: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +93,7 @@ class Dataflow:
         calls: runs of leaf modules, norms and layers, in the order they ended.
         additions: the residual ones.
         outputs: what the model returned.
+        numbers: the activations that are no floating-point numbers: indices, masks, counts.
         parameter_readers: the modules in which an operation read a parameter, by where its memory begins.
         foreign: by name, the modules with a weight that are neither norms nor layers of torch's.
         weights: what became of their parameters.
@@ -95,6 +103,7 @@ class Dataflow:
     calls: list[Call] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
     outputs: list[Node] = field(default_factory=list)
+    numbers: set[Node] = field(default_factory=set)
     made_by: dict[Node, Step] = field(default_factory=dict)
     read_by: dict[Node, list[Step]] = field(default_factory=dict)
     shapes: dict[Node, tuple[int, ...]] = field(default_factory=dict)
@@ -110,6 +119,12 @@ class Dataflow:
         for node in step.inputs:
             self.read_by.setdefault(node, []).append(step)
 
+    def note(self, node: Node, tensor: Tensor) -> None:
+        """Enter an activation's shape, and whether it is one of numbers that no variance belongs to."""
+        self.shapes[node] = tuple(tensor.shape)
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            self.numbers.add(node)
+
     def readers(self, node: Node) -> Sequence[Step]:
         """The operations that read an activation."""
         return self.read_by.get(node, ())
@@ -118,9 +133,26 @@ class Dataflow:
         """Whether more than one operation reads an activation, or one does and the model returns it, too."""
         return len({id(step) for step in self.readers(node)}) + (node in self.outputs) > 1
 
-    def within(self, module: str) -> Iterator[Step]:
+    @cached_property
+    def steps_of(self) -> dict[str, list[Step]]:
+        """The operations that ran inside each module, its parts included, by its name."""
+        found: dict[str, list[Step]] = {}
+        for step in self.steps:
+            name = step.module
+            found.setdefault(name, []).append(step)
+            while name:
+                name = name.rpartition(".")[0]
+                found.setdefault(name, []).append(step)
+        return found
+
+    def within(self, module: str) -> Sequence[Step]:
         """The operations that ran inside a module, by name."""
-        return (step for step in self.steps if step.module == module or step.module.startswith(f"{module}."))
+        return self.steps_of.get(module, ())
+
+    @cached_property
+    def calls_of(self) -> dict[str, list[Call]]:
+        """The calls of every recorded module, by name."""
+        return self.called(lambda module: True)
 
     def called(self, kind: Callable[[nn.Module], bool]) -> dict[str, list[Call]]:
         """The calls of every module of a kind, by name, in the order they first ran."""
@@ -154,13 +186,24 @@ class DataflowRecorder(Recorder):
         self.flow.foreign = {name: module for name, module in model.named_modules() if is_foreign(module)}
         self.statics = self.weights = self.flow.weights = FollowedWeights(model, self.before_writing, wake=False)
         self.entered: list[tuple[nn.Module, Node | None]] = []
+        self.learned: Any = WeakTensorKeyDictionary()
+        """Parameters, and what was computed from them alone."""
+        for parameter in model.parameters():
+            self.learned[parameter] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if not self.measuring:
-            for tensor in op.tensors_in(args, kwargs or {}):
-                if (readers := self.flow.parameter_readers.get(tensor.data_ptr())) is not None:
-                    readers.add(self.stack.name)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        if self.measuring:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        tensors = list(op.tensors_in(args, kwargs or {}))
+        for tensor in tensors:
+            if (readers := self.flow.parameter_readers.get(_place(tensor))) is not None:
+                readers.add(self.stack.name)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if any(tensor in self.learned for tensor in tensors) and not any(tensor in self.nodes for tensor in tensors):
+            for made in tree_leaves(result):
+                if isinstance(made, Tensor):
+                    self.learned[made] = True
+        return result
 
     def on_addition(self, found: Residual, operands: Sequence[Tensor], run: Callable[[], Tensor]) -> Tensor:
         """Note which operand was what, before an addition in place makes the one into the sum."""
@@ -180,12 +223,14 @@ class DataflowRecorder(Recorder):
         kept, kept_kwargs = tree_map(noted, tuple(args)), tree_map(noted, dict(kwargs))
         for tensor, node in zip(active, inputs, strict=True):
             self.flow.shapes.setdefault(node, tuple(tensor.shape))
+        learned = any(tensor in self.learned for tensor in op.tensors_in(args, kwargs))
         result = super()._run(name, func, args, kwargs, active)
         made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor) and tensor in self.nodes]
         outputs = tuple(self.nodes[tensor] for tensor in made)
         for tensor, node in zip(made, outputs, strict=True):
-            self.flow.shapes[node] = tuple(tensor.shape)
-        self.flow.add(Step(name, func, kept, kept_kwargs, inputs, outputs, self.stack.name))
+            self.flow.note(node, tensor)
+        number = len(self.flow.steps)
+        self.flow.add(Step(name, func, kept, kept_kwargs, inputs, outputs, self.stack.name, number, learned))
         running = self.stack.running[-1] if self.stack.running else None
         self.weights.note(name, args, kept, kept_kwargs, next(iter(outputs), None), running)
         return result
@@ -207,9 +252,23 @@ class DataflowRecorder(Recorder):
         if self.entered and self.entered[-1][0] is module:
             _, node = self.entered.pop()
             if _is_of_interest(module):
-                self.flow.calls.append(Call(self.stack.names[module], module, node, self.node_in(output)))
+                call = Call(self.stack.names[module], module, node, self.node_in(output), self._place_of(module))
+                self.flow.calls.append(call)
             made = self.nodes.get(output) if isinstance(output, Tensor) else None
             self.weights.returned.setdefault(module, []).append(made)
+
+    def _place_of(self, module: nn.Module) -> str:
+        """The name of a module that has just run in the one that called it; "" where that one does not hold it."""
+        if not self.stack.running:
+            return ""
+        caller = self.stack.running[-1]
+        attribute = next((name for name, child in caller._modules.items() if child is module), None)
+        return "" if attribute is None else f"{self.stack.names[caller]}.{attribute}".removeprefix(".")
+
+
+def _place(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; 0 for one that has none of its own, such as a sparse one."""
+    return tensor.data_ptr() if tensor.layout == torch.strided else 0
 
 
 def _is_of_interest(module: nn.Module) -> bool:
@@ -218,12 +277,13 @@ def _is_of_interest(module: nn.Module) -> bool:
 
 
 @contextmanager
-def resting(model: nn.Module, *, heads: bool) -> Iterator[Preserved]:
+def resting(model: nn.Module, *, heads: bool, statistics: str = "running") -> Iterator[Preserved]:
     """Put a model into evaluation mode and back; with ``heads`` its containers believe that they are training.
 
-    Auxiliary heads run in training alone. Dropout and norms, which have no children, stay in evaluation mode.
+    Auxiliary heads run in training alone. Dropout, which has no children, stays in evaluation mode, and so do norms,
+    unless their ``statistics`` are to be those of the "batch", as in training.
     """
-    with untouched(model, "eval") as preserved:
+    with untouched(model, "eval" if statistics == "running" else "batch-statistics") as preserved:
         for module in model.modules():
             if heads and next(module.children(), None) is not None and not is_norm(module):
                 module.training = True
@@ -286,7 +346,7 @@ def _record(model: nn.Module, batch: Batch, state: AbstractContextManager[Preser
             wake=False,
         )
         for tensor in tensors:
-            recorder.flow.shapes[recorder.nodes[tensor]] = tuple(tensor.shape)
+            recorder.flow.note(recorder.nodes[tensor], tensor)
         # Not torch's hooks for all modules: of one that takes keyword arguments, removal leaves a trace.
         first = {"with_kwargs": True, "prepend": True}
         handles = []

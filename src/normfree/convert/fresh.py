@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 
-from normfree.convert.branches import Ending, endings
+from normfree.convert.answers import Norms, Ways, sorted_norms, unanswered
+from normfree.convert.branches import Ending, Places, endings
 from normfree.convert.input_scales import InputScale, input_scales
-from normfree.convert.kinds import activation_in, class_name
+from normfree.convert.kinds import activation_in, class_name, is_batch_norm
 from normfree.convert.maps import WeightedMap
-from normfree.convert.norms import needs_copy, sorted_norms
+from normfree.convert.norms import needs_copy
 from normfree.convert.record import Change, Kept
 from normfree.convert.rewrite import AFFINE, BARE, COPY, SCALED, WITH_ACTIVATION
 from normfree.convert.structure import Structure, layers_to_standardize
+from normfree.convert.variances import planned_variances
+from normfree.signal.graph import Node
 
 MEASURED = "measured"
 
+NEAR_UNIT = 0.25, 4.0
+"""Planned variances at a removed norm's place that need nothing to restore 1 there."""
 
-def fresh_plan(
-    structure: Structure, model: nn.Module, *, alpha: float, skip_gain: float, beta: str
-) -> tuple[list[Change], list[Kept], list[str]]:
+
+@dataclass(frozen=True, kw_only=True)
+class _Factors:
+    """The arguments of a fresh start that the ends of branches get."""
+
+    alpha: float
+    skip_gain: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a fresh start changes and keeps.
+
+    Attributes:
+        changes: the modules to be exchanged; input scales to be measured are None.
+        kept: what is left alone.
+        notes: branches that could not be scaled.
+    """
+
+    changes: list[Change]
+    kept: list[Kept]
+    notes: list[str]
+
+
+def fresh_plan(structure: Structure, model: nn.Module, *, alpha: float, skip_gain: float, beta: str) -> Plan:
     """What to change for a variance-preserving start.
 
     Args:
@@ -27,35 +56,80 @@ def fresh_plan(
         alpha: factor of the residual branches.
         skip_gain: initial value of their learnable factor.
         beta: "plan" (closed forms where there are any) or "measured".
-
-    Returns:
-        The changes (input scales to be measured are None), what is kept, and notes.
     """
     norms = sorted_norms(structure)
+    chosen, layers_kept = layers_to_standardize(structure, norms.removed)
     removed = set(norms.removed)
-    chosen, layers_kept = layers_to_standardize(structure, removed)
     found = endings(structure, model, removed, chosen)
-    scales = input_scales(structure, chosen, removed, found, alpha)
+    variance = planned_variances(structure, set(chosen), removed, found, alpha)
+    restored = _restored(structure, norms, set(chosen), found, variance)
+    scales = input_scales(structure, chosen, removed - set(restored), found, alpha)
+    for name in {name for ending in found for name in ending.absorbing}:
+        scales[name] = InputScale(None, "measured, for what it reads is scaled by the end of a branch, too")
     if beta == MEASURED:
         scales = {name: InputScale(None, "measured, as asked for") for name in scales}
+    factors = _Factors(alpha=alpha, skip_gain=skip_gain)
     carriers = {name: ending for ending in found for name in ending.modules}
-    changes = [_norm_out(structure, name) for name in norms.removed]
-    changes += [_units(structure, name) for name in norms.of_the_input]
-    for name in chosen:
-        changes.append(_layer(structure.maps[name], name, scales[name], carriers, alpha, skip_gain))
-    modules = dict(model.named_modules())
+    modules, places = dict(model.named_modules(remove_duplicate=False)), Places(structure.flow, model)
+    changes = []
+    for name, layers in norms.removed.items():
+        if name in carriers:
+            changes.append(_scaled(modules[name], name, carriers[name], factors, carried_by=layers))
+        else:
+            changes.append(restored.get(name) or _norm_out(structure, name, layers))
+    changes += [_affine(structure, name, reason) for name, reason in norms.affine.items()]
+    changes += [_layer(structure.maps[n], n, scales[n], carriers, factors) for n in chosen]
     for name, ending in carriers.items():
-        if name not in scales:
-            changes.append(_scaled(modules[name], name, ending, alpha, skip_gain))
+        if name not in scales and name not in norms.removed:
+            is_shared = places.calls[name][0].name in places.shared
+            within = name.rpartition(".")[0] if is_shared else None
+            changes.append(_scaled(modules[name], name, ending, factors, within=within))
     kept = [Kept(name=n, was=class_name(modules[n]), reason=reason, norm=True) for n, reason in norms.kept.items()]
     kept += [Kept(name=n, was=class_name(modules[n]), reason=reason) for n, reason in layers_kept.items()]
     notes = [
         f"branch added in {e.addition.name or 'the model'} keeps its size: {e.problem}" for e in found if e.problem
     ]
-    return changes, kept, notes
+    without = unanswered(structure, norms, {change.name for change in changes if change.name not in removed})
+    assert not without, f"nothing carries the variance of {without}"
+    return Plan(changes=changes, kept=kept, notes=notes)
 
 
-def _norm_out(structure: Structure, name: str) -> Change:
+def _restored(
+    structure: Structure, norms: Norms, chosen: set[str], found: list[Ending], variance: dict[Node, float]
+) -> dict[str, Change]:
+    """What stands in the place of a norm where the layers before it do not leave a variance near 1 there.
+
+    Nothing is needed where a standardized layer takes over before anything but homogeneous functions sees it, nor where
+    a branch's end before it has been scaled by alpha. Else it is an affine map, or a factor where a norm is by example.
+    """
+    passed = {name for ending in found if ending.modules for name in ending.passed}
+    absorbing = Ways(structure, chosen).absorbing if norms.between - passed else {}
+    least, most = NEAR_UNIT
+    restored = {}
+    for name in norms.between - passed:
+        calls = structure.norms[name]
+        missing = [
+            call
+            for call in calls
+            if not least <= variance.get(call.input, 0.0) <= most and call.output not in absorbing  # type: ignore[arg-type]
+        ]
+        if not missing:
+            continue
+        layers = ", ".join(norms.removed[name])
+        if len(calls) == 1 and is_batch_norm(calls[0].module):
+            restored[name] = _affine(structure, name, f"what lies between it and {layers} changes the variance")
+        else:
+            restored[name] = Change(
+                name=name,
+                was=class_name(calls[0].module),
+                now=SCALED,
+                reason=f"a measured factor: what lies between it and {layers} changes the variance",
+                carried_by=(*norms.removed[name], name),
+            )
+    return restored
+
+
+def _norm_out(structure: Structure, name: str, layers: tuple[str, ...]) -> Change:
     norm = structure.norms[name][0].module
     fused = activation_in(norm)
     copied = any(needs_copy(structure, call) for call in structure.norms[name])
@@ -64,21 +138,25 @@ def _norm_out(structure: Structure, name: str) -> Change:
         name=name,
         was=class_name(norm),
         now=COPY if copied else WITH_ACTIVATION if fused else BARE,
-        reason="removed" + stays + ("; what follows writes in place, so it gets a copy" if copied else ""),
+        reason=f"removed{stays}" + ("; what follows writes in place, so it gets a copy" if copied else ""),
+        carried_by=layers,
     )
 
 
-def _units(structure: Structure, name: str) -> Change:
-    reason = "it gives the input its units: an affine map with the example's mean and variance of each channel"
-    return Change(name=name, was=class_name(structure.norms[name][0].module), now=AFFINE, reason=reason)
+def _affine(structure: Structure, name: str, reason: str) -> Change:
+    return Change(
+        name=name,
+        was=class_name(structure.norms[name][0].module),
+        now=AFFINE,
+        reason=f"an affine map with the example's mean and variance of each channel: {reason}",
+        carried_by=(name,),
+    )
 
 
-def _layer(
-    layer: WeightedMap, name: str, scale: InputScale, carriers: dict[str, Ending], alpha: float, skip_gain: float
-) -> Change:
+def _layer(layer: WeightedMap, name: str, scale: InputScale, carriers: dict[str, Ending], factors: _Factors) -> Change:
     ends = name in carriers
     correction = carriers[name].modules[name] if ends else 1.0
-    place = _place(carriers[name]) + _restored(correction) if ends else ""
+    place = _place(carriers[name]) + _correction_reason(correction) if ends else ""
     bare = "; one weight a filter leaves nothing to standardize" if layer.fan_in == 1 else ""
     return Change(
         name=name,
@@ -86,28 +164,42 @@ def _layer(
         now=layer.now(fresh=True),
         reason=scale.reason + place + bare,
         input_scale=None if scale.value is None else scale.value * correction,
-        alpha=alpha if ends else None,
-        skip_gain=skip_gain if ends and not carriers[name].learned else None,
+        alpha=factors.alpha if ends else None,
+        skip_gain=_skip_gain(carriers[name], factors) if ends else None,
         correction=correction if correction != 1 else None,
         weight=layer.layout,
     )
 
 
-def _scaled(module: nn.Module, name: str, ending: Ending, alpha: float, skip_gain: float) -> Change:
+def _scaled(
+    module: nn.Module,
+    name: str,
+    ending: Ending,
+    factors: _Factors,
+    *,
+    carried_by: tuple[str, ...] = (),
+    within: str | None = None,
+) -> Change:
     correction = ending.modules[name]
-    what = "the gate" if correction != 1 else "the activation"
+    what = "removed" if carried_by else "the gate" if correction != 1 else "the activation"
     return Change(
         name=name,
         was=class_name(module),
         now=SCALED,
-        reason=f"{what}{_place(ending)}{_restored(correction)}",
-        alpha=alpha,
-        skip_gain=None if ending.learned else skip_gain,
+        reason=f"{what}{_place(ending)}{_correction_reason(correction)}",
+        alpha=factors.alpha,
+        skip_gain=_skip_gain(ending, factors),
         correction=correction if correction != 1 else None,
+        carried_by=carried_by,
+        within=within,
     )
 
 
-def _restored(correction: float) -> str:
+def _skip_gain(ending: Ending, factors: _Factors) -> float | None:
+    return None if ending.learned or ending.constant else factors.skip_gain
+
+
+def _correction_reason(correction: float) -> str:
     """What a factor restores, for a reason; "" for none."""
     if correction == 1:
         return ""
@@ -117,4 +209,5 @@ def _restored(correction: float) -> str:
 def _place(ending: Ending) -> str:
     """Which branch a module ends, for its reason."""
     own = f", whose {ending.learned} stands for the skip gain" if ending.learned else ""
-    return f"; ends the branch added in {ending.addition.name or 'the model'}{own}"
+    fixed = ", by alpha alone" if ending.constant and not ending.learned else ""
+    return f"; ends the branch added in {ending.addition.name or 'the model'}{own}{fixed}"

@@ -92,6 +92,8 @@ class _Functions:
     def __init__(self, structure: Structure, removed: set[str], planned: Mapping[Node, float]) -> None:
         self.structure, self.removed, self.planned = structure, removed, planned
         self.known: dict[Any, float | None] = {}
+        self.of_none: set[Node] = set()
+        """What was found to be a function of no single Gaussian activation; nothing made of it is."""
 
     def feeding(self, node: Node) -> tuple[Node, str, float] | None:
         """The Gaussian activation behind ``node``, the function's name, and its gamma."""
@@ -118,16 +120,18 @@ class _Functions:
                 bases.add(current)
                 continue
             step = self.structure.flow.made_by.get(current)
-            if step is None or not self._is_elementwise(step, current) or len(bases) > 1:
+            if len(bases) > 1 or current in self.of_none or step is None or not self._is_elementwise(step, current):
+                self.of_none.add(node)
                 return None
-            steps[id(step)] = step
+            steps[step.number] = step
             for each in step.inputs:
                 if each not in seen:
                     seen.add(each)
                     waiting.append(each)
         if len(bases) != 1:
+            self.of_none.add(node)
             return None
-        return bases.pop(), [step for step in self.structure.flow.steps if id(step) in steps]
+        return bases.pop(), [steps[number] for number in sorted(steps)]
 
     def _is_elementwise(self, step: Step, node: Node) -> bool:
         if step.name in op.VIEW and len(step.inputs) == 1:

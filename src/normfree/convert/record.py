@@ -34,10 +34,14 @@ class Change:
         now: the class in its place; "Activation" for a norm's own, which stays.
         reason: why, in words.
         into: the layer that a norm's constants were folded into (*pretrained*).
+        carried_by: what carries the variance that a norm gave: standardized layers before it or behind it (the nearest
+            four at most), a norm that stays, or the norm's own place, where an affine map or a factor stands (*fresh*).
+        within: the module in which alone it was exchanged, of several that hold it; None for everywhere.
         input_scale: constant factor of a layer's input (γ / β); None for what is no layer.
         alpha: constant factor of the output of what ends a residual branch.
         skip_gain: initial value of its learnable factor; None for none.
-        correction: factor that restores what a gate takes, on the gate or within a layer's input scale; None for none.
+        correction: factor that restores what a gate takes, on the gate or within a layer's input scale; in a norm's
+            place, one over the standard deviation that the example has there; None for none.
         weight: how the module reads its weight, where that is standardized in place; None where another module stands.
     """
 
@@ -51,6 +55,8 @@ class Change:
     correction: float | None = None
     into: str | None = None
     weight: WeightLayout | None = None
+    carried_by: tuple[str, ...] = ()
+    within: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

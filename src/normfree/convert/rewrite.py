@@ -36,8 +36,9 @@ def rewritten(model: nn.Module, conversion: Conversion) -> nn.Module:
 def exchanged(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[nn.Module]]:
     """What :func:`rewritten` gives, and the modules of the copy in whose place others stand now."""
     converted = _copied(model)
-    modules = dict(converted.named_modules())
+    modules = dict(converted.named_modules(remove_duplicate=False))
     found: dict[nn.Module, nn.Module] = {}
+    options = _options(model)
     with _drawing(conversion.seed):
         for change in conversion.changes:
             old = modules.get(change.name)
@@ -50,7 +51,9 @@ def exchanged(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[
             if change.weight is not None:
                 _standardize_in_place(old, change)
                 continue
-            made = _made(found.get(old, old), change, _options(model)).train(old.training)
+            if change.within is not None:
+                continue
+            made = _made(found.get(old, old), change, options).train(old.training)
             shared = made in found.values()  # an activation of several norms: each place has a module of its own
             found[old] = nn.Sequential(made).train(old.training) if shared else made
     for module in [*converted.modules(), *found.values()]:  # a norm's activation may have been exchanged, too
@@ -58,6 +61,11 @@ def exchanged(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[
             while child in found and found[child] is not module:
                 child = module._modules[name] = found[child]
     converted = found.get(converted, converted)
+    for change in conversion.changes:
+        if change.within is not None:  # shared: exchanged in the module that runs it there, and in no other
+            parent, attribute = converted.get_submodule(change.within), change.name.rpartition(".")[2]
+            old = parent.get_submodule(attribute)
+            parent._modules[attribute] = _made(old, change, options).train(old.training)
     keep_frozen(model, converted, conversion.changes)
     converted.conversion = conversion  # type: ignore[assignment]
     return converted, set(found) - set(converted.modules())
@@ -93,7 +101,8 @@ def _made(old: nn.Module, change: Change, options: dict[str, Any]) -> nn.Module:
     if change.now in LAYERS:
         return layer_like(old, LAYERS[change.now], input_scale=_input_scale(change), **factors)
     if change.now == SCALED:
-        return nn.Sequential(old, ours.BranchScale(correction=change.correction or 1.0, **factors).to(**options))
+        scale = ours.BranchScale(correction=change.correction or 1.0, **factors).to(**options)
+        return nn.Sequential(scale, *_activations(old)) if change.carried_by else nn.Sequential(old, scale)
     if change.now == AFFINE:
         affine = ours.ChannelAffine(channels_of(old)).to(**(_options(old) or options))
         return nn.Sequential(affine, *_activations(old)) if activation_in(old) else affine

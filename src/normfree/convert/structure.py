@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 from normfree.convert.constants import AffineMap, norm_calls
@@ -11,6 +12,7 @@ from normfree.convert.dataflow import Addition, Call, Dataflow, Step, passes_unc
 from normfree.convert.kinds import activation_in
 from normfree.convert.maps import WeightedMap, layers_of
 from normfree.convert.normalization import Normalizations
+from normfree.signal import operations as op
 from normfree.signal.graph import Node
 
 
@@ -48,12 +50,41 @@ class Structure:
         self.layer_at = {c.output: c for calls in self.layers.values() for c in calls if c.output is not None}
         self.alive = _alive(self.flow)
         self.shared = _shared(self.flow, self.layers)
+        self._regions: dict[tuple[Node, Node], set[Node]] = {}
+        self._owners: dict[tuple[bool, str], str | None] = {}
+        self._layered: dict[Node, bool] = {}
+        for step in self.flow.steps:  # in their order, so that no answer has to look far
+            for node in step.outputs:
+                self.has_layer_behind(node)
 
-    def feeding(self, node: Node) -> list[Call]:
-        """The layers (and norms) nearest behind an activation, whatever lies between."""
-        stops = {**self.norm_at, **self.layer_at}
-        found = self.flow.backwards(node, stop=lambda each: each in stops)
-        return [stops[each] for each in found if each in stops]
+    @cached_property
+    def obstacles(self) -> dict[str, str]:
+        """For each layer why it cannot be standardized, as what a norm behind it sees; "" where it can."""
+        return {name: self._obstacle(name) for name in self.layers}
+
+    def _obstacle(self, name: str) -> str:
+        if problem := self.maps[name].why_not(fresh=True):
+            return f"{name} before it {problem}"
+        if name in self.shared:
+            return f"{self.shared[name]} reads a parameter of {name} before it, too"
+        return ""
+
+    def layer_of(self, step: Step) -> str | None:
+        """The layer in which an operation ran."""
+        return self._owner(step.module, self.layers, of_norm=False)
+
+    def norm_of(self, step: Step) -> str | None:
+        """The norm in which an operation ran."""
+        return self._owner(step.module, self.norms, of_norm=True)
+
+    def _owner(self, module: str, among: Mapping[str, list[Call]], *, of_norm: bool) -> str | None:
+        key = of_norm, module
+        if key not in self._owners:
+            name = module
+            while name and name not in among:
+                name = name.rpartition(".")[0]
+            self._owners[key] = name if name in among else None
+        return self._owners[key]
 
     def is_convolution(self, call: Call) -> bool:
         """Whether a call is of a layer that convolves."""
@@ -61,8 +92,17 @@ class Structure:
 
     def has_layer_behind(self, node: Node) -> bool:
         """Whether anything with a weight lies between the input and an activation."""
-        behind = self.flow.backwards(node, stop=lambda each: each in self.layer_at)
-        return any(each in self.layer_at or each.step.weighted for each in behind)
+        if node not in self._layered:
+            self._layered[node] = (
+                node in self.layer_at or node.step.weighted > 0 or any(map(self.has_layer_behind, node.parents))
+            )
+        return self._layered[node]
+
+    def nearest_behind(self, node: Node) -> set[str]:
+        """The layers and norms nearest behind an activation, by name."""
+        stops = self.norm_at | self.layer_at
+        found = self.flow.backwards(node, stop=lambda each: each in stops)
+        return {stops[each].name for each in found if each in stops}
 
     def directly_behind(self, node: Node | None, *, alone: bool) -> Call | None:
         """The layer whose output an activation is, but for its layout.
@@ -94,25 +134,27 @@ class Structure:
     def region(self, addition: Addition, end: Node) -> set[Node]:
         """The activations between an addition's ancestor and its branch or shortcut ``end``, which is included."""
         ancestor = addition.ancestor
-        return {
-            node
-            for node in self.flow.backwards(end, stop=lambda each: each is ancestor)
-            if node is not ancestor and node.level > ancestor.level
-        }
+        if (ancestor, end) not in self._regions:
+            self._regions[ancestor, end] = {
+                node
+                for node in self.flow.backwards(end, stop=lambda each: each.level <= ancestor.level)
+                if node.level > ancestor.level
+            }
+        return self._regions[ancestor, end]
 
 
 def gate_of(flow: Dataflow, step: Step) -> tuple[Node, Node] | None:
     """What a product of two activations gates and the gate, the smaller of them; None for any other operation."""
     if step.name != "mul" or len(step.inputs) != 2:
         return None
-    sizes = [prod(_unexpanded(flow, node)) for node in step.inputs]
+    sizes = [prod(unexpanded(flow, node)) for node in step.inputs]
     if sizes[0] == sizes[1]:
         return None
     value, gate = (0, 1) if sizes[0] > sizes[1] else (1, 0)
     return step.inputs[value], step.inputs[gate]
 
 
-def _unexpanded(flow: Dataflow, node: Node) -> tuple[int, ...]:
+def unexpanded(flow: Dataflow, node: Node) -> tuple[int, ...]:
     """The shape of an activation before it was expanded to another's."""
     step = flow.made_by.get(node)
     while step is not None and step.name in ("expand", "clone", "alias") and len(step.inputs) == 1:
@@ -148,41 +190,56 @@ def _shared(flow: Dataflow, layers: Mapping[str, list[Call]]) -> dict[str, str]:
     return found
 
 
-def layers_to_standardize(structure: Structure, removed: set[str]) -> tuple[list[str], dict[str, str]]:
+def layers_to_standardize(
+    structure: Structure, removed: Mapping[str, Iterable[str]]
+) -> tuple[list[str], dict[str, str]]:
     """The layers that take over what removed norms did, and why the others stay.
 
-    A convolution is one if a removed norm follows it before any other layer, or if it lies in a residual branch or
-    shortcut some norm of which is removed and none kept; a linear layer, if the norm follows at once or in such a
-    branch. Layers that only compute a gate stay unless a removed norm follows at once, and so do the network's last.
+    One does if it answers a removed norm; if it is a convolution that a removed norm follows before any other layer;
+    or if it lies in a residual branch or shortcut some norm of which is removed and none kept. Of the last two kinds,
+    layers that only compute a gate stay.
+
+    Args:
+        structure: of the model.
+        removed: the norms that go, and the layers that answer each.
     """
+    answers = {layer for layers in removed.values() for layer in layers} | _before(structure, removed)
+    wanted = answers | _in_branches(structure, set(removed))
     direct = _directly_followed(structure, removed)
-    wanted = direct | _followed(structure, removed) | _in_branches(structure, removed)
     chosen, kept = [], {}
     for name in structure.layers:
         if name not in wanted:
             kept[name] = "no removed normalizer follows it"
         elif name not in direct and structure.is_gate_only(name):
             kept[name] = "it only computes a gate"
-        elif name in structure.shared:
-            kept[name] = f"{structure.shared[name]} reads a parameter of it, too"
-        elif problem := structure.maps[name].why_not(fresh=True):
-            kept[name] = f"it {problem}"
+        elif structure.obstacles[name]:
+            kept[name] = structure.obstacles[name].replace(f"{name} before it ", "it ").replace(" before it", "")
         else:
             chosen.append(name)
     return chosen, kept
 
 
-def _directly_followed(structure: Structure, removed: set[str]) -> set[str]:
+def _directly_followed(structure: Structure, removed: Iterable[str]) -> set[str]:
     """The layers whose output a removed norm takes."""
     calls = (call for name in removed for call in structure.norms[name])
     before = (structure.directly_behind(call.input, alone=False) for call in calls)
     return {layer.name for layer in before if layer is not None}
 
 
-def _followed(structure: Structure, removed: set[str]) -> set[str]:
-    """The convolutions that a removed norm follows before any other layer."""
-    inputs = [call.input for name in removed for call in structure.norms[name] if call.input is not None]
-    return {call.name for node in inputs for call in structure.feeding(node) if structure.is_convolution(call)}
+def _before(structure: Structure, removed: Iterable[str]) -> set[str]:
+    """The convolutions that a removed norm follows before any other layer or norm."""
+    waiting = [call.input for name in removed for call in structure.norms[name] if call.input is not None]
+    seen, found = set(waiting), set[str]()
+    while waiting:
+        node = waiting.pop()
+        if node in structure.layer_at:
+            call = structure.layer_at[node]
+            found |= {call.name} if structure.is_convolution(call) else set()
+        elif node not in structure.norm_at:
+            behind = [parent for parent in node.parents if parent not in seen and parent.dominator is not None]
+            seen.update(behind)
+            waiting += behind
+    return found
 
 
 def _in_branches(structure: Structure, removed: set[str]) -> set[str]:
@@ -194,6 +251,49 @@ def _in_branches(structure: Structure, removed: set[str]) -> set[str]:
             if norms_in(structure, shortcut) <= removed:
                 wanted |= set(layers_in(structure, shortcut))
     return wanted
+
+
+def is_fusion(structure: Structure, addition: Addition) -> bool:
+    """Whether an addition joins two resolutions, and is no residual one.
+
+    It is where the longer operand has been through a weight at a lower resolution than both the activation that the
+    two have in common and their sum, and has come up again: in the decoder of a U-Net that adds its skips, in the
+    top-down path of a pyramid. What it brings is then no correction of the other, but all that the lower resolutions
+    know: scaled by alpha at each of n levels, alpha^n of the lowest is left. Unscaled, two operands of unit variance
+    have an equal part, and the variance 2 of their sum is undone by the input scale of the layer that reads it. A block
+    that ends at a lower resolution than it begins (a stride), or pools for a gate, does not come up; one that enlarges
+    its input on both ways was never lower.
+    """
+    flow, ancestor = structure.flow, addition.ancestor
+    least = min(_positions(flow, ancestor), _positions(flow, addition.output))
+    lower, seen, waiting = False, {addition.branch}, [addition.branch]
+    rises = False
+    while waiting:
+        node = waiting.pop()
+        step = flow.made_by.get(node)
+        if step is None:
+            continue
+        lower |= node.step.weighted > 0 and _positions(flow, node) < least
+        gated = gate_of(flow, step)
+        inputs = [gated[0]] if gated else [each for each in step.inputs if each not in flow.numbers]
+        rises |= step.name in _RISING and _positions(flow, node) > max(_positions(flow, each) for each in inputs)
+        for each in inputs:
+            if each not in seen and each.level > ancestor.level:
+                seen.add(each)
+                waiting.append(each)
+        if lower and rises:
+            return True
+    return False
+
+
+_RISING = op.POOL | op.CONVOLUTION | {"pixel_shuffle", "max_unpool2d", "max_unpool3d", "repeat_interleave"}
+
+
+def _positions(flow: Dataflow, node: Node) -> int:
+    """The values of each channel of an activation, over all examples."""
+    shape = flow.shapes.get(node, ())
+    axis = node.note.channel_axis if len(shape) > 1 else 0
+    return prod(shape) // max(1, shape[axis]) if shape and axis < len(shape) else 0
 
 
 def changes_branch(structure: Structure, addition: Addition, removed: set[str]) -> bool:

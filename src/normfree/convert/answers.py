@@ -1,0 +1,354 @@
+"""Which norms a fresh model can do without, what carries the variance of each instead, and why the others stay.
+
+A norm gives its output unit variance, whatever its input has. Without it, one of these has to:
+
+1. the layer directly before it, standardized: its output has unit variance;
+2. the layers directly behind it (``linear(norm(x))``), standardized: the scale of their input is measured;
+3. the nearest layers on every path back to it, standardized, whatever stands in between (rather than 2 where all of
+   them are convolutions or end residual branches, which are standardized in any case);
+4. an affine map in its place, with the mean and variance that the example has there (BatchNorm), where a path leads
+   back to the input, a lookup, a recurrence or a weight of no known layer;
+5. the layers behind it, where only what is homogeneous lies in between (a norm that no affine map can stand for).
+
+A norm for which there is none of these stays, and so does one that directly follows a weight that cannot be
+standardized: the reason says what stands in the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+
+from normfree.convert.dataflow import Call, Dataflow, Step, passes_unchanged
+from normfree.convert.kinds import class_name, is_batch_norm, is_map_norm, is_norm
+from normfree.convert.maps import why_no_map
+from normfree.convert.norms import NOT_FOLLOWED, why_unknown
+from normfree.convert.structure import Structure, gate_of, unexpanded
+from normfree.signal import operations as op
+from normfree.signal.graph import Node
+
+MOST_NAMED = 4
+"""Names of layers in one entry of a record: a stream has as many behind it as blocks before."""
+
+INPUT = "the input itself"
+
+# Functions f with f(c x) = c f(x) for every c > 0.
+_HOMOGENEOUS = frozenset({"relu", "leaky_relu", "_prelu_kernel", "prelu", "abs", "maximum", "minimum"})
+_BENDING = (op.NONLINEAR - _HOMOGENEOUS) | op.NORM | op.ATTENTION | op.EMBEDDING | op.RECURRENT
+_PRODUCTS = op.LINEAR | {"mul", "_sparse_mm", "_sparse_addmm"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What gives an activation its size.
+
+    Attributes:
+        names: the nearest layers (or norms) behind it, :data:`MOST_NAMED` of them at most.
+        obstacle: why one of the weights behind it cannot be standardized; "" where all can.
+        past: what it comes from past any layer: the input, a lookup, a recurrence; "" where every path has a layer.
+        settled: its layers are standardized, whatever answers a norm: convolutions, and those of a residual stream.
+    """
+
+    names: tuple[str, ...] = ()
+    obstacle: str = ""
+    past: str = ""
+    settled: bool = False
+
+    @staticmethod
+    def joined(sources: Iterable[Source]) -> Source:
+        """What gives the result of an operation on several activations its size."""
+        found = list(sources)
+        names = dict.fromkeys(name for source in found for name in source.names)
+        return Source(
+            tuple(names)[:MOST_NAMED],
+            next((source.obstacle for source in found if source.obstacle), ""),
+            next((source.past for source in found if source.past), ""),
+            all(source.settled for source in found),
+        )
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The norms of a model, by what a fresh start makes of them.
+
+    Attributes:
+        removed: those it can do without, and the layers that answer each.
+        between: those among them with operations between them and the layers that answer them.
+        affine: those an affine map stands for, and why.
+        kept: the others, and why.
+    """
+
+    removed: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    between: set[str] = field(default_factory=set)
+    affine: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+def sorted_norms(structure: Structure) -> Norms:
+    """What becomes of each norm of a model in a fresh start."""
+    ways, norms = Ways(structure), Norms()
+    for name, calls in structure.norms.items():
+        if reason := _reason_to_keep(structure, ways, calls):
+            norms.kept[name] = reason
+            continue
+        answers = [_answer(structure, ways, call) for call in calls]
+        if reason := next((answer.kept for answer in answers if answer.kept), ""):
+            norms.kept[name] = reason
+        elif reason := next((answer.affine for answer in answers if answer.affine), ""):
+            if len(calls) == 1:
+                norms.affine[name] = reason
+            else:
+                norms.kept[name] = f"it runs {len(calls)} times, and {reason}: one affine map cannot stand for all"
+        else:
+            norms.removed[name] = tuple(dict.fromkeys(each for answer in answers for each in answer.layers))
+            if any(answer.between for answer in answers):
+                norms.between.add(name)
+    return norms
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What carries the variance at one place of a norm; ``kept`` says why nothing can."""
+
+    layers: tuple[str, ...] = ()
+    between: bool = False
+    affine: str = ""
+    kept: str = ""
+
+
+def _answer(structure: Structure, ways: Ways, call: Call) -> _Answer:
+    assert call.input is not None and call.output is not None, "a norm that is not followed stays"
+    before = structure.directly_behind(call.input, alone=False)
+    if before is not None:
+        return _Answer((before.name,))
+    source = ways.source_of(call.input)
+    carried = not source.obstacle and not source.past
+    if carried and source.settled:
+        return _Answer(source.names, between=True)
+    if source.past != INPUT and (behind := ways.directly_before(call.output)):
+        return _Answer(behind)
+    if carried:
+        return _Answer(source.names, between=True)
+    reason = f"it takes {source.past}" if source.past else f"{source.obstacle}"
+    if is_batch_norm(call.module):
+        return _Answer(affine=reason)
+    if source.past == INPUT and not source.names and not source.obstacle:
+        alone = ", each example by itself" if is_norm(call.module) else ""
+        return _Answer(kept=f"it gives the input its units{alone}")
+    absorbing = ways.absorbing.get(call.output, ())
+    return _Answer(absorbing) if absorbing else _Answer(kept=f"{reason}, and no layer behind it takes over")
+
+
+def _reason_to_keep(structure: Structure, ways: Ways, calls: list[Call]) -> str:
+    """Why a norm stays, whatever else could carry its variance; "" for no reason."""
+    if unknown := why_unknown(structure.flow, calls[0]):
+        return unknown
+    if any(call.input is None or call.output is None for call in calls):
+        return NOT_FOLLOWED
+    behind = [structure.directly_behind(call.input, alone=False) for call in calls]
+    by_convolution = all(call is not None and structure.is_convolution(call) for call in behind)
+    if not _is_of_maps(structure, calls) and not by_convolution and any(map(ways.is_near_attention, calls)):
+        return "it stands between linear and attention layers, not behind a convolution"
+    direct = next((call.name for call in behind if call is not None and structure.obstacles[call.name]), None)
+    if direct is not None:
+        return structure.obstacles[direct]
+    return next((reason for call in calls if (reason := _unknown_weight(structure, call))), "")
+
+
+def _is_of_maps(structure: Structure, calls: list[Call]) -> bool:
+    """Whether a norm is one of convolutional networks: of torch's classes, with statistics, or of maps [N, C, …, …]."""
+    name, module, node = calls[0].name, calls[0].module, calls[0].input
+    if is_norm(module):
+        return is_map_norm(module)
+    is_map = node is not None and len(structure.flow.shapes[node]) > 3 and node.note.channel_axis == 1
+    return name in structure.constants or is_map
+
+
+def _unknown_weight(structure: Structure, call: Call) -> str:
+    """Why a norm stays directly behind a weight that is no layer's we know; "" where it is not."""
+    node, flow = call.input, structure.flow
+    while node is not None and node not in structure.layer_at:
+        step = flow.made_by.get(node)
+        if step is None:
+            return ""
+        if _is_unknown_weight(step):
+            return _unknown(flow, step)
+        node = step.inputs[0] if passes_unchanged(step) else None
+    return ""
+
+
+def _is_unknown_weight(step: Step) -> bool:
+    return step.name in op.CONVOLUTION or (
+        step.name in op.LINEAR and step.outputs[0].step.weighted > 0 and step.learned
+    )
+
+
+def _unknown(flow: Dataflow, step: Step) -> str:
+    known = why_no_map(flow, step.module)
+    return f"{step.module or 'the model'} before it {known or f'computes {step.name} with no weight of its own'}"
+
+
+class Ways:
+    """What lies on the ways through a dataflow, found in one pass over it in each direction.
+
+    Args:
+        structure: of the model.
+        layers: the layers that take over what comes to them; those that can be standardized by default.
+    """
+
+    def __init__(self, structure: Structure, layers: Container[str] | None = None) -> None:
+        self.structure, self.flow = structure, structure.flow
+        able = {name for name, obstacle in structure.obstacles.items() if not obstacle}
+        self.layers: Container[str] = able if layers is None else layers
+        self.sources: dict[Node, Source] = {}
+        self.sums = {addition.output for addition in self.flow.additions}
+        self.weighted: set[Node] = set()
+        self.after_attention: set[Node] = set()
+        self._forwards()
+
+    def is_near_attention(self, call: Call) -> bool:
+        """Whether attention lies on a way to a norm or on from it."""
+        return call.input in self.after_attention or call.output in self.before_attention
+
+    def directly_before(self, node: Node) -> tuple[str, ...]:
+        """The layers all of which read an activation at once, but for its layout, and nothing else does; else none."""
+        found: dict[str, None] = {}
+        waiting = [node]
+        while waiting:
+            current = waiting.pop()
+            readers = self.flow.readers(current)
+            if not readers or current in self.flow.outputs:
+                return ()
+            for step in readers:
+                owner = self.structure.layer_of(step)
+                if owner is not None and owner in self.layers:
+                    found[owner] = None
+                elif passes_unchanged(step):
+                    waiting += step.outputs
+                else:
+                    return ()
+        return tuple(found)
+
+    def _forwards(self) -> None:
+        for step in self.flow.steps:
+            values = self._values(step)
+            source = self._source(step, values)
+            attends = self._attends(step)
+            for node in step.outputs:
+                self.sources[node] = self._at_place(node, source)
+                if step.learned or any(each in self.weighted for each in values):
+                    self.weighted.add(node)
+                if attends or any(each in self.after_attention for each in step.inputs):
+                    self.after_attention.add(node)
+
+    def _values(self, step: Step) -> list[Node]:
+        """The activations whose values an operation carries on; not its indices, masks, gates and coefficients."""
+        nodes = [node for node in dict.fromkeys(step.inputs) if node not in self.flow.numbers]
+        if gated := gate_of(self.flow, step):
+            return [gated[0]]
+        if len(nodes) > 1 and step.name in _PRODUCTS:
+            return [node for node in nodes if self._is_weighted(node)] or nodes
+        if len(nodes) > 1 and step.name in ("add", "sub"):  # a side input that is broadcast shifts, and carries nothing
+            sizes = [prod(unexpanded(self.flow, node)) for node in nodes]
+            return [node for node, size in zip(nodes, sizes, strict=True) if size == max(sizes)]
+        return nodes
+
+    def _is_weighted(self, node: Node) -> bool:
+        """Whether a parameter has had a part in an activation."""
+        if node in self.flow.made_by or not node.parents:
+            return node in self.weighted
+        return any(map(self._is_weighted, node.parents))
+
+    def _source(self, step: Step, values: list[Node]) -> Source:
+        if step.name in op.EMBEDDING:
+            return Source(past="a lookup")
+        if step.name in op.RECURRENT:
+            return Source(past="a recurrent layer")
+        if _is_unknown_weight(step):
+            return Source(obstacle=_unknown(self.flow, step))
+        return Source.joined(map(self.source_of, values))
+
+    def source_of(self, node: Node) -> Source:
+        """What gives an activation its size."""
+        if node not in self.sources:  # an input, or what was written through a view
+            parents = [each for each in node.parents if each.parents]
+            self.sources[node] = Source.joined(map(self.source_of, parents)) if parents else Source(past=INPUT)
+        return self.sources[node]
+
+    def _at_place(self, node: Node, source: Source) -> Source:
+        """The source of an activation: the layer that made it, or the norm that would not pass its input's on."""
+        if (layer := self.structure.layer_at.get(node)) is not None:
+            obstacle = self.structure.obstacles[layer.name]
+            return (
+                Source(obstacle=obstacle)
+                if obstacle
+                else Source((layer.name,), settled=self.structure.is_convolution(layer))
+            )
+        if (norm := self.structure.norm_at.get(node)) is not None and norm.input is not None:
+            before = self.source_of(norm.input)
+            return Source((norm.name,)) if before.past or before.obstacle else before
+        return replace(source, settled=True) if node in self.sums else source
+
+    def _attends(self, step: Step) -> bool:
+        """Whether an operation is attention, or one of its products: of two activations, both made with weights."""
+        if step.name in op.ATTENTION:
+            return True
+        factors = [node for node in step.inputs if node not in self.flow.numbers]
+        return step.name in op.LINEAR and sum(map(self._is_weighted, factors[-2:])) > 1
+
+    @cached_property
+    def before_attention(self) -> set[Node]:
+        """The activations that lead to attention."""
+        found: set[Node] = set()
+        for step in reversed(self.flow.steps):
+            if self._attends(step) or any(node in found for node in step.outputs):
+                found.update(step.inputs)
+        return found
+
+    @cached_property
+    def absorbing(self) -> dict[Node, tuple[str, ...]]:
+        """For an activation all readers of which lead to layers that take over, past what is homogeneous: those layers.
+
+        Norms take over, too: those that go are answered for themselves. An activation that reaches an output, or a
+        function that is not homogeneous, is not among them.
+        """
+        found: dict[Node, tuple[str, ...]] = {}
+        outputs = set(self.flow.outputs)
+        for step in reversed(self.flow.steps):
+            for node in step.outputs:
+                readers = self.flow.readers(node)
+                reached = [self._absorbed_by(each, node, found) for each in readers]
+                if reached and node not in outputs and all(each is not None for each in reached):
+                    names = dict.fromkeys(name for each in reached if each for name in each)
+                    found[node] = tuple(names)[:MOST_NAMED]
+        return found
+
+    def _absorbed_by(self, step: Step, node: Node, found: dict[Node, tuple[str, ...]]) -> tuple[str, ...] | None:
+        """The layers that take over what an operation reads; None where something shows it as it is."""
+        if node in self.flow.numbers:
+            return ()
+        if (norm := self.structure.norm_of(step)) is not None:
+            return (norm,)
+        if (layer := self.structure.layer_of(step)) is not None:
+            return (layer,) if layer in self.layers else None
+        if (gated := gate_of(self.flow, step)) is not None and gated[1] is node:
+            return ()
+        if step.name in _BENDING or _is_unknown_weight(step):
+            return None
+        outputs = set(self.flow.outputs)
+        used = [made for made in step.outputs if self.flow.readers(made) or made in outputs]
+        if not used or any(made not in found for made in used):
+            return None
+        return tuple(name for made in used for name in found[made])
+
+
+def unanswered(structure: Structure, norms: Norms, changed: Container[str]) -> list[str]:
+    """The removed norms none of whose answers is among the modules that were changed (or norms that stay)."""
+    stays = set(norms.kept)
+    return [
+        f"{name} ({class_name(structure.norms[name][0].module)})"
+        for name, layers in norms.removed.items()
+        if not any(layer in changed or layer in stays for layer in layers)
+    ]
