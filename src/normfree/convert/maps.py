@@ -153,6 +153,7 @@ class _NoMapError(Exception):
     """A module computes no linear map of its own weight, or one that cannot be standardized: why, as a predicate."""
 
 
+_CROPPING = frozenset({"slice", "narrow"})
 _BIAS_POSITIONS = {"convolution": 2, "_convolution": 2, "addmm": 0, "addmv": 0, "baddbmm": 0, "linear": 2}
 
 
@@ -188,7 +189,9 @@ class _Finder:
                 raise _NoMapError(f"has an attribute {taken!r}, whose name standardizing needs")
         bias, bias_factor, _ = biases[0]
         ends = [node for _, _, node in biases]
-        axis = None if bias else self._axis_returned(uses, ends, len(rows[0]))
+        returned = self._returned(uses, ends, len(rows[0]))
+        axis = None if bias or returned is None else returned[0]
+        ends = ends if returned is None else returned[1]
         found = WeightedMap(
             module=self.module,
             layout=WeightLayout(**{**layout, "bias": bias, "bias_factor": bias_factor, "axis": axis}),
@@ -207,7 +210,7 @@ class _Finder:
             raise _NoMapError(f"multiplies by several parameters ({', '.join(sorted(weights))})")
         spoilt = [(name, by) for (owner, name), by in self.weights.spoilt.items() if owner is self.module]
         if spoilt:
-            name, by = spoilt[0]
+            name, by = max(spoilt, key=lambda one: self.module._parameters[one[0]].numel())  # type: ignore[union-attr]
             raise _NoMapError(f"computes its weight from {name} ({by}) in its forward")
         raise _NoMapError("uses its weight in no convolution or matrix product by itself")
 
@@ -248,22 +251,34 @@ class _Finder:
             raise _NoMapError(f"reads its {origin.name} elsewhere, too")
         return origin.name, origin.factor
 
-    def _axis_returned(self, uses: list[Use], ends: list[Node], outputs: int) -> int | None:
-        """The axis of the channels in what the forward returns, where that is the map's output but for its layout."""
-        axes = set()
+    def _returned(self, uses: list[Use], ends: list[Node], outputs: int) -> tuple[int, list[Node]] | None:
+        """The axis of the channels in what the forward returns, and that, where it is the map's output.
+
+        But for its layout, and positions cropped from it. None where it is anything else.
+        """
+        axes, found = set[int](), list[Node]()
         for use, end, returned in zip(uses, ends, self.weights.returned.get(self.module, []), strict=False):
-            node = returned
-            while node is not None and node is not end:
-                step = self.flow.made_by.get(node)
-                node = step.inputs[0] if step is not None and passes_unchanged(step) else None
-            if node is None or returned is None or (_is_first(use) and returned is not end):
+            if returned is None or not self._leads_alone(end, returned) or (_is_first(use) and returned is not end):
                 return None
             shape = self.flow.shapes[returned]
             axis = len(shape) - 2 if _is_first(use) else returned.note.channel_axis % len(shape)
             if shape[axis] != outputs:
                 return None
             axes.add(axis if use.name in op.CONVOLUTION else axis - len(shape))
-        return axes.pop() if len(axes) == 1 else None
+            found.append(returned)
+        return (axes.pop(), found) if len(axes) == 1 else None
+
+    def _leads_alone(self, end: Node, returned: Node) -> bool:
+        """Whether an activation is another in another layout or cropped, with nothing in between read elsewhere."""
+        node = returned
+        while node is not end:
+            step = self.flow.made_by.get(node)
+            if step is None or not (passes_unchanged(step) or step.name in _CROPPING):
+                return False
+            node = step.inputs[0]
+            if self.flow.is_read_twice(node):
+                return False
+        return True
 
 
 def _is_product(use: Use) -> bool:

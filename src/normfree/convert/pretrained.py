@@ -84,13 +84,13 @@ def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
     layer = layers.pop()
     if layer in structure.shared:
         return None, f"{structure.shared[layer]} reads a parameter of {layer} before it, too"
+    if problem := structure.maps[layer].why_not(fresh=False):
+        return None, f"{layer} before it {problem}"
     regrouped = any(call.input is not None and call.input.note.axis != 1 for call in calls)
     if regrouped or channels_of(calls[0].module) != structure.maps[layer].outputs:
         return None, f"the channels of {layer} before it are regrouped in between"
     if len(structure.layers[layer]) != len(calls):
         return None, f"{layer} before it is used elsewhere, too"
-    if problem := structure.maps[layer].why_not(fresh=False):
-        return None, f"{layer} before it {problem}"
     if not structure.maps[layer].own_weight().requires_grad and learns(calls[0].module, "weight"):
         return None, f"{layer} before it is frozen, and it is not"
     return layer, ""

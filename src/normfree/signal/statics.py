@@ -71,8 +71,15 @@ class Statics:
         return isinstance(value, Tensor) and (isinstance(value, nn.Parameter) or value in self.known)
 
     def factor(self, value: Any, *, inverse: bool) -> Factor | None:
-        """The scalar factor that multiplying (or dividing) by ``value`` is."""
-        return scalar_factor(value, owned=self.owns(value), inverse=inverse)
+        """The scalar factor that multiplying (or dividing) by ``value`` is.
+
+        A multiple of a parameter is the same factor each time it is computed: in the weight's and in the bias's.
+        """
+        factor = scalar_factor(value, owned=self.owns(value), inverse=inverse)
+        if factor is None or factor.constant or (origin := self.of(value).origin) is None:
+            return factor
+        key = (id(origin), *(one.key for one in self.of(value).factors))
+        return replace(factor, key=("multiple", key, inverse))
 
     def wake(self, tensor: Tensor) -> None:
         """Set the gain behind ``tensor`` to one if all of it is zero (a gain has one axis at most)."""
