@@ -454,7 +454,7 @@ def test_precision_and_memory_format_are_kept():
     model = model.double().to(memory_format=torch.channels_last)
     converted = normfree.convert(model, batch.double())
     assert {parameter.dtype for parameter in converted.parameters()} == {torch.float64}
-    assert converted[0]._parameters["weight"].is_contiguous(memory_format=torch.channels_last)
+    assert converted[0].raw_weight.is_contiguous(memory_format=torch.channels_last)
     half = normfree.convert(CASES["padding"]()[0].bfloat16(), batch.bfloat16(), start="pretrained")
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 

@@ -16,7 +16,6 @@ from torch.func import functional_call, grad, vmap
 
 from normfree import nn as ours
 from normfree.nn import WeightLayout, fold, has_foldable, standardization_of, standardize_module
-from normfree.nn.standardized_module import ADDED_BIAS
 
 IMAGES = torch.randn(4, 8, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -53,7 +52,7 @@ def kernel(**factors):
     torch.manual_seed(0)
     module = Kernel(8, 6)
     standardize_module(module, KERNEL, **{"alpha": 0.2, "skip_gain": 0.5, **factors})
-    nn.init.normal_(module._parameters[ADDED_BIAS])
+    nn.init.normal_(module.raw_added_bias)
     return module
 
 
@@ -79,7 +78,7 @@ def test_the_numbers_are_our_own_layers_to_the_last_bit(name):
         plain = base(*sizes, **({"padding": 1} if name in ("2d", "depthwise") else {}), **options)
         part = standardize_module(plain, layout_of(plain), kept_mean=keeps, **factors)
         with torch.no_grad():
-            for own, other in ((wanted.weight, plain._parameters["weight"]), (wanted.bias, plain._parameters["bias"])):
+            for own, other in ((wanted.weight, plain.raw_weight), (wanted.bias, plain.raw_bias)):
                 own.copy_(torch.randn_like(own))
                 other.copy_(own)
             part.gain.copy_(wanted.gain.copy_(torch.randn_like(wanted.gain)))
@@ -90,7 +89,7 @@ def test_the_numbers_are_our_own_layers_to_the_last_bit(name):
         assert torch.equal(plain(x), wanted(x))
         for module in (plain, wanted):
             module(x).square().sum().backward()
-        assert torch.equal(plain._parameters["weight"].grad, wanted.weight.grad)
+        assert torch.equal(plain.raw_weight.grad, wanted.weight.grad)
         torch.testing.assert_close(part.skip_gain.grad, wanted.skip_gain.grad)  # summed in another order
 
 
@@ -215,7 +214,7 @@ def test_a_bias_is_added_along_its_axis():
     x = torch.randn(2, 8, 7)
     before = module(x)
     with torch.no_grad():
-        module._parameters[ADDED_BIAS].copy_(torch.arange(6.0))
+        module.raw_added_bias.copy_(torch.arange(6.0))
     torch.testing.assert_close(module(x), before + 0.5 * torch.arange(6.0).view(1, 6, 1))
 
 

@@ -16,6 +16,7 @@ from normfree.convert.weights import MapOutput
 from normfree.nn import Standardization, standardization_of
 from normfree.nn.branch_end import BranchEnd
 from normfree.nn.scaled_ws_conv import StandardizedFilters
+from normfree.nn.standardized_module import raw_name
 from normfree.signal.inputs import Batch, call, copy_of
 
 EPS = 1e-5
@@ -226,5 +227,5 @@ def keep_pace(layers: Iterable[nn.Module]) -> None:
     for module in layers:
         rule = _rule_of(module)
         if isinstance(rule, StandardizedFilters) and rule.constant > 1:
-            raw: Any = module._parameters[rule.layout.weight if isinstance(rule, Standardization) else "weight"]
-            raw.mul_(rule.constant)
+            in_place = isinstance(rule, Standardization)
+            module.get_parameter(raw_name(rule.layout.weight) if in_place else "weight").mul_(rule.constant)

@@ -8,6 +8,7 @@ from torch import nn
 
 from normfree.convert.record import Change
 from normfree.nn import ChannelAffine, KeptMean, WeightLayout, standardization_of
+from normfree.nn.standardized_module import raw_name
 
 
 def keep_frozen(original: nn.Module, converted: nn.Module, changes: Iterable[Change]) -> None:
@@ -36,10 +37,9 @@ def _freeze_layer(new: nn.Module, old: nn.Module, norm: nn.Module) -> None:
     parts = ((old, bias_name), (norm, "bias"))
     biases = [learns(one, name) for one, name in parts if one._parameters.get(name) is not None]
     scaled = weight or learns(norm, "weight")
-    own = {
-        layout.weight: weight if part is not None or isinstance(new, KeptMean) else scaled,
-        bias_name: any(biases) if biases else weight,
-    }
+    names = [layout.weight, bias_name] if part is None else [raw_name(layout.weight), raw_name(bias_name)]
+    keeps_raw = part is not None or isinstance(new, KeptMean)
+    own = dict(zip(names, (weight if keeps_raw else scaled, any(biases) if biases else weight), strict=True))
     for name, parameter in new.named_parameters(recurse=False):
         if part is None or name in own:
             parameter.requires_grad_(own.get(name, scaled))

@@ -20,7 +20,7 @@ from normfree.convert.kinds import KEPT_TWINS, TWINS, base_of, class_name, fan_i
 from normfree.convert.weights import Origin, Use
 from normfree.nn import ScaledConv2d, WeightLayout
 from normfree.nn.fold import attached_to
-from normfree.nn.standardized_module import ADDED_BIAS, CHILD
+from normfree.nn.standardized_module import names_needed
 from normfree.signal import operations as op
 from normfree.signal.graph import Node
 
@@ -84,15 +84,6 @@ class WeightedMap:
             return None if self.layout.factor == 1 else 1 / self.layout.factor
         transposed = isinstance(self.module, nn.modules.conv._ConvTransposeNd)
         return math.prod(self.module.stride) ** -0.5 if transposed else None  # type: ignore[arg-type]
-
-    @property
-    def bias_factor(self) -> float:
-        """The constant that the layer's forward multiplies its bias by."""
-        return 1.0 if self.layout is None else self.layout.bias_factor
-
-    def own_bias(self) -> Tensor | None:
-        """The layer's bias parameter; None where it has none."""
-        return self.module._parameters.get("bias" if self.layout is None else self.layout.bias)
 
     def own_weight(self) -> Tensor:
         """The layer's weight parameter."""
@@ -184,17 +175,17 @@ class _Finder:
         biases = [self._bias(use, len(rows[0])) for use in uses]
         if any(bias[:2] != biases[0][:2] for bias in biases):
             raise _NoMapError("adds its bias not each time")
-        for taken in (CHILD, ADDED_BIAS):
-            if hasattr(self.module, taken):
-                raise _NoMapError(f"has an attribute {taken!r}, whose name standardizing needs")
         bias, bias_factor, _ = biases[0]
         ends = [node for _, _, node in biases]
         returned = self._returned(uses, ends, len(rows[0]))
         axis = None if bias or returned is None else returned[0]
         ends = ends if returned is None else returned[1]
+        layout = WeightLayout(**{**layout, "bias": bias, "bias_factor": bias_factor, "axis": axis})
+        if taken := next((one for one in names_needed(layout) if hasattr(self.module, one)), ""):
+            raise _NoMapError(f"has an attribute {taken!r}, whose name standardizing needs")
         found = WeightedMap(
             module=self.module,
-            layout=WeightLayout(**{**layout, "bias": bias, "bias_factor": bias_factor, "axis": axis}),
+            layout=layout,
             outputs=len(rows[0]),
             fan_in=rows[0].shape[1],
             convolution=uses[0].name in op.CONVOLUTION,

@@ -15,6 +15,7 @@ from normfree.convert.frozen import keep_frozen
 from normfree.convert.kinds import KEPT_TWINS, SAME_PADDED, TWINS, activation_in, channels_of, class_name
 from normfree.convert.maps import KEPT_MEAN
 from normfree.convert.record import Change, Conversion
+from normfree.nn.standardized_module import raw_name
 from normfree.text import first_line
 
 BARE, WITH_ACTIVATION, COPY = "Identity", "Activation", "Copy"
@@ -137,14 +138,12 @@ def _standardize_in_place(module: nn.Module, change: Change) -> None:
     kept_mean = change.now.startswith(f"{KEPT_MEAN} ")
     options = {"input_scale": _input_scale(change), "kept_mean": kept_mean, **_factors(change)}
     ours.standardize_module(module, change.weight, **options)
-    weight = module._parameters[change.weight.weight]
-    assert weight is not None
+    weight = module.get_parameter(raw_name(change.weight.weight))
     fan_in = change.weight.filters(weight)[0].numel()
     with torch.no_grad():
         weight.copy_(torch.empty(weight.shape).normal_(std=fan_in**-0.5))
         for name in change.weight.biases:
-            bias: Any = module._parameters[name]
-            bias.zero_().requires_grad_()
+            module.get_parameter(raw_name(name)).zero_().requires_grad_()
     weight.requires_grad_()
 
 
@@ -163,13 +162,15 @@ def fold_affine(old: Any, new: Any, scale: Tensor, shift: Tensor) -> None:
     before, device = old._parameters.get(layout.bias), old._parameters[layout.weight].device
     scale, shift = scale.to(device), shift.to(device)
     bias = shift / layout.bias_factor if before is None else shift / layout.bias_factor + scale * before.double()
-    raw, weight = new._parameters[layout.weight], old._parameters[layout.weight]
-    new._parameters[layout.biases[0]].copy_(bias)
-    rule = new if part is None else part
-    if isinstance(rule, ours.KeptMean | ours.Standardization):
-        rule.fit(raw, weight, scale)
+    weight = old.get_parameter(layout.weight)
+    if part is not None:
+        part.fit(new.get_parameter(raw_name(layout.weight)), weight, scale)
+        new.get_parameter(raw_name(layout.biases[0])).copy_(bias)
+    elif isinstance(new, ours.KeptMean):
+        new.become(weight, bias, scale)
     else:
-        raw.copy_(weight.double() * scale.view(-1, 1, 1, 1))
+        new.weight.copy_(weight.double() * scale.view(-1, 1, 1, 1))
+        new.bias.copy_(bias)
 
 
 def _activations(norm: nn.Module) -> list[nn.Module]:

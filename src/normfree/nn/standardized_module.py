@@ -1,18 +1,19 @@
 """Standardize the weight of any module that computes one linear map of it, whatever its forward does besides.
 
-The module stays what it was: its class pads, reshapes or scales its input as before, and its parameters keep their
-names. Only what its forward reads changes. Of the module's own parameters W and b it reads
+The module stays what it was: its class pads, reshapes or scales its input as before. Only its weight and its bias
+are no parameters any longer, but computed when the forward reads them:
 
     weight      alpha * s * (c * What + m / sqrt(N))
     bias        alpha * s * b
 
+W, b    its parameters ``raw_weight`` and ``raw_bias`` (of whatever name they had)
 What    W standardized filter by filter, times a learnable gain, as in :mod:`normfree.nn.standardization`
 c       input_scale * factor, a constant
 m       learnable mean per filter, where one is kept: see :mod:`normfree.nn.kept_mean`
 
-This is what ``torch.nn.utils.parametrize`` does, except that the raw weight stays a parameter of the module, under the
-name it had: optimizer groups, adaptive gradient clipping, state dicts and Opacus find it where they look for it. Gain,
-mean and skip gain are parameters of a child.
+Gain, mean and skip gain are parameters of a child. This is what ``torch.nn.utils.parametrize`` does, but for two
+things: the raw parameters are the module's own, so that Opacus takes their gradients per example and adaptive gradient
+clipping knows whose they are; and a module can be pickled.
 """
 
 from __future__ import annotations
@@ -150,12 +151,12 @@ class Standardization(StandardizedFilters, Reparametrization):
 
         The class is the one it had, but where a bias was added behind the forward: then a subclass stays that adds it.
         """
-        names = self.layout.weight, *self.layout.biases
-        values = [getattr(module, name).detach() for name in names]
+        values = {name: getattr(module, name).detach() for name in (self.layout.weight, *self.layout.biases)}
         module.__class__ = type(module).restored_class  # type: ignore[attr-defined]
-        module._modules.pop(CHILD)
-        for name, value in zip(names, values, strict=True):
-            module._parameters[name] = nn.Parameter(value)
+        del module._modules[CHILD]
+        for name, value in values.items():
+            del module._parameters[raw_name(name)]
+            module.register_parameter(name, nn.Parameter(value))
 
     def extra_repr(self) -> str:
         kept = ", kept_mean=True" if self.kept_mean is not None else ""
@@ -176,14 +177,14 @@ def standardize_module(module: nn.Module, layout: WeightLayout, **factors: Any) 
     Raises:
         ValueError: as :class:`Standardization`; the module has an attribute of a name that is needed.
     """
-    for name in (CHILD, ADDED_BIAS):
+    for name in names_needed(layout):
         if hasattr(module, name):
             kind = type(module).__name__
             raise ValueError(f"module: {kind} has an attribute {name!r}, which standardizing needs; rename it")
     part = Standardization(module.get_parameter(layout.weight), layout, **factors)
-    for name in layout.biases:
-        if module._parameters.get(name) is None:
-            module.register_parameter(name, nn.Parameter(torch.zeros_like(part.gain)))
+    for name in (layout.weight, *layout.biases):
+        raw = module._parameters.pop(name, None)
+        module.register_parameter(raw_name(name), nn.Parameter(torch.zeros_like(part.gain)) if raw is None else raw)
     module.add_module(CHILD, part.train(module.training))
     kind = type(module) if layout.axis is None else _biased(type(module), layout.axis)
     module.__class__ = _standardized(kind, layout.weight, layout.biases)
@@ -196,21 +197,28 @@ def standardization_of(module: nn.Module) -> Standardization | None:
     return found if isinstance(found, Standardization) else None
 
 
+def raw_name(name: str) -> str:
+    """Return the name of the parameter that a module's weight or bias of a name is computed from."""
+    return f"raw_{name}"
+
+
+def names_needed(layout: WeightLayout) -> list[str]:
+    """Return the names that standardizing a module gives to what it adds."""
+    return [CHILD, ADDED_BIAS, *(raw_name(name) for name in (layout.weight, *layout.biases))]
+
+
 @cache
 def _standardized(kind: type[nn.Module], weight: str, biases: tuple[str, ...]) -> type[nn.Module]:
     """Return the subclass of a module's class whose weight and bias are what its factors make of them."""
-
-    def made_weight(self: Any) -> Tensor:
-        return self._modules[CHILD].weight(nn.Module.__getattr__(self, weight))
-
-    namespace: dict[str, Any] = {weight: _computed(weight, made_weight), "restored_class": kind}
-    for name in biases:
-
-        def made_bias(self: Any, name: str = name) -> Tensor | None:
-            return self._modules[CHILD].bias(nn.Module.__getattr__(self, name))
-
-        namespace[name] = _computed(name, made_bias)
+    namespace: dict[str, Any] = {weight: _computed(weight, "weight"), "restored_class": kind}
+    namespace |= {name: _computed(name, "bias") for name in biases}
     return _subclass(kind, f"Standardized{kind.__name__}", namespace, (_standardized, weight, biases))
+
+
+def _computed(name: str, method: str) -> property:
+    """What a method of a module's factors makes of its raw parameter of a name."""
+    raw = raw_name(name)
+    return property(lambda self: getattr(getattr(self, CHILD), method)(getattr(self, raw)))
 
 
 @cache
@@ -225,23 +233,12 @@ def _biased(kind: type[nn.Module], axis: int) -> type[nn.Module]:
     return _subclass(kind, f"Biased{kind.__name__}", {"forward": forward}, (_biased, axis))
 
 
-def _computed(name: str, make: Any) -> property:
-    """A property that reads what is made of a parameter and sets the parameter itself, as FSDP does."""
-
-    def put(self: Any, value: Tensor) -> None:
-        self._parameters[name] = value
-
-    return property(make, put)
-
-
 def _subclass(kind: type[nn.Module], name: str, namespace: dict[str, Any], recipe: tuple[Any, ...]) -> type[nn.Module]:
     """Return a subclass made at run time whose instances can be pickled and copied, by the recipe that makes it."""
     make, *arguments = recipe
     namespace["_recipe"] = (make, getattr(kind, "_recipe", kind), *arguments)
     namespace["__reduce_ex__"] = lambda self, protocol: (_instance, self._recipe, self.__getstate__())
-    # Of torch's, so that a symbolic trace calls it as it calls torch's layers: inside of the forward it would read the
-    # computed weight for the raw one.
-    return type(name, (kind,), {**namespace, "__module__": nn.Module.__module__})
+    return type(name, (kind,), {**namespace, "__module__": kind.__module__})
 
 
 def _instance(*recipe: Any) -> nn.Module:
