@@ -263,7 +263,7 @@ MISTAKES = {
     "not a run": (["evaluate", "{dir}/m.onnx", "--run", "{dir}/empty"], "is no run's folder"),
     "a damaged file": (["predict", "{dir}/bad.onnx", "{dir}/text.png"], "ONNX Runtime does not run"),
     "no image": (["predict", "{run}", "{dir}/text.png"], "does not decode as an image"),
-    "no file": (["predict", "{run}", "{dir}/none.png"], "there is no file"),
+    "no file": (["predict", "{run}", "{dir}/none.png"], "there is no such file"),
     "top": (["predict", "{run}", "{dir}/text.png", "--top", "0"], "top=0"),
     "a program": (["evaluate", "{dir}/m.pt2", "--run", "{run}"], r"m\.pt2.*runs code.*--trust-code"),
     "a program to predict with": (["predict", "{dir}/m.pt2", "{dir}/text.png"], r"m\.pt2.*runs code.*--trust-code"),

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
 from normfree.data import DataConfig, EvaluationData, open_evaluation
 from normfree.signal.files import write_atomically
+from normfree.text import quoted
+
+if TYPE_CHECKING:
+    from normfree.train.trained import Trained
 
 OVERRIDES = {
     "source": "source",
@@ -82,11 +87,15 @@ class Evaluate:
         fabric = launched(
             "cpu" if trained.exported else self.accelerator, "fp32" if trained.exported else self.precision
         )
-        data = self._data(trained.data, fabric.global_rank, fabric.world_size)
+        data = self._data(trained, fabric.global_rank, fabric.world_size)
         network = trained.network.to(fabric.device)
         found = evaluate(network, data, fabric, limit=self.limit_eval_steps)
         if not fabric.is_global_zero:
             return
+        if math.isnan(found.loss):
+            raise ValueError(
+                f"model: the outputs of {quoted(self.model)} are not numbers; normfree spp says where it begins"
+            )
         top5 = "" if found.top5 is None else f"  top-5 {100 * found.top5:.2f} %"
         skipped = f"  {len(data.bad_images)} bad images" if data.bad_images else ""
         line = f"accuracy {100 * found.top1:.2f} %{top5}  loss {found.loss:.4f}  of {found.examples:,} images{skipped}"
@@ -96,8 +105,9 @@ class Evaluate:
             line += f"\nwrote {write_atomically(self.json, json.dumps(result) + chr(10))}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def _data(self, known: DataConfig | None, rank: int, world_size: int) -> EvaluationData:
+    def _data(self, trained: Trained, rank: int, world_size: int) -> EvaluationData:
         """The run's data with what the options change."""
+        known = trained.data
         if known is None and self.source is None:
             raise ValueError(
                 f"source: {self.model!r} lies in no run, so its data are not known; pass --source or --run"
@@ -108,6 +118,10 @@ class Evaluate:
         if self.source is not None and known is not None and self.source != known.source:
             # What was found in the run's own data does not hold for others.
             changes |= {"in_memory": "auto", "streaming": "auto", "image_column": None, "label_column": None}
+            changes |= {"num_classes": None, "evaluation_examples": None}
         return open_evaluation(
-            dataclasses.replace(config, **{"batch_size": 256, **changes}), rank=rank, world_size=world_size
+            dataclasses.replace(config, **{"batch_size": 256, **changes}),
+            rank=rank,
+            world_size=world_size,
+            classes=trained.class_names,
         )

@@ -15,6 +15,8 @@ from rich.console import Console
 from torch import Tensor
 
 from normfree.nn.checks import check_integer
+from normfree.reading import refused
+from normfree.text import quoted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +51,28 @@ class Predict:
     def run(self, console: Console) -> None:
         """Read all images first, then predict and tell."""
         from normfree.sources import opened
+        from normfree.train.evaluation import check_logits, precision_of
         from normfree.train.trained import open_trained
 
         trained = open_trained(
             self.model, self.run_folder, opened=partial(opened, original=self.original), trust_code=self.trust_code
         )
         images = self._images(trained)
+        names = trained.class_names
+        precision = precision_of(trained.network)
+        rows = []
         with torch.no_grad():
-            logits = torch.cat([trained.network(part) for part in images.split(64)])
+            for part in images.split(64):
+                logits = trained.network(part.to(precision))
+                check_logits(logits, len(part), None if names is None else len(names))
+                rows.append(logits.float())
+        logits = torch.cat(rows)
+        for path, row in zip(self.images, logits, strict=True):
+            if not row.isfinite().all():
+                raise ValueError(f"model: its outputs for {quoted(str(path))} are not numbers; normfree spp says why")
         found = [
-            {"image": str(path), "predictions": self._predictions(row, trained.class_names)}
-            for path, row in zip(self.images, logits.float().softmax(1), strict=True)
+            {"image": str(path), "predictions": self._predictions(row, names)}
+            for path, row in zip(self.images, logits.softmax(1), strict=True)
         ]
         if self.json:
             sys.stdout.write(json.dumps(found, indent=1) + "\n")
@@ -83,12 +96,10 @@ class Predict:
         crop = CentreCrop(self.image_size or data.image_size or 224, data.crop_ratio)
         rows = []
         for path in self.images:
-            if not path.is_file():
-                raise ValueError(f"images: there is no file {str(path)!r}")
             try:
                 image = np.asarray(crop(decode(path, data.in_channels or 3)))
             except DamagedImage as damage:
-                raise ValueError(f"images: {path} does not decode as an image ({damage})") from damage
+                raise refused("images", path, f"does not decode as an image ({damage})", "give an image") from damage
             rows.append(torch.from_numpy(image.copy()).reshape(*image.shape[:2], -1).permute(2, 0, 1))
         return Standardization(*data.statistics)(torch.stack(rows))
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from normfree.reading import read_json, refused, structured
 from normfree.signal.files import write_atomically
-from normfree.signal.propagation import SEVERITIES, BlockSignal, Entry, Finding, SignalPropagation
+from normfree.signal.propagation import SEVERITIES, Finding, SignalPropagation
+from normfree.text import first_line, one_line, quoted
 
 SCHEMA = 1
 
 # Training may shift means, shrink branches and let the signal fade without harm: learnt gains and weights want it
 # so, and the thresholds of those findings are of networks at initialisation. These stay illnesses at any step.
 TRAINING_KINDS = ("non_finite", "explosion", "dead_channels", "correlation_collapse", "silenced_branch")
-
-Dataclass = TypeVar("Dataclass", Entry, BlockSignal, Finding)
 
 _NUMBER = "$float"  # how JSON writes a number that it has no word for
 
@@ -101,11 +101,12 @@ class SignalHistory(list[tuple[int, SignalPropagation]]):
         """
         try:
             if document["schema"] != SCHEMA:
-                raise ValueError(f"schema {document['schema']!r} is not {SCHEMA}")
-            return cls((int(record["step"]), _signal(_decoded(record["signal"]))) for record in document["history"])
-        except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"schema {quoted(document['schema'])} is not {SCHEMA}")
+            records = [structured(_Record, _decoded(record), finite=False) for record in document["history"]]
+            return cls((record.step, record.signal) for record in records)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"document: it is no signal history ({type(error).__name__}: {error}); give what to_dict returned"
+                f"document: it is no signal history ({one_line(error)}); give what to_dict returned"
             ) from error
 
     @classmethod
@@ -115,11 +116,11 @@ class SignalHistory(list[tuple[int, SignalPropagation]]):
         Raises:
             ValueError: if the file is missing or something else.
         """
+        document = read_json(path)
         try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"path: {str(path)!r} cannot be read as JSON: {error}; give a file of to_json") from error
-        return cls.from_dict(document)
+            return cls.from_dict(document)
+        except ValueError as error:
+            raise refused("path", path, first_line(error), "give a file of to_json") from error
 
     def figure(self) -> Any:
         """The plots as one plotly figure with a slider over the steps, to embed in a page of one's own."""
@@ -134,22 +135,12 @@ class SignalHistory(list[tuple[int, SignalPropagation]]):
         return write_monitor_report(self, path, title=title)
 
 
-def _signal(data: dict[str, Any]) -> SignalPropagation:
-    data = dict(data)
-    data["entry"] = _restored(Entry, data["entry"])
-    data["blocks"] = tuple(_restored(BlockSignal, block) for block in data["blocks"])
-    data["findings"] = tuple(_restored(Finding, finding) for finding in data["findings"])
-    return SignalPropagation(**data)
+@dataclass(frozen=True)
+class _Record:
+    """One plot, as it is written."""
 
-
-def _restored(kind: type[Dataclass], data: Mapping[str, Any]) -> Dataclass:
-    """A frozen dataclass of ours, whose sequences are tuples."""
-    values: dict[str, Any] = {}
-    for field in fields(kind):
-        if field.name in data:
-            value = data[field.name]
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
+    step: int
+    signal: SignalPropagation
 
 
 def _encoded(value: Any) -> Any:

@@ -20,8 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from normfree.reading import kind_of, read_json, structured
 from normfree.signal.files import write_atomically
+from normfree.text import first_line, quoted, shortened
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -54,7 +58,16 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """What it takes to go on, beside the weights; never anything but tensors and plain values."""
-        return torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
+        except Exception as error:  # of pickle's, zipfile's and torch's many kinds
+            raise _damaged(self.folder, f"{STATE} cannot be read ({first_line(error)})") from error
+        if not isinstance(state, dict):
+            raise _damaged(self.folder, f"{STATE} holds {type(state).__name__}, no state")
+        for leaf in tree_leaves(state):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().nbytes() < leaf.numel() * leaf.element_size():
+                raise _damaged(self.folder, f"{STATE} has a tensor of {leaf.numel():,} numbers that are not there")
+        return state
 
 
 class CheckpointStore:
@@ -177,25 +190,46 @@ def verified(folder: str | Path) -> Checkpoint:
     """
     folder = Path(folder)
     manifest = _manifest(folder)
-    for name, facts in manifest["files"].items():
+    if missing := {WEIGHTS, STATE} - set(manifest.files):
+        raise _damaged(folder, f"{MANIFEST} does not list {min(missing)}")
+    for name, facts in manifest.files.items():
         file = folder / name
-        if not file.is_file():
-            raise _damaged(folder, f"{name} is missing")
-        if file.stat().st_size != facts["bytes"]:
-            raise _damaged(folder, f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}")
-        if _hash(file) != facts["sha256"]:
+        if Path(name).name != name or kind_of(file) != "file":
+            raise _damaged(folder, f"{shortened(name, 80)} is missing")
+        if file.stat().st_size != facts.bytes:
+            raise _damaged(folder, f"{name} has {file.stat().st_size} bytes instead of {facts.bytes}")
+        if _hash(file) != facts.sha256:
             raise _damaged(folder, f"{name} has another checksum than when it was written")
-    return Checkpoint(folder, manifest["step"], manifest["score"])
+    return Checkpoint(folder, manifest.step, manifest.score)
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Facts:
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What a manifest says of a checkpoint."""
+
+    schema: int
+    step: int
+    score: float | None
+    files: Mapping[str, _Facts]
+
+
+def _manifest(folder: Path) -> _Manifest:
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        own = manifest.pop("sha256")
-        sound = own == _own_hash(manifest) and manifest["schema"] == SCHEMA
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise _damaged(folder, f"{MANIFEST} cannot be read ({type(error).__name__})") from error
-    if not sound:
+        document = read_json(folder / MANIFEST, most=2**20)
+        own = document.pop("sha256", None)
+        sound = own == _own_hash(document)
+        manifest = structured(_Manifest, document)
+    except ValueError as error:
+        raise _damaged(folder, f"{MANIFEST} cannot be read ({first_line(error)})") from error
+    if not sound or manifest.schema != SCHEMA:
         raise _damaged(folder, f"{MANIFEST} has another checksum than when it was written")
     return manifest
 
@@ -203,14 +237,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _score(folder: Path) -> float:
     """The score a checkpoint claims; -1 without one, or where it cannot be read."""
     try:
-        score = _manifest(folder)["score"]
+        score = _manifest(folder).score
     except ValueError:
         return -1.0
     return -1.0 if score is None else float(score)
 
 
 def _damaged(folder: Path, what: str) -> ValueError:
-    return ValueError(f"checkpoint {str(folder)!r} is damaged: {what}")
+    return ValueError(shortened(f"checkpoint {quoted(str(folder))} is damaged: {what}"))
 
 
 def _facts(file: Path) -> dict[str, Any]:

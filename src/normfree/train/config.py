@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from normfree.data import DataConfig
 from normfree.models.overrides import parse_overrides
 from normfree.models.registry import accepted_overrides
 from normfree.nn.checks import check_choice, check_flag, check_integer, check_number, check_rate, invalid
+from normfree.reading import structured
+from normfree.text import first_line
 
 Config = TypeVar("Config")
 
@@ -227,25 +228,13 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: if a value breaks its rule, or a field is not the class's.
     """
-    hints = typing.get_type_hints(kind)
-    if unknown := set(values) - set(hints):
-        raise ValueError(
-            f"config: {', '.join(sorted(unknown))} is no field of {kind.__name__}; another version wrote it"
-        )
-    return kind(**{name: _typed(hints[name], value) for name, value in values.items()})
+    try:
+        return structured(kind, values)
+    except ValueError as error:
+        raise ValueError(f"config: {first_line(error)}; give an undamaged one of this version") from error
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
-
-
-def _typed(hint: Any, value: Any) -> Any:
-    """A plain value as its field's type has it: nested configs, tuples and paths."""
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if isinstance(value, Mapping):
-        return from_dict(next(kind for kind in kinds if dataclasses.is_dataclass(kind)), value)  # type: ignore[arg-type]
-    if isinstance(value, list):
-        return tuple(value)
-    return Path(value) if isinstance(value, str) and Path in kinds else value

@@ -78,7 +78,8 @@ def evaluate(
         with torch.no_grad():
             for images, targets in _in_step(batches, fabric) if sharded else batches:
                 with fabric.autocast():
-                    logits = network(images)
+                    logits = network(images.to(precision_of(network)))
+                check_logits(logits, len(images), classes)
                 if len(targets):
                     logits = logits.float()
                     metrics.update(logits, targets)
@@ -97,6 +98,25 @@ def evaluate(
         top5=float(found["top5"]) if "top5" in found else None,
         confusion=confusion.cpu().tolist(),
     )
+
+
+def precision_of(network: nn.Module) -> torch.dtype:
+    """Return the precision of a network's weights, in which it takes its images; float32 where it has none."""
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+
+
+def check_logits(logits: object, examples: int, classes: int | None) -> None:
+    """Raise unless a network's output is one number for each example and class.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != examples:
+        raise ValueError(f"model: it returns {shape} for {examples} images, not a number per class; give a classifier")
+    if classes is not None and logits.shape[1] != classes:
+        rule = f"it tells {logits.shape[1]} classes apart, and the data have {classes}"
+        raise ValueError(f"model: {rule}; give data with the model's classes")
 
 
 def _spread_again(network: nn.Module) -> None:

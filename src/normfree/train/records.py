@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from normfree.reading import kind_of, read_bytes, refused
 from normfree.signal.files import write_atomically
 from normfree.signal.packages import required
+from normfree.text import first_line
 
 TRAINING = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "clip_fraction", "images_per_second", "seconds")
 EVALUATION = ("step", "epoch", "loss", "top1", "top5", "examples", "seconds")
@@ -48,18 +50,29 @@ class Curve:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a curve's file, none if there is no file; a row that was cut off is left out."""
-    if not path.is_file():
+    """Return the rows of a curve's file, none if there is no file; a row that was cut off is left out.
+
+    Raises:
+        ValueError: it is no file of a curve: no text, or without a column of steps.
+    """
+    if kind_of(path) == "nothing":
         return []
-    with path.open(newline="") as file:
-        return [row for cells in csv.DictReader(file) if (row := _numbers(cells)) is not None]
+    content = read_bytes(path, "run")
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode(), newline=""), restval="", restkey="")
+        if content and "step" not in (reader.fieldnames or ()):
+            raise ValueError("its first line names no column 'step'")
+        return [row for cells in reader if (row := _numbers(cells)) is not None]
+    except (ValueError, csv.Error) as error:
+        rule = f"is no sound file of a run's curve ({first_line(error)})"
+        raise refused("run", path, rule, "restore it from a copy, or remove it") from error
 
 
 def _numbers(cells: Mapping[str, Any]) -> Row | None:
-    """The cells as numbers; an empty one is None."""
+    """The cells as numbers, an empty one as None; None of a row that is longer than the first, or no numbers."""
     try:
-        return {name: _number(cell) for name, cell in cells.items() if cell is not None}
-    except (TypeError, ValueError):
+        return {name: _number(cell) for name, cell in cells.items()}
+    except (AttributeError, ValueError):  # the former: a list, of the cells that have no name
         return None
 
 
@@ -67,7 +80,7 @@ def _number(cell: str) -> float | None:
     """A cell's number, which is written again as it was read."""
     if not cell:
         return None
-    return int(cell) if cell.lstrip("-").isdigit() else float(cell)
+    return int(cell) if cell.lstrip("-").isdecimal() else float(cell)
 
 
 class Records:

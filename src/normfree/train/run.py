@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from normfree.data import EvaluationData, open_evaluation
+from normfree.reading import kind_of, read_json, refused
 from normfree.signal import SignalMonitor
 from normfree.signal.files import write_atomically
 from normfree.train.checkpoint import CheckpointStore
@@ -41,6 +42,9 @@ CONFIG, METRICS, CHECKPOINTS, MODEL, SIGNAL = (
     "model.safetensors",
     "signal.json",
 )
+
+METRICS_OF_ALL = {"status", "step", "seconds", "skipped_steps", "bad_images", "evaluation"}
+"""What every metrics.json says."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class _Run:
             session = Session(self.config, self.fabric)
             data = dataclasses.replace(session.data.config, image_size=self._evaluation_size(session))
             rank, world_size = self.fabric.global_rank, self.fabric.world_size
-            evaluated = open_evaluation(data, rank=rank, world_size=world_size)
+            evaluated = open_evaluation(data, rank=rank, world_size=world_size, classes=session.data.class_names)
             session.monitor = self._monitor(session, evaluated)
             self._take_up(session)
             if finished := self._finished(session):
@@ -145,8 +149,9 @@ class _Run:
         path = self.folder / METRICS
         if session.step < session.last_step or not path.is_file():
             return None
-        metrics = json.loads(path.read_text())
-        return Summary(self.folder, metrics) if metrics["step"] == session.step and metrics["evaluation"] else None
+        metrics = read_json(path, "run")
+        evaluated = isinstance(metrics.get("evaluation"), dict) and metrics.get("step") == session.step
+        return Summary(self.folder, metrics) if evaluated and set(metrics) >= METRICS_OF_ALL else None
 
     def _write_config(self, session: Session) -> None:
         """Keep what was chosen, and what followed from it."""
@@ -204,7 +209,7 @@ class _Run:
     def _report(self, session: Session, metrics: dict[str, Any]) -> None:
         """Write the page."""
         monitor = session.monitor
-        config = json.loads((self.folder / CONFIG).read_text())
+        config = read_json(self.folder / CONFIG, "run")
         write_training_report(self.folder, config, metrics, None if monitor is None else monitor.history)
 
 
@@ -215,9 +220,11 @@ def check_same_run(config: TrainConfig) -> None:
         ValueError: naming the fields that differ.
     """
     path = config.folder / CONFIG
-    if not path.is_file():
+    if kind_of(path) == "nothing":
         return
-    before, now = json.loads(path.read_text())["config"], json.loads(json.dumps(to_dict(config)))
+    before, now = read_json(path, "run").get("config"), json.loads(json.dumps(to_dict(config)))
+    if not isinstance(before, dict):
+        raise refused("run", path, "does not say how its run was configured", "restore it from a copy")
     changed = [name for name in sorted({*before, *now} - FREE) if before.get(name, ...) != now.get(name, ...)]
     if changed:
         raise ValueError(

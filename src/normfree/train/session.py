@@ -16,7 +16,7 @@ from torch.optim import SGD, Optimizer
 from normfree.data import open_training
 from normfree.models import Backbone, create_model
 from normfree.models.registry import CENTRED
-from normfree.nn.checks import invalid
+from normfree.nn.checks import check_integer, check_number, invalid
 from normfree.optim import (
     AdaptiveGradientClipping,
     InputCentring,
@@ -26,7 +26,9 @@ from normfree.optim import (
     parameter_groups,
     warmup_cosine_factor,
 )
+from normfree.reading import parse_json
 from normfree.signal import SignalMonitor
+from normfree.text import first_line, quoted
 from normfree.train.checkpoint import AVERAGED, WEIGHTS, Checkpoint
 from normfree.train.config import OptimizerConfig, TrainConfig
 from normfree.train.precision import shard
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 Batch = tuple[Tensor, Tensor]
+
+STATE_KEYS = ("step", "skipped", "seconds", "optimizer", "averages", "signal", "data")
+"""What a checkpoint's state says."""
 
 
 class Session:
@@ -222,26 +227,37 @@ class Session:
         """Take up a checkpoint.
 
         Raises:
-            ValueError: if it was written by another number of ranks.
+            ValueError: if it was written by another number of ranks, or holds no state of this run.
         """
+        state = checkpoint.state()
+        where, world_size = f"checkpoint {quoted(str(checkpoint.folder))}", self.fabric.world_size
+        if missing := set(STATE_KEYS) - set(state):
+            raise ValueError(f"{where}: its state lacks {min(missing)}; restore it from a copy")
+        if not isinstance(state["data"], list) or len(state["data"]) != world_size:
+            left = len(state["data"]) if isinstance(state["data"], list) else "no"
+            rule = f"the run was left by {left} rank(s), whose order of images {world_size} cannot take up"
+            raise ValueError(f"{where}: {rule}; start as many processes")
+        try:
+            self._take_up(checkpoint, state)
+        except Exception as error:  # what a state of another run, or a forged one, makes of PyTorch's loaders
+            rule = f"its state is none of this run ({first_line(error)})"
+            raise ValueError(f"{where}: {rule}; give the run's own settings, or restore it from a copy") from error
+
+    def _take_up(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
         from safetensors.torch import load_file
 
-        state = checkpoint.state()
-        world_size = self.fabric.world_size
-        if len(state["data"]) != world_size:
-            rule = (
-                f"the run was left by {len(state['data'])} rank(s), whose order of images {world_size} cannot take up"
-            )
-            raise ValueError(f"checkpoint {str(checkpoint.folder)!r}: {rule}; start as many processes")
-        self.step, self.skipped, self.seconds = state["step"], state["skipped"], state["seconds"]
+        for name, minimum in (("step", 0), ("skipped", 0)):
+            check_integer(name, state[name], minimum)
+        self.step, self.skipped = state["step"], state["skipped"]
+        self.seconds = check_number("seconds", state["seconds"], 0)
         self.data.load_state_dict(state["data"][self.fabric.global_rank])
         self.states.load_network(self.network, load_file(checkpoint.folder / WEIGHTS))
         self.states.load_optimizer(self.network, self.optimizer, state["optimizer"])
         if self.average is not None:
             self.states.load_network(self.average.module, load_file(checkpoint.folder / AVERAGED))  # type: ignore[arg-type]
-            self.average.updates = state["averages"]
+            self.average.updates = check_integer("averages", state["averages"], 0)
         if self.monitor is not None and state["signal"] is not None:
-            self.monitor.load_state_dict(json.loads(state["signal"]))
+            self.monitor.load_state_dict(parse_json(state["signal"]))
 
     def _of_all_ranks(self, value: Mapping[str, Any]) -> list[Any]:
         if self.fabric.world_size == 1:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normfree.data import DataConfig
 from normfree.nn.checks import invalid
+from normfree.reading import kind_of, read_json, refused, structured
+from normfree.signal.nonfinite import check_finite
 from normfree.signal.packages import required
-from normfree.text import first_line
+from normfree.text import first_line, one_line, quoted
 from normfree.train.checkpoint import MANIFEST, CheckpointStore, verified
-from normfree.train.config import from_dict
 from normfree.train.run import CHECKPOINTS, CONFIG, MODEL
 from normfree.weights import load
+
+REMEDY = "export the network again"
 
 FORMS = "a run's folder, a checkpoint's folder, or a .safetensors, .onnx or .pt2 file"
 
@@ -61,24 +62,39 @@ def open_trained(
         ValueError: if there is no such network, it is damaged, or a .pt2 file and not trusted.
     """
     path = Path(source)
+    if (kind := kind_of(path)) not in ("file", "a folder", "nothing"):
+        raise refused("model", path, f"is {kind}, no file", f"give {FORMS}")
     if path.suffix == ".pt2" and path.exists() and not trust_code:
         rule = "PyTorch's loader of .pt2 files runs code that the file holds"
         remedy = "give an .onnx or .safetensors file, or --trust-code (trust_code=True) if you made it yourself"
         raise invalid("model", str(path), rule, remedy)
     if not path.exists():
-        raise ValueError(f"model: there is no {str(path)!r}; give {FORMS}")
+        raise ValueError(f"model: there is no {quoted(str(path))}; give {FORMS}")
     described = _described(path if run is None else Path(run), required=run is not None)
     data = names = None
     if described is not None:
-        derived, config = described["derived"], described["config"]
-        data, names = from_dict(DataConfig, derived["data"]), tuple(derived["classes"])
-        data = dataclasses.replace(data, image_size=config["evaluation_size"] or data.image_size)
+        data, names = described
     if opener := {".onnx": OnnxNetwork, ".pt2": ProgramNetwork}.get(path.suffix):
         network = opener(path)
         if data is not None and network.size is not None:
             data = dataclasses.replace(data, image_size=network.size)
         return Trained(network, True, data, names)
-    return Trained(opened(weights_of(path)), False, data, names)
+    weights = weights_of(path)
+    return Trained(_usable(opened(weights), weights), False, data, names)
+
+
+def _usable(network: nn.Module, path: Path) -> nn.Module:
+    """The network, of one precision, once its weights are known to be numbers.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    try:
+        check_finite(network)
+    except ValueError as error:
+        raise refused("model", path, first_line(error), "give weights that training has not destroyed") from error
+    kinds = {tensor.dtype for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()}
+    return network.float() if len(kinds) > 1 else network
 
 
 def weights_of(path: str | Path) -> Path:
@@ -107,30 +123,58 @@ def weights_of(path: str | Path) -> Path:
     return best.weights
 
 
-def _described(path: Path, *, required: bool) -> dict[str, Any] | None:
-    """What the nearest folder above says of its run."""
+@dataclass(frozen=True)
+class _Derived:
+    """What a run's config.json says that its data and network have."""
+
+    data: DataConfig
+    classes: tuple[str, ...]
+
+
+def _described(path: Path, *, required: bool) -> tuple[DataConfig, tuple[str, ...]] | None:
+    """The data, in the size that is evaluated, and the classes of the run in the nearest folder above."""
     for folder in (path, *path.absolute().parents)[:4]:
         file = folder / CONFIG
-        if file.is_file():
-            try:
-                described = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"run: {str(file)!r} is no sound JSON file: {error}") from error
-            if isinstance(described, dict) and {"config", "derived"} <= set(described):
-                return described
+        if kind_of(file) == "nothing" or (kind_of(folder) != "a folder"):
+            continue
+        described = read_json(file, "run")
+        config = described.get("config")
+        if not isinstance(config, dict) or not isinstance(described.get("derived"), dict):
+            continue  # a file of that name of something else
+        try:
+            known = {field.name: described["derived"].get(field.name) for field in dataclasses.fields(_Derived)}
+            derived = structured(_Derived, known)
+            size = config.get("evaluation_size") or derived.data.image_size
+            return dataclasses.replace(derived.data, image_size=size), derived.classes
+        except ValueError as error:
+            raise refused("run", file, f"is damaged ({first_line(error)})", "restore it from a copy") from error
     if required:
-        raise ValueError(f"run: {str(path)!r} is no run's folder; give one with a {CONFIG} of `normfree train`")
+        raise refused("run", path, "is no run's folder", f"give one with a {CONFIG} of `normfree train`")
     return None
+
+
+def image_sizes(shape: Sequence[object]) -> tuple[int | None, int | None]:
+    """Return the number of examples and the size of the images that a file takes, each None where any will do.
+
+    Raises:
+        ValueError: it does not take one batch of images.
+    """
+    if len(shape) != 4:
+        raise ValueError(f"it takes {quoted(list(shape))}, no batch of images [N, C, H, W]")
+    batch, size = (one if isinstance(one, int) and one > 0 else None for one in (shape[0], shape[-1]))
+    return batch, size
 
 
 class FixedBatch(nn.Module):
     """A network that takes one number of examples, or any.
 
     Attributes:
+        path: of the file.
         batch_size: that number; None for any.
         size: height and width it takes; None for any.
     """
 
+    path: Path
     batch_size: int | None
     size: int | None
     answer: Callable[[Tensor], Tensor]
@@ -140,6 +184,14 @@ class FixedBatch(nn.Module):
         images = images.float().cpu().contiguous()
         if self.size is not None and images.shape[-1] != self.size:
             raise ValueError(f"image_size: {images.shape[-1]}, but the file takes {self.size}; leave it out")
+        try:
+            return self._answers(images)
+        except Exception as error:  # of ONNX Runtime's and the program's own kinds
+            raise refused(
+                "model", self.path, f"does not run ({one_line(error)})", "export the network again"
+            ) from error
+
+    def _answers(self, images: Tensor) -> Tensor:
         if self.batch_size is None:
             return self.answer(images)
         answers = []
@@ -163,13 +215,15 @@ class OnnxNetwork(FixedBatch):
     def __init__(self, path: Path) -> None:
         super().__init__()
         onnxruntime = required("onnxruntime", "an ONNX file")
+        self.path = path
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what matters is raised
         try:
-            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             (given,) = session.get_inputs()
+            self.batch_size, self.size = image_sizes(given.shape)
         except Exception as error:  # of its own kinds
-            raise ValueError(f"model: ONNX Runtime does not run {str(path)!r}: {first_line(error)}") from error
-        sizes = [size if isinstance(size, int) else None for size in given.shape]
-        self.batch_size, self.size = sizes[0], sizes[-1]
+            raise refused("model", path, f"ONNX Runtime does not run it ({first_line(error)})", REMEDY) from error
         self.answer = lambda images: torch.from_numpy(session.run(None, {given.name: images.numpy()})[0])
 
 
@@ -185,13 +239,13 @@ class ProgramNetwork(FixedBatch):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
+        self.path = path
         try:
             program = torch.export.load(path)
             (name,) = program.graph_signature.user_inputs
+            (shape,) = (node.meta["val"].shape for node in program.graph.nodes if node.name == name)
+            self.batch_size, self.size = image_sizes(shape)
+            module = program.module()
         except Exception as error:  # a damaged file raises almost anything
-            raise ValueError(f"model: PyTorch does not load {str(path)!r}: {first_line(error)}") from error
-        (shape,) = (node.meta["val"].shape for node in program.graph.nodes if node.name == name)
-        sizes = [size if isinstance(size, int) else None for size in shape]
-        self.batch_size, self.size = sizes[0], sizes[-1]
-        module = program.module()
+            raise refused("model", path, f"PyTorch does not load it ({first_line(error)})", REMEDY) from error
         self.answer = lambda images: module(images)  # not as a child: a program has no mode to change
