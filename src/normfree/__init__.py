@@ -7,7 +7,7 @@
 
 from typing import Any
 
-from normfree import optim
+from normfree import interrupt, optim  # noqa: F401 - interrupt first: what follows takes seconds to import
 from normfree.convert import convert
 from normfree.models import create_model, list_models
 from normfree.nn import fold, gamma

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import tyro
-from rich.console import Console
 
 import normfree
+from normfree import interrupt
 from normfree.commands.benchmark import Benchmark
 from normfree.commands.convert import Convert
 from normfree.commands.demo import Demo
@@ -23,8 +24,10 @@ from normfree.commands.models import Models
 from normfree.commands.paper import Paper
 from normfree.commands.predict import Predict
 from normfree.commands.spp import Spp
+from normfree.commands.terminal import Terminal
 from normfree.commands.train import Train
 from normfree.nn.checks import suggestion
+from normfree.text import LONGEST, all_lines, one_line
 
 WIDTH = 110
 """Columns of what is not read on a terminal."""
@@ -52,17 +55,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 (or what the command returns: 1 where ``doctor`` finds a model not healthy), or 2 for an error the user
-        can mend, told in one line on standard error.
+        can mend, told in one line on standard error; 1 where nobody reads what is printed; 3 for an error that is ours.
     """
+    interrupt.raise_again()
+    _open_streams()
     try:
         command = _parsed(arguments)
-        return command.run(Console(width=None if sys.stdout.isatty() else WIDTH)) or 0
+        code = command.run(Terminal(width=None if sys.stdout.isatty() else WIDTH)) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has read enough
+        _drop_output()
+        return 1
     except (ValueError, OSError, ImportError) as error:
-        print(f"normfree: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _failed(all_lines(error, LONGEST), 2)
     except KeyboardInterrupt:
-        print("normfree: interrupted", file=sys.stderr)
-        return 130
+        return _failed("interrupted", interrupt.INTERRUPTED)
+    except Exception as error:
+        if os.environ.get("NORMFREE_TRACEBACK"):
+            raise
+        said = f"{one_line(error)}; if no argument explains it, report it with what NORMFREE_TRACEBACK=1 prints"
+        return _failed(said, 2 if isinstance(error, (MemoryError, OverflowError)) else 3)
+
+
+def _open_streams() -> None:
+    """Have streams to print to that take any character, whatever their encoding, also where they were closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _failed(said: str, code: int) -> int:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+    with contextlib.suppress(OSError):
+        print(f"normfree: {said}", file=sys.stderr, flush=True)
+    return code
+
+
+def _drop_output() -> None:
+    """Have what is left of the output go nowhere, or Python would complain of it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parsed(arguments: Sequence[str] | None) -> Any:

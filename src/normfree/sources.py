@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from normfree.convert import stored_conversion
+from normfree.memory import check_memory
 from normfree.models import create_model, list_models
 from normfree.models.overrides import parse_overrides
 from normfree.nn.checks import invalid, suggestion
@@ -65,7 +66,15 @@ def build(source: str, original: str | None = None) -> Built:
         raise _no_use(original, source)
     if _names_factory(source):
         return _from_file(source)
-    return Built(_by_name(source, DEEPEST)())
+    named = _by_name(source, DEEPEST)
+    if source.partition(":")[2] and not source.startswith(("torchvision:", "timm:")):
+        try:
+            with torch.device("meta"):
+                size = sum(parameter.nbytes for parameter in named().parameters())
+        except (RuntimeError, OverflowError) as error:  # more numbers than an index counts
+            raise invalid("model", source, first_line(error), "pass smaller widths") from error
+        check_memory("model", source, size)
+    return Built(named())
 
 
 def takes_original(source: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 from normfree.benchmark import Contender, Part, markdown, measure
@@ -83,7 +84,9 @@ class Benchmark:
         results = []
         with console.status("starting") as status:
             for part in self.parts():
-                results.append(measure(part, device=device, seed=self.seed, say=status.update))
+                results.append(
+                    measure(part, device=device, seed=self.seed, say=lambda text: status.update(escape(text)))
+                )
         page = markdown(results, "Benchmark")
         self.out.mkdir(parents=True, exist_ok=True)
         written = [

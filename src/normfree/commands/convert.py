@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 from normfree.commands.devices import device_named
@@ -70,12 +71,12 @@ class Convert:
     def run(self, console: Console) -> None:
         """Build, convert, write, and say what was changed."""
         built, _ = prepared(self)
-        with console.status(f"converting {self.model}"):
+        with console.status(f"converting {escape(self.model)}"):
             converted = converted_as(self, built)
         conversion = _record_of(converted)
         paths = [save(converted, self.out), conversion.to_json(self.out.with_suffix(".json"))]
         print_conversion(console, conversion)
-        console.print("wrote " + " ".join(str(path) for path in paths), highlight=False, soft_wrap=True)
+        console.print("wrote " + " ".join(str(path) for path in paths), highlight=False, markup=False, soft_wrap=True)
 
 
 def prepared(options: Any) -> tuple[Built, dict[str, Any]]:

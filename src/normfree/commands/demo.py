@@ -47,7 +47,7 @@ class Demo:
             paths += self._digits(console)
         console.print("Written, the pages to be opened in a browser:", highlight=False)
         for path in paths:
-            console.print(f"  {path}", highlight=False, soft_wrap=True)
+            console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
 
     def _photographs(self, console: Console) -> list[Path]:
         console.print("Three ResNet-50s at initialisation, on random crops of two photographs.", highlight=False)
@@ -60,9 +60,10 @@ class Demo:
             out=self.out,
         )
         signals = [s.renamed(name) for s, name in zip(command.measure(console), MODELS, strict=True)]
+        paths = write_signals(signals, self.out)
         for signal in signals:
             print_signal(console, signal)
-        return write_signals(signals, self.out)
+        return paths
 
     def _digits(self, console: Console) -> list[Path]:
         told = f"Three of 50 layers, narrower, learn scikit-learn's digits: {self.epochs} epochs of one recipe."
@@ -76,5 +77,6 @@ class Demo:
             seconds = "" if learned.seconds is None else f"{learned.seconds:.1f}"
             table.add_row(name, f"{variance:.3g}", learned.outcome, seconds)
             signals.append(learned.signal.renamed(f"{name} ({learned.outcome})"))
+        paths = write_signals(signals, self.out / "digits")
         console.print(table)
-        return write_signals(signals, self.out / "digits")
+        return paths

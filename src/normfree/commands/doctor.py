@@ -80,7 +80,7 @@ class Doctor:
             print_conversion(console, conversion)
             print_signal(console, signals[1])
         paths = self._write(signals, conversion, reason)
-        console.print("wrote " + " ".join(str(path) for path in paths), highlight=False, soft_wrap=True)
+        console.print("wrote " + " ".join(str(path) for path in paths), highlight=False, markup=False, soft_wrap=True)
         return int(not is_healthy(before))
 
     def _signal(self, model: nn.Module, name: str, batch: Any, described: dict[str, Any]) -> SignalPropagation:

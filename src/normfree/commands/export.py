@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 import tyro
 from rich import filesize
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 from normfree.export import Exported, to_onnx, to_program
 from normfree.export.staging import check_path
+from normfree.memory import check_memory
 from normfree.nn.checks import check_choice
 from normfree.signal import input_shape
 from normfree.sources import build
@@ -69,7 +72,7 @@ class Export:
             torch.manual_seed(self.seed)
             model, batch = build(self.model, self.original)
             batch = self._batch(model) if batch is None else self._own(batch)
-        with console.status(f"exporting {self.model}"):
+        with console.status(f"exporting {escape(self.model)}"):
             written = WRITERS[kind](model, batch, path, dynamic_batch=self.dynamic_batch, tolerance=self.tolerance)
         self._tell(console, written)
 
@@ -84,8 +87,10 @@ class Export:
             if len(shape) != 3:
                 raise ValueError(f"image_size: the model takes {list(shape)}, not an image; leave --image-size out")
             shape = (shape[0], self.image_size, self.image_size)
+            check_memory("image_size", self.image_size, 4 * math.prod(shape))
         parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
         precision = torch.float32 if parameter is None else parameter.dtype
+        check_memory("batch_size", self.batch_size, 4 * (self.batch_size or 1) * math.prod(shape))
         return torch.randn(self.batch_size or 1, *shape).to(precision)
 
     def _own(self, batch: Any) -> Any:

@@ -38,4 +38,4 @@ class Paper:
         with console.status(f"{self.what}: {blocks} blocks") as status:
             paths = make(figure, self.setting, self.out, lambda text: status.update(f"{self.what}: {text}"))
         console.print(Markdown(paths[-1].read_text()))
-        console.print("wrote " + " ".join(map(str, paths)), highlight=False, soft_wrap=True)
+        console.print("wrote " + " ".join(map(str, paths)), highlight=False, markup=False, soft_wrap=True)

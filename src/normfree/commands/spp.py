@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections import Counter
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from torch import nn
 
@@ -20,6 +22,7 @@ from normfree.commands.devices import device_named
 from normfree.commands.outputs import check_folder, write_signals
 from normfree.commands.tables import print_signal
 from normfree.data import GaussianNoise, Probe, probe_named
+from normfree.memory import check_memory
 from normfree.signal import SignalPropagation, input_shape, spp
 from normfree.sources import build, check_original, takes_original
 
@@ -79,7 +82,7 @@ class Spp:
         paths = write_signals(signals, self.out)
         for signal in signals:
             print_signal(console, signal)
-        console.print("wrote " + " ".join(str(path) for path in paths), highlight=False, soft_wrap=True)
+        console.print("wrote " + " ".join(str(path) for path in paths), highlight=False, markup=False, soft_wrap=True)
 
     def measure(self, console: Console) -> list[SignalPropagation]:
         """One measurement a model, in the order given."""
@@ -88,9 +91,9 @@ class Spp:
         device = device_named(self.device)
         signals = []
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("listening", total=len(self.models))
+            task = progress.add_task("measuring", total=len(self.models))
             for source in self.models:
-                progress.update(task, description=f"listening to {source}")
+                progress.update(task, description=f"measuring {escape(source)}")
                 signals.append(self._measure_one(source, probe, device))
                 progress.advance(task)
         return _told_apart(signals)
@@ -138,6 +141,9 @@ def batch_shape(model: nn.Module, probe: Probe, *, image_size: int | None, batch
     if image_size is not None:
         sized = (image_size, image_size)
         shape = (*shape[:-2], *sized) if len(shape) >= 3 else (_image_channels(model), *sized)
+    for argument, value, size in (("image_size", image_size, math.prod(shape)), ("batch_size", batch_size, batch_size)):
+        check_memory(argument, value, 4 * size)
+    check_memory("batch_size", batch_size, 4 * batch_size * math.prod(shape))
     return (batch_size, *shape)
 
 

@@ -58,7 +58,9 @@ class Train:
         metrics = summary.metrics
         if not summary.finished:
             where = f"step {metrics['step']} is in {summary.folder / 'checkpoints'}"
-            console.print(f"stopped as asked: {where}; the same command goes on", highlight=False, soft_wrap=True)
+            console.print(
+                f"stopped as asked: {where}; the same command goes on", highlight=False, markup=False, soft_wrap=True
+            )
             return
         found = metrics["evaluation"]
         top5 = "" if found["top5"] is None else f", top-5 {100 * found['top5']:.2f} %"
@@ -68,5 +70,7 @@ class Train:
             if count
         )
         accuracy = f"accuracy {100 * found['top1']:.2f} %{top5} of {found['examples']:,} images"
-        console.print(f"{accuracy}, {metrics['seconds']:.1f} s of training{counts}", highlight=False, soft_wrap=True)
-        console.print(f"wrote {summary.folder}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{accuracy}, {metrics['seconds']:.1f} s of training{counts}", highlight=False, markup=False, soft_wrap=True
+        )
+        console.print(f"wrote {summary.folder}", highlight=False, markup=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from normfree.export.arguments import ExampleInput
 from normfree.export.capture import quiet
 from normfree.export.exported import Exported, Format, Opened, export
+from normfree.text import one_line
 
 
 def to_program(
@@ -61,9 +62,13 @@ def _write(program: ExportedProgram, path: Path, output_names: Sequence[str]) ->
 
 
 def _read(path: Path) -> Opened:
-    with quiet():
-        program = torch.export.load(path)
-        module = program.module()
+    try:
+        with quiet():
+            program = torch.export.load(path)  # the file this process has just written
+            module = program.module()
+    except Exception as error:  # names of modules that PyTorch writes and cannot read
+        remedy = "give the model's modules plain names, or write an ONNX file"
+        raise ValueError(f"model: PyTorch does not read its own program ({one_line(error)}); {remedy}") from error
     targets = (node.target for node in program.graph.nodes if node.op == "call_function")
     operators = Counter(getattr(target, "__name__", str(target)).partition(".")[0] for target in targets)
     return Opened(answer=lambda arguments: arguments.call(module), operators=dict(operators.most_common()))

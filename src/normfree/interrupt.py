@@ -1,0 +1,41 @@
+"""Ctrl-C while PyTorch is imported: the command ends with one line, as it does later.
+
+Imported before anything else; ``normfree.cli.main`` takes the handler back.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a command that Ctrl-C ended."""
+
+
+def _end(number: int, frame: Any) -> None:
+    os.write(2, b"normfree: interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+def is_command(words: list[str]) -> bool:
+    """Tell whether a process's words are those of the command: ``normfree …`` or ``python -m normfree …``."""
+    module = any(words[i : i + 2] == ["-m", "normfree"] for i in range(len(words)))
+    return module or any(Path(word).name == "normfree" for word in words[:2])
+
+
+def catch_at_start() -> None:
+    """End the process at an interrupt, if it is the command's; until :func:`raise_again`."""
+    if is_command(sys.orig_argv) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def raise_again() -> None:
+    """Have an interrupt raise KeyboardInterrupt, as Python does."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+catch_at_start()
