@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normfree.signal import graph
-from normfree.signal.graph import Node, Path, meet, residual
+from normfree.signal.graph import Additions, Node, Path, meet, residual
 
 LAYER = Path(weighted=1, mixing=1)
 BEND = Path(nonlinear=1)
@@ -234,6 +234,26 @@ def test_every_decision_is_the_one_by_definition(drawn):
             assert decision == reference.residual(last, other), (last, other)
             assert nodes.index(meet(nodes[last], nodes[other])) == reference.meet(last, other)
             assert nodes[other].dominates(nodes[last]) == (other in reference.dominators[last])
+
+
+@settings(max_examples=60, deadline=None)
+@given(graphs(), st.data())
+def test_the_additions_inside_a_branch(drawn, data):
+    """Those that depend on the ancestor and that the shortcut does not depend on, whichever sums are additions."""
+    parents, steps = drawn
+    nodes, sums, additions = list[Node](), list[Node](), Additions()
+    for above, step in zip(parents, steps, strict=True):
+        node = Node([nodes[parent] for parent in above], step)
+        nodes.append(node)
+        if len(set(above)) > 1 and data.draw(st.booleans()):
+            additions.append(node)
+            sums.append(node)
+        for ancestor in nodes:
+            if ancestor.dominates(node):
+                inside = [each for each in sums if each is not ancestor and ancestor.dominates(each)]
+                expected = sum(not each.dominates(node) for each in inside)
+                assert additions.enclosed(ancestor, node) == expected
+    assert len(additions) == len(sums)
 
 
 def _lines(build: Callable[[int], object], size: int) -> int:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from normfree.signal import moments as implementation
 from normfree.signal.moments import (
     EXAMPLES_CORRELATED,
     LARGEST_SQ_MEAN_TO_VAR,
@@ -25,6 +26,14 @@ random walk, sqrt(n) of them, at four standard deviations (1.5e-5). Half precisi
 
 LENGTHS = 4 * math.sqrt(LONGEST_RUN["features"] / 8) * 2.0**-24
 """The same for the length of an example's features, which eight lanes add up: 2e-5."""
+
+
+@pytest.fixture(scope="module", params=[implementation.SMALL, 0], ids=["few", "many"], autouse=True)
+def _as_few_or_as_many(request):
+    """Everything holds whichever way a small tensor is taken: as one, and as the first piece of a large one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(implementation, "SMALL", request.param)
+        yield
 
 
 def reference(x: torch.Tensor, axis: int) -> tuple[np.ndarray, np.ndarray]:

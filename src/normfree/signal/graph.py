@@ -20,8 +20,10 @@ Nothing here knows torch: the rules are tested on graphs written by hand.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple
 
 
@@ -51,6 +53,8 @@ class Path(NamedTuple):
 
 NO_STEP = Path()
 
+_NUMBERS = count()
+
 
 class Node:
     """One activation: where it came from, and what the recorder knows of it.
@@ -66,7 +70,9 @@ class Node:
         touched: how many of it and its dominators are reached from the dominator before by no path that is free of
             weighted and of partial operations.
         whole: how many of them are reached by a path with a weighted operation before any partial one.
+        number: how many were made before it.
         readers: number of activations computed from it so far.
+        sums: how many of it and its dominators are residual additions.
         straight: the furthest activation behind it before which signals were joined or bent.
         since: what paths from here to others pass, as far as was asked: fewest weighted and fewest partial
             operations, or None for an activation that is not computed from this one.
@@ -79,12 +85,14 @@ class Node:
         "jump",
         "level",
         "note",
+        "number",
         "parents",
         "path",
         "readers",
         "since",
         "step",
         "straight",
+        "sums",
         "touched",
         "whole",
     )
@@ -93,7 +101,8 @@ class Node:
         self.parents = tuple(parents)
         self.step = step
         self.note = note
-        self.readers = 0
+        self.number = next(_NUMBERS)
+        self.readers = self.sums = 0
         self.since: dict[Node, tuple[int, int] | None] | None = None
         self.straight = self
         self.dominator: Node | None = None
@@ -128,6 +137,7 @@ class Node:
             untouched, whole = False, whole or untouched
         elif step.partial:
             untouched = False
+        self.sums = dominator.sums
         self.touched = dominator.touched + (not untouched)
         self.whole = dominator.whole + whole
 
@@ -239,6 +249,55 @@ def residual(first: Node, second: Node) -> Residual | None:
     return nearer or found
 
 
+class Additions:
+    """The residual additions of one recording so far, in order, and how many of them lie inside a branch.
+
+    Of every addition, the nearest activation is known that it and all later ones depend on. It is the same for runs of
+    neighbours, and leads to that of every later run; a new addition joins the last runs, so far as they do not lead
+    to it.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.runs: list[tuple[int, Node]] = []
+        """Number of the first addition of each run, and what all additions from there on depend on."""
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def append(self, node: Node) -> None:
+        """Enter the sum of an addition before anything is computed from it."""
+        start = common = None
+        while self.runs and not self.runs[-1][1].dominates(node):
+            start, last = self.runs.pop()
+            common = common or meet(last, node)  # of the last, and so of all before that do not lead to the sum
+        if start is not None and common is not None:
+            if self.runs and self.runs[-1][1] is common:
+                start, _ = self.runs.pop()
+            self.runs.append((start, common))
+        self.runs.append((len(self.nodes), node))
+        self.nodes.append(node)
+        assert node.dominator is not None
+        node.sums = node.dominator.sums + 1
+
+    def enclosed(self, ancestor: Node, shortcut: Node) -> int:
+        """How many additions lie inside a branch: depend on its ancestor, and the shortcut not on them.
+
+        Args:
+            ancestor: where branch and shortcut part.
+            shortcut: the other operand of the addition.
+        """
+        first = bisect_right(self.nodes, ancestor.number, key=lambda node: node.number)
+        if first == len(self.nodes):
+            return 0
+        run = bisect_right(self.runs, first, key=lambda each: each[0]) - 1
+        if ancestor.dominates(self.runs[run][1]):
+            inside = len(self.nodes) - first
+        else:  # another stream runs beside
+            inside = sum(ancestor.dominates(node) for node in self.nodes[first:])
+        return inside - (shortcut.sums - ancestor.sums)
+
+
 def _with_one_source(first: Node, second: Node) -> Residual | None:
     """Both operands depend on one ancestor alone."""
     ancestor = meet(first, second)
@@ -280,7 +339,7 @@ def _starts_from_part(node: Node, ancestor: Node) -> bool:
 
 
 def _with_side_input(first: Node, second: Node, *, above: int) -> Residual | None:
-    """One operand leads straight back to an activation, above a level, that the other was computed from, among others."""
+    """One operand leads straight back to an activation that the other was computed from, above a level."""
     for branch, (node, shortcut) in enumerate(((first, second), (second, first))):
         found = _nearest_source(shortcut, node, above)
         if found is None:

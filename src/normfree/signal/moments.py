@@ -10,12 +10,17 @@ computed again in float64.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 PIECE = 1 << 20
 """Elements looked at in one go: 4 MiB of float32, about what the last-level cache of one core holds."""
+
+SMALL = 1 << 15
+"""Up to so many elements the calls cost more than what they compute: all is taken in float64, in as few as will do."""
 
 LARGEST_SQ_MEAN_TO_VAR = 300.0
 """Above this ratio E[x²] − E[x]² in float32 loses more than five digits' worth of variance (6e-8 · 300)."""
@@ -126,12 +131,33 @@ def channel_moments(x: Tensor, channel_axis: int, *, examples: int | None = None
     x = x.detach()
     if channel_axis == 0:  # one example without a batch axis: the leading axis is the one that is cut
         x, channel_axis = x.unsqueeze(0), 1
+    correlated = examples is not None and examples > 1 and x.shape[0] == examples
+    if x.numel() <= SMALL:
+        return _of_few(x, channel_axis, correlated=correlated)
     moments = _fast(x, channel_axis)
     moments = _refined(moments, x, channel_axis) if _trustworthy(moments) else _exact(x, channel_axis)
-    if examples is not None and examples > 1 and x.shape[0] == examples:
+    if correlated:
         cosine_sum, pairs = _cosine_sum(x)
         moments = Moments(moments.count, moments.mean, moments.deviation, cosine_sum, pairs)
     return moments
+
+
+def _of_few(x: Tensor, axis: int, *, correlated: bool) -> Moments:
+    """All in float64 by NumPy, whose calls take a third of the time of torch's where there is little to compute."""
+    values: np.ndarray[Any, Any] = x.double().resolve_neg().cpu().numpy()
+    others = tuple(other for other in range(x.dim()) if other != axis % x.dim())
+    count = values.size // values.shape[axis]
+    with np.errstate(all="ignore"):  # what is not finite stays so
+        mean = values.sum(others, keepdims=True) / count
+        deviation = np.square(values - mean).sum(others)
+        cosine_sum, pairs = 0.0, 0
+        if correlated:
+            features = values[:EXAMPLES_CORRELATED].reshape(min(len(values), EXAMPLES_CORRELATED), -1)
+            sq_length = np.einsum("ij,ij->i", features, features)
+            number = int(np.count_nonzero(sq_length))
+            total = np.where(sq_length == 0, 0, 1 / np.sqrt(sq_length)) @ features
+            cosine_sum, pairs = (float(total @ total) - number) / 2, number * (number - 1) // 2
+    return Moments(count, torch.from_numpy(mean.reshape(-1)), torch.from_numpy(deviation), cosine_sum, pairs)
 
 
 def _trustworthy(moments: Moments) -> bool:

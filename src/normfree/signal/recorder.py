@@ -13,16 +13,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree.signal import operations as op
 from normfree.signal.channels import likely_axis
 from normfree.signal.flow import Note, noted_after, scaled_by, step_of
-from normfree.signal.graph import Node, Residual, residual
+from normfree.signal.graph import Additions, Node, Residual, residual
 from normfree.signal.modules import ModuleStack
 from normfree.signal.moments import Moments, channel_moments
 from normfree.signal.scaling import before_scaling
 from normfree.signal.statics import Statics, written_by
+from normfree.signal.tensor_map import TensorMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Recorder(TorchDispatchMode):
         self.examples = examples
         self.before_writing = before_writing
         self.statics = Statics(model, before_writing, wake=wake)
-        self.nodes: Any = WeakTensorKeyDictionary()
+        self.nodes: TensorMap[Node] = TensorMap()
         self.created = 0
         self.measuring = False
         root = Node((), note=Note())
@@ -169,12 +169,12 @@ class Recorder(TorchDispatchMode):
             self.statics.wake(weight)
         note = noted_after(name, args, active, parents, (weight, bias), self.statics, self.moments_of)
         result = func(*args, **kwargs)
-        for tensor in tree_leaves(result):
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor):
                 made = note.made(name, args, tensor.shape, self.created)
                 self._add_node(name, args, tensor, Node(parents, step_of(name, active, tensor), made))
         output = result[0] if name in op.RECURRENT and isinstance(result, (tuple, list)) else result
-        if isinstance(output, Tensor) and step_of(name, active, output).weighted:
+        if isinstance(output, Tensor) and self.nodes[output].step.weighted:
             self.on_weighted(active[0], output)
         return result
 
@@ -207,7 +207,7 @@ class ResidualRecorder(Recorder):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.additions: list[Node] = []
+        self.additions = Additions()
         self.received: dict[nn.Module, Node] = {}
 
     def on_module(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -237,7 +237,7 @@ class ResidualRecorder(Recorder):
             self.recording.entry = self._entry(found.ancestor, shortcut)
         branch_note.axis = axis
         before = self.moments_of(branch)
-        encloses = self._enclosed(found.ancestor, shortcut_node)
+        encloses = self.additions.enclosed(found.ancestor, shortcut_node)
         result = run()
         node = self.nodes[result]
         node.note = Note(shape=tuple(result.shape), axis=axis, order=self.created)
@@ -280,15 +280,6 @@ class ResidualRecorder(Recorder):
             note = self.nodes[shortcut].note
         assert note.moments is not None
         return Point(name=name, kind="entry", shape=note.shape, channel_axis=note.channel_axis, output=note.moments)
-
-    def _enclosed(self, ancestor: Node, shortcut: Node) -> int:
-        """How many earlier additions lie inside the branch."""
-        count = 0
-        for node in reversed(self.additions):
-            if node.note.order <= ancestor.note.order:
-                break
-            count += ancestor.dominates(node) and not node.dominates(shortcut)
-        return count
 
 
 class LayerRecorder(Recorder):

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree.signal import operations as op
 from normfree.signal.scaling import Factor, scalar_factor
+from normfree.signal.tensor_map import TensorMap
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,10 @@ def written_by(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> It
     """The tensors that an operation is about to write to."""
     for position in op.mutated_arguments(function):
         value = args[position] if position < len(args) else kwargs.get(function._schema.arguments[position].name)
-        yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+        if isinstance(value, Tensor):
+            yield value
+        else:
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 class Statics:
@@ -57,7 +60,7 @@ class Statics:
         self.before_writing = before_writing
         self.wakes = wake
         self.woken: set[int] = set()
-        self.known: Any = WeakTensorKeyDictionary()
+        self.known: TensorMap[Static] = TensorMap()
 
     def of(self, tensor: Tensor) -> Static:
         """What is known of ``tensor``."""
