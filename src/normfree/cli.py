@@ -1,4 +1,4 @@
-"""The command line: the only place that knows all commands."""
+"""The command line. It imports the module of the command that is asked for, and no other."""
 
 from __future__ import annotations
 
@@ -6,45 +6,22 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
-
-import tyro
 
 import normfree
 from normfree import interrupt
-from normfree.commands.benchmark import Benchmark
-from normfree.commands.convert import Convert
-from normfree.commands.demo import Demo
-from normfree.commands.doctor import Doctor
-from normfree.commands.evaluate import Evaluate
-from normfree.commands.export import Export
-from normfree.commands.models import Models
-from normfree.commands.paper import Paper
-from normfree.commands.predict import Predict
-from normfree.commands.spp import Spp
-from normfree.commands.terminal import Terminal
-from normfree.commands.train import Train
-from normfree.nn.checks import suggestion
+from normfree.commands import COMMANDS, command_class
 from normfree.text import LONGEST, all_lines, one_line
 
 WIDTH = 110
 """Columns of what is not read on a terminal."""
 
-COMMANDS = {
-    "spp": Spp,
-    "models": Models,
-    "train": Train,
-    "evaluate": Evaluate,
-    "predict": Predict,
-    "convert": Convert,
-    "doctor": Doctor,
-    "export": Export,
-    "benchmark": Benchmark,
-    "paper": Paper,
-    "demo": Demo,
-}
+DESCRIPTION = "Design, inspect, train and ship networks without normalizers."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_streams()
     try:
         command = _parsed(arguments)
+        from normfree.commands.terminal import Terminal
+
         code = command.run(Terminal(width=None if sys.stdout.isatty() else WIDTH)) or 0
         sys.stdout.flush()
         return code
@@ -110,21 +89,45 @@ def _parsed(arguments: Sequence[str] | None) -> Any:
     if words == ["--version"]:
         print(f"normfree {normfree.__version__}")
         raise SystemExit(0)
-    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        raise SystemExit(0)
+    if not words[0].startswith("-") and words[0] not in COMMANDS:
+        from normfree.nn.checks import suggestion
+
         raise ValueError(f"there is no command {words[0]!r}; {suggestion(words[0], COMMANDS)}")
+    import tyro
+
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
             return tyro.extras.subcommand_cli_from_dict(
-                COMMANDS,
+                {name: command_class(name) if name == words[0] else _Other for name in COMMANDS},
                 prog="normfree",
-                description="Design, inspect, train and ship networks without normalizers.",
-                args=words or ["--help"],
+                description=DESCRIPTION,
+                args=words,
             )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise ValueError(_first_sentence(told.getvalue())) from None
+
+
+@dataclass(frozen=True)
+class _Other:
+    """A command that is not asked for, whose module is not imported."""
+
+
+def _help() -> str:
+    """The commands, a line each or more where the terminal is narrow."""
+    indent = 2 + max(map(len, COMMANDS)) + 2
+    width = max(shutil.get_terminal_size((WIDTH, 0)).columns, 2 * indent)
+    told = [
+        textwrap.fill(summary, width, initial_indent=f"  {name}".ljust(indent), subsequent_indent=" " * indent)
+        for name, summary in COMMANDS.items()
+    ]
+    usage = "usage: normfree [-h] [--version] COMMAND ..."
+    return "\n".join([usage, "", DESCRIPTION, "", *told, "", "normfree COMMAND --help lists what a command takes."])
 
 
 def _first_sentence(framed: str) -> str:
