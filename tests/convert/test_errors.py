@@ -273,7 +273,7 @@ def test_what_never_ran_is_told():
     model.unused = nn.Identity()
     model.unused.norm = nn.BatchNorm2d(4)
     kept = normfree.convert(model, IMAGES).conversion.norms_left
-    assert [(one.name, one.reason) for one in kept] == [("unused.norm", NOT_RUN)]
+    assert [(one.name, one.reason) for one in kept] == [("unused.norm", NOT_RUN["fresh"])]
 
 
 def test_the_default_input_is_noise_of_the_shape_the_model_suggests():

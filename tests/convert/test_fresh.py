@@ -55,9 +55,9 @@ def test_the_measured_signal_is_the_planned_one():
 
 def test_activations_in_place_do_not_reach_the_shortcut():
     model = normfree.convert(pre_activation(), IMAGES)
-    copied = {change.name for change in model.conversion.changes if change.now == "Copy"}
-    assert {"2.norm1", "3.norm1", "4.norm1", "5.norm1"} <= copied
-    assert not {"1.norm1", "1.norm2"} & copied, "nobody else reads what the layer before gives"
+    out_of_place = {change.name for change in model.conversion.changes if change.now == "OutOfPlace"}
+    assert {f"{block}.act{which}" for block in range(1, 6) for which in (1, 2)} <= out_of_place
+    assert not {change.name for change in model.conversion.changes if change.now in ("Copy", "OutputCopy")}
     x = torch.randn(2, 32, 8, 8)
     before = x.clone()
     with torch.no_grad():
@@ -211,7 +211,7 @@ def losses(model, images, labels):
     return found
 
 
-def test_a_fused_activation_that_ends_a_branch_is_scaled_behind_the_copy():
+def test_a_fused_activation_that_ends_a_branch_is_scaled_and_works_out_of_place():
     from timm.layers import BatchNormAct2d
 
     class Fused(nn.Module):
@@ -226,10 +226,10 @@ def test_a_fused_activation_that_ends_a_branch_is_scaled_behind_the_copy():
     scaled = [change.name for change in model.conversion.changes if change.now == "BranchScale"]
     assert scaled == ["2.norm.act"]
     assert [type(module).__name__ for module in model[2].norm.modules() if not list(module.children())] == [
-        "Copy",
         "ReLU",
         "BranchScale",
     ]
+    assert not model[2].norm[0].inplace
 
 
 def test_wrapped_models_are_unwrapped():

@@ -13,7 +13,10 @@ from normfree.convert.norms import NOT_FOLLOWED
 from normfree.convert.record import Change, Conversion, Kept
 from normfree.convert.structure import Structure
 
-NOT_RUN = "it did not run on the example input; if it does on another, the layer before it may have changed"
+NOT_RUN = {
+    "fresh": "it did not run on the example input; if it does on another, the layer before it may have changed",
+    "pretrained": "it did not run on the example input; on another it does what it did",
+}
 
 
 def completed(
@@ -29,17 +32,21 @@ def completed(
     Raises:
         ValueError: nothing was changed; why, and what to do.
     """
-    kept = [*kept, *_unseen(model, structure), *norms_without_module(structure.normalizations, structure.norms)]
+    kept = [
+        *kept,
+        *_unseen(model, structure, record.start),
+        *norms_without_module(structure.normalizations, structure.norms),
+    ]
     if not changes:
         raise _nothing(model, structure, kept, record.start)
     changes = _in_running_order(changes, structure.flow)
     return replace(record, changes=tuple(changes), kept=tuple(kept), notes=tuple(notes))
 
 
-def _unseen(model: nn.Module, structure: Structure) -> list[Kept]:
+def _unseen(model: nn.Module, structure: Structure, start: str) -> list[Kept]:
     """Norms that did not run on the example: auxiliary heads in evaluation mode, for instance."""
     return [
-        Kept(name=name, was=class_name(module), reason=NOT_RUN, norm=True)
+        Kept(name=name, was=class_name(module), reason=NOT_RUN[start], norm=True)
         for name, module in unseen_norms(model, structure).items()
     ]
 
@@ -70,10 +77,13 @@ def _nothing(model: nn.Module, structure: Structure, kept: list[Kept], start: st
     elif start == "pretrained" and first.name in structure.norms and first.name not in structure.constants:
         remedy = 'choose start="fresh"' if is_removable(model.get_submodule(first.name)) else remedy
     stay = f"all {len(norms)} normalizers stay, such as" if len(norms) > 1 else "its normalizer stays,"
-    return ValueError(
+    error = ValueError(
         f"model: {class_name(model)} has nothing to convert: {stay} {first.name or 'the model'} ({first.was}): "
         f"{first.reason}; {remedy}"
     )
+    for one in norms if len(norms) > 1 else ():  # a traceback shows them all; the message stays one line
+        error.add_note(f"{one.name or 'the model'} ({one.was}): {one.reason}")
+    return error
 
 
 def _in_running_order(changes: list[Change], flow: Dataflow) -> list[Change]:

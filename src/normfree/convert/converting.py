@@ -14,12 +14,14 @@ from normfree.convert.checking import misunderstood, running
 from normfree.convert.completing import completed
 from normfree.convert.dataflow import record_all
 from normfree.convert.fresh import MEASURED, fresh_plan
+from normfree.convert.in_place import without_overwriting
 from normfree.convert.kinds import class_name
 from normfree.convert.leaks import noted_leak
 from normfree.convert.pretrained import fill, pretrained_plan
 from normfree.convert.record import STARTS, Change, Conversion
 from normfree.convert.rewrite import exchanged, is_layer_change
 from normfree.convert.structure import Structure
+from normfree.convert.training import training_structure
 from normfree.nn.checks import check_choice, check_integer, check_number, invalid
 from normfree.signal.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of
 from normfree.signal.measure import unwrapped
@@ -89,6 +91,7 @@ def convert(
     check_batch(batch, "example_input")
     flow, heads = record_all(model, batch)
     structure = Structure(flow)
+    training = training_structure(model, structure, batch)
     record = Conversion(
         model=class_name(model),
         start=start,
@@ -100,10 +103,11 @@ def convert(
     )
     if start == "fresh":
         plan = fresh_plan(structure, model, alpha=alpha, skip_gain=skip_gain, beta=beta)
-        record = completed(record, model, structure, plan.changes, plan.kept, plan.notes)
+        changes = without_overwriting(plan.changes, structure, training)
+        record = completed(record, model, structure, changes, plan.kept, plan.notes)
         converted = _fresh(model, record, structure, batch, heads=heads)
     else:
-        converted = _pretrained(model, record, structure, batch, heads=heads)
+        converted = _pretrained(model, record, structure, training, batch, heads=heads)
     record = conversion_of(converted)
     assert record is not None, "conversion leaves its record"
     converted.conversion = noted_leak(converted, record, batch)  # type: ignore[assignment]
@@ -119,11 +123,20 @@ def _fresh(model: nn.Module, record: Conversion, structure: Structure, batch: Ba
     return converted
 
 
-def _pretrained(model: nn.Module, record: Conversion, structure: Structure, batch: Batch, *, heads: bool) -> nn.Module:
+def _pretrained(
+    model: nn.Module,
+    record: Conversion,
+    structure: Structure,
+    training: Structure | None,
+    batch: Batch,
+    *,
+    heads: bool,
+) -> nn.Module:
     """The converted model, in which each norm stays that turns out to do more than its constants say."""
     staying: dict[str, str] = {}
     while True:
-        changes, kept = pretrained_plan(structure, staying)
+        changes, kept = pretrained_plan(model, structure, training, staying)
+        changes = without_overwriting(changes, structure, training)
         full = completed(record, model, structure, changes, kept, [])
         converted, replaced = exchanged(model, full)
         fill(model, converted, changes, structure.constants)

@@ -11,9 +11,8 @@ from normfree.convert.branches import Ending, Places, endings
 from normfree.convert.input_scales import InputScale, input_scales
 from normfree.convert.kinds import activation_in, class_name, is_batch_norm
 from normfree.convert.maps import WeightedMap
-from normfree.convert.norms import needs_copy
 from normfree.convert.record import Change, Kept
-from normfree.convert.rewrite import AFFINE, BARE, COPY, SCALED, WITH_ACTIVATION
+from normfree.convert.rewrite import AFFINE, BARE, SCALED, WITH_ACTIVATION
 from normfree.convert.structure import Structure, layers_to_standardize
 from normfree.convert.variances import planned_variances
 from normfree.signal.graph import Node
@@ -132,13 +131,12 @@ def _restored(
 def _norm_out(structure: Structure, name: str, layers: tuple[str, ...]) -> Change:
     norm = structure.norms[name][0].module
     fused = activation_in(norm)
-    copied = any(needs_copy(structure, call) for call in structure.norms[name])
     stays = f"; its {', '.join(class_name(part) for _, part in fused)} stays" if fused else ""
     return Change(
         name=name,
         was=class_name(norm),
-        now=COPY if copied else WITH_ACTIVATION if fused else BARE,
-        reason=f"removed{stays}" + ("; what follows writes in place, so it gets a copy" if copied else ""),
+        now=WITH_ACTIVATION if fused else BARE,
+        reason=f"removed{stays}",
         carried_by=layers,
     )
 

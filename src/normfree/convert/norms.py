@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from normfree.convert.dataflow import Call, Dataflow, passes_unchanged
+from normfree.convert.dataflow import Call, Dataflow
 from normfree.convert.kinds import (
     activation_in,
     is_removable,
 )
-from normfree.convert.structure import Structure
 from normfree.nn.fold import attached_to
 from normfree.signal import operations as op
 
@@ -48,27 +47,3 @@ def _beside_normalizing(flow: Dataflow, call: Call) -> str:
         if step.name in _ACTIVATIONS or (at_once and not (is_affine or step.name in _LAYOUT | op.NORM)):
             return step.name
     return ""
-
-
-def needs_copy(structure: Structure, call: Call) -> bool:
-    """Whether an operation behind a norm would overwrite the norm's input, were the norm gone, while that is needed.
-
-    The output of a layer that feeds the norm alone may be overwritten: nobody else reads it, not the layer either.
-    """
-    if structure.directly_behind(call.input, alone=True) is not None:
-        return False
-    flow = structure.flow
-    waiting, seen = [call.output], {call.output}
-    if any(op.mutated_arguments(step.function) for step in flow.within(call.name) if step.module != call.name):
-        return True
-    while waiting:
-        node = waiting.pop()
-        assert node is not None
-        for step in flow.readers(node):
-            if op.mutated_arguments(step.function):
-                return True
-            for made in step.outputs if passes_unchanged(step) else ():
-                if made not in seen:
-                    seen.add(made)
-                    waiting.append(made)
-    return False

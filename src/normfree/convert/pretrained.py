@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.convert.completing import unseen_norms
 from normfree.convert.constants import AffineMap
 from normfree.convert.frozen import learns
 from normfree.convert.kinds import (
     activation_in,
     channels_of,
     class_name,
+    is_layer,
 )
 from normfree.convert.norms import NOT_FOLLOWED, why_unknown
 from normfree.convert.record import Change, Kept
@@ -22,15 +24,20 @@ from normfree.convert.structure import Structure
 from normfree.nn import ChannelAffine
 
 
-def pretrained_plan(structure: Structure, misunderstood: Mapping[str, str]) -> tuple[list[Change], list[Kept]]:
-    """What to change so that the function in evaluation mode stays, and what is kept.
+def pretrained_plan(
+    model: nn.Module, structure: Structure, training: Structure | None, misunderstood: Mapping[str, str]
+) -> tuple[list[Change], list[Kept]]:
+    """What to change so that the function stays, in evaluation mode and in training with frozen statistics.
 
     Args:
-        structure: of the model.
+        model: the model.
+        structure: of the model in evaluation mode.
+        training: of it in training mode; None where it does not run in it.
         misunderstood: norms that stay, and why.
     """
     changes: list[Change] = []
     kept: list[Kept] = []
+    alternatives = _alternatives(model, structure)
     for name, calls in structure.norms.items():
         norm = calls[0].module
         reason = misunderstood.get(name) or why_unknown(structure.flow, calls[0])
@@ -40,7 +47,9 @@ def pretrained_plan(structure: Structure, misunderstood: Mapping[str, str]) -> t
             kept.append(Kept(name=name, was=class_name(norm), reason=reason, norm=True))
             continue
         layer, reason = _layer_before(structure, name)
-        if layer is None:
+        if layer is not None:
+            reason = _in_between(training, name, layer) or _read_by_another(structure, alternatives, name, layer)
+        if layer is None or reason:
             changes.append(Change(name=name, was=class_name(norm), now=AFFINE, reason=f"stays an affine map: {reason}"))
             continue
         found = structure.maps[layer]
@@ -94,6 +103,48 @@ def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
     if not structure.maps[layer].own_weight().requires_grad and learns(calls[0].module, "weight"):
         return None, f"{layer} before it is frozen, and it is not"
     return layer, ""
+
+
+def _in_between(training: Structure | None, norm: str, layer: str) -> str:
+    """What stands between a layer and its norm in training alone, such as a dropout; "" for nothing."""
+    for call in training.norms.get(norm, ()) if training is not None else ():
+        behind = training.directly_behind(call.input, alone=True)  # type: ignore[union-attr]
+        if behind is None or behind.name != layer:
+            step = training.flow.made_by.get(call.input) if call.input is not None else None  # type: ignore[union-attr]
+            what = f"{step.name} in {step.module or 'the model'}" if step is not None else "something else"
+            return f"in training {what} comes between {layer} and it, or reads what {layer} made"
+    return ""
+
+
+def _alternatives(model: nn.Module, structure: Structure) -> list[tuple[str, str, int]]:
+    """Norms that did not run and may read a layer that did: the name, the container they share with it, the channels.
+
+    Such are the norms of other domains. One that has a layer of its own in front of it, in the part of the model that
+    did not run (an auxiliary head), reads that.
+    """
+    modules = dict(model.named_modules())
+    ran = {""}
+    for call in structure.flow.calls:
+        parts = call.name.split(".")
+        ran |= {".".join(parts[: end + 1]) for end in range(len(parts))}
+    found = []
+    for name, norm in unseen_norms(model, structure).items():
+        parts = name.split(".")
+        depth = next(end for end in range(len(parts), -1, -1) if ".".join(parts[:end]) in ran)
+        container, alone = ".".join(parts[:depth]), ".".join(parts[: depth + 1])
+        inside = [each for each in modules if f"{each}.".startswith(f"{alone}.")]
+        if not any(is_layer(modules[each]) for each in inside[: inside.index(name)]):
+            found.append((name, container, channels_of(norm)))
+    return found
+
+
+def _read_by_another(structure: Structure, alternatives: Iterable[tuple[str, str, int]], norm: str, layer: str) -> str:
+    """Why a layer must not change for a norm, as another may read it on other inputs; "" if none may."""
+    outputs = structure.maps[layer].outputs
+    for name, container, channels in alternatives:
+        if channels == outputs and (not container or f"{norm}.".startswith(f"{container}.")):
+            return f"{name}, which did not run on the example, may read {layer}, too"
+    return ""
 
 
 @torch.no_grad()

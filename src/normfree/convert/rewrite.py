@@ -18,7 +18,8 @@ from normfree.convert.record import Change, Conversion
 from normfree.nn.standardized_module import raw_name
 from normfree.text import first_line
 
-BARE, WITH_ACTIVATION, COPY = "Identity", "Activation", "Copy"
+BARE, WITH_ACTIVATION, COPY, OUTPUT_COPY = "Identity", "Activation", "Copy", "OutputCopy"
+OUT_OF_PLACE = "OutOfPlace"
 AFFINE, SCALED = "ChannelAffine", "BranchScale"
 
 
@@ -49,6 +50,9 @@ def exchanged(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[
                     f"original: {change.name} is {there}, and the record changes a {change.was}; "
                     "give the model that was converted, built with the same arguments"
                 )
+            if change.now == OUT_OF_PLACE:
+                old.inplace = False  # type: ignore[assignment]
+                continue
             if change.weight is not None:
                 _standardize_in_place(old, change)
                 continue
@@ -107,9 +111,14 @@ def _made(old: nn.Module, change: Change, options: dict[str, Any]) -> nn.Module:
     if change.now == AFFINE:
         affine = ours.ChannelAffine(channels_of(old)).to(**(_options(old) or options))
         return nn.Sequential(affine, *_activations(old)) if activation_in(old) else affine
-    if change.now not in (BARE, WITH_ACTIVATION, COPY):
+    if change.now not in (BARE, WITH_ACTIVATION, COPY, OUTPUT_COPY):
         raise ValueError(f"original: the record puts {change.now!r} at {change.name}, which this version does not make")
-    left = [ours.Copy(), *_activations(old)] if change.now == COPY else _activations(old)
+    left = _activations(old)
+    for activation in left:  # it would write into the output of what comes before
+        if getattr(activation, "inplace", False) is True:
+            activation.inplace = False  # type: ignore[assignment]
+    if change.now in (COPY, OUTPUT_COPY):
+        left = [ours.Copy() if change.now == COPY else ours.OutputCopy(), *left]
     return left[0] if len(left) == 1 else nn.Sequential(*left) if left else nn.Identity()
 
 

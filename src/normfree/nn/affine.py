@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from normfree.nn.branch_end import BranchEnd
 from normfree.nn.checks import check_integer, check_number
+from normfree.nn.fold import Foldable
 
 
 class ChannelAffine(nn.Module):
@@ -68,3 +69,14 @@ class Copy(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return input.clone()
+
+
+class OutputCopy(Copy, Foldable):
+    """Give a copy of a layer's output that would be written in place: hooks and per-example gradients keep the output.
+
+    Nothing else reads it, so what folding leaves, for inference, is no copy.
+    """
+
+    def folded(self) -> nn.Module:
+        """Return what passes its input on."""
+        return nn.Identity()
