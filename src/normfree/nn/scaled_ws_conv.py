@@ -20,6 +20,8 @@ from normfree.nn.scaled_conv import ScaledConv2d
 from normfree.nn.scaled_layer import ScaledLayer
 from normfree.nn.standardization import VARIANCE_FLOOR, standardize
 
+HALF = (torch.float16, torch.bfloat16)
+
 torch.fx.wrap("standardize")  # one node of a symbolic trace, for it asks for dimensions and values
 
 
@@ -65,11 +67,10 @@ class StandardizedFilters(BranchEnd):
         """Return the standardised weight, in the layer's layout, with the factor of the input and of the output."""
         filters = self.filters(weight)
         gain = self.gain if scale is None else self.gain * scale
-        made = self.weight_of(standardize(filters, gain, self.constant))
         if self.kept_mean is None:
-            return made
+            return self.weight_of(standardize(filters, gain, self.constant))
         mean = self.kept_mean if scale is None else self.kept_mean * scale
-        return made + self.weight_of(spread(mean, filters))
+        return self.weight_of(standardize_about(filters, gain, mean, self.constant))
 
     @torch.no_grad()
     def fit(self, raw: Tensor, weight: Tensor, factor: Tensor) -> None:
@@ -77,27 +78,36 @@ class StandardizedFilters(BranchEnd):
 
         Args:
             raw: is set to the weight with the factors' magnitudes, so that it, too, trains at the pace of a plain
-                weight; where a factor is zero it keeps its own size.
+                weight; where a factor is zero it keeps its own size. In float16 and bfloat16 with the nearest powers
+                of two, which round nothing.
             weight: in the layer's layout.
             factor: [O].
         """
         assert self.kept_mean is not None, "a standardized weight alone sums to zero"
         factor = factor.double()
         magnitude = torch.where(factor == 0, 1.0, factor.abs())
+        if raw.dtype in HALF:
+            magnitude = magnitude.log2().round().exp2()
         filters = self.filters(weight.double())
         filters = filters * magnitude.view(-1, *[1] * (filters.dim() - 1))
         raw.copy_(self.weight_of(filters))
-        rows, sign = filters.flatten(1), factor.sign()
+        rows, rest = filters.flatten(1), factor / magnitude
         norm = (rows - rows.mean(1, keepdim=True)).square().sum(1).clamp_min(VARIANCE_FLOOR).sqrt()
-        self.gain.copy_(sign * norm / self.constant)
-        self.kept_mean.copy_(sign * rows.mean(1) * rows.shape[1] ** 0.5)
+        self.gain.copy_(rest * norm / self.constant)
+        self.kept_mean.copy_(rest * rows.mean(1) * rows.shape[1] ** 0.5)
 
 
 @torch.fx.wrap  # one node of a symbolic trace, for it asks for dimensions
-def spread(means: Tensor, filters: Tensor) -> Tensor:
-    """Return one mean for each filter, [O], at each of its N weights, [O, fan-in …], divided by sqrt(N)."""
-    scaled = means * filters[0].numel() ** -0.5
-    return scaled.view(-1, *[1] * (filters.dim() - 1)).expand_as(filters)
+def standardize_about(filters: Tensor, gain: Tensor, means: Tensor, scale: float) -> Tensor:
+    """Return standardised filters [O, fan-in …] with one mean for each, [O], over sqrt(N), added to its N weights.
+
+    Filters in float16 and bfloat16 are computed in float32 and rounded once: a mean is often below half a unit in the
+    last place of a weight, and added to one that was rounded before it would be lost in every weight.
+    """
+    if filters.dtype in HALF:
+        return standardize_about(filters.float(), gain.float(), means.float(), scale).to(filters.dtype)
+    spread = (means * filters[0].numel() ** -0.5).view(-1, *[1] * (filters.dim() - 1))
+    return standardize(filters, gain, scale) + spread
 
 
 class Standardized(StandardizedFilters, ScaledLayer):
