@@ -37,9 +37,9 @@ def convolution(norm=None):
     ],
 )
 def test_bad_input_is_one_line(model, options, message):
-    with pytest.raises(ValueError, match=r"^[^\n]*$") as raised:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 - its notes, which a traceback shows, have more lines
         normfree.convert(model, IMAGES, **options)
-    assert message in str(raised.value)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_norm_inside_a_scripted_module():

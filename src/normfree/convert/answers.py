@@ -75,13 +75,15 @@ class Norms:
 
     Attributes:
         removed: those it can do without, and the layers that answer each.
-        between: those among them with operations between them and the layers that answer them.
+        between: those among them that layers before them answer past other operations.
+        apart: those among them that no layer comes directly before.
         affine: those an affine map stands for, and why.
         kept: the others, and why.
     """
 
     removed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     between: set[str] = field(default_factory=set)
+    apart: set[str] = field(default_factory=set)
     affine: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
 
@@ -105,6 +107,8 @@ def sorted_norms(structure: Structure) -> Norms:
             norms.removed[name] = tuple(dict.fromkeys(each for answer in answers for each in answer.layers))
             if any(answer.between for answer in answers):
                 norms.between.add(name)
+            if not all(structure.directly_behind(call.input, alone=False) for call in calls):
+                norms.apart.add(name)
     return norms
 
 

@@ -22,6 +22,9 @@ from normfree.signal.inputs import Batch, call, copy_of
 EPS = 1e-5
 """Added to the variance of a channel of the input, as BatchNorm does."""
 
+LEAST_VALUES = 16
+"""Values of a channel whose variance says something of the signal (its relative error is sqrt(2 / 16) = 0.35)."""
+
 MOST_OFF = 100.0
 """The variance that a norm gave may be off by so much where standardized layers before it carry it instead."""
 
@@ -44,11 +47,13 @@ class Measured:
         scales: the input scale of each layer that had none.
         factors: the factor of each norm's place that had none.
         lost: the mean square at each norm's place where the layers before it do not carry the variance.
+        shares: of the variance within channels and that of their means, at each norm's place, the share of the first.
     """
 
     scales: dict[str, float] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
 
 
 def measure(model: nn.Module, conversion: Conversion, batch: Batch, *, heads: bool) -> Measured:
@@ -121,7 +126,7 @@ def _hooks(
         yield name, _at_first(_factor_setter(name, found.factors))
     elif change.carried_by:
         size = conversion.alpha if not scaled.isdisjoint(change.carried_by) else 1.0
-        yield name, _at_first(_checker(change, size, found.lost, ran))
+        yield name, _at_first(_checker(change, size, found, ran))
 
 
 def _at_first(hook: Hook) -> Hook:
@@ -144,13 +149,19 @@ def _factor_setter(name: str, found: dict[str, float]) -> Hook:
     return hook
 
 
-def _checker(change: Change, size: float, lost: dict[str, float], ran: set[str]) -> Hook:
-    """Note a mean square at a norm's place that is far from ``size`` squared, though layers before it carry it."""
+def _checker(change: Change, size: float, found: Measured, ran: set[str]) -> Hook:
+    """Note a mean square at a norm's place that is far from ``size`` squared, and what channels of [N, C, …] share."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        mean_square = float(_tensor_in(inputs, named).double().square().mean())
+        given = _tensor_in(inputs, named).double()
+        mean_square = float(given.square().mean())
         if not ran.isdisjoint(change.carried_by) and not size**2 / MOST_OFF <= mean_square <= MOST_OFF:
-            lost[change.name] = mean_square
+            found.lost[change.name] = mean_square
+        channels = given.transpose(0, 1).flatten(1) if given.dim() > 1 else given[None]
+        if channels.shape[1] >= LEAST_VALUES:
+            variance, mean = torch.var_mean(channels, 1, correction=0)
+            within = float(variance.mean())
+            found.shares[change.name] = within / max(within + float(mean.var(correction=0)), torch.finfo().tiny)
 
     return hook
 

@@ -148,7 +148,8 @@ def change_by_others(model: nn.Module, batch: Batch) -> float | None:
         return None
 
     def alone(tensor: Any) -> Any:
-        return tensor[:1].expand_as(tensor).clone() if isinstance(tensor, Tensor) and tensor.dim() else tensor
+        alike = isinstance(tensor, Tensor) and tensor.dim() > 0 and tensor.layout == torch.strided
+        return tensor[:1].expand_as(tensor).clone() if alike else tensor
 
     outputs = []
     for each in (batch, tree_map(alone, batch)):

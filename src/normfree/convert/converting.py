@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfree.convert.calibrate import keep_pace, measure
+from normfree.convert.calibrate import Measured, keep_pace, measure
 from normfree.convert.checking import misunderstood, running
 from normfree.convert.completing import completed
 from normfree.convert.dataflow import record_all
@@ -34,6 +34,10 @@ BETAS = ("plan", MEASURED)
 
 LEAST_SCALE, MOST_SCALE = 0.01, 100.0
 """Input scales beyond them stand for a signal of a variance below 1e-4 or above 1e4: something before it is wrong."""
+
+LEAST_SHARE = 0.25
+"""Share of the variation within channels, of that and of the variance of their means, below which a removed norm is
+missed: the next standardized layer makes the whole 1, and leaves this of it to the examples."""
 
 MOST_SEED = 2**64 - 1
 """Torch's generators take no larger one."""
@@ -102,10 +106,7 @@ def convert(
         source=source,
     )
     if start == "fresh":
-        plan = fresh_plan(structure, model, alpha=alpha, skip_gain=skip_gain, beta=beta)
-        changes = without_overwriting(plan.changes, structure, training)
-        record = completed(record, model, structure, changes, plan.kept, plan.notes)
-        converted = _fresh(model, record, structure, batch, heads=heads)
+        converted = _fresh(model, record, structure, training, batch, heads=heads, skip_gain=skip_gain)
     else:
         converted = _pretrained(model, record, structure, training, batch, heads=heads)
     record = conversion_of(converted)
@@ -114,12 +115,41 @@ def convert(
     return converted
 
 
-def _fresh(model: nn.Module, record: Conversion, structure: Structure, batch: Batch, *, heads: bool) -> nn.Module:
-    """The converted model, what is still open measured."""
-    converted, replaced = exchanged(model, record)
-    with running(record, model, converted, replaced):
-        _measure(converted, record, structure, batch, heads=heads)
-    keep_pace(converted.get_submodule(change.name) for change in record.changes if is_layer_change(change))
+def _fresh(
+    model: nn.Module,
+    record: Conversion,
+    structure: Structure,
+    training: Structure | None,
+    batch: Batch,
+    *,
+    heads: bool,
+    skip_gain: float,
+) -> nn.Module:
+    """The converted model, what is still open measured.
+
+    Where the measurement shows that the channels of a norm's place differ in their means more than within (what lies
+    before it averages over nodes or positions), no layer carries the variance on: then it is planned again, with an
+    affine map there.
+    """
+    uncarried: dict[str, str] = {}
+    while True:
+        plan = fresh_plan(
+            structure, model, alpha=record.alpha, skip_gain=skip_gain, beta=record.beta, uncarried=uncarried
+        )
+        changes = without_overwriting(plan.changes, structure, training)
+        full = completed(record, model, structure, changes, plan.kept, plan.notes)
+        converted, replaced = exchanged(model, full)
+        with running(full, model, converted, replaced):
+            found = _measure(converted, full, structure, batch, heads=heads)
+        more = {
+            name: f"without it, {share:.1g} of the variance there is within channels, and the rest between their means"
+            for name, share in found.shares.items()
+            if name in plan.replaceable and share < LEAST_SHARE
+        }
+        if not more:
+            break
+        uncarried |= more
+    keep_pace(converted.get_submodule(change.name) for change in full.changes if is_layer_change(change))
     return converted
 
 
@@ -165,7 +195,9 @@ def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: s
             )
 
 
-def _measure(converted: nn.Module, conversion: Conversion, structure: Structure, batch: Batch, *, heads: bool) -> None:
+def _measure(
+    converted: nn.Module, conversion: Conversion, structure: Structure, batch: Batch, *, heads: bool
+) -> Measured:
     """Set what is still open, and enter it into the record, with notes on what a reader should look at."""
     found = measure(converted, conversion, batch, heads=heads)
     changes = []
@@ -186,6 +218,7 @@ def _measure(converted: nn.Module, conversion: Conversion, structure: Structure,
             'which carry its variance; if few examples are not why, choose beta="measured"'
         )
     converted.conversion = replace(conversion, changes=tuple(changes), notes=tuple(notes))  # type: ignore[assignment]
+    return found
 
 
 def _notes_on_scales(structure: Structure, changes: list[Change]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -39,14 +40,24 @@ class Plan:
         changes: the modules to be exchanged; input scales to be measured are None.
         kept: what is left alone.
         notes: branches that could not be scaled.
+        replaceable: the norms that go without a layer directly before them, in whose place an affine map could stand.
     """
 
     changes: list[Change]
     kept: list[Kept]
     notes: list[str]
+    replaceable: frozenset[str]
 
 
-def fresh_plan(structure: Structure, model: nn.Module, *, alpha: float, skip_gain: float, beta: str) -> Plan:
+def fresh_plan(
+    structure: Structure,
+    model: nn.Module,
+    *,
+    alpha: float,
+    skip_gain: float,
+    beta: str,
+    uncarried: Mapping[str, str],
+) -> Plan:
     """What to change for a variance-preserving start.
 
     Args:
@@ -55,6 +66,7 @@ def fresh_plan(structure: Structure, model: nn.Module, *, alpha: float, skip_gai
         alpha: factor of the residual branches.
         skip_gain: initial value of their learnable factor.
         beta: "plan" (closed forms where there are any) or "measured".
+        uncarried: norms whose variance was measured not to be carried by the layers near them, and how.
     """
     norms = sorted_norms(structure)
     chosen, layers_kept = layers_to_standardize(structure, norms.removed)
@@ -62,6 +74,7 @@ def fresh_plan(structure: Structure, model: nn.Module, *, alpha: float, skip_gai
     found = endings(structure, model, removed, chosen)
     variance = planned_variances(structure, set(chosen), removed, found, alpha)
     restored = _restored(structure, norms, set(chosen), found, variance)
+    restored |= {name: _affine(structure, name, reason) for name, reason in uncarried.items()}
     scales = input_scales(structure, chosen, removed - set(restored), found, alpha)
     for name in {name for ending in found for name in ending.absorbing}:
         scales[name] = InputScale(None, "measured, for what it reads is scaled by the end of a branch, too")
@@ -90,7 +103,13 @@ def fresh_plan(structure: Structure, model: nn.Module, *, alpha: float, skip_gai
     ]
     without = unanswered(structure, norms, {change.name for change in changes if change.name not in removed})
     assert not without, f"nothing carries the variance of {without}"
-    return Plan(changes=changes, kept=kept, notes=notes)
+    passed = {name for ending in found if ending.modules for name in ending.passed}
+    replaceable = {
+        name
+        for name in norms.apart - passed - set(restored)
+        if len(structure.norms[name]) == 1 and is_batch_norm(structure.norms[name][0].module)
+    }
+    return Plan(changes=changes, kept=kept, notes=notes, replaceable=frozenset(replaceable))
 
 
 def _restored(

@@ -136,6 +136,5 @@ def channels_of(norm: nn.Module) -> int:
 
 
 def activation_in(norm: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules a fused norm runs after normalizing, in their order."""
-    parts = [(name, getattr(norm, name, None)) for name in ("drop", "act")]
-    return [(name, part) for name, part in parts if isinstance(part, nn.Module) and not isinstance(part, nn.Identity)]
+    """The modules a fused norm runs beside normalizing, in their order: an activation, a dropout, by any name."""
+    return [(name, part) for name, part in norm.named_children() if not isinstance(part, nn.Identity)]

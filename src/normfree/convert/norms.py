@@ -7,6 +7,7 @@ from torch import nn
 from normfree.convert.dataflow import Call, Dataflow
 from normfree.convert.kinds import (
     activation_in,
+    is_norm,
     is_removable,
 )
 from normfree.nn.fold import attached_to
@@ -28,8 +29,17 @@ def why_unknown(flow: Dataflow, call: Call) -> str:
         return "it divides by its neighbouring channels, each position by itself: it keeps no statistics"
     if not is_removable(call.module):
         return "what it does beside normalizing is not known"
+    weighted = next((name for name, part in activation_in(call.module) if _has_weights(part)), "")
+    if weighted:
+        return f"its {weighted} has weights, and what it does beside normalizing is not known"
     more = _beside_normalizing(flow, call)
     return f"its forward does more than normalize ({more})" if more else ""
+
+
+def _has_weights(part: nn.Module) -> bool:
+    """Whether a part of a norm has weights that mix channels, or is a norm itself; an activation may have slopes."""
+    mixes = any(parameter.dim() > 1 for parameter in part.parameters())
+    return mixes or any(is_norm(module) for module in part.modules())
 
 
 def _beside_normalizing(flow: Dataflow, call: Call) -> str:

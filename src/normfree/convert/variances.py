@@ -75,7 +75,7 @@ def _after(step: Step, variance: Mapping[Node, float], flow: Dataflow, *, throug
 def _factors(step: Step) -> tuple[float, ...] | None:
     """With what factor each activation enters a linear operation; None for any other one."""
     args = step.args
-    if len(step.inputs) == 1:
+    if len(step.inputs) == 1 and step.name in op.SCALING:
         other = next((each for each in args if not isinstance(each, Node)), None)
         size = _size(other) or 0.0
         divided = step.name == "div" and isinstance(args[0], Node)

@@ -68,11 +68,17 @@ def check_batch(batch: Batch, argument: str = "batch") -> None:
     for tensor in tensors:
         if tensor.numel() == 0:
             raise ValueError(f"{argument}: a tensor of shape {tuple(tensor.shape)} is empty; give at least one example")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        if tensor.is_floating_point() and (bad := int((~torch.isfinite(_values(tensor))).sum())):
             raise ValueError(
                 f"{argument}: {bad} of {tensor.numel()} input values are not finite; clean the input first"
             )
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """The values that a tensor stores: of a sparse one those beside its zeros."""
+    if tensor.layout == torch.strided:
+        return tensor
+    return tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.values()
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
