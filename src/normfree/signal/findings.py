@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import isfinite
 
-from normfree.signal import rules
+from normfree.signal import gradient_rules, rules
 from normfree.signal.comparable import where as where_is
 from normfree.signal.nonfinite import NonFinite
 from normfree.signal.propagation import SEVERITIES, Finding, SignalPropagation
@@ -18,6 +18,8 @@ KINDS = (
     "silenced_branch",
     "dead_channels",
     "correlation_collapse",
+    "gradient_explosion",
+    "gradient_vanishing",
     "non_finite",
 )
 
@@ -33,7 +35,7 @@ def findings_of(signal: SignalPropagation, non_finite: NonFinite | None = None) 
         Findings, ordered by severity.
     """
     found = list(_non_finite(signal, non_finite))
-    for rule in rules.RULES:
+    for rule in (*rules.RULES, *gradient_rules.RULES):
         found += rule(signal)
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 

@@ -1,64 +1,203 @@
-"""The gradient curve: how large the gradient of a random projection of the output is at every point."""
+"""The gradient curve: how large the gradient of a random projection of the output is at every point.
+
+One forward pass with gradients notes where each point lies in the autograd graph, and one backward pass gives the
+gradient there. ``torch.autograd.grad`` computes the gradients of activations alone, at two thirds of the cost of a
+training step's backward pass. It is refused by what calls the backward pass itself from within (re-entrant checkpoints,
+reversible networks); there the whole backward pass runs, and what it does to parameters is undone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from normfree.signal.graph import Residual
 from normfree.signal.inputs import Batch, tensors_of
 from normfree.signal.listening import run
+from normfree.signal.memory import available_memory
 from normfree.signal.modules import ModuleStack
 from normfree.signal.preserve import Preserved
 from normfree.signal.recorder import Recorder
 
 
-class _EdgeRecorder(Recorder):
-    """Takes hold of each point's place in the autograd graph, not of the activation itself.
+@dataclass(frozen=True)
+class _Place:
+    """Where the gradient of a point arrives.
 
-    Autograd attaches that place only after an operation has been dispatched, and a later operation in
-    place would move it; so it is taken when the next operation, or the end of the pass, comes.
+    Attributes:
+        edge: of the tensor whose memory the point is.
+        part: the gradient of the point from that of the tensor.
+        shape, options: of that tensor; the latter are its type and device.
+    """
+
+    edge: GradientEdge
+    part: Callable[[Tensor], Tensor]
+    shape: torch.Size
+    options: dict[str, Any]
+
+
+def _place_of(tensor: Tensor) -> _Place:
+    """The place of a tensor, taken after the operation that made it and before the next.
+
+    What has been written in place through a view is known to autograd as a value of the whole tensor behind the view:
+    a later write leads the gradient there, and no longer through the view. So a view's gradient is its part of the
+    gradient of the whole.
+    """
+    options = {"dtype": tensor.dtype, "device": tensor.device}
+    whole = tensor._base if tensor._is_view() else None
+    if whole is None or not whole.requires_grad or whole.dtype != tensor.dtype:
+        return _Place(get_gradient_edge(tensor), lambda gradient: gradient, tensor.shape, options)
+    size, stride, offset = tensor.size(), tensor.stride(), tensor.storage_offset() - whole.storage_offset()
+    whole_size, whole_stride = whole.size(), whole.stride()
+
+    def part(gradient: Tensor) -> Tensor:
+        laid_out = gradient.new_empty_strided(whole_size, whole_stride).copy_(gradient)
+        return laid_out.as_strided(size, stride, offset)
+
+    return _Place(get_gradient_edge(whole), part, whole_size, options)
+
+
+class _PlaceRecorder(Recorder):
+    """Notes each point's place in the autograd graph, and keeps no activation alive.
+
+    Autograd attaches that place only after an operation has been dispatched, and a later operation in place would
+    move it; so it is taken when the next operation, or the end of the pass, comes.
+
+    An autograd function runs its forward without gradients. If its backward runs that forward again with gradients (a
+    re-entrant checkpoint, a reversible block), its points have their places in that second run. Autograd numbers its
+    nodes as they are made and runs them in falling order; so the points of a function are the first of their names
+    that were made after its node and have no place yet.
+
+    Attributes:
+        places: one a point, None while no gradient can arrive.
+        on_place: given each point's index and place as it becomes known.
     """
 
     follows_weights = False  # the same kernels as in the backward pass, where checkpoints run the model again
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, on_place: Callable[[int, _Place], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.waiting: Tensor | None = None
-        self.edges: list[GradientEdge | None] = []
+        self.on_place = on_place
+        self.names: list[str] = []
+        self.hidden: list[tuple[int, int]] = []  # the number of the next node, and the point
+        self.waiting: tuple[int, Tensor, int] | None = None
+        self.unchecked = self.largest = 0
+
+    def note_point(self, result: Tensor) -> None:
+        """Note that ``result`` is a point, whose place is taken at the next operation."""
+        node = _running_function()
+        if node is None:
+            index = len(self.names)
+            self.names.append(self.stack.name)
+        else:
+            number = node._sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
+            again = ((n, i) for n, i in self.hidden if n > number and self.names[i] == self.stack.name)
+            found = next(again, None)
+            if found is None:
+                return
+            self.hidden.remove(found)
+            index = found[1]
+        self.waiting = index, result, torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateImportUsage]
 
     def take(self) -> None:
-        """Take hold of the last point."""
-        if self.waiting is not None:
-            self.edges.append(get_gradient_edge(self.waiting) if self.waiting.requires_grad else None)
-            self.waiting = None
+        """Take the place of the last point."""
+        if self.waiting is None:
+            return
+        index, tensor, sequence = self.waiting
+        self.waiting = None
+        if tensor.requires_grad:
+            self.on_place(index, _place_of(tensor))
+        else:
+            self.hidden.append((sequence, index))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self.take()
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        if _in_backward() and _running_function() is None:
+            return func(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self._check_memory(result)
+        return result
+
+    def _check_memory(self, result: Any) -> None:
+        """Stop before the activations kept for the backward pass fill the memory: the system would end the process."""
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.nbytes)
+                self.unchecked += tensor.nbytes
+        if self.unchecked > CHECK_EVERY:
+            self.unchecked = 0
+            free = available_memory()
+            if free is not None and free < CHECK_EVERY + 2 * self.largest:
+                raise MemoryError(f"{free / 2**30:.2f} GiB are free while activations are kept for the backward pass")
 
 
-class _ResidualEdges(_EdgeRecorder):
+# The available memory is read (about 50 microseconds) each time this many bytes of results have been made; so many must
+# be free beyond the two gradients of the largest activation that the backward pass holds at once.
+CHECK_EVERY = 2**28
+
+
+def _in_backward() -> bool:
+    return torch._C._current_autograd_node() is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _running_function() -> BackwardCFunction | None:
+    """The autograd function, written in Python, whose backward is running."""
+    node = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
+    return node if isinstance(node, BackwardCFunction) else None
+
+
+class _ResidualPlaces(_PlaceRecorder):
     def on_addition(self, found: Residual, operands: Sequence[Tensor], run: Callable[[], Tensor]) -> Tensor:
-        self.waiting = result = run()
+        result = run()
+        self.note_point(result)
         return result
 
 
-class _LayerEdges(_EdgeRecorder):
+class _LayerPlaces(_PlaceRecorder):
     def on_weighted(self, x: Tensor, result: Tensor) -> None:
         if result.dim() >= 2 and result.is_floating_point():
-            self.waiting = result
+            self.note_point(result)
 
 
-def sq_gradients(model: nn.Module, batch: Batch, preserved: Preserved, *, points: str, seed: int) -> list[float | None]:
+@dataclass(frozen=True)
+class Gradients:
+    """What a backward pass gave.
+
+    Attributes:
+        sq_means: mean squared gradient at every point, None where none arrives; None for all if it was not measured.
+        note: why it was not measured, or of what it is the gradient if not of the output; "" otherwise.
+    """
+
+    sq_means: list[float | None] | None
+    note: str = ""
+
+
+def sq_gradients(
+    model: nn.Module,
+    batch: Batch,
+    preserved: Preserved,
+    *,
+    points: str,
+    seed: int,
+    variances: Sequence[float],
+    refused: Collection[int] = (),
+) -> Gradients:
     """Mean squared gradient at every point, of ``Σ r·output`` with one draw r ~ N(0, 1), from one backward pass.
+
+    Of a complex output the real and the imaginary part are projected. Where the output does not change with any point
+    that varies (a head that starts at zero), the last of these is projected in its place. A point within an autograd
+    function whose backward is written out has no gradient of its own: None.
 
     Args:
         model: the model, in its measuring mode, its silenced branches woken by the pass before.
@@ -66,13 +205,75 @@ def sq_gradients(model: nn.Module, batch: Batch, preserved: Preserved, *, points
         preserved: told of parameters about to be changed.
         points: "residual" or "layers".
         seed: of the projection.
+        variances: of the points, from the pass before.
+        refused: numbers of what is recorded as a point here and was not taken for one in the pass before.
 
     Returns:
-        One number a point, None where no gradient arrives.
+        One number a point, or the reason why there is none.
     """
+    reason, ways = "", [(False, False), (True, False)]  # a whole backward pass or not, from the last point or not
+    for whole, at_last in ways:
+        try:
+            with torch.inference_mode(False):
+                found = _measured(
+                    model, batch, preserved, points=points, seed=seed, variances=variances, refused=refused,
+                    whole=whole, at_last=at_last,
+                )  # fmt: skip
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            return Gradients(None, f"not measured: the backward pass does not fit into memory ({_line(error)})")
+        except Exception as error:  # a model may raise anything, and the other curves stand without this one
+            cause = error.__cause__
+            if isinstance(cause, (torch.OutOfMemoryError, MemoryError)):
+                return Gradients(None, f"not measured: the backward pass does not fit into memory ({_line(cause)})")
+            what = f"{type(error).__name__}: {_line(error)}"
+            reason = reason or f"not measured: the model cannot be differentiated ({what})"
+            continue
+        if found is None:  # points in a part of the graph that a whole backward pass alone makes
+            continue
+        if len(found) != len(variances):
+            return Gradients(
+                None,
+                f"not measured: the model took another way when it ran again ({len(variances)} points, then "
+                f"{len(found)}); it draws or counts what cannot be repeated",
+            )
+        if all(value is None for value in found):
+            return Gradients(None, "not measured: none arrives, as under torch.no_grad or from integers alone")
+        if at_last:
+            return Gradients(found, "of the last point that varies, for the output does not change with it")
+        if any(value for value, variance in zip(found, variances, strict=True) if variance != 0):
+            return Gradients(found)
+        if whole:  # the points are in a second run, and not known when the backward pass begins
+            return Gradients(None, "not measured: the output does not change with any point that varies")
+        ways.insert(1, (False, True))
+    return Gradients(None, reason)
+
+
+def _measured(
+    model: nn.Module,
+    batch: Batch,
+    preserved: Preserved,
+    *,
+    points: str,
+    seed: int,
+    variances: Sequence[float],
+    refused: Collection[int],
+    whole: bool,
+    at_last: bool,
+) -> list[float | None] | None:
+    """The gradients; None if points ran with gradients switched off, and only a whole pass can find them."""
+    places: dict[int, _Place] = {}
+    found: dict[int, float] = {}
+
+    def on_place(index: int, place: _Place) -> None:
+        places[index] = place
+        if whole:
+            place.edge.node.register_prehook(
+                lambda arriving: _keep(found, index, place, arriving[place.edge.output_nr])
+            )
+
     batch = tree_map(_differentiable, batch)
     stack = ModuleStack(model)
-    kind = _ResidualEdges if points == "residual" else _LayerEdges
+    kind = _ResidualPlaces if points == "residual" else _LayerPlaces
     recorder = kind(
         model,
         tensors_of(batch),
@@ -80,24 +281,73 @@ def sq_gradients(model: nn.Module, batch: Batch, preserved: Preserved, *, points
         before_writing=preserved.before_writing,
         examples=None,
         wake=False,
+        on_place=on_place,
     )
     preserved.seed(seed)  # what the model draws is what it drew for the first batch
     generator = torch.Generator().manual_seed(seed)
-    with torch.enable_grad():
+    with torch.enable_grad(), _leaves_untouched(model):
         with stack.followed(), recorder:
-            outputs = [t for t in run(model, batch, stack) if t.is_floating_point() and t.requires_grad]
-        recorder.take()
-        terms = [(t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in outputs]
-        edges = [edge for edge in recorder.edges if edge is not None]
-        if not terms or not edges:
-            return [None] * len(recorder.edges)
-        gradients = iter(torch.autograd.grad(sum(terms[1:], terms[0]), edges, allow_unused=True))
-    found = [None if edge is None else next(gradients) for edge in recorder.edges]
-    return [None if g is None else g.double().square().mean().item() for g in found]
+            outputs: list[Any] = [t for t in run(model, batch, stack) if t.requires_grad]
+            recorder.take()
+            if at_last:
+                numbers = [number for number in range(len(recorder.names)) if number not in refused]
+                varying = [n for n, variance in zip(numbers, variances, strict=True) if variance and n in places]
+                last = places[max(varying)]
+                outputs, projection = [last.edge], [_drawn(last.shape, **last.options, generator=generator)]
+            else:
+                projection = [_drawn(t.shape, t.dtype, t.device, generator) for t in outputs]
+            if whole and outputs:
+                torch.autograd.backward(outputs, projection)
+        if not whole and recorder.hidden:
+            return None
+        if not whole and outputs and places:
+            edges = [place.edge for place in places.values()]
+            gradients = torch.autograd.grad(outputs, edges, projection, allow_unused=True)
+            for (index, place), gradient in zip(places.items(), gradients, strict=True):
+                _keep(found, index, place, gradient)
+    return [found.get(index) for index in range(len(recorder.names)) if index not in refused]
+
+
+def _drawn(shape: torch.Size, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Unit Gaussian noise; of a complex type both parts are."""
+    if dtype.is_complex:
+        return torch.view_as_complex(torch.randn(*shape, 2, generator=generator)).to(device, dtype)
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def _keep(found: dict[int, float], index: int, place: _Place, gradient: Tensor | None) -> None:
+    if gradient is None:
+        return
+    with torch.no_grad():
+        gradient = place.part(gradient)
+        if gradient.is_complex():
+            gradient = torch.view_as_real(gradient)
+        found[index] = gradient.double().square().mean().item()
+
+
+@contextmanager
+def _leaves_untouched(model: nn.Module) -> Iterator[None]:
+    """Have a backward pass leave no gradient on the model's leaves, and run none of the hooks they have."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    tensors = [*model.parameters(), *model.buffers(), *(a for a in attributes if isinstance(a, Tensor))]
+    leaves = [t for t in tensors if t.is_leaf and t.requires_grad]
+    kept = [(t, t.grad, t._backward_hooks, t._post_accumulate_grad_hooks) for t in leaves]
+    for leaf in leaves:
+        leaf.grad = leaf._backward_hooks = None
+        leaf._post_accumulate_grad_hooks = OrderedDict()  # None would leave those that are there
+    try:
+        yield
+    finally:
+        for leaf, gradient, hooks, accumulated in kept:
+            leaf.grad, leaf._backward_hooks, leaf._post_accumulate_grad_hooks = gradient, hooks, accumulated
 
 
 def _differentiable(leaf: Any) -> Any:
     """A copy through which gradients flow even if every parameter is frozen, and which may be changed in place."""
-    if isinstance(leaf, Tensor) and leaf.is_floating_point():
+    if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
         return leaf.detach().clone().requires_grad_().clone()
     return leaf
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0].rstrip(".")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from normfree.signal.findings import findings_of
-from normfree.signal.gradients import sq_gradients
+from normfree.signal.gradients import Gradients, sq_gradients
 from normfree.signal.inputs import Batch, batches_of, gaussian_like_input_of, placed_like, tensors_of
 from normfree.signal.listening import Listener
 from normfree.signal.nonfinite import check_finite, check_present, first_non_finite
@@ -29,7 +29,7 @@ def spp(
     name: str | None = None,
     mode: str = "batch-statistics",
     points: str = "auto",
-    gradient: bool = False,
+    gradient: bool = True,
     wake: bool = True,
     seed: int = 0,
     expected_var: Sequence[float] | None = None,
@@ -53,7 +53,9 @@ def spp(
             as the first training step computes them, without dropout's noise), "train" or "eval".
         points: "auto", "residual", or "layers" for a point per weighted layer in any case.
         gradient: also take the mean squared gradient at each point, of a random projection of the output
-            for the first batch.
+            for the first batch: one forward and one backward pass more. Where that is not possible (no memory,
+            ``torch.no_grad`` inside, an operation without derivative) the plot has no gradient, and
+            ``configuration["gradient"]`` says why.
         wake: measure branches silenced at initialisation (zero skip gain or layer scale, zero gain of
             the last norm) as if that gain were one. The parameter is put back.
         seed: of the default noise and the random projection; the global generators are not touched.
@@ -90,10 +92,12 @@ def spp(
             raise ValueError("batch: the iterable gave no batch; give at least one, and a generator only once")
         recording = listener.recording
         expected = _expected(model, expected_var, recording)
-        gradients = None
+        gradients = Gradients(None)
         if gradient:
-            gradients = sq_gradients(model, listener.first, preserved, points=listener.points, seed=seed)
-            _check_gradients(gradients, recording)
+            variances = [point.output.avg_channel_var for point in recording.points]
+            gradients = sq_gradients(
+                model, listener.first, preserved, points=listener.points, seed=seed, variances=variances
+            )
         non_finite = None
         if listener.suspect is not None:
             check_finite(model)  # a reason to look only now: it reads every weight
@@ -103,11 +107,11 @@ def spp(
         mode=mode,
         input={**(input_description or {"kind": "given"}), **_described(listener)},
         entry=_entry(recording),
-        blocks=_blocks(recording, gradients, expected),
+        blocks=_blocks(recording, gradients.sq_means, expected),
         configuration={
             "points": listener.points,
             "wake": wake,
-            "gradient": gradient,
+            "gradient": gradients.note or gradient,
             "seed": seed,
             "torch": torch.__version__,
             **(configuration or {}),
@@ -175,18 +179,6 @@ def _expected(model: nn.Module, given: Sequence[float] | None, recording: Record
             f"expected_var: {len(numbers)} predictions for {len(recording.points)} measured points; give one a point"
         )
     return None
-
-
-def _check_gradients(gradients: list[float | None], recording: Recording) -> None:
-    if len(gradients) != len(recording.points):
-        raise ValueError(
-            f"gradient: the model took another way when it ran again ({len(recording.points)} points, then "
-            f"{len(gradients)}); it draws or counts what cannot be repeated, so choose gradient=False"
-        )
-    if all(value is None for value in gradients):
-        raise ValueError(
-            "gradient: none arrives at any point, as under torch.no_grad or inference_mode; choose gradient=False"
-        )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -57,7 +57,7 @@ class BlockSignal:
             None for a layer, or where the scale is zero and was not woken.
         expected_var: the variance the model's own plan predicts for ``avg_channel_var``, if it has one.
         input_correlation: mean cosine similarity between different examples' features, if there are two.
-        avg_sq_gradient: mean squared gradient of a random projection of the output, where asked for.
+        avg_sq_gradient: mean squared gradient of a random projection of the output, if it was measured.
         dead_channels: fraction of channels that are constant over the whole input.
         woken: names of the zero parameters that silenced this branch and were measured as one.
     """
@@ -85,7 +85,7 @@ class Finding:
 
     Attributes:
         kind: "explosion", "attenuation", "mean_shift", "branch_variance", "silenced_branch",
-            "dead_channels", "correlation_collapse" or "non_finite".
+            "dead_channels", "correlation_collapse", "gradient_explosion", "gradient_vanishing" or "non_finite".
         severity: "error" (it will not train as it is), "warning" or "info".
         block: index of the block where it shows first, or None for the model as a whole.
         message: what was seen and where, with the numbers.

@@ -68,6 +68,8 @@ def vector_factor(value: Tensor, *, inverse: bool = False) -> Factor:
 
 def varying_axis(x: Tensor, factor: Tensor) -> int | None:
     """The one axis of ``x`` along which a broadcast factor varies, or None if there are none or several."""
+    if factor.is_complex():  # it turns the values, which no factor of their variance can say
+        return None
     offset = x.dim() - factor.dim()
     varying = [offset + i for i, size in enumerate(factor.shape) if size != 1]
     return varying[0] if offset >= 0 and len(varying) == 1 else None
