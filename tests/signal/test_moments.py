@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -262,3 +264,35 @@ def test_the_input_is_neither_changed_nor_kept():
     assert torch.equal(x, before)
     assert not moments.mean.requires_grad
     assert isinstance(moments, Moments)
+
+
+def test_small_activations_are_measured_as_they_were_when_they_were_entered():
+    """Moments that are computed together, later, are those of each by itself, whatever became of the activation."""
+    torch.manual_seed(9)
+    shapes = [((4, 6, 5), 1), ((4, 6, 5), 2), ((3, 7), 1), ((4, 6, 5), 1), ((1, 2), 1)] * 3
+    tensors = [(torch.randn(shape, dtype=torch.float64) + number, axis) for number, (shape, axis) in enumerate(shapes)]
+    alone = []
+    for x, axis in tensors:
+        moments = channel_moments(x.clone(), axis, examples=len(x))
+        alone.append((moments.mean, moments.var, moments.correlation, moments.dead_fraction, moments.avg_channel_var))
+    together = [channel_moments(x, axis, examples=len(x)) for x, axis in tensors]
+    for x, _ in tensors:
+        x.zero_()
+    for moments, (mean, var, correlation, dead, avg_var) in zip(together, alone, strict=True):
+        torch.testing.assert_close(moments.mean, mean, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(moments.var, var, rtol=1e-13, atol=1e-14)
+        assert (moments.correlation or 0) == pytest.approx(correlation or 0, rel=1e-12)
+        assert moments.dead_fraction == dead
+        assert moments.avg_channel_var == pytest.approx(avg_var, rel=1e-13)
+        assert moments.avg_channel_var == pytest.approx(moments.var.mean().item(), rel=1e-13)
+        assert moments.avg_channel_sq_mean == pytest.approx(moments.mean.square().mean().item(), rel=1e-13)
+
+
+def test_no_value_is_kept_longer_than_the_moments_that_wait_for_it():
+    x = torch.randn(2, 3, dtype=torch.float32)
+    waiting = channel_moments(x, 1)
+    kept = weakref.ref(next(iter(vars(waiting)["together"].entries.values()))[0][1]) if implementation.SMALL else None
+    assert waiting.count == 2
+    del waiting
+    gc.collect()
+    assert kept is None or kept() is None

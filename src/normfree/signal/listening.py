@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -119,7 +121,7 @@ def run(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]:
 
 
 def _finite(recording: Recording) -> bool:
-    return all(bool(torch.isfinite(point.output.deviation).all()) for point in recording.points)
+    return all(math.isfinite(point.output.avg_channel_var) for point in recording.points)
 
 
 def _merged(first: Recording, second: Recording) -> Recording:

@@ -9,8 +9,12 @@ computed again in float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -37,6 +41,9 @@ million values is off by a per cent.
 SMALLEST_VAR_TO_SQ = 1e-4
 """Below this share of its mean square, the variance of a single channel may be rounding alone (1.2e-4)."""
 
+DEAD = 1e-10
+"""A channel whose variance is below this share of its mean square is constant."""
+
 EXAMPLES_CORRELATED = 8
 """Examples whose pairwise similarity is taken: 28 pairs, at half the cost of a batch of sixteen."""
 
@@ -56,20 +63,20 @@ class Moments:
     count: int
     mean: Tensor
     deviation: Tensor
-    cosine_sum: float = 0.0
-    pairs: int = 0
+    cosine_sum: float = field(default_factory=float)
+    pairs: int = field(default_factory=int)
 
     @property
     def var(self) -> Tensor:
         """Biased variance of each channel, [C]."""
         return self.deviation / self.count
 
-    @property
+    @cached_property
     def avg_channel_sq_mean(self) -> float:
         """Mean over channels of the squared channel mean."""
         return self.mean.square().mean().item()
 
-    @property
+    @cached_property
     def avg_channel_var(self) -> float:
         """Mean over channels of the biased channel variance."""
         return self.var.mean().item()
@@ -79,7 +86,7 @@ class Moments:
         """Mean cosine similarity between different examples, or None without a pair."""
         return self.cosine_sum / self.pairs if self.pairs else None
 
-    @property
+    @cached_property
     def dead_fraction(self) -> float:
         """Fraction of channels that are constant: a variance below rounding of their own size.
 
@@ -88,7 +95,7 @@ class Moments:
         if self.count < 2:
             return 0.0
         size = self.var + self.mean.square()
-        return (self.var <= 1e-10 * size).double().mean().item()
+        return (self.var <= DEAD * size).double().mean().item()
 
     def merged(self, other: Moments) -> Moments:
         """The moments of both sets of values together (Chan's update): exact, whatever the split."""
@@ -133,7 +140,7 @@ def channel_moments(x: Tensor, channel_axis: int, *, examples: int | None = None
         x, channel_axis = x.unsqueeze(0), 1
     correlated = examples is not None and examples > 1 and x.shape[0] == examples
     if x.numel() <= SMALL:
-        return _of_few(x, channel_axis, correlated=correlated)
+        return _of_few(x, channel_axis % x.dim(), correlated=correlated)
     moments = _fast(x, channel_axis)
     moments = _refined(moments, x, channel_axis) if _trustworthy(moments) else _exact(x, channel_axis)
     if correlated:
@@ -143,21 +150,99 @@ def channel_moments(x: Tensor, channel_axis: int, *, examples: int | None = None
 
 
 def _of_few(x: Tensor, axis: int, *, correlated: bool) -> Moments:
-    """All in float64 by NumPy, whose calls take a third of the time of torch's where there is little to compute."""
-    values: np.ndarray[Any, Any] = x.double().resolve_neg().cpu().numpy()
-    others = tuple(other for other in range(x.dim()) if other != axis % x.dim())
-    count = values.size // values.shape[axis]
+    """Moments that are computed later, with those of other small activations in the same calls.
+
+    A call costs more than the few values it computes on: twenty calls for each of the thousands of activations of an
+    unrolled cell would be most of a recording.
+    """
+    open_ = getattr(_OPEN, "together", None)
+    together = None if open_ is None else open_()
+    if together is None or together.size + x.numel() > PIECE:
+        together = _Together()
+        _OPEN.together = ref(together)
+    return together.entered(x, axis, correlated=correlated)
+
+
+_OPEN = threading.local()
+"""What small activations are entered into at present, a weak reference; of each thread its own."""
+
+
+class _Later(Moments):
+    """Moments of a small activation; computed when they, or those of any other entered together, are asked for."""
+
+    def __init__(self, count: int, together: _Together) -> None:
+        self.__dict__.update(count=count, together=together)
+
+    def __getattr__(self, name: str) -> Any:
+        together: _Together | None = self.__dict__.get("together")
+        if together is not None:
+            together.compute()
+            return getattr(self, name)
+        if name in ("mean", "deviation") and name + "_row" in self.__dict__:
+            row = self.__dict__[name] = torch.from_numpy(self.__dict__[name + "_row"])
+            return row
+        raise AttributeError(name)
+
+
+class _Together:
+    """Small activations whose moments are computed in the same calls, those of one shape in one array.
+
+    It keeps their values, and is kept alive by the moments that wait for it alone.
+
+    Attributes:
+        size: number of elements entered so far.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.entries: dict[tuple[torch.Size, int, bool], list[tuple[ref[_Later], Tensor]]] = {}
+
+    def entered(self, x: Tensor, axis: int, *, correlated: bool) -> Moments:
+        """The moments of an activation, of whose values a copy is kept until they are computed."""
+        moments = _Later(x.numel() // x.shape[axis], self)
+        values = x.clone() if x.dtype == torch.float64 else x.double()
+        self.entries.setdefault((x.shape, axis, correlated), []).append((ref(moments), values))
+        self.size += x.numel()
+        return moments
+
+    def compute(self) -> None:
+        """Compute the moments of all that was entered."""
+        entries, self.entries, self.size = self.entries, {}, 0
+        for (_, axis, correlated), items in entries.items():
+            values = torch.stack([value for _, value in items]).resolve_neg().cpu().numpy()
+            _fill_in([moments() for moments, _ in items], values, axis + 1, correlated=correlated)
+
+
+def _fill_in(waiting: Sequence[_Later | None], values: np.ndarray[Any, Any], axis: int, *, correlated: bool) -> None:
+    """Compute the moments of several activations of one shape, [K, …], in float64, and enter them."""
+    others = tuple(other for other in range(1, values.ndim) if other != axis)
+    count = values[0].size // values.shape[axis]
+    cosine_sum, pairs = np.zeros(len(values)), np.zeros(len(values), dtype=int)
     with np.errstate(all="ignore"):  # what is not finite stays so
         mean = values.sum(others, keepdims=True) / count
         deviation = np.square(values - mean).sum(others)
-        cosine_sum, pairs = 0.0, 0
+        mean = mean.reshape(deviation.shape)
+        var, sq_mean = deviation / count, np.square(mean)
+        dead = (var <= DEAD * (var + sq_mean)).mean(1) if count > 1 else np.zeros(len(values))
         if correlated:
-            features = values[:EXAMPLES_CORRELATED].reshape(min(len(values), EXAMPLES_CORRELATED), -1)
-            sq_length = np.einsum("ij,ij->i", features, features)
-            number = int(np.count_nonzero(sq_length))
-            total = np.where(sq_length == 0, 0, 1 / np.sqrt(sq_length)) @ features
-            cosine_sum, pairs = (float(total @ total) - number) / 2, number * (number - 1) // 2
-    return Moments(count, torch.from_numpy(mean.reshape(-1)), torch.from_numpy(deviation), cosine_sum, pairs)
+            features = values[:, :EXAMPLES_CORRELATED]
+            features = features.reshape(*features.shape[:2], -1)
+            sq_length = np.einsum("kij,kij->ki", features, features)
+            number = np.count_nonzero(sq_length, axis=1)
+            total = np.einsum("ki,kij->kj", np.where(sq_length == 0, 0, 1 / np.sqrt(sq_length)), features)
+            cosine_sum, pairs = (np.einsum("kj,kj->k", total, total) - number) / 2, number * (number - 1) // 2
+    numbers = {
+        "avg_channel_sq_mean": sq_mean.mean(1).tolist(),
+        "avg_channel_var": var.mean(1).tolist(),
+        "dead_fraction": dead.tolist(),
+        "cosine_sum": cosine_sum.tolist(),
+        "pairs": pairs.tolist(),
+    }
+    for index, moments in enumerate(waiting):
+        if moments is not None:
+            del moments.__dict__["together"]
+            moments.__dict__.update(mean_row=mean[index], deviation_row=deviation[index])
+            moments.__dict__.update({name: each[index] for name, each in numbers.items()})
 
 
 def _trustworthy(moments: Moments) -> bool:
