@@ -141,10 +141,10 @@ def channel_moments(x: Tensor, channel_axis: int, *, examples: int | None = None
     correlated = examples is not None and examples > 1 and x.shape[0] == examples
     if x.numel() <= SMALL:
         return _of_few(x, channel_axis % x.dim(), correlated=correlated)
-    moments = _fast(x, channel_axis)
+    moments, sq_length = _fast(x, channel_axis)
     moments = _refined(moments, x, channel_axis) if _trustworthy(moments) else _exact(x, channel_axis)
     if correlated:
-        cosine_sum, pairs = _cosine_sum(x)
+        cosine_sum, pairs = _cosine_sum(x, sq_length)
         moments = Moments(moments.count, moments.mean, moments.deviation, cosine_sum, pairs)
     return moments
 
@@ -261,12 +261,16 @@ def _refined(moments: Moments, x: Tensor, axis: int) -> Moments:
     return Moments(moments.count, mean, deviation)
 
 
-def _fast(x: Tensor, axis: int) -> Moments:
-    """Sums in the tensor's own precision (half precision is read as float32), merged in float64."""
+def _fast(x: Tensor, axis: int) -> tuple[Moments, Tensor | None]:
+    """Sums in the tensor's own precision (half precision is read as float32), merged in float64.
+
+    Also the squared length of each example, where rows are summed example by example: then it costs no reading.
+    """
     channels = x.shape[axis]
     count = x.numel() // channels
     total = torch.zeros(channels, dtype=torch.float64, device=x.device)
     square = torch.zeros_like(total)
+    lengths: list[Tensor] = []
     for piece in _pieces(x):
         if x.stride(axis) == 1 and channels > 1:
             piece_count = piece.numel() // channels
@@ -276,12 +280,15 @@ def _fast(x: Tensor, axis: int) -> Moments:
                 square += (var + mean.square()) * len(rows)
         else:
             whole = piece.movedim(axis, 1).reshape(piece.shape[0], channels, -1)
+            squares = torch.zeros(whole.shape[:2], dtype=torch.float64, device=x.device)
             for rows in whole.split(LONGEST_RUN["row"], dim=2):
                 total += rows.sum(2).double().sum(0)
-                square += torch.linalg.vector_norm(rows, dim=2).double().square().sum(0)
+                squares += torch.linalg.vector_norm(rows, dim=2).double().square()
+            square += squares.sum(0)
+            lengths.append(squares.sum(1))
     mean = total / count
     deviation = (square - mean.square() * count).clamp_min(0)
-    return Moments(count, mean.cpu(), deviation.cpu())
+    return Moments(count, mean.cpu(), deviation.cpu()), torch.cat(lengths) if lengths else None
 
 
 def _column_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,18 +318,22 @@ def _exact(x: Tensor, axis: int) -> Moments:
     return moments
 
 
-def _cosine_sum(x: Tensor) -> tuple[float, int]:
+def _cosine_sum(x: Tensor, sq_length: Tensor | None) -> tuple[float, int]:
     """Summed cosine similarity of all pairs among the first examples, and their number.
 
-    ``Σ_{i<j} uᵢ·uⱼ = (|Σ uᵢ|² − n) / 2`` for n unit vectors: two readings, a third of the time of a product of all
-    with all. An example of nothing but zeros has no direction, and no part in it.
+    ``Σ_{i<j} uᵢ·uⱼ = (|Σ uᵢ|² − n) / 2`` for n unit vectors: two readings, or one where the lengths are known, and not
+    a product of all with all. An example of nothing but zeros has no direction, and no part in it.
+
+    Args:
+        x: the activation.
+        sq_length: squared length of each example, where it is known.
     """
     features = x[:EXAMPLES_CORRELATED]
     order = sorted(range(1, x.dim()), key=lambda axis: -x.stride(axis))
     features = features.permute(0, *order).flatten(1)
     if features.dtype in (torch.float16, torch.bfloat16):
         features = features.float()
-    sq_length = _sq_lengths(features)
+    sq_length = _sq_lengths(features) if sq_length is None else sq_length[:EXAMPLES_CORRELATED]
     if not 1e-30 < sq_length.min() <= sq_length.max() < 1e30:
         features = features.double()
         sq_length = _sq_lengths(features)
