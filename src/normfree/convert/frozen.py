@@ -48,6 +48,10 @@ def _freeze_layer(new: nn.Module, old: nn.Module, norm: nn.Module) -> None:
 
 
 def learns(module: nn.Module, name: str) -> bool:
-    """Whether a module has a parameter of a name, and it is not frozen."""
+    """Whether a module has a parameter of a name, and it is not frozen; of a module with other names, any of them."""
     parameter = module._parameters.get(name)
-    return parameter is not None and parameter.requires_grad
+    if parameter is None:
+        return any(
+            p.requires_grad for n, p in module._parameters.items() if p is not None and n not in ("weight", "bias")
+        )
+    return parameter.requires_grad

@@ -57,6 +57,9 @@ _MOST_ROOTS = 16
 """Roots kept of an activation, the nearest ones: chains of elementwise operations are short."""
 
 
+RATIO = "ratio of its norms"
+
+
 @dataclass(frozen=True)
 class Statistic:
     """What is taken over some axes of an activation.
@@ -133,7 +136,12 @@ class Normalization:
         """What it is called."""
         if self.step.name in _FUNCTIONS:
             return self.step.name
-        known = {"mean square": "root mean square norm", "variance": "standardization", "mean": "centring"}
+        known = {
+            "mean square": "root mean square norm",
+            "variance": "standardization",
+            "mean": "centring",
+            RATIO: "response normalization",
+        }
         other = "normalization over examples" if "examples" in self.statistic.over else "normalization of vectors"
         return known.get(self.statistic.what, other)
 
@@ -148,7 +156,11 @@ class Normalization:
             return "normalizes by a function"
         if self.centres:
             return f"subtracts the {self.statistic} of an activation"
-        return f"divides an activation by its {self.statistic}"
+        if self.statistic.what == RATIO:
+            return f"multiplies an activation by the {self.statistic}"
+        size = {"mean square": "root mean square", "variance": "standard deviation"}
+        what = size.get(self.statistic.what, self.statistic.what)
+        return f"divides an activation by its {replace(self.statistic, what=what)}"
 
 
 @dataclass(eq=False)
@@ -342,7 +354,7 @@ class Normalizations:
             degree = a.degree + sign * b.degree
             if a.statistic is not None and b.statistic is not None:
                 ratio = a.magnitude and b.magnitude and degree == 0
-                both = Statistic("ratio of norms" if ratio else a.statistic.what, a.statistic.over | b.statistic.over)
+                both = Statistic(RATIO if ratio else a.statistic.what, a.statistic.over | b.statistic.over)
                 made[root] = Relation(degree, both, magnitude=a.magnitude or b.magnitude)
             elif a.statistic is None and b.statistic is None:
                 square = a == b and not divide and not a.bent
@@ -350,7 +362,7 @@ class Normalizations:
             else:
                 value, other = (a, b) if a.statistic is None else (b, a)
                 against = other.degree * (sign if other is b else 1.0)
-                divides = against < 0 or other.statistic.what == "ratio of norms"  # type: ignore[union-attr]
+                divides = against < 0 or other.statistic.what == RATIO  # type: ignore[union-attr]
                 if other.magnitude and divides and not value.magnitude and not (divide and other is a):
                     by.add(root)
                     statistic = other.statistic if statistic is None else statistic
