@@ -5,8 +5,8 @@
 Three questions, each answered in the same process or in fresh ones, interleaved:
 
 1. Time. torchvision's ResNet-50 on 16×3×224×224 in float32 with two threads: A, a plain forward pass without
-   gradients, normalizers on batch statistics; B, ``spp`` as a whole (preserving, findings and all); C, the same
-   numbers by ``timm.utils.model.extract_spp_stats``, whose hooks are given the names of the blocks. The rounds are
+   gradients, normalizers on batch statistics; B, ``spp`` with ``gradient=False`` (preserving, findings and all); C, the
+   same numbers by ``timm.utils.model.extract_spp_stats``, whose hooks are given the names of the blocks. The rounds are
    A B C, A B C, …; ratios are taken within a round, so that a drift of the machine cancels.
 2. Memory. Each of the three alone in fresh processes: the peak of resident memory during the call above what the
    idle model holds (VmHWM, reset before the call), with every block above 64 KiB mapped by itself, so that what
@@ -55,8 +55,8 @@ def plain(model: nn.Module, x: Tensor) -> None:
 
 
 def listened(model: nn.Module, x: Tensor) -> None:
-    """``spp``, nothing switched off."""
-    assert len(spp(model, x).blocks) == 16
+    """``spp`` without the gradient, which takes a forward and a backward pass more."""
+    assert len(spp(model, x, gradient=False).blocks) == 16
 
 
 def hooked(model: nn.Module, x: Tensor) -> None:
@@ -154,11 +154,12 @@ def deepened(family: str, depths: dict[int, str], rounds: int) -> dict[str, Any]
     for blocks, depth in depths.items():
         torch.manual_seed(0)
         models[blocks] = create_model(f"{family}{depth}", widths=(32,) * 4, num_classes=2)
-        plain(models[blocks], x), spp(models[blocks], x)
+        plain(models[blocks], x), spp(models[blocks], x, gradient=False)
     for _ in range(rounds):
         for blocks, model in models.items():
             without = seconds(lambda model=model: plain(model, x))
-            overhead[blocks].append((seconds(lambda model=model: spp(model, x)) - without) / blocks * 1e3)
+            listening = seconds(lambda model=model: spp(model, x, gradient=False))
+            overhead[blocks].append((listening - without) / blocks * 1e3)
     medians = {blocks: statistics.median(values) for blocks, values in overhead.items()}
     fewest, most = min(medians), max(medians)
     exponent = None  # of too noisy a run

@@ -126,7 +126,7 @@ def measured(name: str) -> dict[str, Any]:
     failure = ""
     for batch in inputs(name, model):
         try:
-            signal = spp(model, batch, name=name)
+            signal = spp(model, batch, name=name, gradient=False)
         except ValueError as error:
             failure = one_line(error)
             continue

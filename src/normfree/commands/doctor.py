@@ -53,6 +53,8 @@ class Doctor:
     """Examples in the batch."""
     seed: int = 0
     """Of initialisation and input."""
+    gradient: bool = True
+    """Measure and judge the gradient at each block too, which takes a forward and a backward pass more."""
     device: str | None = None
     """cpu, cuda, ...; a GPU if there is one by default."""
     out: Path = Path("out/doctor")
@@ -85,7 +87,15 @@ class Doctor:
 
     def _signal(self, model: nn.Module, name: str, batch: Any, described: dict[str, Any]) -> SignalPropagation:
         configuration = {"command": command_line("doctor", self, [self.model], without=("model", "out"))}
-        return spp(model, batch, name=name, seed=self.seed, input_description=described, configuration=configuration)
+        return spp(
+            model,
+            batch,
+            name=name,
+            gradient=self.gradient,
+            seed=self.seed,
+            input_description=described,
+            configuration=configuration,
+        )
 
     def _write(self, signals: list[SignalPropagation], conversion: Conversion | None, reason: str) -> list[Path]:
         self.out.mkdir(parents=True, exist_ok=True)

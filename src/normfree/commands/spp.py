@@ -55,8 +55,8 @@ class Spp:
     """batch-statistics: normalizers use the batch, as in the first training step, and dropout is silent."""
     points: Literal["auto", "residual", "layers"] = "auto"
     """auto: residual additions, or weighted layers where there are none."""
-    gradient: bool = False
-    """Also draw the mean squared gradient at each block (one backward pass)."""
+    gradient: bool = True
+    """Measure and judge the gradient at each block too, which takes a forward and a backward pass more."""
     wake: bool = True
     """Measure branches silenced by a zero gain as if the gain were one."""
     device: str | None = None

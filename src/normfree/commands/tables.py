@@ -54,6 +54,9 @@ def print_signal(console: Console, signal: SignalPropagation) -> None:
     console.print(table)
     if len(shown) < len(signal.blocks):
         console.print(f"[dim]{len(shown)} of {len(signal.blocks)} points; all are in spp.json[/dim]")
+    note = signal.configuration.get("gradient")
+    if isinstance(note, str):
+        console.print(f"[cyan]gradient[/cyan] {escape(note)}", highlight=False)
     for finding in signal.findings:
         colour = COLOURS[finding.severity]
         kind = finding.kind.replace("_", " ")

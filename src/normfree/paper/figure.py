@@ -123,6 +123,7 @@ def listen(network: Network, setting: Setting, seed: int) -> SignalPropagation:
         model,
         x,
         name=network.label,
+        gradient=False,
         seed=seed,
         input_description={"kind": "gaussian"},
         configuration={"model": network.name, **network.overrides, **vars(setting)},

@@ -63,14 +63,13 @@ def gradient_explosion(signal: SignalPropagation) -> Iterator[Finding]:
             remedy="Look for the derivative of a root, norm or logarithm at zero, and for half precision's range.",
         )
         return
-    points = _rated(signal)
+    points = [point for point in _rated(signal) if isfinite(point.power)]
     if len(points) < 2:
         return
     end = points[-OUTPUTS:]
     sensitivity, power = max(p.sensitivity for p in end), max(p.power for p in end)
     growth, first = max((min(p.sensitivity - sensitivity, p.power - power), -i) for i, p in enumerate(points))
-    finite = [p for p in points if isfinite(p.power)]
-    steady = -max(_slope([p.sensitivity for p in finite]), _slope([p.power for p in finite])) * (len(points) - 1)
+    steady = min(_steady_growth([p.sensitivity for p in points]), _steady_growth([p.power for p in points]))
     if steady > growth:
         growth, first = steady, 0
     if growth < log10(ROUGH):
@@ -83,7 +82,7 @@ def gradient_explosion(signal: SignalPropagation) -> Iterator[Finding]:
         block=early.index,
         message=(
             f"gradients explode towards the input: from {where(late)} back to {where(early)} their power, relative to "
-            f"the signal, grows {10**growth:.3g} times, {10 ** (growth / steps):.3g} times a point."
+            f"the signal, grows {_times(growth)} times, {_times(growth / steps)} times a point."
         ),
         remedy=(
             "Shorten the longest path: add residual connections (x + α·f(x) with α below 1), or remove normalizers "
@@ -113,8 +112,8 @@ def gradient_vanishing(signal: SignalPropagation) -> Iterator[Finding]:
         if loss < -log10(faint):
             continue
         early, late = points[first].block, points[last].block
-        factor = f"{10**-loss:.3g} times" if isfinite(loss) else "nothing at all (0 in this precision)"
-        pace = f", {10 ** (-loss / (last - first)):.3g} times a point" if isfinite(loss) else ""
+        factor = f"{_times(-loss)} times" if isfinite(loss) else "nothing at all (0 in this precision)"
+        pace = f", {_times(-loss / (last - first))} times a point" if isfinite(loss) else ""
         yield Finding(
             kind="gradient_vanishing",
             severity="error" if loss >= -log10(too_faint) else "warning",
@@ -155,6 +154,11 @@ def _largest_of_each_module(points: Sequence[_Rated]) -> list[_Rated]:
     return sorted(largest.values(), key=lambda p: p.block.index)
 
 
+def _steady_growth(values: Sequence[float]) -> float:
+    """From the last value to the first at the typical slope; no more than what there is between any two."""
+    return min(-_slope(values) * (len(values) - 1), max(values) - min(values))
+
+
 def _slope(values: Sequence[float]) -> float:
     """Change from one value to the next: the median over all pairs (Theil and Sen), of 200 values at most."""
     every = max(1, len(values) // 200)
@@ -165,16 +169,21 @@ def _slope(values: Sequence[float]) -> float:
 def _loss(values: Sequence[float]) -> tuple[int, int, float]:
     """Where all points before have far less than one behind: the last of those before, the one behind, the difference.
 
-    Those before are a quarter of all at least: a network may begin with a side branch. The largest of each side counts,
-    for side branches (queries and keys, gates) receive less than the way past them.
+    Those before are more than a quarter of all: a network may begin with a side branch. The largest of each side
+    counts, for side branches (queries and keys, gates) receive less than the way past them.
     """
     best = (0, len(values) - 1, 0.0)
-    for split in range(max(1, len(values) // 4), len(values)):
+    for split in range(len(values) // 4 + 1, len(values)):
         behind = max(range(split, len(values)), key=lambda i: values[i])
         before = max(values[:split])
         if values[behind] > before and values[behind] - before > best[2]:
             best = split - 1, behind, values[behind] - before
     return best
+
+
+def _times(exponent: float) -> str:
+    """A power of ten in three digits, also where it is beyond a float's range."""
+    return f"{10**exponent:.3g}" if abs(exponent) < 300 else f"1e{exponent:+.0f}"
 
 
 def _log(value: float) -> float:

@@ -104,7 +104,7 @@ class SignalMonitor:
                 # The first measurement of a process loads a second or two of Python modules. That is start-up, and
                 # taken for the cost of a record it would put off the next one by minutes.
                 with torch.random.fork_rng(devices=[]):  # for the weight that is drawn
-                    spp(nn.Linear(1, 1), torch.zeros(2, 1))
+                    spp(nn.Linear(1, 1), torch.zeros(2, 1), gradient=self._options["gradient"])
             self._began = perf_counter()
             if self._listens() and not self.history:
                 self._record(self._measured())
