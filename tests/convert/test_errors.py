@@ -119,7 +119,7 @@ def test_layers_whose_weight_is_not_their_own_stay():
     hooked[0].register_forward_hook(lambda module, inputs, output: 2 * output)  # something lies in between now
     record = normfree.convert(hooked, IMAGES).conversion
     assert [(change.now, "0 before it has hooks" in change.reason) for change in record.changes] == [
-        ("ChannelAffine", True)
+        ("ChannelUnits", True)
     ]
 
 
@@ -216,7 +216,7 @@ def test_a_norm_behind_a_recurrent_layer_becomes_an_affine_map():
             return self.body(x).mean((2, 3)) + self.norm(self.rnn(x[:, 0])[0].transpose(1, 2)).mean(2)
 
     changes = normfree.convert(Recurrent(), IMAGES[..., :8]).conversion.changes
-    assert next(change.now for change in changes if change.name == "norm") == "ChannelAffine"
+    assert next(change.now for change in changes if change.name == "norm") == "ChannelUnits"
 
 
 def test_weights_made_by_the_old_weight_norm_are_told():

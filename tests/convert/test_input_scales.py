@@ -103,7 +103,7 @@ def test_a_norm_of_the_input_becomes_the_units_of_the_example():
     model = nn.Sequential(nn.BatchNorm1d(20), nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 1))
     converted = normfree.convert(model, table)
     assert not any(is_norm(module) for module in converted.modules())
-    assert converted.conversion.changes[0].now == "ChannelAffine"
+    assert converted.conversion.changes[0].now == "ChannelUnits"
     torch.testing.assert_close(converted(table), model.train()(table), rtol=1e-3, atol=1e-4)
     assert converted[0].weight.requires_grad and converted[0].bias.requires_grad
     by_example = nn.Sequential(nn.GroupNorm(1, 3), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -196,7 +196,7 @@ def test_a_norm_behind_another_is_no_norm_of_the_input():
 def test_a_pool_before_a_norm_is_made_up_for_where_no_layer_behind_is_standardized():
     dense = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(2), nn.BatchNorm2d(8), nn.ReLU()]
     converted = normfree.convert(nn.Sequential(*dense, nn.Conv2d(8, 8, 3)), IMAGES)
-    assert type(converted[4]).__name__ == "ChannelAffine"
+    assert type(converted[4]).__name__ == "ChannelUnits"
     outputs = converted[:5](IMAGES).detach()
     torch.testing.assert_close(outputs.var((0, 2, 3), correction=0), torch.ones(8), rtol=1e-3, atol=0)
 

@@ -37,6 +37,9 @@ INPUT = "the input itself"
 # Functions f with f(c x) = c f(x) for every c > 0.
 _HOMOGENEOUS = frozenset({"relu", "leaky_relu", "_prelu_kernel", "prelu", "abs", "maximum", "minimum"})
 _BENDING = (op.NONLINEAR - _HOMOGENEOUS) | op.NORM | op.ATTENTION | op.EMBEDDING | op.RECURRENT
+_AGGREGATING = (
+    frozenset({"index_add", "scatter_add", "scatter_reduce", "index_reduce", "segment_reduce"}) | op.ATTENTION
+)
 _PRODUCTS = op.LINEAR | {"mul", "_sparse_mm", "_sparse_addmm"}
 
 
@@ -76,14 +79,15 @@ class Norms:
     Attributes:
         removed: those it can do without, and the layers that answer each.
         between: those among them that layers before them answer past other operations.
-        apart: those among them that no layer comes directly before.
+        aggregated: those among them behind an aggregation over nodes or positions: a layer may then give them a mean
+            square of 1, and little of it as variance within channels, for aggregation makes nodes alike.
         affine: those an affine map stands for, and why.
         kept: the others, and why.
     """
 
     removed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     between: set[str] = field(default_factory=set)
-    apart: set[str] = field(default_factory=set)
+    aggregated: set[str] = field(default_factory=set)
     affine: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
 
@@ -107,8 +111,8 @@ def sorted_norms(structure: Structure) -> Norms:
             norms.removed[name] = tuple(dict.fromkeys(each for answer in answers for each in answer.layers))
             if any(answer.between for answer in answers):
                 norms.between.add(name)
-            if not all(structure.directly_behind(call.input, alone=False) for call in calls):
-                norms.apart.add(name)
+            if any(call.input in ways.aggregated for call in calls):
+                norms.aggregated.add(name)
     return norms
 
 
@@ -210,6 +214,7 @@ class Ways:
         self.sums = {addition.output for addition in self.flow.additions}
         self.weighted: set[Node] = set()
         self.after_attention: set[Node] = set()
+        self.aggregated: set[Node] = set()
         self._forwards()
 
     def is_near_attention(self, call: Call) -> bool:
@@ -240,6 +245,9 @@ class Ways:
             values = self._values(step)
             source = self._source(step, values)
             attends = self._attends(step)
+            aggregates = step.name in _AGGREGATING or (step.name in _PRODUCTS - {"mul"} and not step.learned)
+            if aggregates or any(each in self.aggregated for each in step.inputs):
+                self.aggregated.update(step.outputs)
             for node in step.outputs:
                 self.sources[node] = self._at_place(node, source)
                 if step.learned or any(each in self.weighted for each in values):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from normfree.convert.dataflow import resting
 from normfree.convert.record import Change, Conversion
-from normfree.convert.rewrite import AFFINE, SCALED, is_layer_change
+from normfree.convert.rewrite import SCALED, UNITS, is_layer_change
 from normfree.convert.weights import MapOutput
 from normfree.nn import Standardization, standardization_of
+from normfree.nn.affine import ChannelUnits
 from normfree.nn.branch_end import BranchEnd
 from normfree.nn.scaled_ws_conv import StandardizedFilters
 from normfree.nn.standardized_module import raw_name
@@ -46,12 +47,14 @@ class Measured:
     Attributes:
         scales: the input scale of each layer that had none.
         factors: the factor of each norm's place that had none.
+        units: the mean and the standard deviation of each channel in the place of each affine map.
         lost: the mean square at each norm's place where the layers before it do not carry the variance.
         shares: of the variance within channels and that of their means, at each norm's place, the share of the first.
     """
 
     scales: dict[str, float] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
+    units: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
 
@@ -108,6 +111,8 @@ def measure(model: nn.Module, conversion: Conversion, batch: Batch, *, heads: bo
         _rule_of(modules[name]).input_scale = scale
     for name, factor in found.factors.items():
         modules[name][0].correction = factor  # type: ignore[index]
+    for name, (mean, deviation) in found.units.items():  # buffers, which the pass leaves as they were
+        _set_units(modules[name], mean, deviation)
     return found
 
 
@@ -120,8 +125,8 @@ def _hooks(
         yield name, lambda module, inputs, named: ran.add(name)
         if change.input_scale is None:
             yield name, _at_first(_setter(name, change.correction or 1.0, found.scales))
-    elif change.now == AFFINE:
-        yield name, _at_first(_standardize_channels)
+    elif change.now == UNITS:
+        yield name, _at_first(_units_setter(name, found.units))
     elif change.now == SCALED and change.carried_by and change.alpha is None:
         yield name, _at_first(_factor_setter(name, found.factors))
     elif change.carried_by:
@@ -166,19 +171,29 @@ def _checker(change: Change, size: float, found: Measured, ran: set[str]) -> Hoo
     return hook
 
 
-def _standardize_channels(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-    """Have a :class:`ChannelAffine` give each channel of its input [N, C, …] mean 0 and variance 1."""
-    given = _tensor_in(inputs, named)
-    channels = given.transpose(0, 1).flatten(1).double()
-    if channels.shape[1] < 2:
-        raise ValueError(
-            f"example_input: one value of each channel, {tuple(given.shape)}, has no variance for the affine map in a "
-            "norm's place; give several examples"
-        )
-    variance, mean = torch.var_mean(channels, 1, correction=0)
-    scale = (variance + EPS).rsqrt()
-    module.weight.copy_(scale)
-    module.bias.copy_(-mean * scale)
+def _units_setter(name: str, found: dict[str, tuple[Tensor, Tensor]]) -> Hook:
+    """Have a :class:`ChannelUnits` give each channel of its input [N, C, …] mean 0 and variance 1."""
+
+    def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = _tensor_in(inputs, named)
+        channels = given.transpose(0, 1).flatten(1).double()
+        if channels.shape[1] < 2:
+            raise ValueError(
+                f"example_input: one value of each channel at {name} has no variance, which the affine map in the "
+                "place of the norm needs; give several examples"
+            )
+        variance, mean = torch.var_mean(channels, 1, correction=0)
+        found[name] = mean, (variance + EPS).sqrt()
+        _set_units(module, *found[name])
+
+    return hook
+
+
+def _set_units(place: Any, mean: Tensor, deviation: Tensor) -> None:
+    """Enter the constants of a :class:`ChannelUnits`, which an activation may follow in its place."""
+    units = place if isinstance(place, ChannelUnits) else place[0]
+    units.mean.copy_(mean)
+    units.deviation.copy_(deviation)
 
 
 def _tensor_in(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:

@@ -35,7 +35,7 @@ BETAS = ("plan", MEASURED)
 LEAST_SCALE, MOST_SCALE = 0.01, 100.0
 """Input scales beyond them stand for a signal of a variance below 1e-4 or above 1e4: something before it is wrong."""
 
-LEAST_SHARE = 0.25
+LEAST_SHARE = 1 / 3
 """Share of the variation within channels, of that and of the variance of their means, below which a removed norm is
 missed: the next standardized layer makes the whole 1, and leaves this of it to the examples."""
 
@@ -127,9 +127,8 @@ def _fresh(
 ) -> nn.Module:
     """The converted model, what is still open measured.
 
-    Where the measurement shows that the channels of a norm's place differ in their means more than within (what lies
-    before it averages over nodes or positions), no layer carries the variance on: then it is planned again, with an
-    affine map there.
+    Where the measurement shows that behind an aggregation little of what a norm's place has is variance within channels
+    (nodes have become alike), no layer carries it on: then it is planned again, with an affine map there.
     """
     uncarried: dict[str, str] = {}
     while True:

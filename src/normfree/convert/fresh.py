@@ -13,7 +13,7 @@ from normfree.convert.input_scales import InputScale, input_scales
 from normfree.convert.kinds import activation_in, class_name, is_batch_norm
 from normfree.convert.maps import WeightedMap
 from normfree.convert.record import Change, Kept
-from normfree.convert.rewrite import AFFINE, BARE, SCALED, WITH_ACTIVATION
+from normfree.convert.rewrite import BARE, SCALED, UNITS, WITH_ACTIVATION
 from normfree.convert.structure import Structure, layers_to_standardize
 from normfree.convert.variances import planned_variances
 from normfree.signal.graph import Node
@@ -40,7 +40,7 @@ class Plan:
         changes: the modules to be exchanged; input scales to be measured are None.
         kept: what is left alone.
         notes: branches that could not be scaled.
-        replaceable: the norms that go without a layer directly before them, in whose place an affine map could stand.
+        replaceable: the norms behind aggregations that go, in whose place an affine map could stand.
     """
 
     changes: list[Change]
@@ -106,7 +106,7 @@ def fresh_plan(
     passed = {name for ending in found if ending.modules for name in ending.passed}
     replaceable = {
         name
-        for name in norms.apart - passed - set(restored)
+        for name in norms.aggregated - passed - set(restored)
         if len(structure.norms[name]) == 1 and is_batch_norm(structure.norms[name][0].module)
     }
     return Plan(changes=changes, kept=kept, notes=notes, replaceable=frozenset(replaceable))
@@ -164,7 +164,7 @@ def _affine(structure: Structure, name: str, reason: str) -> Change:
     return Change(
         name=name,
         was=class_name(structure.norms[name][0].module),
-        now=AFFINE,
+        now=UNITS,
         reason=f"an affine map with the example's mean and variance of each channel: {reason}",
         carried_by=(name,),
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from normfree.convert.record import Change
-from normfree.nn import ChannelAffine, KeptMean, WeightLayout, standardization_of
+from normfree.nn import ChannelAffine, ChannelUnits, KeptMean, WeightLayout, standardization_of
 from normfree.nn.standardized_module import raw_name
 
 
@@ -21,7 +21,7 @@ def keep_frozen(original: nn.Module, converted: nn.Module, changes: Iterable[Cha
         norm = original.get_submodule(change.name)
         if change.into is not None:
             _freeze_layer(converted.get_submodule(change.into), original.get_submodule(change.into), norm)
-        elif change.now == ChannelAffine.__name__:
+        elif change.now in (ChannelAffine.__name__, ChannelUnits.__name__):
             for module in converted.get_submodule(change.name).modules():
                 if isinstance(module, ChannelAffine):
                     module.weight.requires_grad_(learns(norm, "weight"))

@@ -20,7 +20,7 @@ from normfree.text import first_line
 
 BARE, WITH_ACTIVATION, COPY, OUTPUT_COPY = "Identity", "Activation", "Copy", "OutputCopy"
 OUT_OF_PLACE = "OutOfPlace"
-AFFINE, SCALED = "ChannelAffine", "BranchScale"
+AFFINE, UNITS, SCALED = "ChannelAffine", "ChannelUnits", "BranchScale"
 
 
 def rewritten(model: nn.Module, conversion: Conversion) -> nn.Module:
@@ -108,8 +108,9 @@ def _made(old: nn.Module, change: Change, options: dict[str, Any]) -> nn.Module:
     if change.now == SCALED:
         scale = ours.BranchScale(correction=change.correction or 1.0, **factors).to(**options)
         return nn.Sequential(scale, *_activations(old)) if change.carried_by else nn.Sequential(old, scale)
-    if change.now == AFFINE:
-        affine = ours.ChannelAffine(channels_of(old)).to(**(_options(old) or options))
+    if change.now in (AFFINE, UNITS):
+        kind = ours.ChannelAffine if change.now == AFFINE else ours.ChannelUnits
+        affine = kind(channels_of(old)).to(**(_options(old) or options))
         return nn.Sequential(affine, *_activations(old)) if activation_in(old) else affine
     if change.now not in (BARE, WITH_ACTIVATION, COPY, OUTPUT_COPY):
         raise ValueError(f"original: the record puts {change.now!r} at {change.name}, which this version does not make")

@@ -1,7 +1,7 @@
 """Layers of networks without normalizers, and the constants they need."""
 
 from normfree.nn.activations import ACTIVATIONS, Activation, Elementwise, build_activation
-from normfree.nn.affine import BranchScale, ChannelAffine, Copy, OutputCopy
+from normfree.nn.affine import BranchScale, ChannelAffine, ChannelUnits, Copy, OutputCopy
 from normfree.nn.branch_end import BranchEnd
 from normfree.nn.centring import centre_weights
 from normfree.nn.fold import Foldable, fold, has_foldable
@@ -56,6 +56,7 @@ __all__ = [
     "BranchEnd",
     "BranchScale",
     "ChannelAffine",
+    "ChannelUnits",
     "Copy",
     "Elementwise",
     "Foldable",

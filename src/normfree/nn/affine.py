@@ -38,6 +38,41 @@ class ChannelAffine(nn.Module):
         return output.to(input.dtype)  # as BatchNorm's, also where its own numbers are of another precision
 
 
+class ChannelUnits(ChannelAffine):
+    """Give every channel of an input x [N, C, …] the units of an example.
+
+    ``y = weight_c * (x - mean_c) / deviation_c + bias_c``
+
+    The mean and the deviation are constants that were measured once, so examples stay independent, and training and
+    evaluation are one function. A step of gradient descent moves the output as far as behind a normalizer, whatever the
+    input's units are: with the deviation in the weight it would be farther or shorter by its square.
+
+    Args:
+        channels: C.
+
+    Attributes:
+        weight, bias: [C], learnable, start at 1 and 0.
+        mean, deviation: [C], constants, 0 and 1 until they are set.
+
+    Raises:
+        ValueError: channels below 1.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("deviation", torch.ones(channels))
+
+    def forward(self, input: Tensor) -> Tensor:
+        shape = [-1] + [1] * (input.dim() - 2)
+        weight = self.weight / self.deviation
+        bias = self.bias - self.mean * weight
+        return torch.addcmul(bias.view(shape), input, weight.view(shape)).to(input.dtype)
+
+
 class BranchScale(BranchEnd):
     """Scale the input by ``correction * alpha * s``: for a branch whose end no layer's weight can scale.
 
