@@ -8,9 +8,8 @@ output the copy is for such observers only, and :func:`normfree.fold` leaves it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -20,6 +19,7 @@ from normfree.convert.record import Change
 from normfree.convert.rewrite import BARE, COPY, OUT_OF_PLACE, OUTPUT_COPY, WITH_ACTIVATION
 from normfree.convert.structure import Structure
 from normfree.signal import operations as op
+from normfree.signal.graph import Node
 
 
 def without_overwriting(changes: Iterable[Change], structure: Structure, training: Structure | None) -> list[Change]:
@@ -30,7 +30,7 @@ def without_overwriting(changes: Iterable[Change], structure: Structure, trainin
         structure: of the model in evaluation mode.
         training: of the model in training mode, where it runs in it: dropout writes in place only then.
     """
-    structures = [structure, *([training] if training is not None else [])]
+    structures = [(each, _by_input(each.flow)) for each in (structure, training) if each is not None]
     made: list[Change] = []
     out_of_place: dict[str, tuple[nn.Module, str]] = {}
     for change in changes:
@@ -39,10 +39,10 @@ def without_overwriting(changes: Iterable[Change], structure: Structure, trainin
             continue
         writers: dict[str, nn.Module] = {}
         copied = False
-        for each in structures:
+        for each, takers in structures:
             for call in each.norms.get(change.name, ()):
                 if not _has_own_activation(each.flow, call):
-                    found, others = _writers(each.flow, call)
+                    found, others = _writers(each.flow, call, takers)
                     writers |= found
                     copied = copied or others
         if copied:
@@ -63,14 +63,21 @@ def without_overwriting(changes: Iterable[Change], structure: Structure, trainin
 def _has_own_activation(flow: Dataflow, call: Call) -> bool:
     """Whether a norm runs an activation of its own, which stays and gives an output in memory of its own."""
     own = {part for _, part in activation_in(call.module)}
-    return any(other.module in own and other.input is not other.output for other in flow.calls)
+    return bool(own) and any(other.module in own and other.input is not other.output for other in flow.calls)
 
 
-def _writers(flow: Dataflow, call: Call) -> tuple[dict[str, nn.Module], bool]:
+def _by_input(flow: Dataflow) -> Mapping[Node | None, list[Call]]:
+    """The calls that take each activation."""
+    found: dict[Node | None, list[Call]] = {}
+    for call in flow.calls:
+        found.setdefault(call.input, []).append(call)
+    return found
+
+
+def _writers(
+    flow: Dataflow, call: Call, by_input: Mapping[Node | None, list[Call]]
+) -> tuple[dict[str, nn.Module], bool]:
     """The modules with an ``inplace`` flag that write into a norm's output, and whether anything else does."""
-    by_input: dict[Any, list[Call]] = {}
-    for other in flow.calls:
-        by_input.setdefault(other.input, []).append(other)
     modules: dict[str, nn.Module] = {}
     others = False
     waiting, seen = [call.output], {call.output}

@@ -15,7 +15,7 @@ an activation that is used as the weight of a convolution is not counted either.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -204,10 +204,19 @@ class Normalizations:
         given, made = call.input, call.output
         if given is None or made is None or given is made:
             return False
-        inside = (one for one in self.found if f"{one.module}.".startswith(f"{call.name}."))
         return any(
-            one.keeps_variance and one.is_of(given, self) and self.is_function_of(made, one.output) for one in inside
+            one.keeps_variance and one.is_of(given, self) and self.is_function_of(made, one.output)
+            for one in self._inside.get(call.name, ())
         )
+
+    @cached_property
+    def _inside(self) -> Mapping[str, list[Normalization]]:
+        """The normalizations that ran in each module and those inside of it, by name."""
+        found: dict[str, list[Normalization]] = {}
+        for one in self.found:
+            for name in _with_ancestors(one.module):
+                found.setdefault(name, []).append(one)
+        return found
 
     def _enter(self, step: Step) -> None:
         if step.name in _FUNCTIONS and step.inputs:
@@ -494,13 +503,20 @@ def norms_without_module(normalizations: Normalizations, modules: Mapping[str, A
     """
     found: dict[tuple[str, str], list[Normalization]] = {}
     for one in normalizations.found:
-        known = any(f"{one.module}.".startswith(f"{name}.") for name in modules)
+        known = any(name in modules for name in _with_ancestors(one.module))
         if not known and not one.centres:
             found.setdefault((one.module, str(one)), []).append(one)
     return [
         Kept(name=module, was=places[0].kind, reason=_reason(module, places), norm=True)
         for (module, _), places in found.items()
     ]
+
+
+def _with_ancestors(module: str) -> Iterator[str]:
+    """A module's name and those of the modules it lies in, but for the model's own."""
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
 
 
 def _reason(module: str, places: list[Normalization]) -> str:
