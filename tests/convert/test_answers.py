@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from torch import nn
 
 import normfree
 from normfree.convert import Conversion
+from normfree.convert.dataflow import record
+from normfree.convert.fresh import fresh_plan
 from normfree.convert.kinds import is_norm
+from normfree.convert.structure import Structure
 from normfree.nn import ScaledWSLinear
 
 DEPTH, WIDTH = 8, 32
@@ -304,3 +308,32 @@ def test_an_input_scale_that_stands_for_a_signal_gone_wrong_is_told_with_its_cau
     stem.bias.data.zero_()
     (note,) = normfree.convert(Stem(), rows(8, 3, 16, 16)).conversion.notes
     assert note.startswith("conv has an input scale of") and "stem, which conversion left as it is" in note
+
+
+@pytest.mark.parametrize("preactivated", [False, True])
+def test_the_cost_of_a_plan_grows_as_the_graph_does(preactivated):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.second, self.norm2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            if preactivated:
+                return x + self.second(self.norm2(self.first(self.norm1(x).relu())).relu())
+            return (x + self.norm2(self.second(self.norm1(self.first(x)).relu()))).relu()
+
+    def seconds(depth):
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3), *(Block() for _ in range(depth)), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+        )
+        flow = record(model, rows(2, 3, 4, 4))
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            fresh_plan(Structure(flow), model, alpha=0.2, skip_gain=1.0, beta="plan", uncarried={})
+            times.append(time.process_time() - start)
+        return min(times)
+
+    few, many = seconds(60), seconds(480)
+    assert many / few < 16, "8 for a cost linear in depth, 64 for one that grows as its square"

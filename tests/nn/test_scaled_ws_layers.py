@@ -147,3 +147,18 @@ def test_layers_copy_and_print():
     layer = ours.KeptMeanConv2d(3, 4, 3, input_scale=2.0)
     assert torch.equal(copy.deepcopy(layer).effective()[0], layer.effective()[0])
     assert "alpha=0.2" in repr(ours.BranchScale(alpha=0.2))
+
+
+def test_units_are_constants_and_the_map_behind_them_learns_as_behind_a_norm():
+    torch.manual_seed(0)
+    x = 5000 + 1000 * torch.randn(64, 3, 5)
+    units, norm = ours.ChannelUnits(3), nn.BatchNorm1d(3)
+    units.mean.copy_(x.mean((0, 2)))
+    units.deviation.copy_(x.std((0, 2), correction=0))
+    weights = torch.randn(64, 3, 5)
+    for module in (units, norm):
+        torch.nn.init.constant_(module.weight, 1.5)
+        (module(x) * weights).sum().backward()
+    torch.testing.assert_close(units(x), norm(x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(units.weight.grad, norm.weight.grad, rtol=1e-2, atol=1e-2)
+    assert set(units.state_dict()) == {"weight", "bias", "mean", "deviation"}
