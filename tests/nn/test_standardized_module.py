@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, vmap
 
 from normfree import nn as ours
 from normfree.nn import WeightLayout, fold, has_foldable, standardization_of, standardize_module
+from normfree.optim.units import units_of
 
 IMAGES = torch.randn(4, 8, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -233,3 +234,24 @@ def test_the_weight_of_a_model_that_is_not_there_yet():
         standardize_module(module, WeightLayout())
     assert module.weight.is_meta
     assert ours.Standardization.__name__ in repr(module)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_the_older_onnx_exporter_takes_standardized_weights():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    module = Padding(8, 16, 2)
+    standardize_module(module, WeightLayout(), kept_mean=True, alpha=0.2)
+    model = nn.Sequential(module, ours.ScaledWSConvTranspose2d(16, 6, 2, stride=2, groups=2), nn.Flatten(2))
+    model = nn.Sequential(model, ours.KeptMeanLinear(324, 3)).eval()
+    file = io.BytesIO()
+    torch.onnx.export(model, (IMAGES,), file, dynamo=False)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_clipping_knows_the_units_of_any_layout():
+    units = {each.name: each for each in units_of(nn.Sequential(kernel(), padding()), exclude=())}
+    assert units["0.raw_kernel"].kept == (1,) and units["0.raw_kernel"].count == 6
+    assert units["1.raw_weight"].kept == (0,) and units["1.raw_weight"].count == 16
+    assert units["0.raw_added_bias"].kept == ()

@@ -113,7 +113,7 @@ def standardize(weight: Tensor, gain: Tensor, scale: float = 1.0) -> Tensor:
         return fused(weight, gain, scale)
     if weight.dtype in (torch.float16, torch.bfloat16):
         return standardize(weight.float(), gain.float(), scale).to(weight.dtype)
-    if forward_ad._current_level >= 0:  # has no public name; -1 where forward mode is off
+    if forward_ad._current_level >= 0 or _is_exporting_to_onnx():  # has no public name; -1 where forward mode is off
         return standardized_step_by_step(weight, gain, scale)
     # Moments do not mind the order within a row: reading channels last keeps that layout without a copy.
     last = weight.dim() == 4 and not weight.is_contiguous()
@@ -128,8 +128,13 @@ def standardize(weight: Tensor, gain: Tensor, scale: float = 1.0) -> Tensor:
     return standardized.permute(0, 3, 1, 2) if last else standardized
 
 
+def _is_exporting_to_onnx() -> bool:
+    """Whether ``torch.onnx.export(dynamo=False)`` traces the model."""
+    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()  # pyright: ignore[reportPrivateImportUsage]
+
+
 def standardized_step_by_step(weight: Tensor, gain: Tensor, scale: float) -> Tensor:
-    """Return the equation as it is written: for forward-mode differentiation, of which fused functions know little."""
+    """Return the equation as it is written: for forward-mode differentiation and ONNX, which lack fused functions."""
     axes = tuple(range(1, weight.dim()))
     centred = weight - weight.mean(axes, keepdim=True)
     squares = centred.square().sum(axes, keepdim=True)

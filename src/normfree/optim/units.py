@@ -6,6 +6,7 @@ A unit is what one output of a layer owns of the layer's weight. Which axis that
     convolution, grouped too        [out, in/G, ...]       axis 0
     transposed convolution          [in, out, ...]         axis 1
     ... of G groups                 [in, out/G, ...]       seen as [G, in/G, out/G, ...], axes 0 and 2
+    standardized in place           any layout         the axes that count its outputs
     vectors, scalars, and all with one axis longer than 1: the whole parameter is one unit
 """
 
@@ -22,7 +23,9 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
+from normfree.nn import standardization_of
 from normfree.nn.checks import invalid, suggestion
+from normfree.nn.standardized_module import raw_name
 from normfree.optim.final_layers import final_layers
 
 Parameters = nn.Module | Iterable[tuple[str, Tensor]]
@@ -164,6 +167,11 @@ def _units(name: str, parameter: Tensor, owner: nn.Module | None) -> Units:
         raise invalid("parameters", name, rule, "shard with torch.distributed.fsdp.fully_shard")
     if sum(size > 1 for size in parameter.shape) <= 1:
         return Units(name, parameter)
+    part = None if owner is None else standardization_of(owner)
+    if part is not None and name.endswith(raw_name(part.layout.weight)):
+        layout = part.layout
+        order = layout.order or range(parameter.dim() + (layout.groups > 1))
+        return Units(name, parameter, layout.groups, tuple(sorted(order[: layout.leading])))
     if isinstance(owner, _ConvTransposeNd) and parameter.dim() > 2:
         return Units(name, parameter, owner.groups, (1,) if owner.groups == 1 else (0, 2))
     return Units(name, parameter, kept=(0,))
