@@ -159,3 +159,71 @@ def test_opacus_accepts_it_and_one_private_step_runs(start):
         assert all(parameter.grad_sample is not None for parameter in private.parameters())
         optimizer.step()
     assert all(not torch.equal(parameter, before[name]) for name, parameter in private.named_parameters())
+
+
+class Pretrained(nn.Module):
+    """What a hub library's models have: a state dict that is saved, and a loader that passes over unknown names."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = post_activation()
+
+    def forward(self, x):
+        return self.body(x)
+
+    def save_pretrained(self, folder):
+        torch.save(self.state_dict(), folder / "weights.pt")
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        model = cls()
+        model.load_state_dict(torch.load(folder / "weights.pt"), strict=False)
+        return model.eval()
+
+
+class OwnPadding(nn.Conv2d):
+    def forward(self, x):
+        return nn.functional.conv2d(nn.functional.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_state_dict_is_not_taken_for_the_originals(tmp_path, start, folded):
+    model = normfree.convert(randomise(Pretrained()).eval(), IMAGES, start=start)
+    model = normfree.fold(model) if folded else model
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        Pretrained.from_pretrained(tmp_path)
+    assert sum(tensor.numel() == 0 for tensor in model.state_dict().values()) == 1
+    again = normfree.convert(randomise(Pretrained(), 2).eval(), IMAGES, start=start)
+    again = normfree.fold(again) if folded else again
+    again.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    assert torch.equal(again(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)),  # an affine map
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)),
+        lambda: nn.Sequential(OwnPadding(3, 4, 3), nn.BatchNorm2d(4)),
+    ],
+)
+def test_every_kind_of_change_is_marked(build):
+    converted = normfree.convert(build().eval(), IMAGES, start="pretrained")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        build().load_state_dict(converted.state_dict(), strict=False)
+
+
+def test_files_without_the_mark_load(tmp_path):
+    from safetensors.torch import load_file, safe_open, save_file
+
+    model = converted()
+    path = normfree.save(model, tmp_path / "model.safetensors")
+    with safe_open(path, framework="pt") as file:
+        notes = file.metadata()
+    older = {name: tensor for name, tensor in load_file(path).items() if tensor.numel()}
+    assert len(older) == len(model.state_dict()) - 1
+    save_file(older, tmp_path / "older.safetensors", notes)
+    back = normfree.load(tmp_path / "older.safetensors", original=post_activation(Gate))
+    assert torch.equal(back(IMAGES), model(IMAGES))

@@ -52,7 +52,11 @@ def _rebuilt(stored: Stored, original: nn.Module | None) -> nn.Module:
         rule = f"{str(stored.path)!r} holds a converted {conversion.model}"
         raise invalid("original", None, rule, "pass the model it was converted from (with any weights)")
     try:
-        return restored(rewritten(unwrapped(original), conversion), stored)
+        model = rewritten(unwrapped(original), conversion)
+        for name, tensor in model.state_dict().items():
+            if tensor.numel() == 0:  # of a mark, which files of before it lack
+                stored.tensors.setdefault(name, tensor)
+        return restored(model, stored)
     except Exception as error:  # a forged record makes constructors raise almost anything
         rule = f"it is not the model that {str(stored.path)!r} was converted from ({all_lines(error)})"
         remedy = f"pass a {conversion.model} of the same sizes"

@@ -72,8 +72,30 @@ def exchanged(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[
             old = parent.get_submodule(attribute)
             parent._modules[attribute] = _made(old, change, options).train(old.training)
     keep_frozen(model, converted, conversion.changes)
+    _mark_state(model, converted)
     converted.conversion = conversion  # type: ignore[assignment]
     return converted, set(found) - set(converted.modules())
+
+
+def _mark_state(original: nn.Module, converted: nn.Module) -> None:
+    """Have the converted model's state dict fit the original's class no longer, however little a loader checks.
+
+    Loaders that pass over names they lack (``strict=False``, as ``from_pretrained`` of many libraries) would else put
+    the converted weights into the original, and make up the norms. All of them compare sizes: the first tensor that the
+    original has and the converted model has not is in its place without elements.
+    """
+    left = converted.state_dict()
+    for name, tensor in original.state_dict().items():
+        place, _, own = name.rpartition(".")
+        if name in left or not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        try:
+            module = converted.get_submodule(place)
+        except AttributeError:
+            continue
+        if not hasattr(module, own):
+            module.register_buffer(own, tensor.detach().new_empty(0))
+            return
 
 
 @contextmanager

@@ -6,7 +6,7 @@ A unit is what one output of a layer owns of the layer's weight. Which axis that
     convolution, grouped too        [out, in/G, ...]       axis 0
     transposed convolution          [in, out, ...]         axis 1
     ... of G groups                 [in, out/G, ...]       seen as [G, in/G, out/G, ...], axes 0 and 2
-    standardized in place           any layout         the axes that count its outputs
+    standardized in place           any layout             the axes that count its outputs
     vectors, scalars, and all with one axis longer than 1: the whole parameter is one unit
 """
 
