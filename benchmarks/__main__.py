@@ -8,6 +8,7 @@ import sys
 BENCHMARKS = (
     "faults",
     "finetune",
+    "half_precision",
     "loader",
     "loop_overhead",
     "networks",

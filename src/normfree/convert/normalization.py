@@ -188,6 +188,15 @@ class Normalizations:
         sizes = {self.flow.shapes[node][0] for node in inputs if self.flow.shapes[node]}
         return sizes.pop() if len(sizes) == 1 else None
 
+    @cached_property
+    def inside(self) -> dict[str, list[Normalization]]:
+        """Those that ran inside each module, its parts included, by its name."""
+        found: dict[str, list[Normalization]] = {}
+        for one in self.found:
+            for name in (*_with_ancestors(one.module), ""):
+                found.setdefault(name, []).append(one)
+        return found
+
     def related(self, value: Any) -> Relations:
         """The relations of an operand: to itself, and to its roots; none of what does not depend on the input."""
         if not isinstance(value, Node):
@@ -206,17 +215,8 @@ class Normalizations:
             return False
         return any(
             one.keeps_variance and one.is_of(given, self) and self.is_function_of(made, one.output)
-            for one in self._inside.get(call.name, ())
+            for one in self.inside.get(call.name, ())
         )
-
-    @cached_property
-    def _inside(self) -> Mapping[str, list[Normalization]]:
-        """The normalizations that ran in each module and those inside of it, by name."""
-        found: dict[str, list[Normalization]] = {}
-        for one in self.found:
-            for name in _with_ancestors(one.module):
-                found.setdefault(name, []).append(one)
-        return found
 
     def _enter(self, step: Step) -> None:
         if step.name in _FUNCTIONS and step.inputs:
@@ -308,13 +308,16 @@ class Normalizations:
         return self.kinds_of_axes(node, reduced_axes(step, len(self.flow.shapes[node])))
 
     def kinds_of_axes(self, node: Node, axes: Iterable[int]) -> frozenset[str]:
-        """What axes of an activation hold: "examples", "channels" or "positions"."""
+        """What axes of an activation hold: "examples", "channels", "positions"; a number where that is not known."""
         shape = self.flow.shapes[node]
         channels = node.note.channel_axis % len(shape) if shape else 0
+        known = node.note.axis is not None or len(shape) < 4
 
         def kind(axis: int) -> str:
             if axis == 0 and shape[0] == self.examples:
                 return "examples"
+            if not known:
+                return f"axis {axis}"
             return "channels" if axis == channels else "positions"
 
         return frozenset(kind(axis) for axis in axes)
