@@ -314,7 +314,7 @@ class Normalizations:
         known = node.note.axis is not None or len(shape) < 4
 
         def kind(axis: int) -> str:
-            if axis == 0 and shape[0] == self.examples:
+            if axis == 0 and shape[:1] == (self.examples,):
                 return "examples"
             if not known:
                 return f"axis {axis}"
