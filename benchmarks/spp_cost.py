@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.spp_cost [--quick] [--out results/spp_cost]`` writes ``spp_cost.json`` and ``README.md``.
 
-Three questions, each answered in the same process or in fresh ones, interleaved:
+Four questions, each answered in the same process or in fresh ones, interleaved:
 
 1. Time. torchvision's ResNet-50 on 16×3×224×224 in float32 with two threads: A, a plain forward pass without
    gradients, normalizers on batch statistics; B, ``spp`` with ``gradient=False`` (preserving, findings and all); C, the
@@ -12,6 +12,8 @@ Three questions, each answered in the same process or in fresh ones, interleaved
    idle model holds (VmHWM, reset before the call), with every block above 64 KiB mapped by itself, so that what
    is freed is gone.
 3. Depth. The overhead of ``spp`` per block for networks of 16 to 200 blocks: constant if the cost is linear.
+4. Other networks. The time of ``spp`` by that of a plain pass, in turns, for the networks of
+   :mod:`benchmarks.spp_networks`: segmentation, language, volumes, detection, unrolled cells, sums of everything.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from benchmarks.spp_networks import NETWORKS, QUICK
 from normfree.benchmark import hardware, interleaved, ratios, seconds, shown, spread
 from normfree.models import create_model
 from normfree.signal import spp, write_atomically
 
 THREADS = 2
-ROUNDS, MEMORY_ROUNDS, DEPTH_ROUNDS = 21, 5, 7
+ROUNDS, MEMORY_ROUNDS, DEPTH_ROUNDS, NETWORK_ROUNDS = 21, 5, 7, 9
 SHAPE = (16, 3, 224, 224)
 QUICK_SHAPE = (2, 3, 64, 64)
 DEPTHS = {16: "50", 33: "101", 50: "152", 66: "200", 96: "288", 200: "600"}
@@ -48,7 +51,7 @@ def plain(model: nn.Module, x: Tensor) -> None:
     """A forward pass in the mode ``spp`` measures in."""
     model.eval()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.training = True
     with torch.no_grad():
         model(x)
@@ -172,6 +175,21 @@ def deepened(family: str, depths: dict[int, str], rounds: int) -> dict[str, Any]
     }
 
 
+def compared(names: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Question 4: seconds of both, and the ratio within each round."""
+    rows = {}
+    for name in names:
+        build, draw, target = NETWORKS[name]
+        torch.manual_seed(0)
+        model, x = build(), draw()
+        plain(model, x), spp(model, x)
+        times = interleaved({"plain": partial(plain, model, x), "spp": partial(spp, model, x)}, rounds=rounds)
+        ratio = spread(ratios(times["spp"], times["plain"]))
+        seconds_of = {way: spread(values) for way, values in times.items()}
+        rows[name] = {"seconds": seconds_of, "ratio": ratio, "target": target}
+    return rows
+
+
 def table(result: dict[str, Any]) -> str:
     """The results as Markdown."""
     where, timing, memory = result["hardware"], result["time"], result["memory"]
@@ -206,11 +224,15 @@ def table(result: dict[str, Any]) -> str:
         cells = [f"{found['milliseconds_per_block'][count]['median']:.2f}" for count in counts]
         exponent = "–" if found["exponent"] is None else f"{found['exponent']:.2f}"
         lines.append(f"| {family}… | {' | '.join(cells)} | {exponent} |")
+    lines += ["", "| other networks | plain, seconds | spp, seconds | spp / plain | target |", "|---" * 5 + "|"]
+    for name, row in result["networks"].items():
+        cells = [shown(row["seconds"][way]) for way in ("plain", "spp")]
+        lines.append(f"| {name} | {' | '.join(cells)} | {shown(row['ratio'])} | {row['target'] or 'linear'} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Run all three, and write what came out."""
+    """Run all, and write what came out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small input and few rounds: does it run at all?")
     parser.add_argument("--out", type=Path, default=Path("results/spp_cost"))
@@ -225,6 +247,7 @@ def main() -> None:
         "time": timed(shape, few or ROUNDS),
         "memory": remembered(shape, few or MEMORY_ROUNDS),
         "depth": {family: deepened(family, depths, few or DEPTH_ROUNDS) for family in ("nf_resnet", "resnetv2_")},
+        "networks": compared(QUICK if options.quick else tuple(NETWORKS), few or NETWORK_ROUNDS),
     }
     write_atomically(options.out / "spp_cost.json", json.dumps(result, indent=1) + "\n")
     write_atomically(options.out / "README.md", table(result))

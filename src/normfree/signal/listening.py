@@ -79,9 +79,9 @@ class Listener:
             wake=self.wake,
         )
         with self.preserved.guarding(tensors_of(batch)):
-            with torch.no_grad(), stack.followed(recorder.on_module), recorder:
+            with torch.no_grad(), stack.followed(recorder.begin_module), recorder:
                 outputs = run(self.model, batch, stack)
-            finite = all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point())
+            finite = all(_is_finite(t) for t in outputs if t.is_floating_point())
         return recorder.recording, finite
 
 
@@ -118,6 +118,11 @@ def run(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]:
             "its forward must return what it computes"
         )
     return tensors
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether all values are finite: so they are if their sum is, which takes one reading; else each is looked at."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def _finite(recording: Recording) -> bool:

@@ -10,7 +10,7 @@ computed again in float64.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -281,14 +281,26 @@ def _fast(x: Tensor, axis: int) -> tuple[Moments, Tensor | None]:
         else:
             whole = piece.movedim(axis, 1).reshape(piece.shape[0], channels, -1)
             squares = torch.zeros(whole.shape[:2], dtype=torch.float64, device=x.device)
-            for rows in whole.split(LONGEST_RUN["row"], dim=2):
-                total += rows.sum(2).double().sum(0)
-                squares += torch.linalg.vector_norm(rows, dim=2).double().square()
+            for runs in _runs(whole):
+                total += runs.sum(3).double().sum((0, 2))
+                squares += torch.linalg.vector_norm(runs, dim=3).double().square().sum(2)
             square += squares.sum(0)
             lengths.append(squares.sum(1))
     mean = total / count
     deviation = (square - mean.square() * count).clamp_min(0)
     return Moments(count, mean.cpu(), deviation.cpu()), torch.cat(lengths) if lengths else None
+
+
+def _runs(rows: Tensor) -> Iterator[Tensor]:
+    """Rows [N, C, L] cut into runs [N, C, R, L/R] that are short enough for float32; a cache's worth at a time."""
+    run = LONGEST_RUN["row"]
+    together = run * max(1, PIECE // 4 // max(1, rows.shape[0] * rows.shape[1] * run))
+    for part in rows.split(together, dim=2):
+        full = part.shape[2] // run * run
+        if full:
+            yield part[:, :, :full].unflatten(2, (-1, run))
+        if full < part.shape[2]:
+            yield part[:, :, full:].unsqueeze(2)
 
 
 def _column_moments(rows: Tensor) -> tuple[Tensor, Tensor]:

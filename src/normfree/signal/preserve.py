@@ -20,6 +20,7 @@ MODES = ("batch-statistics", "train", "eval")
 """The first is evaluation mode with normalizers on the statistics of the batch, as in the first training step."""
 
 _CONTAINERS = (dict, list, set, collections.deque)
+_PLAIN = frozenset({bool, int, float, str, tuple, type(None)})
 
 
 class Preserved:
@@ -240,6 +241,8 @@ def _attributes(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
 
 
 def _kept_attribute(value: Any, memo: dict[int, Any]) -> Any:
+    if type(value) in _PLAIN:  # most are; the other checks take longer than a small module's forward
+        return value
     if isinstance(value, torch.Generator):
         return _KeptGenerator(value)
     if isinstance(value, _CONTAINERS):

@@ -80,12 +80,17 @@ class Recorder(TorchDispatchMode):
         self.statics = Statics(model, before_writing, wake=wake)
         self.nodes: TensorMap[Node] = TensorMap()
         self.created = 0
+        self.begun: list[tuple[nn.Module, tuple[Any, ...]]] = []
         self.measuring = False
         root = Node((), note=Note())
         for tensor in inputs:
             # Of three axes the channels may be the second (sequences) or the last (tokens): the first layer tells.
             axis = likely_axis(tensor.dim()) if tensor.dim() > 3 else None
             self.nodes[tensor] = Node((root,), note=Note(shape=tuple(tensor.shape), axis=axis))
+
+    def begin_module(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """A module is about to run; looked at with the next operation, where what is measured is not recorded."""
+        self.begun.append((module, inputs))
 
     # What a kind of recording answers.
 
@@ -108,6 +113,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.measuring:
             return func(*args, **kwargs)
+        while self.begun:
+            self.on_module(*self.begun.pop(0))
         if op.mutated_arguments(func):
             for target in written_by(func, args, kwargs):
                 self.before_writing(target)
