@@ -126,6 +126,21 @@ def test_convert_is_the_package_and_the_function():
     assert inspect.signature(normfree.convert) == inspect.signature(function)
 
 
+@pytest.mark.parametrize("home", ["normfree", "normfree.weights"])
+def test_a_converted_file_is_read_where_convert_was_not_imported_before(home, tmp_path):
+    path = tmp_path / "converted.safetensors"
+    x = torch.randn(4, 3, 8, 8)
+    converted = normfree.convert(network(), x, start="pretrained")
+    normfree.save(converted, path)
+    code = (
+        "import torch\nfrom torch import nn\n"
+        f"from {home} import load\n"
+        "original = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))\n"
+        f"print(type(load({str(path)!r}, original=original)).__name__)"
+    )
+    assert in_fresh_process(code) == [type(converted).__name__]
+
+
 def test_convert_is_called_whichever_way_it_was_imported_first():
     for first in ("import normfree.convert as c", "from normfree.convert import convert as c", "import normfree as c"):
         code = f"{first}\nimport normfree, types\nprint(callable(normfree.convert), type(normfree.convert).__name__)"

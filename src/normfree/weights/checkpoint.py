@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ class Origin:
 
 
 _ORIGINS: list[Origin] = []
+
+_REGISTERED_BY = {"normfree.conversion": "normfree.convert"}
+"""Of packages that know weights, and not weights them: which one's import registers the origin of a note, as an entry
+point does. It is imported when a file has the note."""
 
 
 def register(origin: Origin) -> Origin:
@@ -94,6 +99,8 @@ def load(path: str | Path, *, original: nn.Module | None = None) -> nn.Module:
         ValueError: the file is none of ours, or damaged; an original is needed, or is another model.
     """
     stored = read(path)
+    for key in _REGISTERED_BY.keys() & stored.notes.keys():
+        import_module(_REGISTERED_BY[key])
     for origin in _ORIGINS:
         if origin.key in stored.notes:
             return origin.rebuilt(stored, original)
