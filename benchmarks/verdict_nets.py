@@ -1,4 +1,4 @@
-"""Forty small nets of every kind, healthy and sick forward or backward, for ``benchmarks.verdicts``.
+"""Forty small nets of every kind, healthy and sick forward or backward, and the nets that the thresholds rest on.
 
 All classify scikit-learn's digits, [N, 1, 8, 8]: as 64 numbers, as an image, or as a sequence of 8 rows. What makes a
 net sick is in its name. Where no initialisation is named it is torch's own.
@@ -289,4 +289,18 @@ NETS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "gru, two layers": ("recurrent", lambda: Recurrent(nn.GRU(8, 32, 2, batch_first=True))),
     "unrolled tanh, radius 1": ("recurrent", lambda: Unrolled(1.0, torch.tanh)),
     "unrolled tanh, radius 0.2, 24 empty steps": ("recurrent", lambda: Unrolled(0.2, torch.tanh, extra=24)),
+}
+
+CALIBRATION: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    **{
+        f"relu, batch norm, {depth}": ("calibration", lambda depth=depth: mlp(depth, nn.ReLU, norm=nn.BatchNorm1d))
+        for depth in (25, 30, 40)
+    },
+    **{
+        f"tanh, gain {gain:g}, 30": ("calibration", lambda gain=gain: mlp(30, nn.Tanh, gain=gain))
+        for gain in (2.0, 2.5, 3.0)
+    },
+    **{f"sigmoid, {depth}": ("calibration", lambda depth=depth: mlp(depth, nn.Sigmoid)) for depth in (3, 5, 8)},
+    **{f"tanh, {depth}": ("calibration", lambda depth=depth: mlp(depth, nn.Tanh)) for depth in (10, 20, 30)},
+    **{f"relu, {depth}": ("calibration", lambda depth=depth: mlp(depth, nn.ReLU)) for depth in (10, 15, 20)},
 }

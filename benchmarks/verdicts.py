@@ -1,8 +1,9 @@
 """Does the verdict of ``spp`` say which nets learn? Forty small nets, each measured and trained.
 
-``python -m benchmarks.verdicts [--out results/verdicts] [--verdicts-only] [--nets NAME ...]`` writes ``verdicts.json``
-(a net at a time, and goes on where it was stopped) and ``README.md``. ``--verdicts-only`` keeps the training results
-and measures again.
+``python -m benchmarks.verdicts [--out results/verdicts] [--verdicts-only] [--calibration] [--nets NAME ...]`` writes
+``verdicts.json`` (a net at a time, and goes on where it was stopped) and ``README.md``. ``--verdicts-only`` keeps the
+training results and measures again. ``--calibration`` takes the nets that the thresholds on gradients rest on, and
+writes ``calibration.json`` and ``CALIBRATION.md``.
 
 *Verdict*: ``spp`` of the net at initialisation on 64 training images, as ``assert_healthy`` takes it: "error" if a
 finding is one, "healthy" otherwise. *Training*: 300 steps of Adam at batch 64, at the rates 3e-3, 1e-3, 1e-2 and 3e-4
@@ -10,8 +11,8 @@ in this order until one ends at a test accuracy of 90 %; the best counts. *Learn
 chance (10 %) to the best net of the family. The data are scikit-learn's digits, 1437 for training and 360 for testing.
 Weights are drawn with seed 0, the split with 0, batches with 1.
 
-The thresholds of the findings were not chosen on these nets, but from the derivations beside them and on others: chains
-of 25 to 50 layers with batch norm and of 30 layers with tanh, of other widths, gains and depths.
+The thresholds on gradients were not chosen on these nets, but from the derivations beside them and on others, of other
+depths and gains: ``CALIBRATION.md``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from math import log10, prod
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.digits import digits
-from benchmarks.verdict_nets import CLASSES, NETS
+from benchmarks.verdict_nets import CALIBRATION, CLASSES, NETS
 from normfree import spp
 from normfree.benchmark.machine import hardware, versions
 from normfree.signal import write_atomically
@@ -51,17 +53,22 @@ def split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def built(name: str) -> nn.Module:
     """The net, with weights drawn from seed 0."""
     torch.manual_seed(0)
-    return NETS[name][1]()
+    return (NETS | CALIBRATION)[name][1]()
 
 
 def verdict(name: str, images: Tensor) -> dict[str, Any]:
     """The verdict and what it rests on."""
     signal = spp(built(name), images[:BATCH])
+    points = [block for block in signal.blocks if block.avg_sq_gradient and block.avg_channel_var > 0]
+    ends = (points[0], points[-1]) if points else ()
+    power = [prod(block.shape[1:]) * (block.avg_sq_gradient or 0.0) for block in ends]
+    sensitivity = [g * block.avg_channel_var for g, block in zip(power, ends, strict=True)]
     found = {severity: sorted({f.kind for f in signal.findings if f.severity == severity}) for severity in SEVERE}
     return {
         "verdict": "error" if found["error"] else "healthy",
         "findings": found,
         "gradient": signal.configuration["gradient"],
+        "ratios": {name: first / last for name, (first, last) in (("S", sensitivity), ("G", power))} if ends else {},
     }
 
 
@@ -136,17 +143,39 @@ def readme(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def calibration(document: dict[str, Any]) -> str:
+    """The table of the nets that the thresholds rest on."""
+    lines = [
+        "# What the thresholds on gradients rest on",
+        "",
+        "`python -m benchmarks.verdicts --calibration`: chains of width 32, trained as those of the README. Powers",
+        "of ten: S and G (see `signal/gradient_rules.py`) of the first point over those of the last.",
+        f"Made with {versions(document['hardware'])}.",
+        "",
+        "| net | S, first / last | G, first / last | best accuracy, % |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, row in document["nets"].items():
+        s, g = (f"{log10(row['ratios'][key]):.1f}" for key in ("S", "G"))
+        lines.append(f"| {name} | {s} | {g} | {100 * max(row['accuracy'].values()):.1f} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Run, and write after every net."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/verdicts"))
     parser.add_argument("--verdicts-only", action="store_true", help="keep the training results, measure again")
-    parser.add_argument("--nets", nargs="*", choices=list(NETS), metavar="NAME", help="these alone")
+    parser.add_argument("--calibration", action="store_true", help="the nets that the thresholds rest on")
+    parser.add_argument("--nets", nargs="*", metavar="NAME", help="these alone")
     arguments = parser.parse_args()
-    file = arguments.out / "verdicts.json"
+    chosen = CALIBRATION if arguments.calibration else NETS
+    if unknown := set(arguments.nets or ()) - set(chosen):
+        parser.error(f"--nets: {sorted(unknown)} are not known; known are {list(chosen)}")
+    file = arguments.out / ("calibration.json" if arguments.calibration else "verdicts.json")
     nets: dict[str, Any] = json.loads(file.read_text())["nets"] if file.exists() else {}
     data = split()
-    for name in arguments.nets or NETS:
+    for name in arguments.nets or chosen:
         row = nets.get(name, {})
         if "accuracy" not in row and arguments.verdicts_only:
             continue
@@ -155,11 +184,12 @@ def main() -> None:
         if "accuracy" not in row:
             row = {**row, **training(name, data)}
         nets[name] = row
-        document = {"hardware": hardware(), "nets": {known: nets[known] for known in NETS if known in nets}}
+        document = {"hardware": hardware(), "nets": {known: nets[known] for known in chosen if known in nets}}
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(document, indent=1) + "\n")
         print(f"{name}: {row['verdict']} {row['findings']} {row['accuracy']}", flush=True)
-    write_atomically(arguments.out / "README.md", readme(json.loads(file.read_text())))
+    page, text = ("CALIBRATION.md", calibration) if arguments.calibration else ("README.md", readme)
+    write_atomically(arguments.out / page, text(json.loads(file.read_text())))
 
 
 if __name__ == "__main__":
