@@ -1,19 +1,19 @@
 """Other people's architectures: what normfree says of each, and does to it.
 
 ``python -m benchmarks.foreign [--only PATTERN ...] [--out results/foreign] [--fresh] [--onnx] [--workers 2]`` writes
-``table.json`` and this page. The libraries are those of ``pip install .[foreign] --constraint constraints-foreign.txt``;
-all models have random weights and small sizes, and nothing is downloaded. Each row is measured in a process of its
-own, of one thread, that is ended after ten minutes; rows already in ``table.json`` are kept, so that an interrupted run
-goes on.
+``table.json`` and this page. The libraries are installed by ``pip install --no-deps -r constraints-foreign.txt`` beside
+the pinned ones of the project; all models have random weights and small sizes, and nothing is downloaded. Each row is
+measured in a process of its own, of one thread, that is ended after ten minutes; rows already in ``table.json`` are
+kept, so that an interrupted run goes on.
 
 *Blocks* are the residual additions found, and those that the authors' code makes (*+ n*: fusions of two paths, which
-may be found or not). *Verdict* is what ``spp`` says at
-random initialisation: healthy where no finding is an error; *expected* is what an expert expects, with the reason below.
-*Pretrained* is the conversion that keeps the function: its largest error relative to the largest output, with running
-statistics, gains and biases drawn at random, and the norms left. *Fresh* is the conversion for training anew: norms
-before and left, its verdict, and the variance of its output in training mode beside the original's. *Step* is one step
-of SGD on the mean square of the outputs, *fold* the largest relative difference of the folded model, *ONNX* that of the
-exported file (``--onnx``).
+may be found or not). *Verdict* is what ``spp`` says at random initialisation: healthy where no finding is an error;
+*expected* is what an expert expects, with the reason below. *Pretrained* is the conversion that keeps the function: its
+largest error relative to the largest output, with running statistics, gains and biases drawn at random, and the norms
+left. *Fresh* is the conversion for training anew: norms before and left, its verdict, and the variance of its output in
+training mode beside the original's, of several outputs that which differs most. *Step* is one step of SGD on the mean
+square of the outputs, *fold* the largest relative difference of the folded models, fresh and pretrained, *ONNX* that of
+the exported file (``--onnx``). *Refused* is an error that names what is wrong, *crash* any other; both are below.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,16 @@ LIMIT = 600
 QUIET = {"HF_HUB_OFFLINE": "1", "YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false", "TRANSFORMERS_VERBOSITY": "error"}
 """The environment of all rows: no library asks a hub, or speaks."""
 
+PRELOADED = {"transformers": "transformers.modeling_utils", "diffusers": "diffusers.models.modeling_utils"}
+"""What many rows import, which the process that they are forks of imports once."""
+
 
 def cases() -> list[Case]:
     """Every row of the table, in its order."""
-    from benchmarks import foreign_images, foreign_others, foreign_transformers
+    from benchmarks import foreign_images, foreign_science, foreign_series, foreign_transformers
 
-    return [*foreign_images.CASES, *foreign_transformers.CASES, *foreign_others.CASES]
+    parts = (foreign_images, foreign_transformers, foreign_series, foreign_science)
+    return [case for part in parts for case in part.CASES]
 
 
 def is_healthy(findings: list[list[str]]) -> bool:
@@ -58,7 +63,11 @@ def is_healthy(findings: list[list[str]]) -> bool:
 def table(rows: list[dict[str, Any]], described: dict[str, Case]) -> str:
     """The Markdown page: totals, one line a model, then the reasons of each."""
     lines = ["# Other people's architectures", "", *__doc__.strip().splitlines()[2:], ""]
-    lines += ["| total | |", "|---|---|", *(f"| {what} | {number} |" for what, number in _totals(rows, described).items())]
+    lines += [
+        "| total | |",
+        "|---|---|",
+        *(f"| {what} | {number} |" for what, number in _totals(rows, described).items()),
+    ]
     lines += [
         "",
         "| model | field | k param. | blocks: found, made | verdict | expected | pretrained: error | left "
@@ -72,7 +81,9 @@ def table(rows: list[dict[str, Any]], described: dict[str, Case]) -> str:
         "## Where",
         "",
         *where_measured("Measured", rows),
-        "- Versions: " + ", ".join(sorted({f"{described[row['model']].package} {row['version']}" for row in rows if "version" in row})) + ".",
+        "- Versions: "
+        + ", ".join(sorted({f"{described[row['model']].package} {row['version']}" for row in rows if "version" in row}))
+        + ".",
     ]
     return "\n".join(lines) + "\n"
 
@@ -125,7 +136,8 @@ def _line(row: dict[str, Any], case: Case) -> str:
         case.name,
         case.field,
         row["thousands"],
-        f"{found if _has_stated(row) else f'**{found}**'}, {row['stated']}" + f" + {row['fusions']}" * bool(row["fusions"]),
+        f"{found if _has_stated(row) else f'**{found}**'}, {row['stated']}"
+        + f" + {row['fusions']}" * bool(row["fusions"]),
         _verdict(row, "spp", row.get("findings")),
         case.verdict,
         _failed(row, "pretrained") if kept is None else _number(kept["error"]),
@@ -166,9 +178,14 @@ def _pair(row: dict[str, Any], fresh: dict[str, Any]) -> str:
 
 def _folds(row: dict[str, Any], fresh: dict[str, Any] | None, kept: dict[str, Any] | None) -> str:
     parts = [(fresh, "fold"), (kept, "fold pretrained")]
-    return ", ".join(
-        _number(part["fold"]) if "fold" in part else _failed(row, stage) for part, stage in parts if part is not None
-    ) or "–"
+    return (
+        ", ".join(
+            _number(part["fold"]) if "fold" in part else _failed(row, stage)
+            for part, stage in parts
+            if part is not None
+        )
+        or "–"
+    )
 
 
 def _number(value: float | None) -> str:
@@ -177,7 +194,12 @@ def _number(value: float | None) -> str:
 
 def _reasons(row: dict[str, Any], case: Case) -> list[str]:
     """One paragraph: how the blocks are counted, what is expected and why, why norms are left, what was refused."""
-    lines = [f"**{case.name}**", "", f"- Blocks: {case.counted or 'none'}.", f"- Expected to be {case.verdict}: {case.because}."]
+    lines = [
+        f"**{case.name}**",
+        "",
+        f"- Blocks: {case.counted or 'none'}.",
+        f"- Expected to be {case.verdict}: {case.because}.",
+    ]
     for start in ("fresh", "pretrained"):
         for number, was, reason in row.get(start, {}).get("left", []):
             lines.append(f"- Left ({start}): {number} {was}: {reason}.")
@@ -219,6 +241,9 @@ def _run_all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
         ordered = [rows[each] for each in described if each in rows]
         write_atomically(path, page(ordered))
         write_atomically(options.out / "README.md", table(ordered, described))
+
+    for package in {described[name].package for name in asked} & set(PRELOADED):
+        import_module(PRELOADED[package])
 
     def run(part: Callable[[Case], dict[str, Any]], waiting: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         return run_forked({name: partial(part, described[name]) for name in waiting}, options.workers, LIMIT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
 from torch import nn
@@ -26,8 +27,8 @@ class Case:
         counted: where that number comes from.
         fusions: how many additions join two paths of different depth or resolution (pyramids, additive decoders, sums
             of skip outputs), which are no residual branches and may be points or not.
-        verdict: what an expert expects of the signal at this initialisation: no error, or at least one.
-        because: the expert's reason.
+        because: an expert's reason for the verdict.
+        verdict: what the expert expects of the signal at this initialisation: no error ("healthy"), or at least one.
     """
 
     name: str
@@ -36,8 +37,8 @@ class Case:
     build: Callable[[], Built]
     blocks: int | Callable[[Any], int]
     counted: str
-    verdict: Literal["healthy", "sick"]
     because: str
+    verdict: Literal["healthy", "sick"] = "healthy"
     fusions: int = 0
 
     def stated(self, model: nn.Module) -> int:
@@ -48,3 +49,8 @@ class Case:
 def count(model: nn.Module, *classes: str) -> int:
     """The modules of a model whose class has one of these names."""
     return sum(type(module).__name__ in classes for module in model.modules())
+
+
+def load(module: str, name: str) -> Any:
+    """Something of a library, which is imported when a row is built and not before."""
+    return getattr(import_module(module), name)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import re
 import tempfile
 import time
 import traceback
@@ -29,6 +29,9 @@ from normfree.signal.outputs import tensors_in
 
 RATE = 1e-3
 """Of the one step of SGD that a converted model takes."""
+
+PATH = re.compile(r"\b\w+(\.\w+)+\b")
+"""A module's name within a reason."""
 
 
 class Stages:
@@ -74,7 +77,7 @@ def checked(case: Case) -> dict[str, Any]:
     if "fresh" in row:
         _check_fresh(row["fresh"], stages, model, converted, batch)
     with stages("pretrained"):
-        original = copy.deepcopy(model).eval()
+        original = built(case)[0].eval()  # no copy, which torch refuses of modules with weight norm
         randomise(original)
         kept = convert(original, batch, start="pretrained")
         row["pretrained"] = {**_record(kept), "error": error_between(kept, original, batch)}
@@ -85,16 +88,15 @@ def checked(case: Case) -> dict[str, Any]:
 
 
 def _check_fresh(found: dict[str, Any], stages: Stages, model: nn.Module, converted: nn.Module, batch: Any) -> None:
-    """Enter into a fresh conversion's part of a row what its signal, training and fold show."""
+    """Enter into a fresh conversion's part of a row what its signal, fold and training show; trains both."""
     with stages("fresh spp"):
         found["findings"] = findings(spp(converted, batch))
+    with stages("fold"):
+        found["fold"] = error_between(fold(converted.eval()), converted, batch)
     with stages("training"):
         found["variances"] = variances(model, converted, batch)
     with stages("step"):
-        found["step"] = step(copy.deepcopy(converted), batch)
-    with stages("fold"):
-        resting = copy.deepcopy(converted).eval()
-        found["fold"] = error_between(fold(resting), resting, batch)
+        found["step"] = step(converted, batch)
 
 
 def exported(case: Case) -> dict[str, Any]:
@@ -130,14 +132,20 @@ def findings(signal: SignalPropagation) -> list[list[str]]:
 
 
 def _record(converted: nn.Module) -> dict[str, Any]:
-    """The number of changes of a conversion, and the reasons of the norms that are left, with how many have them."""
+    """The changes of a conversion, and the norms that are left: how many of a class, and a reason that is theirs.
+
+    Reasons that differ in the names of modules alone are one.
+    """
     conversion = conversion_of(converted)
     assert conversion is not None
-    left = Counter((kept.was, kept.reason) for kept in conversion.norms_left)
+    left: dict[tuple[str, str], list[str]] = {}
+    for kept in conversion.norms_left:
+        left.setdefault((kept.was, PATH.sub("…", kept.reason)), []).append(kept.reason)
     return {
         "changes": dict(Counter(change.now for change in conversion.changes)),
-        "norms": sum(change.now in ("Identity", "Affine", "Activation") for change in conversion.changes) + left.total(),
-        "left": [[number, was, reason] for (was, reason), number in left.items()],
+        "norms": sum(change.now in ("Identity", "Affine", "Activation") for change in conversion.changes)
+        + len(conversion.norms_left),
+        "left": [[len(reasons), was, reasons[0]] for (was, _), reasons in left.items()],
         "notes": conversion.different_notes(),
     }
 
@@ -158,7 +166,7 @@ def variances(model: nn.Module, converted: nn.Module, batch: Any) -> list[float 
     Of several outputs, the pair that differs most; what is constant in the original is left out.
     """
     pairs = []
-    for one, other in zip(*(_outputs(copy.deepcopy(each).train(), batch) for each in (model, converted)), strict=False):
+    for one, other in zip(*(_outputs(each.train(), batch) for each in (model, converted)), strict=False):
         before, after = float(one.var(correction=0)), float(other.var(correction=0))
         if before > 0:
             pairs.append((before, after))
