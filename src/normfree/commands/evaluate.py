@@ -112,7 +112,8 @@ class Evaluate:
             raise ValueError(
                 f"source: {self.model!r} lies in no run, so its data are not known; pass --source or --run"
             )
-        config = known or DataConfig()
+        digits = self.source == "digits"  # which say themselves
+        config = known or DataConfig(in_channels=None if digits else trained.in_channels)
         changes = {field: getattr(self, option) for option, field in OVERRIDES.items()}
         changes = {field: value for field, value in changes.items() if value is not None}
         if self.source is not None and known is not None and self.source != known.source:

@@ -51,7 +51,7 @@ class Predict:
     def run(self, console: Console) -> None:
         """Read all images first, then predict and tell."""
         from normfree.sources import opened
-        from normfree.train.evaluation import check_logits, precision_of
+        from normfree.train.evaluation import logits_of
         from normfree.train.trained import open_trained
 
         trained = open_trained(
@@ -59,13 +59,10 @@ class Predict:
         )
         images = self._images(trained)
         names = trained.class_names
-        precision = precision_of(trained.network)
         rows = []
         with torch.no_grad():
             for part in images.split(64):
-                logits = trained.network(part.to(precision))
-                check_logits(logits, len(part), None if names is None else len(names))
-                rows.append(logits.float())
+                rows.append(logits_of(trained.network, part, None if names is None else len(names)).float())
         logits = torch.cat(rows)
         for path, row in zip(self.images, logits, strict=True):
             if not row.isfinite().all():
@@ -92,7 +89,11 @@ class Predict:
         from normfree.data.crops import CentreCrop
         from normfree.data.decode import DamagedImage, decode
 
-        data = trained.data or DataConfig(image_size=224, in_channels=3, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        data = trained.data
+        if data is None:
+            channels = trained.in_channels or 3
+            mean, std = IMAGENET_MEAN[:channels], IMAGENET_STD[:channels]
+            data = DataConfig(image_size=224, in_channels=channels, mean=mean, std=std)
         crop = CentreCrop(self.image_size or data.image_size or 224, data.crop_ratio)
         rows = []
         for path in self.images:

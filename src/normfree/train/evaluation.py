@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from normfree.signal.packages import required
+from normfree.text import first_line
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -78,8 +79,7 @@ def evaluate(
         with torch.no_grad():
             for images, targets in _in_step(batches, fabric) if sharded else batches:
                 with fabric.autocast():
-                    logits = network(images.to(precision_of(network)))
-                check_logits(logits, len(images), classes)
+                    logits = logits_of(network, images, classes)
                 if len(targets):
                     logits = logits.float()
                     metrics.update(logits, targets)
@@ -98,6 +98,23 @@ def evaluate(
         top5=float(found["top5"]) if "top5" in found else None,
         confusion=confusion.cpu().tolist(),
     )
+
+
+def logits_of(network: nn.Module, images: Tensor, classes: int | None) -> Tensor:
+    """Return a network's logits [N, classes] of standardized images, which it is given in its own precision.
+
+    Raises:
+        ValueError: it does not take such images, or is no classifier of so many classes.
+    """
+    try:
+        logits = network(images.to(precision_of(network)))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        said = f"it fails on images {list(images.shape)} ({first_line(error)})"
+        raise ValueError(f"model: {said}; give images of the size and colours it takes") from error
+    check_logits(logits, len(images), classes)
+    return logits
 
 
 def precision_of(network: nn.Module) -> torch.dtype:

@@ -147,7 +147,7 @@ class _Run:
     def _finished(self, session: Session) -> Summary | None:
         """The summary of a run that came to its end before."""
         path = self.folder / METRICS
-        if session.step < session.last_step or not path.is_file():
+        if session.step < session.last_step or kind_of(path) == "nothing":
             return None
         metrics = read_json(path, "run")
         evaluated = isinstance(metrics.get("evaluation"), dict) and metrics.get("step") == session.step

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,12 @@ class Trained:
     exported: bool
     data: DataConfig | None
     class_names: tuple[str, ...] | None
+
+    @property
+    def in_channels(self) -> Literal[1, 3] | None:
+        """Channels of its images, 1 or 3, as its first convolution has them; None where there is none."""
+        first = next((part.in_channels for part in self.network.modules() if isinstance(part, nn.Conv2d)), None)
+        return first if first in (1, 3) else None
 
 
 def open_trained(

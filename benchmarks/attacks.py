@@ -1,0 +1,1019 @@
+"""Attacks on everything we read: what each file, name or number tries, and what is promised against it.
+
+An attack prepares files in an empty folder and gives a command line, or a call. It *held* if what is promised came
+true: one line on standard error that names the file or argument, or the right answer; nothing was run, nothing waited,
+no control character was printed, and no more memory taken than a small model's. Used by ``python -m benchmarks.faults``
+and by the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import socket
+import struct
+import sys
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import normfree
+
+REFUSED = "one line that names it"
+WORKS = "the right answer"
+SECONDS = 60
+"""After which an attack counts as a hang; all take seconds, most milliseconds."""
+MEMORY = 2**30
+"""Bytes of the process's largest memory that an attack may add."""
+CANARY = "code_was_run"
+
+SMALL = {"num_classes": 10, "in_channels": 1, "depths": [1, 1, 1, 1], "widths": [8, 8, 16, 16], "stem": "cifar"}
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m"
+ACTING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack.
+
+    Attributes:
+        kind: which promise it tries.
+        name: of the attack, distinct.
+        promise: :data:`REFUSED` or :data:`WORKS`.
+        act: prepares a folder; returns the words of a command, or a call.
+        names: what the line has to name.
+    """
+
+    kind: str
+    name: str
+    promise: str
+    act: Callable[[Path], list[str] | Callable[[], Any]]
+    names: str = ""
+
+
+ATTACKS: dict[str, Attack] = {}
+
+
+def attack(kind: str, name: str, act: Callable[[Path], Any], names: str = "", promise: str = REFUSED) -> None:
+    """Enter an attack."""
+    assert name not in ATTACKS, name
+    ATTACKS[name] = Attack(kind, name, promise, act, names)
+
+
+class Hang(BaseException):
+    """An attack that does not end."""
+
+
+@contextlib.contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Raise :class:`Hang` after so many seconds."""
+
+    def ring(number: int, frame: Any) -> None:
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(attack: Attack, folder: Path) -> str:
+    """Carry out an attack in an empty folder; "held", or what went wrong."""
+    from normfree.cli import main
+
+    printed, told = io.StringIO(), io.StringIO()
+    code: int | None = None
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    here = Path.cwd()
+    try:
+        os.chdir(folder)
+        with alarm(SECONDS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            act = attack.act(folder)
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(told):
+                if callable(act):
+                    try:
+                        act()
+                        code = 0
+                    except ValueError as error:
+                        code = 2
+                        print(f"normfree: {error}", file=sys.stderr)
+                else:
+                    code = main(act)
+    except Hang:
+        return "hang"
+    except BaseException as error:  # whatever it is, a person would have seen it
+        return f"traceback ({type(error).__name__}: {str(error)[:80]!r})"
+    finally:
+        os.chdir(here)
+    if any(folder.rglob(CANARY)):
+        return "code was run"
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    if grown > MEMORY:
+        return f"memory ({grown / 2**30:.1f} GiB)"
+    line = told.getvalue()
+    if ACTING.search(line) or ACTING.search(printed.getvalue()):
+        return "control characters"
+    if code == 3 or "Traceback" in line:
+        return f"traceback ({line.strip()[:120]!r})"
+    if attack.promise == WORKS:
+        return "held" if code == 0 else f"refused what is right ({line.strip()[:200]!r})"
+    if code == 0:
+        return "silently wrong"
+    if line.count("\n") != 1 or len(line) > 520:
+        return f"not one short line ({len(line)} characters, {line.count(chr(10))} lines)"
+    return "held" if attack.names in line else f"does not name {attack.names!r} ({line.strip()[:200]!r})"
+
+
+# --- what is attacked ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ground:
+    """What attacks take a copy of, made once: a run of a few steps, and models of ours."""
+
+    folder: Path | None = None
+
+
+GROUND = Ground()
+RUN_MODEL = "nf_resnet50:depths=(1,1,1,1),widths=(8,8,16,16),stem=cifar,alpha=0.5,skipinit_gain=1"
+
+
+def prepare(folder: Path) -> None:
+    """Train the run whose files are attacked, in a folder that stays."""
+    from normfree.cli import main
+
+    GROUND.folder = folder
+    torch.manual_seed(0)
+    normfree.save(normfree.create_model("nf_resnet50", **SMALL), folder / "model.safetensors")
+    words = train_words(folder / "run")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert main(words) == 0
+
+
+def train_words(out: Path) -> list[str]:
+    """The command of the run."""
+    options = {
+        "--model": RUN_MODEL,
+        "--epochs": 2,
+        "--optimizer.warmup-epochs": 1,
+        "--batch-size": 128,
+        "--signal-every": 0,
+        "--log-every": 1,
+        "--checkpoint-every": 4,
+        "--precision": "fp32",
+        "--limit-eval-steps": 1,
+        "--out": out,
+    }
+    return ["train", "digits", *(str(word) for pair in options.items() for word in pair)]
+
+
+def run_in(folder: Path) -> Path:
+    """A copy of the run."""
+    assert GROUND.folder is not None, "prepare comes first"
+    return Path(shutil.copytree(GROUND.folder / "run", folder / "run"))
+
+
+def unfinished_in(folder: Path) -> Path:
+    """A copy of the run without its metrics, as if it had been stopped: it goes on from its checkpoint."""
+    run = run_in(folder)
+    (run / "metrics.json").unlink()
+    return run
+
+
+def model_in(folder: Path, name: str = "model.safetensors") -> Path:
+    """A copy of the model."""
+    assert GROUND.folder is not None, "prepare comes first"
+    return Path(shutil.copy(GROUND.folder / "model.safetensors", folder / name))
+
+
+def image_in(folder: Path, name: str = "image.png", content: bytes | None = None) -> Path:
+    """An image, or something else of its name."""
+    from PIL import Image
+
+    if content is None:
+        file = io.BytesIO()
+        Image.effect_noise((8, 8), 60).save(file, "PNG")
+        content = file.getvalue()
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], notes: dict[str, str]) -> str:
+    """A safetensors file with these notes."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, notes)
+    return str(path)
+
+
+class Exploit:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (os.system, (f"touch {CANARY}",))
+
+
+# --- 1: no code from files ----------------------------------------------------------------------------------------
+
+EVIL = f"open({CANARY!r}, 'w').close()\n"
+
+
+def converted_in(folder: Path, source: str | None, **changes: Any) -> str:
+    """A converted checkpoint whose record names a source, or has other changes."""
+    from torch import nn
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    converted = normfree.convert(model, torch.randn(4, 1, 8, 8))
+    record = {**converted.conversion.to_dict(), "source": source, **changes}  # type: ignore[union-attr, operator]
+    notes = {"normfree.conversion": json.dumps(record)}
+    return write_tensors(folder / "c.safetensors", dict(converted.state_dict()), notes)
+
+
+FORGED_SOURCES = {
+    "a factory": "nets.py:net",
+    "a factory by an absolute path": "{folder}/nets.py:net",
+    "a factory above": "../nets.py:net",
+    "a hub model of timm": "timm:hf-hub:someone/evil",
+    "a path for timm": "timm:./nets.py",
+    "a path for torchvision": "torchvision:nets.py",
+    "another checkpoint": "other.safetensors",
+    "itself": "c.safetensors",
+    "a folder": "folder",
+    "a module": "os:system",
+    "nothing": "",
+    "a name that is no model": "nf_resnet51",
+    "escapes": ESCAPES,
+    "a long name": "x" * 100_000,
+    "overrides that are code": "nf_resnet50:width=__import__('os').system('touch code_was_run')",
+    "overrides that are deep": "nf_resnet50:width=" + "(" * 5000,
+    "a large torchvision model": "torchvision:vit_h_14",
+    "a large model of ours": "nf_resnet50:width=4096",
+    "a deep model of ours": "nf_resnet50:depths=(1000000000,1,1,1)",
+}
+
+
+def forged_source(source: str) -> Callable[[Path], list[str]]:
+    """A command on a converted checkpoint that names a source."""
+
+    def act(folder: Path) -> list[str]:
+        path = converted_in(folder, source.format(folder=folder) if "{folder}" in source else source)
+        (folder / "nets.py").write_text(EVIL)
+        (folder / "folder").mkdir()
+        model_in(folder, "other.safetensors")
+        return ["spp", path]
+
+    return act
+
+
+for title, source in FORGED_SOURCES.items():
+    attack("code", f"a converted file names {title}", forged_source(source), "c.safetensors")
+
+
+def command_on(*words: str) -> Callable[[Path], list[str]]:
+    """A command on a converted checkpoint whose factory lies beside it."""
+
+    def act(folder: Path) -> list[str]:
+        converted_in(folder, "nets.py:net")
+        (folder / "nets.py").write_text(EVIL)
+        image_in(folder)
+        return [word.replace("MODEL", "c.safetensors") for word in words]
+
+    return act
+
+
+for command in (
+    ("doctor", "MODEL"),
+    ("benchmark", "MODEL"),
+    ("export", "MODEL", "--out", "m.onnx"),
+    ("convert", "MODEL", "--out", "m.safetensors"),
+    ("evaluate", "MODEL", "--source", "digits"),
+    ("predict", "MODEL", "image.png"),
+):
+    attack("code", f"normfree {command[0]} finds the factory beside the weights", command_on(*command), "c.safetensors")
+
+
+def pickled(name: str, wrap: Callable[[bytes, Path], None], words: list[str]) -> None:
+    """A pickle that runs code, under a name."""
+
+    def act(folder: Path) -> list[str]:
+        image_in(folder)
+        wrap(pickle.dumps(Exploit()), folder / name)
+        return [word.replace("FILE", name) for word in words]
+
+    attack("code", f"{' '.join(words[:1])}: a pickle as {name}", act, name)
+
+
+def as_pt2(content: bytes, path: Path) -> None:
+    """A torch.export archive whose sample inputs are the pickle."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry in ("archive_format", "models/model.json", "data/sample_inputs/model.pt", "data/weights/model.pt"):
+            archive.writestr(f"archive/{entry}", content if entry.endswith(".pt") else "pt2")
+
+
+def as_is(content: bytes, path: Path) -> None:
+    """The pickle itself."""
+    path.write_bytes(content)
+
+
+def as_torch(content: bytes, path: Path) -> None:
+    """A file of torch.save that runs code."""
+    torch.save(Exploit(), path)
+
+
+for wrap in (as_pt2, as_is, as_torch):
+    for name, words in {
+        "m.pt2": ["evaluate", "FILE", "--source", "digits"],
+        "m.safetensors": ["spp", "FILE"],
+        "m.onnx": ["predict", "FILE", "image.png"],
+        "m.pt": ["evaluate", "FILE", "--source", "digits"],
+        "weights.bin": ["convert", "torchvision:resnet18", "--weights", "FILE", "--out", "o.safetensors"],
+    }.items():
+        if wrap is not as_pt2 or name == "m.pt2":
+            title = {as_pt2: "archive.", as_is: "plain.", as_torch: "torch."}[wrap]
+            pickled(title + name, wrap, words)
+
+
+def modules_beside(folder: Path) -> list[str]:
+    """Modules named as packages that are imported late, beside the weights."""
+    for name in ("timm", "datasets", "onnxruntime", "lightning", "torchmetrics", "plotly", "nets", "model"):
+        (folder / f"{name}.py").write_text(EVIL)
+    model_in(folder)
+    return ["evaluate", "model.safetensors", "--source", "digits", "--limit-eval-steps", "1"]
+
+
+attack("code", "packages' names beside the weights", modules_beside, promise=WORKS)
+
+
+def state_pickle(folder: Path) -> list[str]:
+    """A training state that runs code, with the right checksums."""
+    run = run_in(folder)
+    rewritten_state(run, lambda state: Exploit())
+    return train_words(run)
+
+
+def script_beside(folder: Path) -> list[str]:
+    """A loading script in a data folder of the hub's form."""
+    (folder / "data").mkdir()
+    (folder / "data" / "data.py").write_text(EVIL)
+    model_in(folder)
+    return ["evaluate", "model.safetensors", "--source", f"hub:{folder / 'data'}"]
+
+
+attack("code", "a script in a folder of data", script_beside)
+
+
+# --- 2: bombs and hangs -------------------------------------------------------------------------------------------
+
+
+def noted(**config: Any) -> Callable[[Path], list[str]]:
+    """A file of a few bytes that describes some model."""
+
+    def act(folder: Path) -> list[str]:
+        note = json.dumps({"name": "nf_resnet50", "num_classes": 10, "in_channels": 3, **config})
+        return ["spp", write_tensors(folder / "m.safetensors", {"a": torch.zeros(1)}, {"normfree": note})]
+
+    return act
+
+
+for title, config in {
+    "a width of 4096": {"width": 4096},
+    "a width of 1e18": {"width": 1e18},
+    "a width of 1e308": {"width": 1e308},
+    "widths of 10**9": {"widths": [10**9] * 4},
+    "10**9 blocks": {"depths": [10**9, 1, 1, 1]},
+    "10**18 blocks": {"depths": 10**18},
+    "10**12 classes": {"num_classes": 10**12},
+    "10**12 channels": {"in_channels": 10**12},
+    "a name of a list": {"name": ["nf_resnet50"]},
+    "a name of escapes": {"name": ESCAPES},
+    "a name of a megabyte": {"name": "x" * 10**6},
+    "an activation of a mapping": {"activation": {"a": 1}},
+    "no number of classes": {"num_classes": None},
+    "a negative width": {"widths": [-1, 1, 1, 1]},
+    "depths of words": {"depths": ["a", "b"]},
+    "depths of no end": {"depths": [[1]]},
+    "another override": {"__class__": "x"},
+    "a group of zero": {"group_size": 0},
+}.items():
+    attack("bomb", f"a note of {title}", noted(**config), "m.safetensors")
+
+
+def noted_text(text: str) -> Callable[[Path], list[str]]:
+    """A file whose note is a text."""
+    return lambda folder: [
+        "spp",
+        write_tensors(folder / "m.safetensors", {"a": torch.zeros(1)}, {"normfree": text}),
+    ]
+
+
+for title, text in {
+    "no JSON": "{",
+    "JSON nested 100,000 times": "[" * 100_000,
+    "a list": "[]",
+    "a number of 5,000 digits": '{"name": ' + "9" * 5000 + "}",
+    "not a number": '{"name": "nf_resnet50", "width": NaN}',
+    "infinity": '{"name": "nf_resnet50", "width": 1e999}',
+}.items():
+    attack("damage", f"a note of {title}", noted_text(text), "m.safetensors")
+
+
+def header_of(header: bytes, length: int | None = None) -> Callable[[Path], list[str]]:
+    """A safetensors file of a header."""
+
+    def act(folder: Path) -> list[str]:
+        size = struct.pack("<Q", len(header) if length is None else length)
+        (folder / "m.safetensors").write_bytes(size + header)
+        return ["evaluate", "m.safetensors", "--source", "digits"]
+
+    return act
+
+
+for title, header, length in (
+    ("of 2**60 bytes", b"{}", 2**60),
+    ("cut off", b'{"a": {"dtype": "F32"', None),
+    ("nested 10,000 times", b"[" * 10_000, None),
+    ("of a tensor that is not there", b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4]}}', None),
+    (
+        "of overlapping tensors",
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        None,
+    ),
+    ("of an unknown dtype", b'{"a":{"dtype":"F1024","shape":[0],"data_offsets":[0,0]}}', None),
+    ("of no bytes", b"", 0),
+):
+    attack("bomb", f"a safetensors header {title}", header_of(header, length), "m.safetensors")
+
+
+def make_special(kind: str, path: Path) -> None:
+    """A named pipe, device, socket, folder, or link to one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    if kind == "named pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "socket":
+        here = Path.cwd()
+        os.chdir(path.parent)  # a socket's address is short
+        try:
+            socket.socket(socket.AF_UNIX).bind(path.name)
+        finally:
+            os.chdir(here)
+    else:
+        path.mkdir()
+
+
+def special(kind: str, place: str, words: list[str], ready: Callable[[Path], Any]) -> None:
+    """A special file at a place that a command reads."""
+
+    def act(folder: Path) -> list[str]:
+        ready(folder)
+        make_special(kind, folder / place)
+        return words
+
+    attack("hang", f"{words[0]}: a {kind} as {place}", act, Path(place).name)
+
+
+def nothing(folder: Path) -> None:
+    """Needs nothing beside it."""
+
+
+def data_in(folder: Path) -> None:
+    """A folder of images, and a model."""
+    model_in(folder)
+    for number in range(4):
+        image_in(folder, f"data/test/{number % 2}/{number}.png")
+
+
+for kind in ("named pipe", "device", "socket", "folder"):
+    special(kind, "m.onnx", ["predict", "m.onnx", "image.png"], image_in)
+    special(kind, "image.png", ["predict", "model.safetensors", "image.png"], model_in)
+    if kind != "folder":  # a folder may be a run
+        special(kind, "m.safetensors", ["spp", "m.safetensors"], nothing)
+        special(kind, "nets.py", ["spp", "nets.py:net"], nothing)
+        special(
+            kind, "w.bin", ["convert", "torchvision:resnet18", "--weights", "w.bin", "--out", "o.safetensors"], nothing
+        )
+        special(kind, "data.parquet", ["evaluate", "model.safetensors", "--source", "data.parquet"], model_in)
+        special(kind, "data.tar", ["evaluate", "model.safetensors", "--source", "data.tar"], model_in)
+        special(
+            kind,
+            "data/test/0/bad.png",
+            ["evaluate", "model.safetensors", "--source", "data", "--on-bad-image", "error", "--image-size", "8"],
+            data_in,
+        )
+    for name in ("config.json", "train.csv", "eval.csv", "metrics.json"):
+        special(kind, f"run/{name}", train_words(Path("run")), run_in if name == "metrics.json" else unfinished_in)
+
+
+def bytes_as_image(content: Callable[[], bytes], suffix: str) -> Callable[[Path], list[str]]:
+    """An image of some bytes, to predict."""
+
+    def act(folder: Path) -> list[str]:
+        model_in(folder)
+        return ["predict", "model.safetensors", str(image_in(folder, f"image{suffix}", content()).name)]
+
+    return act
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG whose header promises some size."""
+    import zlib
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b"")
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(code_was_run) (w) file closefile showpage\n"
+for title, content, suffix in (
+    ("PostScript", lambda: POSTSCRIPT, ".eps"),
+    ("PostScript called a PNG", lambda: POSTSCRIPT, ".png"),
+    (
+        "PostScript with a preview",
+        lambda: b"\xc5\xd0\xd3\xc6" + struct.pack("<6I", 32, 99, 0, 0, 0, 0) + POSTSCRIPT,
+        ".jpg",
+    ),
+    ("60,000 by 60,000 pixels", lambda: png_of(60_000, 60_000), ".png"),
+    ("10,000 by 10,000 pixels", lambda: png_of(10_000, 10_000), ".png"),
+    ("2**31 by 1 pixels", lambda: png_of(2**31 - 1, 1), ".png"),
+    ("no pixels", lambda: png_of(0, 0), ".png"),
+    ("HTML", lambda: b"<html>404</html>", ".jpg"),
+    ("SVG", lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", ".png"),
+    ("nothing", lambda: b"", ".png"),
+    ("noise", lambda: bytes(range(256)) * 8, ".webp"),
+    ("a JPEG's first bytes", lambda: b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", ".jpg"),
+):
+    attack("bomb", f"an image of {title}", bytes_as_image(content, suffix), "image")
+
+
+def archive_bomb(shape: tuple[int, ...], content: bytes) -> Callable[[Path], Any]:
+    """An archive of arrays for load_haiku_weights."""
+
+    def act(folder: Path) -> Any:
+        import numpy as np
+
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        with zipfile.ZipFile(folder / "w.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("params/a/w.npy", header.getvalue() + content)
+        model = normfree.create_model("nf_resnet50", **SMALL)
+        return lambda: normfree.load_haiku_weights(model, folder / "w.npz")
+
+    return act
+
+
+attack("bomb", "an archive that unpacks to a gigabyte", archive_bomb((2**28,), bytes(2**30)), "w.npz")
+attack("bomb", "an array that claims 400 GB", archive_bomb((10**11,), b"abcd"), "w.npz")
+attack("bomb", "an array that claims 2**60 rows", archive_bomb((2**60, 2**60), b"abcd"), "w.npz")
+
+SHARED = b")q\x000" + b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(60)) + b"h<"
+for title, content in {
+    "that names os.system": b"\x80\x02cos\nsystem\nX\x12\x00\x00\x00touch code_was_run\x85R.",
+    "whose key is exponential": b"\x80\x02}" + SHARED + b"K\x01s.",
+    "whose dtype is exponential": b"\x80\x02cnumpy\ndtype\n" + SHARED + b"\x85R.",
+    "of a list in itself": b"\x80\x02]q\x00h\x00a.",
+    "of 2**60 bytes": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60) + b".",
+    "of 2**31 memo entries": b"\x80\x02Nr\xff\xff\xff\x7f.",
+    "that is cut off": b"\x80\x02}",
+}.items():
+
+    def read(folder: Path, content: bytes = content) -> Any:
+        """Official weights of some bytes."""
+        (folder / "w.npz").write_bytes(content)
+        model = normfree.create_model("nf_resnet50", **SMALL)
+        return lambda: normfree.load_haiku_weights(model, folder / "w.npz")
+
+    attack("code" if "os." in title else "bomb", f"official weights of a pickle {title}", read, "w.npz")
+
+
+def table_in(folder: Path, labels: Any, name: str = "data") -> None:
+    """A parquet file of images with labels, and a model."""
+    import pyarrow
+    from pyarrow import parquet
+
+    model_in(folder)
+    (folder / name).mkdir()
+    image = image_in(folder).read_bytes()
+    for split in ("train", "test"):
+        columns = {"image": pyarrow.array([image] * len(labels)), "label": labels}
+        parquet.write_table(pyarrow.table(columns), folder / name / f"{split}.parquet")
+
+
+def labelled(labels: list[Any], kind: str = "") -> Callable[[Path], list[str]]:
+    """An evaluation on a table of labels."""
+
+    def act(folder: Path) -> list[str]:
+        import pyarrow
+
+        array = pyarrow.array(labels)
+        table_in(folder, array.dictionary_encode() if kind == "dictionary" else array.cast(kind) if kind else array)
+        return ["evaluate", "model.safetensors", "--source", "data", "--image-size", "8"]
+
+    return act
+
+
+TEN = [str(number) for number in range(10)]
+for title, labels, kind in (
+    ("identifiers of 10**9", [10**9 + number for number in range(20)], ""),
+    ("identifiers of 10**18", [10**18 + number for number in range(20)], ""),
+    ("two thousand identifiers", list(range(2000)), ""),
+    ("two thousand words", [f"id-{number}" for number in range(2000)], ""),
+    ("fractions", [0.5, 1.5], ""),
+    ("lists", [[0], [1]], ""),
+    ("bytes", [b"a", b"b"], ""),
+    ("nothing", [None, None], ""),
+    ("negative numbers", [-1, 0], ""),
+):
+    attack(
+        "bomb" if "ident" in title or "thousand" in title else "wrong",
+        f"labels of {title}",
+        labelled(labels, kind),
+        "label",
+    )
+for kind in ("", "dictionary", "large_string", "string_view"):
+    attack("wrong", f"labels of words, {kind or 'plain'}", labelled(TEN, kind), promise=WORKS)
+
+
+# --- 3: damaged and forged files ----------------------------------------------------------------------------------
+
+
+def changed(
+    path: str, change: Callable[[bytes], bytes], words: Callable[[Path], list[str]] | None = None
+) -> Callable[[Path], Any]:
+    """A command on a run of which one file is changed."""
+
+    def act(folder: Path) -> Any:
+        run = (unfinished_in if path.endswith(".csv") else run_in)(folder)
+        file = run / path
+        file.write_bytes(change(file.read_bytes()))
+        return (words or train_words)(run)
+
+    return act
+
+
+def edited(*keys: str, value: Any) -> Callable[[bytes], bytes]:
+    """A JSON file with another value at some keys; without the last key for ``...``."""
+
+    def change(content: bytes) -> bytes:
+        document = json.loads(content)
+        place = document
+        for key in keys[:-1]:
+            place = place[key]
+        if value is ...:
+            del place[keys[-1]]
+        else:
+            place[keys[-1]] = value
+        return json.dumps(document).encode()
+
+    return change
+
+
+def evaluated(run: Path) -> list[str]:
+    """Evaluate a run."""
+    return ["evaluate", str(run), "--limit-eval-steps", "1"]
+
+
+GARBAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "noise": lambda content: bytes(range(256)) * 4,
+    "nested 100,000 times": lambda content: b"[" * 100_000,
+    "a list": lambda content: b"[1, 2]",
+    "a number": lambda content: b"7",
+    "not UTF-8": lambda content: b'{"a": "\xff\xfe"}',
+}
+for title, change in GARBAGE.items():
+    for command in (train_words, evaluated):
+        attack(
+            "damage",
+            f"{command.__name__.split('_')[0]}: config.json that is {title}",
+            changed("config.json", change, command),
+            "config.json",
+        )
+    if title in ("empty",):
+        continue
+    attack(
+        "damage",
+        f"train.csv that is {title}",
+        changed("train.csv", change),
+        "train.csv",
+        WORKS if title == "half" else REFUSED,
+    )
+    attack("damage", f"metrics.json that is {title}", changed("metrics.json", change), "metrics.json")
+
+for keys, value in (
+    (("derived", "classes"), 7),
+    (("derived", "classes"), [1, 2]),
+    (("derived", "classes"), [ESCAPES] * 10),
+    (("derived", "classes"), ["a", "b"]),
+    (("derived", "data"), "digits"),
+    (("derived", "data", "source"), 5),
+    (("derived", "data", "image_size"), "large"),
+    (("derived", "data", "image_size"), -1),
+    (("derived", "data", "mean"), [float("nan")]),
+    (("derived", "data", "num_classes"), 10**12),
+    (("derived", "data", "batch_size"), True),
+    (("derived", "data", "augmentation"), [1]),
+    (("derived", "data", "unknown"), 1),
+    (("derived", "data"), ...),
+):
+    name = (
+        f"config.json with {'.'.join(keys)} {str(value)[:20]!r}"
+        if value is not ...
+        else f"config.json without {keys[-1]}"
+    )
+    attack("damage", name, changed("config.json", edited(*keys, value=value), evaluated))
+
+
+def rewritten_state(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Another training state in every checkpoint, with the checksums that belong to it."""
+    from normfree.train.checkpoint import _facts, _own_hash
+
+    (run / "metrics.json").unlink(missing_ok=True)
+    for folder in sorted((run / "checkpoints").iterdir()):
+        state = torch.load(folder / "state.pt", weights_only=True)
+        torch.save(change(state), folder / "state.pt")
+        document = json.loads((folder / "manifest.json").read_bytes())
+        document.pop("sha256")
+        document["files"]["state.pt"] = _facts(folder / "state.pt")
+        (folder / "manifest.json").write_text(json.dumps({**document, "sha256": _own_hash(document)}))
+
+
+def stated(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], list[str]]:
+    """Going on from a forged state."""
+
+    def act(folder: Path) -> list[str]:
+        run = run_in(folder)
+        rewritten_state(run, change)
+        return train_words(run)
+
+    return act
+
+
+attack("code", "a training state that is a pickle", state_pickle, "step_")
+for title, change in {
+    "a list": lambda state: [state],
+    "nothing": lambda state: {},
+    "no step": lambda state: {key: value for key, value in state.items() if key != "step"},
+    "a step of words": lambda state: {**state, "step": "twelve"},
+    "a negative step": lambda state: {**state, "step": -5},
+    "a fraction of a step": lambda state: {**state, "step": 1.5},
+    "seconds that are no number": lambda state: {**state, "seconds": float("nan")},
+    "no optimizer": lambda state: {**state, "optimizer": None},
+    "another optimizer": lambda state: {**state, "optimizer": {"state": {}, "param_groups": []}},
+    "no data": lambda state: {**state, "data": 5},
+    "data of nothing": lambda state: {**state, "data": [None]},
+    "data of another order": lambda state: {**state, "data": [{"share": {}}]},
+    "a tensor of 10**12": lambda state: {**state, "optimizer": torch.zeros(1).expand(10**12)},
+}.items():
+    attack("damage", f"a training state with {title}", stated(change), "step_")
+
+
+def manifested(change: Callable[[dict[str, Any]], Any], *, signed: bool = True) -> Callable[[Path], list[str]]:
+    """Going on from a checkpoint with a forged manifest."""
+
+    def act(folder: Path) -> list[str]:
+        from normfree.train.checkpoint import _own_hash
+
+        run = run_in(folder)
+        (run / "metrics.json").unlink()
+        for place in (run / "checkpoints").iterdir():
+            document = json.loads((place / "manifest.json").read_bytes())
+            document.pop("sha256")
+            document = change(document)
+            if signed and isinstance(document, dict):
+                document["sha256"] = _own_hash(document)
+            (place / "manifest.json").write_text(json.dumps(document))
+        return train_words(run)
+
+    return act
+
+
+for title, change in {
+    "no files": lambda manifest: {**manifest, "files": {}},
+    "files of a list": lambda manifest: {**manifest, "files": [1]},
+    "files without facts": lambda manifest: {**manifest, "files": {"model.safetensors": None}},
+    "files above": lambda manifest: {
+        **manifest,
+        "files": {**manifest["files"], "../../config.json": {"bytes": 1, "sha256": ""}},
+    },
+    "a step of words": lambda manifest: {**manifest, "step": "x"},
+    "a score of a list": lambda manifest: {**manifest, "score": [1]},
+    "another schema": lambda manifest: {**manifest, "schema": 2},
+    "a list": lambda manifest: [manifest],
+    "another field": lambda manifest: {**manifest, "x": 1},
+}.items():
+    attack("damage", f"a manifest with {title}", manifested(change), "checkpoint")
+attack("damage", "a manifest with no checksum", manifested(lambda manifest: manifest, signed=False), "checkpoint")
+
+for title, change in {
+    "a module that is not there": {"name": "nowhere"},
+    "another class": {"was": "Linear"},
+    "a layer of no kind": {"now": "os.system"},
+    "a layer for another kind": {"now": "ScaledWSLinear"},
+    "a factor of words": {"input_scale": "x"},
+    "an infinite factor": {"input_scale": 1e999},
+    "a name of a number": {"name": 7},
+    "another field": {"x": 1},
+}.items():
+
+    def recorded(folder: Path, change: dict[str, Any] = change) -> Any:
+        """A converted file with a forged first change."""
+        from torch import nn
+
+        layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        converted = normfree.convert(nn.Sequential(*layers), torch.randn(4, 1, 8, 8))
+        record = converted.conversion.to_dict()  # type: ignore[union-attr, operator]
+        record["changes"] = [{**record["changes"][0], **change}, *record["changes"][1:]]
+        notes = {"normfree.conversion": json.dumps(record)}
+        path = write_tensors(folder / "c.safetensors", dict(converted.state_dict()), notes)
+        return lambda: normfree.load(path, original=nn.Sequential(*layers))
+
+    attack("damage", f"a conversion record with {title}", recorded, "c.safetensors")
+
+for title, document in {
+    "no schema": {"history": []},
+    "history of a number": {"schema": 1, "history": 5},
+    "records of nothing": {"schema": 1, "history": [None]},
+    "a step of words": {"schema": 1, "history": [{"step": "x", "signal": {}}]},
+    "a signal of a list": {"schema": 1, "history": [{"step": 1, "signal": []}]},
+    "an infinite step": {"schema": 1, "history": [{"step": float("inf"), "signal": {}}]},
+    "blocks of words": {
+        "schema": 1,
+        "history": [{"step": 0, "signal": {"model": "m", "mode": "train", "input": {}, "entry": "x", "blocks": []}}],
+    },
+}.items():
+
+    def loaded(folder: Path, document: Any = document) -> Any:
+        """A forged history."""
+        (folder / "h.json").write_text(json.dumps(document))
+        return lambda: normfree.SignalHistory.load(folder / "h.json")
+
+    attack("damage", f"a signal history with {title}", loaded, "h.json")
+
+
+# --- 5: silently wrong answers ------------------------------------------------------------------------------------
+
+
+def weighted(change: Callable[[dict[str, torch.Tensor]], Any], command: str) -> Callable[[Path], list[str]]:
+    """A model of ours with other weights, evaluated or used to predict."""
+
+    def act(folder: Path) -> list[str]:
+        from safetensors import safe_open
+
+        path = model_in(folder)
+        image_in(folder)
+        with safe_open(path, framework="pt") as file:
+            notes, tensors = file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        tensors = change(tensors) or tensors
+        write_tensors(path, tensors, notes)
+        if command == "predict":
+            return ["predict", "model.safetensors", "image.png"]
+        return ["evaluate", "model.safetensors", "--source", "digits", "--limit-eval-steps", "1"]
+
+    return act
+
+
+def put(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    """One weight of the classifier with a value."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["classifier.weight"][0, 0] = value
+
+    return change
+
+
+for command in ("evaluate", "predict"):
+    for title, change in {
+        "NaN": put(float("nan")),
+        "infinity": put(float("inf")),
+        "integers": lambda tensors: {name: tensor.to(torch.int64) for name, tensor in tensors.items()},
+        "one tensor of bytes": lambda tensors: {
+            **tensors,
+            "classifier.weight": tensors["classifier.weight"].to(torch.uint8),
+        },
+        "eight-bit floats": lambda tensors: {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()},
+        "complex numbers": lambda tensors: {name: tensor.to(torch.complex64) for name, tensor in tensors.items()},
+        "a tensor that is missing": lambda tensors: {
+            name: tensor for name, tensor in tensors.items() if name != "classifier.bias"
+        },
+        "another shape": lambda tensors: {**tensors, "classifier.bias": torch.zeros(11)},
+    }.items():
+        attack("wrong", f"{command}: weights of {title}", weighted(change, command), "model")
+    for precision in ("float16", "bfloat16", "float64"):
+        kind = getattr(torch, precision)
+        act = weighted(lambda tensors, kind=kind: {name: tensor.to(kind) for name, tensor in tensors.items()}, command)
+        attack("wrong", f"{command}: weights of {precision}", act, promise=WORKS)
+    act = weighted(lambda tensors: {**tensors, "classifier.weight": tensors["classifier.weight"].half()}, command)
+    attack("wrong", f"{command}: weights of two precisions", act, promise=WORKS)
+
+
+def other_data(names: list[str], *options: str, run: bool = True) -> Callable[[Path], list[str]]:
+    """An evaluation of the run, or its weights alone, on class folders."""
+
+    def act(folder: Path) -> list[str]:
+        path = run_in(folder) if run else model_in(folder)
+        for name in names:
+            for split in ("train", "test"):
+                image_in(folder, f"data/{split}/{name}/0.png")
+        return ["evaluate", str(path), "--source", "data", "--image-size", "8", *options]
+
+    return act
+
+
+attack("wrong", "data of the model's classes", other_data(TEN), promise=WORKS)
+attack("wrong", "data of two of the classes", other_data(TEN[:2]), "classes")
+attack("wrong", "data of eleven classes", other_data([*TEN, "10"]), "classes")
+attack("wrong", "data of ten other classes", other_data([f"animal{number}" for number in TEN]), "classes")
+attack("wrong", "weights alone, on data of two classes", other_data(TEN[:2], run=False), "classes")
+for split in ("validation", "tset", "test2", "train1", "", "\x1b[31m"):
+    attack("wrong", f"a split {split!r}", other_data(TEN, "--split", split), "test")
+
+
+def digits_split(folder: Path) -> list[str]:
+    """A split that the digits do not have."""
+    return ["evaluate", str(model_in(folder)), "--source", "digits", "--split", "vaildation"]
+
+
+attack("wrong", "a split that the digits do not have", digits_split, "test")
+
+
+# --- 7: arguments and factories -----------------------------------------------------------------------------------
+
+for words in (
+    ["spp", "nf_resnet50:width=1", "--batch-size", "1000000000000"],
+    ["spp", "nf_resnet50:width=1", "--image-size", "100000000"],
+    ["spp", "nf_resnet50:width=100000000"],
+    ["spp", "nf_resnet50:width=1e400"],
+    ["spp", "nf_resnet50:depths=(1000000000,1,1,1)"],
+    ["spp", "nf_resnet50:width=" + "(" * 300 + ")" * 300],
+    ["spp", "[red]", "--device", "[/red]"],
+    ["spp", "x" * 5000],
+    ["spp", "a\0b"],
+    ["spp", ESCAPES],
+    [ESCAPES],
+    ["train", "digits", "--data.num-classes", "1000000000000"],
+    ["export", "nf_resnet50:width=1", "--tolerance", "nan"],
+    ["benchmark", "nf_resnet50", "--seconds", "nan"],
+    ["predict", "none", "x.png", "--top", str(10**30)],
+    ["evaluate", "[bold"],
+    ["models", "[/nothing]"],
+):
+    shown = " ".join(words).encode("unicode_escape").decode()[:60]
+    attack("argument", f"normfree {shown}", lambda folder, words=words: list(words))
+
+for title, body in {
+    "exits": "import sys; sys.exit()",
+    "exits with a code": "import sys; sys.exit(3)",
+    "raises nothing said": "raise RuntimeError",
+    "raises escapes": f"raise ValueError({ESCAPES!r})",
+    "raises a megabyte": "raise ValueError('x' * 10**6)",
+    "recurses": "return net()",
+    "returns nothing": "return None",
+    "returns itself": "return net",
+}.items():
+
+    def factory(folder: Path, body: str = body) -> list[str]:
+        """A factory."""
+        (folder / "nets.py").write_text(f"def net():\n    {body}\n")
+        return ["spp", "nets.py:net"]
+
+    attack("argument", f"a factory that {title}", factory, "nets.py")
+
+
+def tried(folder: Path, chosen: Callable[[Attack], bool] = lambda one: True) -> list[dict[str, Any]]:
+    """Carry out attacks, each in a folder of its own; what was promised and what came of it."""
+    results = []
+    for number, one in enumerate(one for one in ATTACKS.values() if chosen(one)):
+        place = folder / f"attack{number}"
+        place.mkdir()
+        began = time.monotonic()
+        found = outcome(one, place)
+        seconds = time.monotonic() - began
+        results.append(
+            {"kind": one.kind, "name": one.name, "promise": one.promise, "outcome": found, "seconds": round(seconds, 2)}
+        )
+        shutil.rmtree(place, ignore_errors=True)
+    return results
