@@ -576,7 +576,7 @@ def archive_bomb(shape: tuple[int, ...], content: bytes) -> Callable[[Path], Any
 
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        with zipfile.ZipFile(folder / "w.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(folder / "w.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             archive.writestr("params/a/w.npy", header.getvalue() + content)
         model = normfree.create_model("nf_resnet50", **SMALL)
         return lambda: normfree.load_haiku_weights(model, folder / "w.npz")

@@ -1,6 +1,7 @@
-"""Fault drill: what becomes of a run that is killed, of checkpoints that rot, and of images that are damaged.
+"""Fault drill: what becomes of a run that is killed, of checkpoints that rot, of damaged images, and of attacks.
 
-``python -m benchmarks.faults [--quick] [--out results/faults]`` writes ``faults.json`` and ``README.md``.
+``python -m benchmarks.faults [--quick] [--only PART …] [--out results/faults]`` writes ``faults.json`` and
+``README.md``.
 
 1. Kills. One run (a small NF-ResNet on images decoded by two workers; RandAugment, MixUp and CutMix, dropout,
    weight averaging, clipping, two batches accumulated per step) is sent SIGKILL 20 times, each at a random step and
@@ -10,6 +11,11 @@
    find the damage and fall back on the checkpoint before; whatever it returns is compared with what was written.
 3. Images. 50 files that no camera meant: truncated, empty, CMYK, 16-bit, a huge header, animated, no image. Those
    that are whole must decode; the others must be an error that names the file, or be counted and replaced.
+
+4. Attacks. Every attack of ``benchmarks.attacks``: files that carry code, claim memory, never end, are damaged or
+   forged, answers that would be silently wrong, and arguments of any kind.
+
+With ``--only``, the other parts' results are kept as they are in ``faults.json``.
 
 A *silent corruption* is a state other than the one written that is used without a word; a *lost run* one that
 cannot go on though a sound checkpoint is there.
@@ -295,7 +301,7 @@ def _outcome(strict: Any, bad: Path, whole: bool, open_training: Any) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The results as Markdown."""
-    where, kills, rot, images = (result[name] for name in ("hardware", "kills", "rot", "images"))
+    where, kills, rot, images, attacks = (result[name] for name in ("hardware", "kills", "rot", "images", "attacks"))
     identical = ", ".join(f"{name} {'identical' if same else 'DIFFERENT'}" for name, same in kills["identical"].items())
     steps = ", ".join(str(one["step"]) for one in kills["kills"])
     lines = [
@@ -311,6 +317,14 @@ def table(result: dict[str, Any]) -> str:
         f"{kills['lost_runs']} |",
         f"| {rot['damages']} damaged checkpoints | below | {rot['silent_corruptions']} | {rot['lost_runs']} |",
         f"| {images['images']} damaged or unusual images | below; {images['failures']} failures | 0 | 0 |",
+        f"| {attacks['attacks']} attacks | {attacks['held']} held; below | "
+        f"{attacks['outcomes'].get('silently wrong', 0)} | 0 |",
+        "",
+        f"Attacks: {attacks['hardware']}; {attacks['seconds']:.0f} s.",
+        "",
+        "| attacks on | tried | held |",
+        "|---|---|---|",
+        *(f"| {KINDS[kind]} | {of['tried']} | {of['held']} |" for kind, of in attacks["kinds"].items()),
         "",
         f"Killed after step {steps}; the reference is the same command, left alone.",
         "",
@@ -321,10 +335,49 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+KINDS = {
+    "code": "code: nothing that a file holds or names is run",
+    "bomb": "memory and time: nothing is taken that a file only claims",
+    "hang": "special files: pipes, devices, sockets and folders in the place of files",
+    "damage": "damaged and forged files: one line that names the file",
+    "wrong": "answers: right, or refused",
+    "argument": "arguments and factories: one line, whatever they are",
+}
+
+
+def drill_attacks(folder: Path) -> dict[str, Any]:
+    """Part 4."""
+    from benchmarks.attacks import prepare, tried
+
+    ground = folder / "ground"
+    ground.mkdir()
+    began = time.monotonic()
+    prepare(ground)
+    results = tried(folder)
+    where = hardware()
+    kinds = {kind: [one for one in results if one["kind"] == kind] for kind in KINDS}
+    return {
+        "attacks": len(results),
+        "held": sum(one["outcome"] == "held" for one in results),
+        "outcomes": dict(Counter(one["outcome"] for one in results)),
+        "kinds": {
+            kind: {"tried": len(some), "held": sum(one["outcome"] == "held" for one in some)}
+            for kind, some in kinds.items()
+        },
+        "seconds": time.monotonic() - began,
+        "hardware": f"{where['cpu']}, {where['cores']} cores, Python {where['python']}, torch {where['torch']}",
+        "each": results,
+    }
+
+
+PARTS = ("kills", "rot", "images", "attacks")
+
+
 def main() -> None:
-    """Run all three drills, and write what came out."""
+    """Run the drills, and write what came out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few of each: does it run at all?")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="leave the other parts as they are")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/faults"))
     options = parser.parse_args()
@@ -333,9 +386,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         result: dict[str, Any] = {"seed": options.seed, "quick": options.quick, "hardware": hardware()}
-        result["kills"] = drill_kills(kills, folder, draw)
-        result["rot"] = drill_rot(damages, folder / "whole", folder, draw)
-        result["images"] = drill_images(images, folder, draw)
+        if set(options.only) != set(PARTS):
+            result = json.loads((options.out / "faults.json").read_text())
+        if "kills" in options.only or "rot" in options.only:  # the second damages the first one's checkpoints
+            result["kills"] = drill_kills(kills, folder, draw)
+            result["rot"] = drill_rot(damages, folder / "whole", folder, draw)
+        if "images" in options.only:
+            result["images"] = drill_images(images, folder, draw)
+        if "attacks" in options.only:
+            result["attacks"] = drill_attacks(folder)
     write_atomically(options.out / "faults.json", json.dumps(result, indent=1) + "\n")
     write_atomically(options.out / "README.md", table(result))
     print(table(result))

@@ -121,7 +121,7 @@ def archive_of(path, *entries):
     """A zip of (name, shape that the header claims, bytes that follow)."""
     import zipfile
 
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, shape, content in entries:
             header = io.BytesIO()
             np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
