@@ -60,6 +60,7 @@ TIMM: dict[str, Count] = {
     **_names("byobnet", "BasicBlock BottleneckBlock DarkBlock EdgeBlock SelfAttnBlock", _by_attribute("shortcut")),
     **_names("byobnet", "RepVggBlock MobileOneBlock", _by_attribute("identity")),
     **_names("non_local_attn", "NonLocalAttn BatNonLocalAttn", 1),
+    "global_context.GlobalContext": _by_attribute("mlp_add"),  # the context, added at all positions
     "attention_pool.AttentionPoolLatent": 1,
     **_names("cait", "LayerScaleBlock LayerScaleBlockClassAttn", 2),
     "cait.Cait": -1,  # the class token's first shortcut is a parameter: no signal of any image

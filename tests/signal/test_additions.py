@@ -338,3 +338,118 @@ def test_what_a_slice_is_assigned_is_in_the_whole():
     torch.manual_seed(0)
     signal = spp(Placed(), torch.randn(4, 3, 8, 8))
     assert [block.kind for block in signal.blocks] == ["residual", "residual"]
+
+
+class Context(nn.Module):
+    """x + f(pool(x)): a global context, added alike at all positions."""
+
+    def __init__(self, channels=6):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(channels, 3, 1), nn.Conv2d(3, channels, 1)
+
+    def forward(self, x):
+        branch = self.last(torch.relu(self.first(x.mean((2, 3), keepdim=True))))
+        SEEN[self] = branch.detach().expand_as(x).clone()
+        return x + branch
+
+
+class TokenContext(nn.Module):
+    """What a mean of all tokens says, added to each of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = tokens + self.layer(tokens.mean(1, keepdim=True))
+        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def test_a_broadcast_branch_is_a_block():
+    torch.manual_seed(0)
+    context = Context()
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), Block(), context, TokenContext())
+    signal = spp(model, torch.randn(4, 3, 8, 8))
+    assert [(block.name, block.broadcast) for block in signal.blocks] == [("1", False), ("2", True), ("3", True)]
+    assert signal.blocks[1].residual_avg_channel_var == pytest.approx(_by_hand(context), rel=1e-4)
+    assert not {"silenced_branch"} & {finding.kind for finding in spp(model, torch.randn(1, 3, 8, 8)).findings}
+
+
+def a_condition(block, x, other):
+    return x + block.project(other)[:, :, None, None]
+
+
+def a_mean_taken_off(block, x, other):
+    return x - x.mean((2, 3), keepdim=True)
+
+
+def a_mean_added(block, x, other):
+    return x + x.mean((2, 3), keepdim=True)
+
+
+def a_table_of_positions(block, x, other):
+    places = other.new_tensor(range(64)).long().expand(len(x), -1) + (other[:, :1] > 1e9).long()
+    return x + block.table.index_select(0, places.flatten()).view(len(x), 8, 8, 6).permute(0, 3, 1, 2)
+
+
+def a_sinusoid(block, x, other):
+    return x + torch.sin(torch.arange(64.0)).view(8, 8).expand_as(x)
+
+
+def a_sum_for_a_gate(block, x, other):
+    deep = torch.relu(block.conv(torch.relu(block.conv(x))))
+    return x * torch.sigmoid(block.one(torch.relu(block.conv(x) + block.conv(deep))))
+
+
+class Apart(Block):
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.project, self.one = way, nn.Linear(5, 6), nn.Conv2d(6, 1, 1)
+        self.register_buffer("table", torch.randn(64, 6))
+
+    def forward(self, x, other):
+        return self.way(self, x, other)
+
+
+@pytest.mark.parametrize(
+    "way", [a_condition, a_mean_taken_off, a_mean_added, a_table_of_positions, a_sinusoid, a_sum_for_a_gate]
+)
+def test_what_is_added_and_is_no_branch(way):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.apart, self.block = nn.Conv2d(3, 6, 1), Apart(way), Block()
+
+        def forward(self, x, other):
+            return self.block(self.apart(self.stem(x), other))
+
+    torch.manual_seed(0)
+    signal = spp(Model(), (torch.randn(4, 3, 8, 8), torch.randn(4, 5)), gradient=True)
+    assert [block.name for block in signal.blocks] == ["block"]
+    assert signal.blocks[0].avg_sq_gradient > 0
+
+
+@pytest.mark.parametrize("returned", [False, True])
+def test_attention_logits_carried_from_layer_to_layer_are_no_stream(returned):
+    """RealFormer: the softmax of each layer reads its own logits plus those of the layer before."""
+
+    class Carried(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.maps, self.outs = (nn.ModuleList(nn.Linear(8, n) for _ in range(3)) for n in (24, 8))
+            self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(3))
+
+        def forward(self, x):
+            logits = 0.0
+            for i, (to_all, to_out, norm) in enumerate(zip(self.maps, self.outs, self.norms, strict=True)):
+                queries, keys, values = to_all(norm(x)).chunk(3, -1)
+                scores = queries @ keys.transpose(1, 2) / 8**0.5
+                logits = scores + logits if i else scores
+                x = x + to_out(logits.softmax(-1) @ values)
+            return (x, logits) if returned else x
+
+    torch.manual_seed(0)
+    signal = spp(Carried(), torch.randn(4, 5, 8))
+    assert [block.shape for block in signal.blocks] == [(4, 5, 8)] * 3
+    assert signal.entry.shape == (4, 5, 8)

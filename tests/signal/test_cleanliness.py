@@ -190,11 +190,12 @@ class Breaks(nn.Module):
 def test_nothing_is_left_behind_by_a_failure(name, mode, gradient):
     build, shape = MODELS[name]
     model = lived_in(build)
-    if name == "resnet18":
-        model.layer3[1] = Breaks(model.layer3[1], at=2 if gradient else 1)
-    else:
-        model.stages[2][0] = Breaks(model.stages[2][0], at=2 if gradient else 1)
+    blocks, place = (model.layer3, 1) if name == "resnet18" else (model.stages[2], 0)
+    blocks[place] = breaks = Breaks(blocks[place], at=1000)
     x = torch.randn(3, *shape)
+    spp(model, x, mode=mode, gradient=False)
+    calls = 1000 - breaks.at  # of the passes before the gradient's
+    breaks.at = calls + 1 if gradient else 1
     before, outside = state_of(model), state_of_process()
     where = "layer3.1" if name == "resnet18" else "stages.2.0"
     reason = rf"failed on an input of shape \[3, 3, 32, 32\] in {where}: RuntimeError"

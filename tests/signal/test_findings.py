@@ -224,8 +224,9 @@ def test_dead_channels(dead, severity):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 48))
     with torch.no_grad():
-        model[2].weight[:dead] = 0
-        model[2].bias[:dead] = 0.3
+        model[0].bias -= 100 * (dead == 48)  # a layer of zeros would be a choice: the activation kills all
+        model[2].weight[: dead % 48] = 0
+        model[2].bias[: dead % 48] = 0.3
     found = findings(model)
     if severity is None:
         assert not any(kind == "dead_channels" for kind, _ in found)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape as escape_markup
 from torch import nn
 
 from normfree.commands.again import command_line
@@ -19,6 +20,12 @@ from normfree.convert import ALPHA, SKIP_GAIN, Conversion, conversion_of
 from normfree.signal import SignalPropagation, spp, write_json
 from normfree.signal.plot import plot_signals
 from normfree.signal.report import write_report
+from normfree.sources import Built
+
+# Conversion keeps the classifier and brings what is before it to unit variance; weights and pools of one network
+# account for a factor of ten either way. At a hundred the logits are ten times as large, or as small, and the first
+# steps of the original's recipe are lost.
+OUTPUT_FACTOR = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +33,8 @@ class Doctor:
     """Examine a model: its signal, what is wrong with it, and the same model converted.
 
     Writes report.html (both signals overlaid, findings, every change), spp.json, spp.png and conversion.json. The exit
-    code is 0 if no finding about the model as it is given is an error, and 1 otherwise, so that it can gate a CI.
+    code is 0 if no finding about the model as it is given is an error and the converted model's outputs in training
+    mode have a mean square within a factor of 100 of the original's, and 1 otherwise, so that it can gate a CI.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -69,7 +77,7 @@ class Doctor:
         built, described = prepared(self)
         before = self._signal(built.model, self.model, built.batch, described)
         print_signal(console, before)
-        signals, conversion, reason = [before], None, ""
+        signals, conversion, reason, changed = [before], None, "", list[str]()
         try:
             converted = converted_as(self, built)
         except ValueError as error:
@@ -81,9 +89,20 @@ class Doctor:
             signals.append(self._signal(converted, f"{self.model}, converted", built.batch, described))
             print_conversion(console, conversion)
             print_signal(console, signals[1])
+            changed = self._changed_outputs(built, converted)
+            for line in changed:
+                console.print(f"[bold red]error: output[/bold red] — {escape_markup(line)}", highlight=False)
         paths = self._write(signals, conversion, reason)
         console.print("wrote " + " ".join(str(path) for path in paths), highlight=False, markup=False, soft_wrap=True)
-        return int(not is_healthy(before))
+        return int(bool(changed) or not is_healthy(before))
+
+    def _changed_outputs(self, built: Built, converted: nn.Module) -> list[str]:
+        """A line for each output whose size in training mode conversion has changed too much."""
+        try:
+            pair = [spp(model, built.batch, mode="train", seed=self.seed) for model in (built.model, converted)]
+        except ValueError:  # what takes targets in training has no outputs to compare
+            return []
+        return changed_outputs(*pair)
 
     def _signal(self, model: nn.Module, name: str, batch: Any, described: dict[str, Any]) -> SignalPropagation:
         configuration = {"command": command_line("doctor", self, [self.model], without=("model", "out"))}
@@ -106,6 +125,19 @@ class Doctor:
         appendix = changes_section(conversion, reason)
         title = f"Examination of {self.model}"
         return [*paths, write_report(signals, self.out / "report.html", title=title, appendix=appendix)]
+
+
+def changed_outputs(before: SignalPropagation, after: SignalPropagation) -> list[str]:
+    """A line for each output whose mean square differs by more than OUTPUT_FACTOR; one that was zero has none."""
+    lines = []
+    for old, new in zip(before.outputs, after.outputs, strict=False):
+        was, now = (one.avg_channel_var + one.avg_channel_sq_mean for one in (old, new))
+        if was > 0 and not 1 / OUTPUT_FACTOR <= now / was <= OUTPUT_FACTOR:
+            lines.append(
+                f"in training mode the mean square of {old.name} is {now:.3g} after conversion and {was:.3g} before, "
+                f"beyond a factor of {OUTPUT_FACTOR:g}; see the notes of the conversion, or use --beta measured"
+            )
+    return lines
 
 
 def is_healthy(signal: SignalPropagation) -> bool:

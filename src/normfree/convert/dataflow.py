@@ -179,12 +179,14 @@ class Dataflow:
 class DataflowRecorder(Recorder):
     """Keeps operations and residual additions; measures nothing."""
 
+    broadcast_branches = False  # their factors would have to be one per position
+
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         self.flow = Dataflow()
         self.flow.parameter_readers = {parameter.data_ptr(): set() for parameter in model.parameters()}
         self.flow.foreign = {name: module for name, module in model.named_modules() if is_foreign(module)}
-        self.statics = self.weights = self.flow.weights = FollowedWeights(model, self.before_writing, wake=False)
+        self.statics = self.weights = self.flow.weights = FollowedWeights(model)
         self.entered: list[tuple[nn.Module, Node | None]] = []
         self.learned: Any = WeakTensorKeyDictionary()
         """Parameters, and what was computed from them alone."""

@@ -93,8 +93,8 @@ class FollowedWeights(Statics):
         returned: the activation that each run of a foreign module returned; None for anything else.
     """
 
-    def __init__(self, model: nn.Module, before_writing: Callable[[Tensor], None], *, wake: bool) -> None:
-        super().__init__(model, before_writing, wake=wake)
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
         self.origins: Any = WeakTensorKeyDictionary()
         self.uses: dict[nn.Module, list[Use]] = {}
         self.spoilt: dict[tuple[nn.Module, str], str] = {}

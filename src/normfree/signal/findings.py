@@ -20,6 +20,7 @@ KINDS = (
     "correlation_collapse",
     "gradient_explosion",
     "gradient_vanishing",
+    "zero_layer",
     "non_finite",
 )
 

@@ -19,6 +19,20 @@ from normfree.signal.statics import Statics
 
 MomentsOf = Callable[[Tensor], Moments | None]
 
+ACTIVATION = op.NONLINEAR & {
+    *("relu", "relu6", "leaky_relu", "_prelu_kernel", "prelu", "rrelu_with_noise", "elu", "celu", "selu", "clamp_min"),
+    *("gelu", "silu", "mish", "hardswish", "softplus", "sigmoid", "hardsigmoid", "hardtanh", "tanh"),
+}
+"""Elementwise activation functions."""
+
+BOUNDED_GATE = frozenset({"sigmoid", "hardsigmoid", "_softmax", "_safe_softmax"})
+"""What makes a gate, or the weights of an attention, of the values it is given."""
+
+INVERSE_SIZE = frozenset({"rsqrt", "reciprocal"})
+"""What a hand-written normalizer multiplies by, where it does not divide."""
+
+AVERAGE = frozenset({"avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "mean"})
+
 
 @dataclass(kw_only=True)
 class Note:
@@ -30,10 +44,17 @@ class Note:
         factors: scalings that were the last thing to happen to it.
         unscaled: its statistics before those, where they could not be had afterwards.
         gated: a data-dependent gate was the last thing to happen to it.
-        woken: zero parameters measured as one since the last residual addition.
+        woken: zero gains measured as one since the last residual addition.
+        silent: the zero gains that make all of it zero.
         moments: its statistics, where they were taken.
         uses: how many operations have read it.
         order: how many activations there were before it.
+        operation: what computed it; of a view, what computed the values.
+        stream: the input it came from along the first operands of what joins signals.
+        point: number of the last weighted layer or residual addition it came through on that way.
+        normalized: a normalizer has acted since that point.
+        averaged: an average pool has acted since that point.
+        mixed: another signal has been put beside it since that point.
     """
 
     shape: tuple[int, ...] = ()
@@ -42,9 +63,16 @@ class Note:
     unscaled: Moments | None = None
     gated: bool = False
     woken: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
     moments: Moments | None = None
     uses: int = 0
     order: int = 0
+    operation: str = ""
+    stream: int = 0
+    point: int | None = None
+    normalized: bool = False
+    averaged: bool = False
+    mixed: bool = False
 
     @property
     def channel_axis(self) -> int:
@@ -59,7 +87,17 @@ class Note:
             axis = len(shape) - 1
         else:
             axis = axis_after(name, args, self.shape, self.axis, shape)
-        return replace(self, shape=tuple(shape), axis=axis, moments=None, uses=0, order=order)
+        return replace(
+            self,
+            shape=tuple(shape),
+            axis=axis,
+            moments=None,
+            uses=0,
+            order=order,
+            operation=self.operation if name in op.VIEW else name,
+            normalized=self.normalized or (name in op.NORM and _uses_statistics(name, args)),
+            averaged=self.averaged or name in AVERAGE,
+        )
 
 
 def replace(note: Note, **changes: Any) -> Note:
@@ -69,8 +107,21 @@ def replace(note: Note, **changes: Any) -> Note:
     return new
 
 
-def step_of(name: str, active: Sequence[Tensor], result: Tensor) -> Path:
-    """What an operation adds to the paths that run through it."""
+def _uses_statistics(name: str, args: Sequence[Any]) -> bool:
+    """Whether a norm divides by the statistics of its input, and not by those it has kept."""
+    kept = name.endswith(("no_training", "no_update")) or ("batch_norm" in name and len(args) > 5 and args[5] is False)
+    return not kept
+
+
+def step_of(name: str, active: Sequence[Tensor], result: Tensor, *, looked_up: bool = False) -> Path:
+    """What an operation adds to the paths that run through it.
+
+    Args:
+        name: the operation.
+        active: its arguments that depend on the input.
+        result: what it made.
+        looked_up: the input only numbers what is taken of a tensor that does not depend on it.
+    """
     if name in op.LINEAR:
         weighted = len(active) < 2 or (name == "addmm" and len(active) < 3)
         return Path(weighted=1, mixing=1) if weighted else Path(mixing=1, nonlinear=1)
@@ -82,8 +133,10 @@ def step_of(name: str, active: Sequence[Tensor], result: Tensor) -> Path:
         return Path(mixing=1, nonlinear=1)
     if name in op.POOL:
         return Path(mixing=1)
-    if name in op.NONLINEAR or (name == "mul" and len(active) > 1):
+    if name in op.NONLINEAR or (name == "mul" and len(active) > 1) or result.dtype == torch.bool:
         return Path(nonlinear=1)
+    if name in op.PARTIAL and looked_up:  # rows of a table that the input numbers, as an embedding is
+        return Path(weighted=1, mixing=1, nonlinear=1)
     if name in op.PARTIAL and result.numel() < active[0].numel():
         return Path(partial=1)
     return NO_STEP
@@ -114,6 +167,12 @@ def noted_after(
             return scaled
     if name == "mul" and len(active) == 2:
         return _with_woken(_gated(active, parents), parents, [], statics)
+    if name == "div" and len(active) == 2:  # by its own size, or what the input makes of it
+        main = replace(main, normalized=True)
+    if name == "cat" and len(set(parents)) > 1:  # of several signals the one that has come furthest
+        deepest = max(parents, key=lambda parent: parent.level).note
+        main = replace(main, stream=deepest.stream, point=deepest.point, mixed=True)
+        main = replace(main, normalized=deepest.normalized, averaged=deepest.averaged)
     factors: tuple[Factor, ...] = ()
     weight, bias = weight_and_bias
     if weight is not None and bias is not None and name not in op.NORM:
@@ -132,7 +191,6 @@ def scaled_by(
     """
     woken = note.woken
     if isinstance(other, Tensor):
-        statics.wake(other)
         woken = tuple(dict.fromkeys([*woken, *statics.of(other).woken]))
     factor = statics.factor(other, inverse=inverse)
     if factor is not None and factor.constant and note.gated:
@@ -159,6 +217,8 @@ def _gated(active: Sequence[Tensor], parents: Sequence[Node]) -> Note:
         return replace(parents[0].note, factors=(), unscaled=None, gated=False)
     values, gate = (0, 1) if sizes[0] > sizes[1] else (1, 0)
     main: Note = parents[values].note
+    if parents[gate].note.operation in INVERSE_SIZE:
+        main = replace(main, normalized=True)
     side: tuple[Factor, ...] = parents[gate].note.factors
     factors = (*main.factors, *gate_scaling(side))
     return replace(main, factors=factors, unscaled=None, gated=not factors and not side)

@@ -134,11 +134,19 @@ RULES: Sequence[Callable[[SignalPropagation], Iterator[Finding]]] = (gradient_ex
 
 
 def _rated(signal: SignalPropagation) -> list[_Rated]:
-    """The points that have a gradient and a signal; one whose gradient is 0 counts only if one behind it has one."""
+    """The points that have a gradient and a signal.
+
+    One whose gradient is 0 counts only if one behind it has one, and no weight behind it is 0 throughout: that lets
+    nothing through until the first step has moved it.
+    """
     rated = []
+    zeros = [point.number for point in (*signal.blocks, *signal.layers) if point.weight_gain == 0]
+    last_zero = max((number for number in zeros if number is not None), default=-1)
     for block in signal.blocks:
         gradient, variance = block.avg_sq_gradient, block.avg_channel_var
         if gradient is None or not isfinite(gradient) or not isfinite(variance) or variance <= 0:
+            continue
+        if gradient == 0 and block.number is not None and block.number < last_zero:
             continue
         power = _log(gradient * prod(block.shape) / block.shape[0])
         rated.append(_Rated(block, power + log10(variance), power))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +12,8 @@ from torch import Tensor, nn
 from normfree.signal.inputs import Batch, call, check_batch, examples_in, tensors_of
 from normfree.signal.modules import ModuleStack
 from normfree.signal.outputs import tensors_in
+from normfree.signal.points import Plan, Point, PointRecorder, Recording
 from normfree.signal.preserve import Preserved
-from normfree.signal.recorder import LayerRecorder, Point, Recorder, Recording, ResidualRecorder
 from normfree.text import first_line
 
 
@@ -28,6 +30,7 @@ class Listener:
     Attributes:
         first: the first batch; None before.
         suspect: the first batch with values that are not finite; None without one.
+        plan: what the first batch showed that the others must know.
         recording: the moments of all batches.
         batches, examples: how many were heard.
     """
@@ -38,21 +41,28 @@ class Listener:
         self.first: Batch | None = None
         self.suspect: Batch | None = None
         self.batches = self.examples = 0
+        self.plan: Plan | None = None
         self.recording = Recording()
 
     def hear(self, batch: Batch) -> None:
-        """Run one batch; the first decides whether the plot is of residual additions or of layers."""
+        """Run one batch; the first decides what is measured, and runs again where that was not known beforehand."""
         check_batch(batch)
         if self.first is None:
             self.preserved.seed(self.seed)
-        recording, finite = self._record(batch, LayerRecorder if self.points == "layers" else ResidualRecorder)
-        if not recording.points and self.points == "auto":
-            self.points = "layers"
-            self.preserved.undo()
-            self.preserved.seed(self.seed)
-            recording, finite = self._record(batch, LayerRecorder)
+        recording, finite, plan = self._record(batch)
+        if self.plan is None:
+            if not plan.complete:
+                self.preserved.undo()
+                self._wake(plan.woken)
+                self.preserved.seed(self.seed)
+                self.plan = plan
+                recording, finite, _ = self._record(batch)
+            self.plan = plan
         if self.points == "auto":
-            self.points = "residual"
+            self.points = "residual" if recording.points else "layers"
+            if not recording.points:
+                recording.points, recording.layers = recording.layers, []
+                recording.entry = next(iter(recording.entries), None)
         if not recording.points:
             raise ValueError(
                 f"points: {self.points!r} leaves nothing to plot, for no {_WHAT[self.points]} was recorded in the "
@@ -67,22 +77,32 @@ class Listener:
         self.batches += 1
         self.examples += examples_in(batch) or 0
 
-    def _record(self, batch: Batch, kind: type[Recorder]) -> tuple[Recording, bool]:
-        """Run one batch under a recorder, without gradients; also whether all outputs were finite."""
+    def _wake(self, names: Sequence[str]) -> None:
+        """Set the zero gains that silence a branch to one; the keeper puts them back."""
+        for name in names:
+            gain = self.model.get_parameter(name)
+            self.preserved.before_writing(gain)
+            gain.detach().fill_(1)
+
+    def _record(self, batch: Batch) -> tuple[Recording, bool, Plan]:
+        """Run one batch under a recorder, without gradients; also whether all outputs were finite, and the plan."""
         stack = ModuleStack(self.model)
-        recorder = kind(
+        recorder = PointRecorder(
             self.model,
             tensors_of(batch),
+            points="layers" if self.points == "layers" else "residual",
+            plan=self.plan,
             stack=stack,
             before_writing=self.preserved.before_writing,
             examples=examples_in(batch),
-            wake=self.wake,
+            wake=self.wake and self.plan is None,
         )
         with self.preserved.guarding(tensors_of(batch)):
             with torch.no_grad(), stack.followed(recorder.begin_module), recorder:
                 outputs = run(self.model, batch, stack)
             finite = all(_is_finite(t) for t in outputs if t.is_floating_point())
-        return recorder.recording, finite
+            plan = recorder.finish(outputs)
+        return recorder.recording, finite, plan
 
 
 _WHAT = {"residual": "residual addition", "layers": "weighted operation"}
@@ -130,28 +150,34 @@ def _finite(recording: Recording) -> bool:
 
 
 def _merged(first: Recording, second: Recording) -> Recording:
-    names = [[point.name for point in recording.points] for recording in (first, second)]
-    if names[0] != names[1]:
+    """The moments of two batches as if they were one; outputs only where both have the same."""
+    for kind in ("points", "layers"):
+        names = [[point.name for point in getattr(recording, kind)] for recording in (first, second)]
+        if names[0] == names[1]:
+            continue
         raise ValueError(
             f"batch: the model took another way through its blocks ({len(names[0])} points in the first batch, "
             f"{len(names[1])} in a later one); average only over batches that take the same way"
         )
     assert first.entry is not None
     assert second.entry is not None
-    pairs = zip(first.points, second.points, strict=True)
-    return Recording(_merged_points(first.entry, second.entry), [_merged_points(a, b) for a, b in pairs])
+    widths = [[len(point.output.mean) for point in recording.outputs] for recording in (first, second)]
+    return Recording(
+        _merged_points(first.entry, second.entry),
+        *(
+            [_merged_points(a, b) for a, b in zip(getattr(first, name), getattr(second, name), strict=True)]
+            if name != "outputs" or widths[0] == widths[1]
+            else []
+            for name in ("points", "layers", "outputs", "entries")
+        ),
+    )
 
 
 def _merged_points(first: Point, second: Point) -> Point:
-    branch = first.branch.merged(second.branch) if first.branch and second.branch else None
-    return Point(
-        name=first.name,
-        kind=first.kind,
-        shape=first.shape,
-        channel_axis=first.channel_axis,
+    return replace(
+        first,
         output=first.output.merged(second.output),
-        branch=branch,
-        transition=first.transition,
-        encloses=first.encloses,
+        branch=first.branch.merged(second.branch) if first.branch and second.branch else None,
+        activated=first.activated.merged(second.activated) if first.activated and second.activated else None,
         woken=first.woken or second.woken,
     )

@@ -15,9 +15,9 @@ from normfree.signal.gradients import Gradients, sq_gradients
 from normfree.signal.inputs import Batch, batches_of, gaussian_like_input_of, placed_like, tensors_of
 from normfree.signal.listening import Listener
 from normfree.signal.nonfinite import check_finite, check_present, first_non_finite
+from normfree.signal.points import Point, Recording
 from normfree.signal.preserve import untouched
 from normfree.signal.propagation import BlockSignal, Entry, SignalPropagation
-from normfree.signal.recorder import Recording
 
 POINTS = ("auto", "residual", "layers")
 
@@ -95,8 +95,15 @@ def spp(
         gradients = Gradients(None)
         if gradient:
             variances = [point.output.avg_channel_var for point in recording.points]
+            refused = listener.plan.refused if listener.plan is not None and listener.points == "residual" else ()
             gradients = sq_gradients(
-                model, listener.first, preserved, points=listener.points, seed=seed, variances=variances
+                model,
+                listener.first,
+                preserved,
+                points=listener.points,
+                seed=seed,
+                variances=variances,
+                refused=refused,
             )
         non_finite = None
         if listener.suspect is not None:
@@ -106,8 +113,11 @@ def spp(
         model=name or type(model).__name__,
         mode=mode,
         input={**(input_description or {"kind": "given"}), **_described(listener)},
-        entry=_entry(recording),
-        blocks=_blocks(recording, gradients.sq_means, expected),
+        entry=_entry(recording.entry),
+        blocks=_signals(recording.points, gradients.sq_means, expected),
+        layers=_signals(recording.layers),
+        outputs=_signals(recording.outputs),
+        entries=tuple(map(_entry, recording.entries)),
         configuration={
             "points": listener.points,
             "wake": wake,
@@ -120,8 +130,7 @@ def spp(
     return replace(result, findings=findings_of(result, non_finite))
 
 
-def _entry(recording: Recording) -> Entry:
-    point = recording.entry
+def _entry(point: Point | None) -> Entry:
     assert point is not None, "a recording with points has an entry"
     return Entry(
         name=point.name,
@@ -133,11 +142,13 @@ def _entry(recording: Recording) -> Entry:
     )
 
 
-def _blocks(
-    recording: Recording, gradients: list[float | None] | None, expected: list[float] | None
+def _signals(
+    points: Sequence[Point],
+    gradients: Sequence[float | None] | None = None,
+    expected: Sequence[float] | None = None,
 ) -> tuple[BlockSignal, ...]:
     blocks, seen = [], Counter[str]()
-    for index, point in enumerate(recording.points):
+    for index, point in enumerate(points):
         seen[point.name] += 1
         number = seen[point.name]
         blocks.append(
@@ -157,6 +168,21 @@ def _blocks(
                 dead_channels=point.output.dead_fraction,
                 encloses=point.encloses,
                 woken=point.woken,
+                activated_avg_channel_sq_mean=point.activated.avg_channel_sq_mean if point.activated else None,
+                activated_avg_channel_var=point.activated.avg_channel_var if point.activated else None,
+                number=point.number,
+                after=point.after,
+                entry=point.entry,
+                normalized=point.normalized,
+                renewed=point.renewed,
+                averaged=point.averaged,
+                mixed=point.mixed,
+                looked_up=point.looked_up,
+                last=point.last,
+                joined=point.joined,
+                gate=point.gate,
+                weight_gain=point.gain,
+                broadcast=point.broadcast,
             )
         )
     return tuple(blocks)

@@ -40,12 +40,16 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSignal:
-    """One point of the plot: the activation after one residual addition, or after one weighted layer.
+    """One point: the activation after one residual addition, or after one weighted layer, or an output.
+
+    In post-activation networks the activation that ends a block follows the addition. The plot's numbers are those of
+    the sum, as everywhere; the official definition measures such families after that activation, whose numbers are
+    ``activated_avg_channel_sq_mean`` and ``activated_avg_channel_var`` (20 to 50 % from those of the sum).
 
     Attributes:
-        index: position along the network, from 0.
+        index: position among the points of its kind (``blocks``, ``layers`` or ``outputs``), from 0.
         name: module that performed the addition; a second addition in one module is ``name#2``.
-        kind: "residual", or "layer" in the plot of a model without residual additions.
+        kind: "residual", "layer" or "output".
         shape: shape of the activation in the first batch.
         channel_axis: axis whose entries are the channels.
         transition: the shortcut is not the identity: it has weights, or changes the size.
@@ -60,6 +64,23 @@ class BlockSignal:
         avg_sq_gradient: mean squared gradient of a random projection of the output, if it was measured.
         dead_channels: fraction of channels that are constant over the whole input.
         woken: names of the zero parameters that silenced this branch and were measured as one.
+        activated_avg_channel_sq_mean: the squared mean after the activation function that alone reads the sum; None
+            where there is none (pre-activation).
+        activated_avg_channel_var: the variance there.
+        number: position among all weighted layers and residual additions of the model; None where unknown.
+        after: number of the point that the signal came through last, by the shortcut or the first operand; None where
+            its stream begins.
+        entry: where its stream begins, as position in ``entries``; None behind another point.
+        normalized: a normalizer has acted since ``after`` (or since the entry).
+        renewed: a normalizer is what acts on it next.
+        averaged: an average pool has acted since ``after``.
+        mixed: another signal has been put beside it since ``after``, by a concatenation.
+        looked_up: a row of a table, such as an embedding's.
+        last: no weighted layer follows: a classifier, a head.
+        joined: a sum that goes on, but not as the first operand of what joins it with another signal.
+        gate: only gates and the weights of attention are computed from it.
+        weight_gain: root mean square of the layer's weight times the root of its fan-in (He's initialisation: √2).
+        broadcast: the branch has one value for many positions of the sum, as a global context.
     """
 
     index: int
@@ -77,6 +98,21 @@ class BlockSignal:
     dead_channels: float = 0.0
     encloses: int = 0
     woken: tuple[str, ...] = ()
+    activated_avg_channel_sq_mean: float | None = None
+    activated_avg_channel_var: float | None = None
+    number: int | None = None
+    after: int | None = None
+    entry: int | None = None
+    normalized: bool = False
+    renewed: bool = False
+    averaged: bool = False
+    mixed: bool = False
+    looked_up: bool = False
+    last: bool = False
+    joined: bool = False
+    gate: bool = False
+    weight_gain: float | None = None
+    broadcast: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +121,11 @@ class Finding:
 
     Attributes:
         kind: "explosion", "attenuation", "mean_shift", "branch_variance", "silenced_branch",
-            "dead_channels", "correlation_collapse", "gradient_explosion", "gradient_vanishing" or "non_finite".
+            "dead_channels", "correlation_collapse", "gradient_explosion", "gradient_vanishing",
+            "zero_layer" or "non_finite".
         severity: "error" (it will not train as it is), "warning" or "info".
-        block: index of the block where it shows first, or None for the model as a whole.
+        block: index of the block where it shows first; None for the model as a whole, or where it shows in a layer
+            beside the blocks, which the message names.
         message: what was seen and where, with the numbers.
         remedy: what to do about it.
     """
@@ -103,6 +141,11 @@ class Finding:
 class SignalPropagation:
     """The signal propagation plot of one model, as measured by :func:`normfree.spp`.
 
+    ``blocks`` is what the plot shows: the residual additions, or every weighted layer where there are none. ``layers``
+    are the weighted layers of a residual network that lie in no block (before the first, between blocks, behind the
+    last, in heads and further streams), ``outputs`` the floating-point tensors it returns, and ``entries`` the places
+    where streams begin; the findings look at all of them.
+
     Source: Brock, De, Smith (ICLR 2021), section 3; the definitions of the curves are those of
     :class:`BlockSignal`.
     """
@@ -114,6 +157,9 @@ class SignalPropagation:
     blocks: tuple[BlockSignal, ...]
     findings: tuple[Finding, ...] = ()
     configuration: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[BlockSignal, ...] = ()
+    outputs: tuple[BlockSignal, ...] = ()
+    entries: tuple[Entry, ...] = ()
 
     def curve(self, name: str) -> list[float | None]:
         """One curve as a list: point 0 is the entry (None for what only blocks have), then each block."""
@@ -135,6 +181,9 @@ class SignalPropagation:
                 "input": self.input,
                 "entry": asdict(self.entry),
                 "blocks": [asdict(block) for block in self.blocks],
+                "layers": [asdict(layer) for layer in self.layers],
+                "outputs": [asdict(output) for output in self.outputs],
+                "entries": [asdict(entry) for entry in self.entries],
                 "findings": [asdict(finding) for finding in self.findings],
                 "configuration": self.configuration,
             }

@@ -1,4 +1,4 @@
-"""The recorder: watches every operation of one forward pass and measures each residual addition.
+"""The recorder: follows every operation of one forward pass and finds each residual addition.
 
 It sits below autograd, so it sees whatever runs, however the model's code looks; it keeps no activation
 alive and leaves nothing on any module.
@@ -6,8 +6,8 @@ alive and leaves nothing on any module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,35 +17,12 @@ from torch.utils._pytree import tree_leaves
 from normfree.signal import operations as op
 from normfree.signal.channels import likely_axis
 from normfree.signal.flow import Note, noted_after, scaled_by, step_of
-from normfree.signal.graph import Additions, Node, Residual, residual
+from normfree.signal.graph import Node, Residual, residual
 from normfree.signal.modules import ModuleStack
 from normfree.signal.moments import Moments, channel_moments
 from normfree.signal.scaling import before_scaling
 from normfree.signal.statics import Statics, written_by
 from normfree.signal.tensor_map import TensorMap
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One measured point: the entry of the network, a residual addition, or a weighted layer."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    channel_axis: int
-    output: Moments
-    branch: Moments | None = None
-    transition: bool = False
-    encloses: int = 0
-    woken: tuple[str, ...] = ()
-
-
-@dataclass
-class Recording:
-    """What one forward pass gave."""
-
-    entry: Point | None = None
-    points: list[Point] = field(default_factory=list)
 
 
 class Recorder(TorchDispatchMode):
@@ -57,10 +34,18 @@ class Recorder(TorchDispatchMode):
         stack: the running modules.
         before_writing: told of every tensor about to be written.
         examples: number of examples in the batch, None if unknown.
-        wake: measure branches silenced by a zero gain as if it were one.
+        wake: find the zero gains that silence a branch.
+        woken: names of zero gains that were set to one before.
+        refused: numbers of sums that look residual and are not, see :attr:`sums`.
+
+    Attributes:
+        silencing: names of the zero gains because of which the branch of some residual addition is zero.
+        sums: how many residual additions there were so far, the refused ones among them.
     """
 
     follows_weights = True
+    broadcast_branches = True
+    """Whether a branch of one position that is added to a map (a global context) is one."""
 
     def __init__(
         self,
@@ -71,22 +56,26 @@ class Recorder(TorchDispatchMode):
         before_writing: Callable[[Tensor], None],
         examples: int | None,
         wake: bool = True,
+        woken: Collection[str] = (),
+        refused: Collection[int] = (),
     ) -> None:
         super().__init__()
-        self.recording = Recording()
+        self.wake, self.refused = wake, refused
+        self.silencing: set[str] = set()
+        self.sums = 0
         self.stack = stack
         self.examples = examples
         self.before_writing = before_writing
-        self.statics = Statics(model, before_writing, wake=wake)
+        self.statics = Statics(model, woken=woken)
         self.nodes: TensorMap[Node] = TensorMap()
         self.created = 0
         self.begun: list[tuple[nn.Module, tuple[Any, ...]]] = []
         self.measuring = False
         root = Node((), note=Note())
-        for tensor in inputs:
+        for stream, tensor in enumerate(inputs):
             # Of three axes the channels may be the second (sequences) or the last (tokens): the first layer tells.
             axis = likely_axis(tensor.dim()) if tensor.dim() > 3 else None
-            self.nodes[tensor] = Node((root,), note=Note(shape=tuple(tensor.shape), axis=axis))
+            self.nodes[tensor] = Node((root,), note=Note(shape=tuple(tensor.shape), axis=axis, stream=stream, order=-1))
 
     def begin_module(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """A module is about to run; looked at with the next operation, where what is measured is not recorded."""
@@ -106,6 +95,9 @@ class Recorder(TorchDispatchMode):
 
     def on_weighted(self, x: Tensor, result: Tensor) -> None:
         """A weighted operation has turned ``x`` into ``result``."""
+
+    def on_made(self, nodes: Sequence[Node]) -> None:
+        """An operation on activations has made these."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -134,10 +126,25 @@ class Recorder(TorchDispatchMode):
             return self._run(name, func, args, kwargs, active)
 
         operands = self._added(name, args, kwargs, active)
-        found = residual(self.nodes[operands[0]], self.nodes[operands[1]]) if operands else None
-        if found and name == "sub" and found.branch == 0:
-            found = None  # what is left of a branch without its input (pool(x) - x) carries nothing on
+        found = self._residual(name, operands) if operands else None
         return self.on_addition(found, operands, run) if found else run()
+
+    def _residual(self, name: str, operands: Sequence[Tensor]) -> Residual | None:
+        """The residual addition that a sum of two activations is, if it is one."""
+        nodes = [self.nodes[operand] for operand in operands]
+        found = residual(*nodes)
+        if found is None or (name == "sub" and found.branch == 0):
+            return None  # what is left of a branch without its input (pool(x) - x) carries nothing on
+        branch = nodes[found.branch]
+        if operands[0].shape != operands[1].shape:
+            small = operands[found.branch].numel() < operands[1 - found.branch].numel()
+            if not small or branch.path.weighted <= found.ancestor.path.weighted:
+                return None  # a mean that is taken off or added has learned nothing
+        self.sums += 1
+        if self.sums - 1 in self.refused:
+            return None
+        self.silencing.update(branch.note.silent)
+        return found
 
     def _learn_axis(self, x: Tensor, weight: Tensor | None) -> None:
         """A convolution tells where the channels of its input are, should nothing before it have."""
@@ -148,8 +155,8 @@ class Recorder(TorchDispatchMode):
                 note.moments = channel_moments(x, note.axis, examples=self.examples)
 
     def _added(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], active: list[Tensor]) -> list[Tensor]:
-        """The two activations of one shape an operation adds, a factor of the second noted; else nothing."""
-        if len(active) != 2 or active[0].shape != active[1].shape:
+        """The two activations an operation adds, of one shape or the one broadcast, a factor of the second noted."""
+        if len(active) != 2 or not self._fit(name, active):
             return []
         if not active[0].is_floating_point() or active[0].dim() < 2:  # losses and counts are no activations
             return []
@@ -165,25 +172,60 @@ class Recorder(TorchDispatchMode):
             note = self.nodes[active[1]].note
             scaled = scaled_by(note, active[1], factor, self.statics, self.moments_of)
             if scaled is not None:  # the operand itself is not scaled: there is no factor to see past
-                self.nodes[active[1]].note = replace(note, woken=scaled.woken)
+                gains = self.statics.zero_gain(factor) if self.wake and isinstance(factor, Tensor) else ()
+                self.nodes[active[1]].note = replace(note, woken=scaled.woken, silent=(*note.silent, *gains))
         return active
+
+    def _fit(self, name: str, operands: Sequence[Tensor]) -> bool:
+        """Whether two operands have one shape, or all of it but for positions over which the smaller is broadcast."""
+        first, second = (operand.shape for operand in operands)
+        if first == second:
+            return True
+        if not self.broadcast_branches or name != "add" or len(first) != len(second) or len(first) < 3:
+            return False
+        small, large = sorted((first, second), key=lambda shape: shape.numel())
+        note: Note = self.nodes[operands[0] if first == large else operands[1]].note
+        axis = note.channel_axis % len(large)
+        return all(s == n or (s == 1 and i not in (0, axis)) for i, (s, n) in enumerate(zip(small, large, strict=True)))
 
     def _run(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], active: list[Tensor]) -> Any:
         """Execute an operation on activations and note what it makes."""
         parents = [self.nodes[t] for t in active]
         weight, bias = op.weight_and_bias(name, args)
-        if name in op.NORM and weight is not None:
-            self.statics.wake(weight)
+        silent = self._silenced_by(name, args, weight, parents) if self.wake else ()
         note = noted_after(name, args, active, parents, (weight, bias), self.statics, self.moments_of)
+        if name in op.ATTENTION and args[0] is not active[0]:  # learned queries begin a stream of their own
+            note = replace(note, stream=-self.created, point=None, normalized=False)
         result = func(*args, **kwargs)
+        looked_up = args[0] is not active[0]
+        nodes = []
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor):
                 made = note.made(name, args, tensor.shape, self.created)
-                self._add_node(name, args, tensor, Node(parents, step_of(name, active, tensor), made))
+                made.silent = silent if silent and not bool(tensor.any()) else ()
+                step = step_of(name, active, tensor, looked_up=looked_up)
+                if looked_up and step.weighted and name in op.PARTIAL:
+                    made.axis = tensor.dim() - 1
+                nodes.append(Node(parents, step, made))
+                self._add_node(name, args, tensor, nodes[-1])
+        self.on_made(nodes)
         output = result[0] if name in op.RECURRENT and isinstance(result, (tuple, list)) else result
         if isinstance(output, Tensor) and self.nodes[output].step.weighted:
             self.on_weighted(active[0], output)
         return result
+
+    def _silenced_by(
+        self, name: str, args: Sequence[Any], weight: Tensor | None, parents: Sequence[Node]
+    ) -> tuple[str, ...]:
+        """The zero gains that may make a result zero: those behind its inputs, and those multiplied in now."""
+        silent = [gain for parent in parents for gain in parent.note.silent]
+        if name in op.NORM and weight is not None:
+            silent += self.statics.zero_gain(weight)
+        elif weight is not None:
+            silent += self.statics.of(weight).silent
+        elif name in op.SCALING:
+            silent += [gain for t in args if isinstance(t, Tensor) for gain in self.statics.zero_gain(t)]
+        return tuple(dict.fromkeys(silent))
 
     def _add_node(self, name: str, args: Sequence[Any], tensor: Tensor, node: Node) -> None:
         self.created += 1
@@ -193,9 +235,12 @@ class Recorder(TorchDispatchMode):
         base = tensor._base  # written through a view: the whole now depends on this too
         if isinstance(base, Tensor):
             whole = self.nodes.get(base)
-            axis = whole.note.axis if whole is not None else None
             parents = [node] if whole is None else [whole, node]
-            self.nodes[base] = Node(parents, note=Note(shape=tuple(base.shape), axis=axis, order=self.created))
+            note = Note(shape=tuple(base.shape), order=self.created, operation=name)
+            source: Note = parents[0].note
+            note.axis = None if whole is None else source.axis
+            note.stream, note.point, note.normalized = source.stream, source.point, source.normalized
+            self.nodes[base] = Node(parents, note=note)
 
     # Measuring.
 
@@ -207,102 +252,3 @@ class Recorder(TorchDispatchMode):
         if not -x.dim() <= note.channel_axis < x.dim():  # a sum or a mean of everything has no channels
             return None
         return before_scaling(channel_moments(x, note.channel_axis), note.factors)
-
-
-class ResidualRecorder(Recorder):
-    """Measures the entry, every residual addition, and its branch."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.additions = Additions()
-        self.received: dict[nn.Module, Node] = {}
-
-    def on_module(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Until the first addition shows which module is the first block, keep what each container receives."""
-        if self.additions or next(module.children(), None) is None:
-            return
-        for x in inputs:
-            if isinstance(x, Tensor) and x in self.nodes and x.is_floating_point() and x.dim() > 1:
-                self._measure_once(x)
-                self.received[module] = self.nodes[x]
-                return
-
-    def on_use(self, x: Tensor) -> None:
-        """An activation read twice may be the ancestor of the first addition."""
-        note: Note = self.nodes[x].note
-        note.uses += 1
-        if note.uses == 2 and not self.additions and x.is_floating_point() and x.dim() > 1:
-            self._measure_once(x)
-
-    def on_addition(self, found: Residual, operands: Sequence[Tensor], run: Callable[[], Tensor]) -> Tensor:
-        """Measure the branch, add, measure the sum."""
-        branch, shortcut = operands[found.branch], operands[1 - found.branch]
-        branch_note, shortcut_node = self.nodes[branch].note, self.nodes[shortcut]
-        axis = shortcut_node.note.axis if shortcut_node.note.axis is not None else branch_note.axis
-        axis = likely_axis(branch.dim()) if axis is None else axis
-        if not self.additions:
-            self.recording.entry = self._entry(found.ancestor, shortcut)
-        branch_note.axis = axis
-        before = self.moments_of(branch)
-        encloses = self.additions.enclosed(found.ancestor, shortcut_node)
-        result = run()
-        node = self.nodes[result]
-        node.note = Note(shape=tuple(result.shape), axis=axis, order=self.created)
-        self.additions.append(node)
-        self.recording.points.append(
-            Point(
-                name=self.stack.name,
-                kind="residual",
-                shape=tuple(result.shape),
-                channel_axis=axis,
-                output=channel_moments(result, axis, examples=self.examples),
-                branch=before,
-                transition=found.weighted_shortcut or found.ancestor.note.shape != tuple(result.shape),
-                encloses=encloses,
-                woken=branch_note.woken,
-            )
-        )
-        return result
-
-    def _measure_once(self, x: Tensor) -> None:
-        note: Note = self.nodes[x].note
-        if note.moments is None:
-            self.measuring = True
-            note.moments = channel_moments(x, note.channel_axis, examples=self.examples)
-            self.measuring = False
-
-    def _entry(self, ancestor: Node, shortcut: Tensor) -> Point:
-        """The input of the block whose addition is the first: before any pre-activation, after any pooling."""
-        entry, name = ancestor, self.stack.name
-        for module in reversed(self.stack.running):
-            node = self.received.get(module)
-            if node is not None and node.dominates(ancestor):
-                since = ancestor.path - node.path
-                if since.weighted == since.mixing == 0:
-                    entry, name = node, self.stack.names[module]
-                    break
-        note: Note = entry.note
-        if note.moments is None:  # read once, by an operation with several results: its shortcut is what is left
-            self._measure_once(shortcut)
-            note = self.nodes[shortcut].note
-        assert note.moments is not None
-        return Point(name=name, kind="entry", shape=note.shape, channel_axis=note.channel_axis, output=note.moments)
-
-
-class LayerRecorder(Recorder):
-    """Measures the output of every weighted operation, for models without residual additions."""
-
-    def on_weighted(self, x: Tensor, result: Tensor) -> None:
-        """Measure a layer's output, and once the input of the first."""
-        if result.dim() < 2 or not result.is_floating_point():
-            return
-        if self.recording.entry is None:
-            self.recording.entry = self._point(x, "entry")
-        self.recording.points.append(self._point(result, "layer"))
-
-    def _point(self, x: Tensor, kind: str) -> Point:
-        note: Note = self.nodes[x].note
-        axis = note.channel_axis
-        moments = channel_moments(x.float() if not x.is_floating_point() else x, axis, examples=self.examples)
-        shape = tuple(x.shape)
-        return Point(name=self.stack.name, kind=kind, shape=shape, channel_axis=axis, output=moments, woken=note.woken)

@@ -7,73 +7,145 @@ separate the networks that train from those that do not in the plots of the pape
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise, takewhile
-from math import isfinite, prod
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise, takewhile
+from math import isfinite, prod, sqrt
 from statistics import median
 
-from normfree.signal.comparable import beginning, comparable, where
+from normfree.signal.comparable import BESIDE, Stretch, comparable, index_of, stretches, where
 from normfree.signal.propagation import BlockSignal, Entry, Finding, SignalPropagation
 
 # BatchNorm before the branch grows the variance linearly, by less than 40 over the 50 blocks of a stage;
 # a signal without normalisation doubles per block. A factor of 100 at 1.2 a block is neither luck nor linear.
 EXPLODED, GROWTH_PER_BLOCK = 100.0, 1.2
 
+# Growth that a normalizer takes back before the signal ends leaves the early blocks a share of the last sum: 1 % of its
+# deviation at ten thousand times the variance (CoaT, which trains), 0.1 % at FAR_BURST, where it is an error.
+
+# Two layers may be tuned to each other (a wide one behind a narrow one); three that all grow are a habit.
+FEWEST_LAYERS = 3
+
 # A few layers can do the same at once. A signal that comes back (a normalizer follows) has not exploded; one that
-# ends at ten thousand times the variance has outputs a hundred times as large, at a million times, a thousand.
+# ends at ten thousand times the variance has outputs a hundred times as large, at a million times, a thousand. What
+# the model returns may have units of its own (boxes in pixels of a large image: 1e5), and is judged by the latter.
 BURST, FAR_BURST = 1e4, 1e6
 
 
 def _explosion(signal: SignalPropagation) -> Iterator[Finding]:
-    blocks = [b for b in comparable(signal) if isfinite(b.avg_channel_var)]
-    start, at = beginning(signal, blocks)
-    asleep = all(block.woken for block in signal.blocks)  # it starts as its shortcuts, which do not explode
-    over = next((b for b in blocks if start > 0 and b.avg_channel_var > EXPLODED * start), None)
-    growth = _growth_per_block(blocks)
-    burst = list(takewhile(lambda b: b.avg_channel_var > BURST * start > 0, reversed(blocks)))
-    if over is not None and growth >= GROWTH_PER_BLOCK:
-        how, severe = f"grows {growth:.2f} times per block", True
-    elif burst:
-        over, how = burst[-1], "grows in a few steps"
-        severe = any(b.avg_channel_var > FAR_BURST * start for b in burst)
-    else:
+    found = [each for stretch in stretches(signal) for each in (_growth(stretch), _burst(stretch)) if each]
+    found += [each for output in signal.outputs if (each := _output_burst(signal, output))]
+    if not found:
         return
-    peak = max(blocks, key=lambda b: b.avg_channel_var)
+    # Of a branch that is asleep the network starts as its shortcuts, which do not explode.
+    asleep = bool(signal.blocks) and all(block.woken for block in signal.blocks)
+    worst = min(found, key=lambda each: (not each.severe, -each.ratio))
+    peak = "" if worst.peak is worst.over else f" to {worst.peak.avg_channel_var:.3g} at {where(worst.peak)}"
     yield Finding(
         kind="explosion",
-        severity="error" if severe and not asleep else "warning",
-        block=over.index,
+        severity="error" if worst.severe and not (asleep and worst.over.kind == "residual") else "warning",
+        block=index_of(worst.over),
         message=(
-            f"the variance {how}: from {start:.3g} {at} past {over.avg_channel_var:.3g} at {where(over)}"
-            + ("." if peak is over else f" to {peak.avg_channel_var:.3g} at {where(peak)}.")
+            f"the variance {worst.how}: from {worst.start:.3g} {worst.at} past {worst.over.avg_channel_var:.3g} at "
+            f"{where(worst.over)}{peak}.{worst.cause}"
         ),
         remedy=(
             "Make each branch variance preserving and scale it before the addition: x + α·f(x/β) with scaled weight "
             "standardization and β from the variance plan"
             + ("; the zero gains hide it only until they have been trained." if asleep else ", or start them at zero.")
+            if worst.over.kind == "residual"
+            else "Give the layers the gain of their activation, 1/sqrt(E[act(z)²]) (√2 for ReLU, He's initialisation), "
+            "or scaled weight standardization with its γ, or put a normalizer behind them."
         ),
     )
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A change of the variance along a stretch: how, from what, where it is first too much, and where it is most."""
+
+    how: str
+    start: float
+    at: str
+    over: BlockSignal
+    peak: BlockSignal
+    severe: bool
+    cause: str
+
+    @property
+    def ratio(self) -> float:
+        return self.peak.avg_channel_var / self.start
+
+
+def _growth(stretch: Stretch) -> _Change | None:
+    """Steady growth over a whole stretch, or over its blocks or its layers alone."""
+    points = [p for p in stretch.points if isfinite(p.avg_channel_var) and not p.last]
+    runs = [list(run) for _, run in groupby(points, key=lambda point: point.kind)]
+    for run in [points, *runs] if len(runs) > 1 else runs:
+        first = points.index(run[0])
+        before = points[first - 1] if first else None
+        base = max(stretch.start, before.avg_channel_var) if before else stretch.start
+        over = next((p for p in run if p.avg_channel_var > EXPLODED * base > 0), None)
+        rising = run if before is None or run[0].kind == "residual" else [before, *run]
+        growth = _growth_per_block(rising)
+        mixed = any(point.kind != run[0].kind for point in run)
+        fewest = 2 * FEWEST_LAYERS if mixed else 0 if run[0].kind == "residual" else FEWEST_LAYERS
+        enough = len(rising) > fewest
+        if over is not None and enough and growth >= GROWTH_PER_BLOCK:
+            at = stretch.at if before is None else f"at {where(before)}"
+            unit = "block" if over.kind == "residual" else "layer"
+            peak = max(run, key=_variance)
+            severe = stretch.ends or peak.avg_channel_var > FAR_BURST * base
+            how = f"grows {growth:.3g} times per {unit}"
+            return _Change(how, base, at, over, peak, severe, _cause(stretch, over, 1))
+    return None
+
+
+def _burst(stretch: Stretch) -> _Change | None:
+    """A stretch that ends far above its start, however it got there."""
+    if not stretch.ends or stretch.start <= 0:
+        return None
+    points = [p for p in stretch.points if isfinite(p.avg_channel_var) and not p.renewed]
+    high = [p for p in points if p.last and p.avg_channel_var > BURST * stretch.start]
+    inner = reversed([p for p in points if not p.last])  # a small head is no normalizer: what is before it counts
+    high += takewhile(lambda p: p.avg_channel_var > BURST * stretch.start, inner)
+    if not high:
+        return None
+    high.sort(key=points.index)
+    peak = max(high, key=_variance)
+    severe = peak.avg_channel_var > FAR_BURST * stretch.start
+    cause = _cause(stretch, high[0], 1, jump=True)
+    return _Change("grows in a few steps", stretch.start, stretch.at, high[0], peak, severe, cause)
+
+
+def _output_burst(signal: SignalPropagation, output: BlockSignal) -> _Change | None:
+    start = max(signal.entry.avg_channel_var, 1.0)
+    if not isfinite(output.avg_channel_var) or output.avg_channel_var <= FAR_BURST * start:
+        return None
+    return _Change("of what the model returns is large", start, "at the entry", output, output, True, "")
 
 
 # The gradient fades with the signal: at a thousandth of the variance an update of the early layers is noise.
 # A signal that comes back (a normalizer follows) has not faded.
 FADED, WEAK = 1e-3, 1e-2
 
+# Beside blocks there are heads that are small on purpose: the four layers of RetinaNet's, with weights of 0.01, end
+# at 3.5e-4, and train; an MLP of two layers with PyTorch's default loses a factor of six per layer.
+FADED_LAYERS, WEAK_LAYERS = 1e-4, 1e-3
+
 
 def _attenuation(signal: SignalPropagation) -> Iterator[Finding]:
-    blocks = [b for b in comparable(signal) if isfinite(b.avg_channel_var)]
-    start, at = beginning(signal, blocks)
-    weak = list(takewhile(lambda b: b.avg_channel_var < WEAK * start, reversed(blocks)))
-    if not weak:
+    found = [each for stretch in stretches(signal) for part in _unmixed(stretch) if (each := _fading(part))]
+    if not found:
         return
-    under, low = weak[-1], min(weak, key=lambda b: b.avg_channel_var)
-    faded = low.avg_channel_var < FADED * start
+    worst = min(found, key=lambda each: (not each.severe, each.ratio))
+    low = "" if worst.peak is worst.over else f", down to {worst.peak.avg_channel_var:.3g} at {where(worst.peak)}"
     yield Finding(
         kind="attenuation",
-        severity="error" if faded else "warning",
-        block=under.index,
+        severity="error" if worst.severe else "warning",
+        block=index_of(worst.over),
         message=(
-            f"the variance falls from {start:.3g} {at} below {under.avg_channel_var:.3g} at {where(under)}"
-            + ("." if low is under else f", down to {low.avg_channel_var:.3g} at {where(low)}.")
+            f"the variance falls from {worst.start:.3g} {worst.at} below {worst.over.avg_channel_var:.3g} at "
+            f"{where(worst.over)}{low}.{worst.cause}"
         ),
         remedy=(
             "Raise the gain of the weights to 1/sqrt(E[act(z)²]) (He initialisation for ReLU), or use scaled weight "
@@ -82,14 +154,83 @@ def _attenuation(signal: SignalPropagation) -> Iterator[Finding]:
     )
 
 
+def _unmixed(stretch: Stretch) -> Iterator[Stretch]:
+    """A stretch cut where a layer reads it beside another signal: that one, coming back, brings nothing else back."""
+    points = list[BlockSignal]()
+    for point in stretch.points:
+        if point.mixed and point.kind == "layer" and points:
+            yield replace(stretch, points=tuple(points), ends=not points[-1].renewed)
+            points = []
+        points.append(point)
+    yield replace(stretch, points=tuple(points))
+
+
+def _fading(stretch: Stretch) -> _Change | None:
+    """A stretch that ends far below its start; a head may be as small as it likes, and a zero layer is a choice."""
+    points = [p for p in stretch.points if isfinite(p.avg_channel_var) and not p.last and p.weight_gain != 0]
+    if not stretch.ends or not points:
+        return None
+
+    def below(point: BlockSignal, plotted: float, beside: float) -> bool:
+        return point.avg_channel_var < (beside if point.index == BESIDE else plotted) * stretch.start
+
+    low = list(takewhile(lambda p: p.avg_channel_var < WEAK * stretch.start, reversed(points)))
+    low = low[: max((i + 1 for i, p in enumerate(low) if below(p, WEAK, WEAK_LAYERS)), default=0)]
+    if not low:
+        return None
+    under, least = low[-1], min(low, key=_variance)
+    severe = any(below(p, FADED, FADED_LAYERS) for p in low)
+    return _Change("falls", stretch.start, stretch.at, under, least, severe, _cause(stretch, under, -1))
+
+
+# A step smaller than this is part of no rise or fall.
+STEP = 1.1
+
+# Drawn by He's initialisation, the gain of a layer of a hundred weights per unit or more is within 5 % of it.
+OFF_GAIN = 1.1
+
+
+def _cause(stretch: Stretch, point: BlockSignal, sign: int, *, jump: bool = False) -> str:
+    """Where the rise (or fall) that leads to a point takes its first step (or its largest), and what that is."""
+    points = list(stretch.points)
+    at = points.index(point)
+
+    def ratio(i: int) -> float:
+        before = points[i - 1].avg_channel_var if i else stretch.start
+        return (points[i].avg_channel_var / before) ** sign if before > 0 < points[i].avg_channel_var else 0.0
+
+    if jump:
+        at = max(range(at + 1), key=ratio)
+    while not jump and at and points[at - 1].kind == point.kind and ratio(at - 1) >= STEP:
+        at -= 1
+    if not jump:  # of the steps of the rise, the first that its weights explain
+        end = points.index(point) + 1
+        at = next((i for i in range(at, end) if _is_off(points[i], sign)), at)
+    step, before = points[at], points[at - 1].avg_channel_var if at else stretch.start
+    gain = None if step.weight_gain is None else step.weight_gain / sqrt(2)
+    if step.kind == "residual" and sign > 0:
+        what = f"a branch that adds {max(step.avg_channel_var - before, 0):.3g} to {before:.3g}"
+    elif step.averaged and sign < 0:
+        what = "an average pool, which cuts what differs from position to position"
+    elif gain is not None and _is_off(step, sign):
+        what = f"a layer whose weights have {gain:.3g} times He's gain"
+    elif step.kind == "residual":
+        what = "a shortcut that is scaled down, or a branch that takes away what the shortcut carries"
+    else:
+        what = "a layer and what acts before it"
+    rank, after = "largest" if jump else "first", step.avg_channel_var
+    return f" The {rank} step is {where(step)}: {what} (from {before:.3g} to {after:.3g})."
+
+
 # Pre-activation BatchNorm networks hold a squared mean of about half the variance (1/π against 1 − 1/π); above
 # the variance itself the network mostly tells that there is an input. At 99 times, inputs have a similarity of
 # 0.99 (see COLLAPSED). FixUp starts at up to six, and trains, for its branches are silent; where they are not, an
-# offset feeds itself through them: with plain weights in place of standardized ones their variance grows
-# eightfold over 16 blocks, so that the median of the later half is 2.5 times that of the first, and it stays
-# within a quarter of it in NF-ResNets. Between layers an offset is only worth a note: the normalizer that
-# follows may remove it.
-SHIFTED, LOST, FED = 1.0, 99.0, 2.0
+# offset feeds itself through them: with plain weights in place of standardized ones the branch variance of 24 blocks
+# of one stage triples from their first quarter to their last, and it stays within a quarter of it in NF-ResNets. Only
+# like blocks compare: of one shape, behind identity shortcuts, two in each quarter at least; a transition, or another
+# resolution, has a variance of its own. Between layers an offset is only worth a note: the normalizer that follows may
+# remove it.
+SHIFTED, LOST, FED, FEWEST_ALIKE = 1.0, 99.0, 2.0, 8
 
 
 def _mean_shift(signal: SignalPropagation) -> Iterator[Finding]:
@@ -97,6 +238,8 @@ def _mean_shift(signal: SignalPropagation) -> Iterator[Finding]:
     rated: list[tuple[float, BlockSignal]] = []
     over: BlockSignal | None = None
     for block in comparable(signal):
+        if block.entry is not None and block.entry < len(signal.entries):
+            inherited = _ratio(signal.entries[block.entry])
         if block.transition:
             inherited = 0.0
         if not _positive(block):
@@ -107,7 +250,9 @@ def _mean_shift(signal: SignalPropagation) -> Iterator[Finding]:
     if over is None:
         return
     ratio, worst = max(rated, key=lambda pair: pair[0])
-    severity = "error" if ratio > LOST or _branch_growth(signal) > FED else "warning"
+    # A normalizer at the end takes the offset back together with the scale.
+    kept = any(stretch.ends and any(p is worst for p in stretch.points) for stretch in stretches(signal))
+    severity = "error" if ratio > LOST or (kept and _branch_growth(signal) > FED) else "warning"
     yield Finding(
         kind="mean_shift",
         severity=severity if worst.kind == "residual" else "info",
@@ -128,7 +273,9 @@ BRANCH_FACTOR = 4.0
 
 
 def _branch_variance(signal: SignalPropagation) -> Iterator[Finding]:
-    rated = [(b.residual_avg_channel_var, b) for b in signal.blocks if b.residual_avg_channel_var]
+    # What is added alike at all positions is a mean over them, whose variance is cut by their number.
+    judged = [b for b in signal.blocks if not b.broadcast]
+    rated = [(b.residual_avg_channel_var, b) for b in judged if b.residual_avg_channel_var]
     off = [(v, b) for v, b in rated if isfinite(v) and not 1 / BRANCH_FACTOR <= v <= BRANCH_FACTOR]
     if not off:
         return
@@ -163,7 +310,8 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
             ),
             remedy="Nothing, if intended: the network starts as its shortcuts. wake=False draws it as it is.",
         )
-    silent = [b for b in signal.blocks if b.kind == "residual" and b.residual_avg_channel_var in (0.0, None)]
+    judged = [b for b in signal.blocks if b.kind == "residual" and not b.broadcast]
+    silent = [b for b in judged if b.residual_avg_channel_var in (0.0, None)]
     if silent:
         yield Finding(
             kind="silenced_branch",
@@ -177,25 +325,51 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
         )
 
 
+def _is_off(point: BlockSignal, sign: int) -> bool:
+    """Whether a layer's weights are off He's gain in the direction of a rise (or fall)."""
+    return bool(point.weight_gain) and ((point.weight_gain or 0.0) / sqrt(2)) ** sign > OFF_GAIN
+
+
 # One dead channel in a hundred costs nothing; a tenth is capacity gone from the start.
 DEAD, MANY_DEAD = 0.01, 0.1
 
 
 def _dead_channels(signal: SignalPropagation) -> Iterator[Finding]:
-    dead = [b for b in comparable(signal) if b.dead_channels > DEAD]  # a class token starts the same for all
+    points = [*comparable(signal), *_inner_layers(signal)]  # a class token starts the same for all
+    dead = [p for p in points if p.dead_channels > DEAD and p.weight_gain != 0]
     if not dead:
         return
     worst = max(dead, key=lambda b: b.dead_channels)
+    zero = next((p for p in points if p.weight_gain == 0 and p.number == worst.after is not None), None)
+    cause = f" What it reads is {where(zero)}, whose weights are all zero." if zero else ""
     yield Finding(
         kind="dead_channels",
         severity="error" if worst.dead_channels == 1 else "warning" if worst.dead_channels > MANY_DEAD else "info",
-        block=dead[0].index,
+        block=index_of(dead[0]),
         message=(
-            f"channels are constant whatever the input at {len(dead)} of {len(signal.blocks)} points, first "
-            f"{where(dead[0])}; {worst.dead_channels:.0%} of them at {where(worst)}."
+            f"channels are constant whatever the input at {len(dead)} of {len(points)} points, first "
+            f"{where(dead[0])}; {worst.dead_channels:.0%} of them at {where(worst)}.{cause}"
         ),
         remedy="Look for zero filters, saturated or clipped activations, biases far below zero, and padded channels.",
     )
+
+
+def _zero_layer(signal: SignalPropagation) -> Iterator[Finding]:
+    """A layer that starts at zero (a flow's, a value head's, a box regression's) is a choice, and no illness."""
+    layers = [*signal.blocks, *(replace(layer, index=BESIDE) for layer in signal.layers)]
+    zero = [p for p in layers if p.kind == "layer" and p.weight_gain == 0]
+    if zero:
+        yield Finding(
+            kind="zero_layer",
+            severity="info",
+            block=index_of(zero[0]),
+            message=(
+                f"{len(zero)} weighted layer{'s start' if len(zero) > 1 else ' starts'} with weights of zero "
+                f"({_some([p.name or 'the model itself' for p in zero])}) and "
+                f"give{'' if len(zero) > 1 else 's'} the same for every input."
+            ),
+            remedy="Nothing, if intended: what is before such a layer gets its first gradient once it has moved.",
+        )
 
 
 # Different examples that have become one direction cannot be told apart by what follows; what was alike to
@@ -207,26 +381,48 @@ FEW_FEATURES = 4
 
 
 def _correlation_collapse(signal: SignalPropagation) -> Iterator[Finding]:
-    start = signal.entry.input_correlation
-    many = [b for b in comparable(signal) if prod(b.shape[1:]) >= FEW_FEATURES]
-    rated = [(b.input_correlation, b) for b in many if b.input_correlation is not None]
-    over = next((b for c, b in rated if c > COLLAPSED), None)
-    if start is None or over is None or start > STILL_APART:
+    found = [(start, alike) for stretch in stretches(signal) for start, alike in _collapsed(stretch)]
+    if not found:
         return
-    value, _ = max(rated, key=lambda pair: pair[0])
+    start, alike = found[0]
+    value = max(p.input_correlation or 0.0 for _, points in found for p in points)
     yield Finding(
         kind="correlation_collapse",
         severity="error",
-        block=over.index,
+        block=index_of(alike[0]),
         message=(
             f"different inputs become alike: the mean cosine similarity of their features rises from {start:.3f} at "
-            f"the entry past {COLLAPSED} at {where(over)} (highest {value:.4f})."
+            f"the entry past {COLLAPSED} at {where(alike[0])} (highest {value:.4f})."
         ),
         remedy=(
             "Remove the mean shift (standardize the weights), strengthen the shortcut against the branch (α), or use "
             "an activation closer to linear."
         ),
     )
+
+
+def _collapsed(stretch: Stretch) -> Iterator[tuple[float, list[BlockSignal]]]:
+    """The similarity a stretch begins with and the points that are alike, if it makes different examples so.
+
+    A token of a class, or a learned query, starts the same for all: so its stream is not judged, and of layers beside
+    blocks a single one that reads it is not. Nor is a small head, which starts as its bias.
+    """
+    start = None if stretch.entry is None else stretch.entry.input_correlation
+    if start is None or start > STILL_APART or stretch.pooled:
+        return
+    points = [p for p in stretch.points if not p.last]
+    many = [p for p in points if p.input_correlation is not None and prod(p.shape[1:]) >= FEW_FEATURES]
+    runs = groupby(many, key=lambda point: (point.input_correlation or 0.0) > COLLAPSED)
+    for is_alike, run in runs:
+        alike = list(run)
+        if is_alike and (len(alike) > 1 or alike[0].index != BESIDE):
+            yield start, alike
+
+
+def _inner_layers(signal: SignalPropagation) -> list[BlockSignal]:
+    """The layers beside the blocks that are no heads, feed more than gates, and have positions where all do."""
+    found = {p.number: p for each in stretches(signal) if not each.pooled for p in each.points}
+    return [p for p in found.values() if p.index == BESIDE and not p.last]
 
 
 RULES: Sequence[Callable[[SignalPropagation], Iterator[Finding]]] = (
@@ -236,6 +432,7 @@ RULES: Sequence[Callable[[SignalPropagation], Iterator[Finding]]] = (
     _branch_variance,
     _silenced_branch,
     _dead_channels,
+    _zero_layer,
     _correlation_collapse,
 )
 
@@ -251,10 +448,17 @@ def _growth_per_block(blocks: Sequence[BlockSignal]) -> float:
 
 
 def _branch_growth(signal: SignalPropagation) -> float:
-    """Median branch variance of the later half of the blocks over that of the first."""
-    branches = [b.residual_avg_channel_var for b in signal.blocks if b.residual_avg_channel_var]
-    half = len(branches) // 2
-    return median(branches[half:]) / median(branches[:half]) if half else 1.0
+    """Median branch variance of the last quarter of like blocks over that of the first; the most of all kinds."""
+    alike: dict[tuple[int, ...], list[float]] = {}
+    for block in signal.blocks:
+        if block.residual_avg_channel_var and not block.transition and not block.broadcast:
+            alike.setdefault((block.channel_axis, *block.shape[1:]), []).append(block.residual_avg_channel_var)
+    quarters = [(branches, len(branches) // 4) for branches in alike.values() if len(branches) >= FEWEST_ALIKE]
+    return max((median(branches[-n:]) / median(branches[:n]) for branches, n in quarters), default=1.0)
+
+
+def _variance(point: BlockSignal) -> float:
+    return point.avg_channel_var
 
 
 def _ratio(point: Entry | BlockSignal) -> float:

@@ -1,18 +1,16 @@
 """Tensors that do not depend on the input: parameters, and what the forward pass computes from them.
 
 They matter twice. A scalar multiplied into a weight and its bias scales the output of the convolution, so
-factors are followed from parameter to weight. And a gain that starts at zero silences its branch: such a
-parameter is woken (set to one, put back afterwards) the moment it is about to be multiplied in.
+factors are followed from parameter to weight. And a gain that starts at zero may silence its branch: its name is
+followed through all that is zero because of it, so that an addition can tell which gains its branch is zero by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -28,12 +26,14 @@ class Static:
     Attributes:
         factors: scalars multiplied in since it was a parameter.
         origin: the parameter it is, or is a view or cast of, or a multiple of by those factors.
-        woken: names of zero parameters in it that are measured as one.
+        woken: names of zero gains in it that are measured as one.
+        silent: names of the zero gains that make all of it zero.
     """
 
     factors: tuple[Factor, ...] = ()
     origin: nn.Parameter | None = None
     woken: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
 
 
 def written_by(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
@@ -51,22 +51,19 @@ class Statics:
 
     Args:
         model: whose parameters they are.
-        before_writing: told of every parameter about to be changed.
-        wake: wake zero gains.
+        woken: names of zero gains that were set to one.
     """
 
-    def __init__(self, model: nn.Module, before_writing: Callable[[Tensor], None], *, wake: bool) -> None:
+    def __init__(self, model: nn.Module, *, woken: Collection[str] = ()) -> None:
         self.names = {id(p): name for name, p in model.named_parameters()}
-        self.before_writing = before_writing
-        self.wakes = wake
-        self.woken: set[int] = set()
+        self.woken = woken
         self.known: TensorMap[Static] = TensorMap()
 
     def of(self, tensor: Tensor) -> Static:
         """What is known of ``tensor``."""
         if isinstance(tensor, nn.Parameter):
-            name = (self.names[id(tensor)],) if id(tensor) in self.woken else ()
-            return Static(origin=tensor, woken=name)
+            name = self.names.get(id(tensor))
+            return Static(origin=tensor, woken=(name,) if name in self.woken and name is not None else ())
         return self.known.get(tensor) or Static()
 
     def owns(self, value: Any) -> bool:
@@ -84,43 +81,40 @@ class Statics:
         key = (id(origin), *(one.key for one in self.of(value).factors))
         return replace(factor, key=("multiple", key, inverse))
 
-    def wake(self, tensor: Tensor) -> None:
-        """Set the gain behind ``tensor`` to one if all of it is zero (a gain has one axis at most)."""
-        origin = self.of(tensor).origin
-        if not self.wakes or origin is None or id(origin) not in self.names or id(origin) in self.woken:
-            return
-        if sum(size != 1 for size in origin.shape) > 1 or bool(origin.detach().any()):
-            return
-        self.before_writing(origin)
+    def zero_gain(self, tensor: Tensor) -> tuple[str, ...]:
+        """The name of the gain that ``tensor`` is if all of it is zero; a gain has one axis at most."""
         static = self.of(tensor)
-        with torch.no_grad():
-            origin.detach().fill_(1)
-            if tensor is not origin:  # computed from it before the waking
-                tensor.detach().fill_(float(prod(factor.value for factor in static.factors)))
-        self.woken.add(id(origin))
-        if tensor is not origin:
-            self.known[tensor] = replace(static, woken=self.of(origin).woken)
+        origin = static.origin
+        if origin is None or id(origin) not in self.names:
+            return static.silent
+        if sum(size != 1 for size in origin.shape) > 1 or bool(origin.detach().any()):
+            return static.silent
+        return tuple(dict.fromkeys([*static.silent, self.names[id(origin)]]))
 
     def run(self, name: str, function: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         """Execute an operation none of whose arguments depends on the input."""
-        if name in op.SCALING:
-            self._wake_scalar(tensors)
-        elif name in op.NORM and (weight := op.weight_and_bias(name, args)[0]) is not None:
-            self.wake(weight)
         result = function(*args, **kwargs)
         if tensors and name not in op.FACTORY:
             static = self._result(name, args, tensors)
+            silent = self._silenced_by(name, args, tensors)
             for tensor in tree_leaves(result):
                 if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
-                    self.known[tensor] = static
+                    zero = bool(silent) and not bool(tensor.any())
+                    self.known[tensor] = replace(static, silent=silent if zero else ())
         return result
 
-    def _wake_scalar(self, tensors: Sequence[Tensor]) -> None:
-        """Wake a scalar that is multiplied in; a vector may as well be a bias, and is left until its use tells."""
-        largest = max((tensor.numel() for tensor in tensors), default=0)
-        for tensor in tensors:
-            if tensor.dim() == 0 or tensor.numel() == 1 < largest:
-                self.wake(tensor)
+    def _silenced_by(self, name: str, args: Sequence[Any], tensors: Sequence[Tensor]) -> tuple[str, ...]:
+        """The zero gains that may make a result zero: those behind its arguments, and those multiplied in now.
+
+        Of two vectors of one size either may be the gain and the other a bias, so only the smaller of two factors is.
+        """
+        silent = [name for tensor in tensors for name in self.of(tensor).silent]
+        if name in op.SCALING:
+            largest = max(tensor.numel() for tensor in tensors)
+            silent += [name for tensor in tensors if tensor.numel() < largest for name in self.zero_gain(tensor)]
+        elif name in op.NORM and (weight := op.weight_and_bias(name, args)[0]) is not None:
+            silent += self.zero_gain(weight)
+        return tuple(dict.fromkeys(silent))
 
     def _result(self, name: str, args: Sequence[Any], tensors: list[Tensor]) -> Static:
         woken = tuple(dict.fromkeys(name for tensor in tensors for name in self.of(tensor).woken))

@@ -1,0 +1,542 @@
+"""Which activations of one forward pass are measured: residual additions, and the weighted layers beside them.
+
+A weighted layer inside a residual block is judged with its block, by the branch and by the sum. All others are points
+of their own: before the first block, between blocks, behind the last, in heads and in further streams. Whether a
+layer lies inside a block is known once the block's addition has run, when its output is gone. So layers are measured
+unless a running module is of a class that has made a residual addition before; what that leaves out wrongly is named
+by :meth:`PointRecorder.finish`, for a second pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+from normfree.signal import operations as op
+from normfree.signal.channels import likely_axis
+from normfree.signal.flow import ACTIVATION, BOUNDED_GATE, Note
+from normfree.signal.graph import Additions, Node, Path, Residual
+from normfree.signal.moments import Moments, channel_moments
+from normfree.signal.recorder import Recorder
+
+# A bottleneck passes 3 weighted operations, an inverted one with squeeze-excite 5, attention 2, the longest blocks in
+# use 9 (HGNet). What is longer, or goes back to a higher resolution, is a network of its own beside a long skip
+# (DnCNN's 20 layers, a U-Net), and its layers are judged.
+LONGEST_BRANCH = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measured point: where a stream begins, a residual addition, a weighted layer, or an output.
+
+    Attributes:
+        number: position among all weighted layers and residual additions of the pass.
+        after: number of the measured point that the signal came through last; None where it comes from ``entry``.
+        entry: where its stream begins, as position among the recording's entries; None behind another point.
+        normalized: a normalizer has acted between ``after`` (or the entry) and here.
+        renewed: a normalizer is what reads it.
+        averaged: an average pool has acted between ``after`` and here.
+        mixed: another signal was put beside it between ``after`` and here.
+        looked_up: it was looked up in a table, by numbers.
+        last: no weighted layer follows it.
+        joined: a sum that goes on, but not as the first operand of what joins it with another signal.
+        gate: nothing but gates and weights of attention is made of it.
+        gain: root mean square of the weight times the root of its fan-in; None where there is no such weight.
+        broadcast: the branch has one value for many positions of the sum.
+        activated: moments of the sum after the activation that alone reads it.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    channel_axis: int
+    output: Moments
+    branch: Moments | None = None
+    transition: bool = False
+    encloses: int = 0
+    woken: tuple[str, ...] = ()
+    number: int | None = None
+    after: int | None = None
+    entry: int | None = None
+    normalized: bool = False
+    renewed: bool = False
+    averaged: bool = False
+    mixed: bool = False
+    looked_up: bool = False
+    last: bool = False
+    joined: bool = False
+    gate: bool = False
+    gain: float | None = None
+    broadcast: bool = False
+    activated: Moments | None = None
+
+
+@dataclass
+class Recording:
+    """What one forward pass gave.
+
+    Attributes:
+        entry: the input of the first block, or of the first layer.
+        points: what is plotted: the residual additions, or all weighted layers.
+        layers: beside residual additions, the weighted layers that are in no block.
+        outputs: what the model returned, where it is a floating-point activation.
+        entries: where streams begin.
+    """
+
+    entry: Point | None = None
+    points: list[Point] = field(default_factory=list)
+    layers: list[Point] = field(default_factory=list)
+    outputs: list[Point] = field(default_factory=list)
+    entries: list[Point] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one pass found that the next must know.
+
+    Attributes:
+        layers: numbers of the weighted layers to measure.
+        woken: names of the zero gains to be set to one.
+        refused: numbers of the sums that are not residual, whatever they look like.
+    """
+
+    layers: frozenset[int]
+    woken: tuple[str, ...] = ()
+    refused: frozenset[int] = frozenset()
+    complete: bool = True
+    """Whether the pass has measured all that there is, as it is to be measured."""
+
+
+@dataclass(eq=False)
+class _Visit:
+    """One weighted layer or residual addition, measured or not."""
+
+    number: int
+    node: Node
+    point: Point | None
+    after: int | None
+    normalized: bool
+    averaged: bool
+    mixed: bool
+    stream: int
+    sum: int | None = None
+    layer: int | None = None
+    inside: bool = False
+
+
+class PointRecorder(Recorder):
+    """Measures residual additions with their branches, weighted layers outside blocks, and outputs.
+
+    Args:
+        points: "residual", or "layers" for all weighted layers and no residual addition.
+        plan: what the pass before found; None for the first.
+        args, options: of :class:`Recorder`.
+    """
+
+    def __init__(self, *args: Any, points: str, plan: Plan | None, **options: Any) -> None:
+        known = {} if plan is None else {"woken": plan.woken, "refused": plan.refused}
+        super().__init__(*args, **options, **known)
+        self.recording = Recording()
+        self.residual, self.plan = points == "residual", plan
+        self.additions = Additions()
+        self.received: dict[nn.Module, Node] = {}
+        self.visits: list[_Visit] = []
+        self.layers = 0
+        self.made: list[Sequence[Node]] = []
+        self.renewals: list[Node] = []
+        self.operation: tuple[str, Sequence[Any]] | None = None
+        self.block_classes: set[type[nn.Module]] = set()
+        self.entry_of: dict[tuple[str, int], int] = {}
+        self.summed: dict[Node, _Visit] = {}
+        self.activated: dict[int, Moments] = {}
+
+    # Before the first addition: what may turn out to be the input of the first block.
+
+    def on_module(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Until the first addition shows which module is the first block, keep what each container receives."""
+        if not self.residual or self.additions or next(module.children(), None) is None:
+            return
+        for x in inputs:
+            if isinstance(x, Tensor) and x in self.nodes and x.is_floating_point() and x.dim() > 1:
+                self._measure_once(x)
+                self.received[module] = self.nodes[x]
+                return
+
+    def on_use(self, x: Tensor) -> None:
+        """An activation read twice may be the ancestor of the first addition."""
+        note: Note = self.nodes[x].note
+        note.uses += 1
+        if self.residual and note.uses == 2 and not self.additions and x.is_floating_point() and x.dim() > 1:
+            self._measure_once(x)
+
+    def _measure_once(self, x: Tensor) -> None:
+        note: Note = self.nodes[x].note
+        if note.moments is None:
+            self.measuring = True
+            note.moments = channel_moments(x, note.channel_axis, examples=self.examples)
+            self.measuring = False
+
+    # Points.
+
+    def on_addition(self, found: Residual, operands: Sequence[Tensor], run: Callable[[], Tensor]) -> Tensor:
+        """Measure the branch, add, measure the sum."""
+        branch, shortcut = operands[found.branch], operands[1 - found.branch]
+        nodes = [self.nodes[operand] for operand in operands]
+        shortcut_node = nodes[1 - found.branch]
+        if not self.residual:
+            result = run()
+            note, source = self.nodes[result].note, shortcut_node.note
+            note.stream, note.point, note.normalized = source.stream, source.point, source.normalized
+            return result
+        branch_note = nodes[found.branch].note
+        axis = shortcut_node.note.axis if shortcut_node.note.axis is not None else branch_note.axis
+        axis = likely_axis(branch.dim()) if axis is None else axis
+        entry = self._begin_of_blocks(found, shortcut)
+        branch_note.axis = axis
+        before = self.moments_of(branch)
+        encloses = self.additions.enclosed(found.ancestor, shortcut_node)
+        self._mark_inside(found.ancestor, nodes)
+        self._learn_class()
+        result = run()
+        node = self.nodes[result]
+        node.note = Note(shape=tuple(result.shape), axis=axis, order=node.note.order, operation="add")
+        self.additions.append(node)
+        point = Point(
+            name=self.stack.name,
+            kind="residual",
+            shape=tuple(result.shape),
+            channel_axis=axis,
+            output=channel_moments(result, axis, examples=self.examples),
+            branch=before,
+            transition=found.weighted_shortcut or found.ancestor.note.shape != tuple(result.shape),
+            encloses=encloses,
+            woken=branch_note.woken,
+            entry=entry,
+            broadcast=branch.shape != result.shape,
+        )
+        self.summed[node] = self._visit(node, shortcut_node.note, point, sum=self.sums - 1)
+        return result
+
+    def on_weighted(self, x: Tensor, result: Tensor) -> None:
+        """Measure a layer's output if it is wanted, and the input of the first of each stream."""
+        if result.dim() < 2 or not result.is_floating_point():
+            return
+        source: Note = self.nodes[x].note
+        number = self.layers
+        self.layers += 1
+        point = None
+        if self._is_wanted(number):
+            point = replace(
+                self._point(result, "layer"),
+                entry=self._begin_of_layers(x),
+                gain=None if self.operation is None else weight_gain(*self.operation),
+                looked_up=self.nodes[result].step.nonlinear > 0 and not x.is_floating_point(),
+            )
+        self._visit(self.nodes[result], source, point, layer=number)
+
+    def on_made(self, nodes: Sequence[Node]) -> None:
+        """Keep what the graph is made of, and what a normalizer reads."""
+        self.made.append(nodes)
+        if nodes and nodes[0].note.normalized and not all(parent.note.normalized for parent in nodes[0].parents):
+            self.renewals += nodes[0].parents
+
+    def _run(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], active: list[Tensor]) -> Any:
+        """Execute an operation; where it is the activation of a sum, measure what it makes."""
+        self.operation = name, args
+        sum_ = self.summed.get(self.nodes[active[0]]) if name in ACTIVATION and len(active) == 1 else None
+        result = super()._run(name, func, args, kwargs, active)
+        self.operation = None  # its arguments are activations, and none outlives its use
+        if sum_ is not None and sum_.point is not None and self._is_read_once(sum_.number - 1):
+            self.activated[sum_.number] = channel_moments(result, sum_.point.channel_axis)
+        return result
+
+    def _is_read_once(self, last: int) -> bool:
+        """Whether the sum before was read by its activation alone; where one was, all are."""
+        sums = (visit for visit in reversed(self.visits[: last + 1]) if visit.sum is not None)
+        before = next(sums, None)
+        return before is None or before.node.note.uses <= 1
+
+    def _visit(
+        self, node: Node, source: Note, point: Point | None, *, sum: int | None = None, layer: int | None = None
+    ) -> _Visit:
+        visit = _Visit(
+            number=len(self.visits),
+            node=node,
+            point=point,
+            after=source.point,
+            normalized=source.normalized,
+            averaged=source.averaged,
+            mixed=source.mixed,
+            stream=source.stream,
+            sum=sum,
+            layer=layer,
+        )
+        self.visits.append(visit)
+        note: Note = node.note
+        note.stream, note.point = source.stream, visit.number
+        note.normalized = note.averaged = note.mixed = False
+        return visit
+
+    def _is_wanted(self, layer: int) -> bool:
+        if not self.residual:
+            return True
+        if self.plan is not None:
+            return layer in self.plan.layers
+        return not any(type(module) in self.block_classes for module in self.stack.running)
+
+    def _learn_class(self) -> None:
+        """Remember which class makes residual additions; of the whole model that would tell nothing."""
+        if len(self.stack.running) > 1:
+            self.block_classes.add(type(self.stack.running[-1]))
+
+    def _point(self, x: Tensor, kind: str) -> Point:
+        note: Note = self.nodes[x].note
+        axis = note.channel_axis
+        moments = channel_moments(x.float() if not x.is_floating_point() else x, axis, examples=self.examples)
+        shape = tuple(x.shape)
+        return Point(name=self.stack.name, kind=kind, shape=shape, channel_axis=axis, output=moments, woken=note.woken)
+
+    # Where streams begin.
+
+    def _begin_of_layers(self, x: Tensor) -> int | None:
+        """The entry of a stream whose first point is a layer: that layer's input."""
+        note: Note = self.nodes[x].note
+        if note.point is not None:
+            return None
+        key = ("layers", note.stream)
+        if key not in self.entry_of:
+            self.entry_of[key] = len(self.recording.entries)
+            self.recording.entries.append(self._point(x, "entry"))
+            if self.recording.entry is None and not self.residual:
+                self.recording.entry = self.recording.entries[-1]
+        return self.entry_of[key]
+
+    def _begin_of_blocks(self, found: Residual, shortcut: Tensor) -> int | None:
+        """The entry of a stream's residual blocks: the input of the first one."""
+        key = ("blocks", self.nodes[shortcut].note.stream)
+        if key in self.entry_of:
+            return None
+        self.entry_of[key] = len(self.recording.entries)
+        if not self.additions:
+            self.recording.entry = self._entry(found.ancestor, shortcut)
+            self.recording.entries.append(self.recording.entry)
+        else:
+            self.recording.entries.append(self._point(shortcut, "entry"))
+        return len(self.recording.entries) - 1
+
+    def _entry(self, ancestor: Node, shortcut: Tensor) -> Point:
+        """The input of the block whose addition is the first: before any pre-activation, after any pooling."""
+        entry, name = ancestor, self.stack.name
+        for module in reversed(self.stack.running):
+            node = self.received.get(module)
+            if node is not None and node.dominates(ancestor):
+                since = ancestor.path - node.path
+                if since.weighted == since.mixing == 0:
+                    entry, name = node, self.stack.names[module]
+                    break
+        note: Note = entry.note
+        if note.moments is None:  # read once, by an operation with several results: its shortcut is what is left
+            self._measure_once(shortcut)
+            note = self.nodes[shortcut].note
+        assert note.moments is not None
+        return Point(name=name, kind="entry", shape=note.shape, channel_axis=note.channel_axis, output=note.moments)
+
+    # What lies inside a block.
+
+    def _mark_inside(self, ancestor: Node, operands: Sequence[Node]) -> None:
+        """Mark the weighted layers between a block's ancestor and the two activations it adds, unless they are many."""
+        first = len(self.visits)
+        while first and self.visits[first - 1].node.note.order > ancestor.note.order:
+            first -= 1
+        candidates = {visit.node: visit for visit in self.visits[first:] if visit.layer is not None}
+        behind = {node for operand in operands for node in _between(ancestor, operand)}
+        depth = dict[Node, int]()
+        for node in sorted(behind, key=lambda each: each.level):
+            parents = [depth[parent] for parent in node.parents if parent in depth]
+            if node is ancestor or parents:
+                depth[node] = max(parents, default=0) + (node.step.weighted if node is not ancestor else 0)
+        if max(depth.get(operand, 0) for operand in operands) > LONGEST_BRANCH or any(map(_enlarges, depth)):
+            return
+        for node in depth:
+            if node is not ancestor and node in candidates:
+                candidates[node].inside = True
+
+    # The end of the pass.
+
+    def finish(self, outputs: Sequence[Tensor]) -> Plan:
+        """Measure the outputs, and settle which points there are.
+
+        Args:
+            outputs: what the model returned.
+
+        Returns:
+            What was found; where it is not complete, a pass that is given it completes the recording.
+        """
+        ends = [self.nodes[tensor] for tensor in outputs if tensor in self.nodes]
+        carried, logits = _carried(self.made, ends), _attention_logits(self.made)
+        sums = [visit for visit in self.visits if visit.sum is not None]
+        refused = {v.sum for v in sums if v.sum is not None and (v.node not in carried or v.node in logits)}
+        outside = [v for v in self.visits if v.layer is not None and (not self.residual or not v.inside)]
+        plan = Plan(
+            layers=frozenset(visit.layer for visit in outside if visit.layer is not None),
+            woken=tuple(sorted(self.silencing)),
+            refused=frozenset(refused),
+            complete=not (refused or self.silencing or any(visit.point is None for visit in outside)),
+        )
+        if self.plan is not None or plan.complete:
+            self.recording.outputs = [self._output(t, i) for i, t in enumerate(outputs) if self._is_output(t)]
+            self._settle(carried)
+        return plan
+
+    def _settle(self, carried: Collection[Node]) -> None:
+        """Give every point that is kept its place, and what is known of it at the end."""
+        followed = _behind(visit.node for visit in self.visits if visit.layer is not None and visit.node in carried)
+        renewed = set(_back_to_points(self.renewals, self.summed))
+        kept = {v.number: v for v in self.visits if v.point is not None and not (self.residual and v.inside)}
+        first_operands = {self.visits[number].after for number in kept}
+        for visit in kept.values():
+            after, normalized, averaged = visit.after, visit.normalized, visit.averaged
+            while after is not None and after not in kept:
+                gone = self.visits[after]
+                after, normalized, averaged = gone.after, normalized or gone.normalized, averaged or gone.averaged
+            assert visit.point is not None
+            entry = visit.point.entry
+            if after is None and entry is None:
+                ways = (("blocks", visit.stream), ("layers", visit.stream))
+                entry = next((self.entry_of[way] for way in ways if way in self.entry_of), None)
+            alone, residual = visit.node.note.uses <= 1, visit.sum is not None
+            point = replace(
+                visit.point,
+                number=visit.number,
+                after=after,
+                entry=entry,
+                normalized=normalized,
+                averaged=averaged,
+                mixed=visit.mixed,
+                renewed=visit.node in renewed,
+                last=visit.layer is not None and visit.node not in followed,
+                joined=residual and visit.node in followed and visit.number not in first_operands,
+                gate=visit.layer is not None and visit.node not in carried,
+                activated=self.activated.get(visit.number) if alone else None,
+            )
+            (self.recording.points if residual or not self.residual else self.recording.layers).append(point)
+        self._drop_entries_of_none()
+
+    def _drop_entries_of_none(self) -> None:
+        """Keep the entries that a kept point begins at; a layer inside a block has left one that none does."""
+        recording = self.recording
+        points = (*recording.points, *recording.layers)
+        used = sorted({point.entry for point in points if point.entry is not None})
+        recording.entries = [recording.entries[entry] for entry in used]
+        for kept in (recording.points, recording.layers):
+            kept[:] = [
+                point if point.entry is None else replace(point, entry=used.index(point.entry)) for point in kept
+            ]
+
+    def _is_output(self, tensor: Tensor) -> bool:
+        return tensor in self.nodes and tensor.is_floating_point() and tensor.dim() > 1 and tensor.numel() > 0
+
+    def _output(self, tensor: Tensor, index: int) -> Point:
+        return replace(self._point(tensor, "output"), name=f"output {index}", after=self.nodes[tensor].note.point)
+
+
+def weight_gain(name: str, args: Sequence[Any]) -> float | None:
+    """Root mean square of an operation's weight times the root of its fan-in; He's initialisation has √2."""
+    weight, _ = op.weight_and_bias(name, args)
+    if weight is None or weight.dim() < 2 or not weight.is_floating_point():
+        return None
+    if name in op.CONVOLUTION:
+        transposed = len(args) > 6 and bool(args[6])
+        fan_in = weight.numel() / weight.shape[1] / prod(args[3]) if transposed else weight[0].numel()
+    else:
+        fan_in = weight.shape[1] if name == "linear" else weight.shape[0]
+    return float((weight.detach().double().square().mean() * fan_in).sqrt())
+
+
+def _enlarges(node: Node) -> bool:
+    """Whether a convolution or an interpolation of maps made more positions than it was given."""
+    if node.note.axis != 1 or len(node.note.shape) < 4 or not node.step.mixing or node.step.nonlinear:
+        return False
+    before = [parent.note.shape for parent in node.parents if parent.note.axis == 1]
+    return any(len(shape) == len(node.note.shape) and prod(shape[2:]) < prod(node.note.shape[2:]) for shape in before)
+
+
+def _between(ancestor: Node, node: Node) -> set[Node]:
+    """What ``node`` was computed from since ``ancestor``, both included."""
+    seen, waiting = {ancestor, node}, [node] if node is not ancestor else []
+    while waiting:
+        for parent in waiting.pop().parents:
+            if parent not in seen and parent.note.order > ancestor.note.order:
+                seen.add(parent)
+                waiting.append(parent)
+    return seen
+
+
+def _behind(nodes: Iterable[Node]) -> set[Node]:
+    """All that some activations were computed from, themselves not included unless another was computed from them."""
+    seen, waiting = set[Node](), list(nodes)
+    while waiting:
+        for parent in waiting.pop().parents:
+            if parent not in seen:
+                seen.add(parent)
+                waiting.append(parent)
+    return seen
+
+
+def _carried(made: Sequence[Sequence[Node]], ends: Sequence[Node]) -> set[Node]:
+    """The activations whose values go on to an output (or to an end that is none), and not into gates alone."""
+    read = {parent for nodes in made for node in nodes for parent in node.parents}
+    waiting = [node for nodes in made if not any(each in read for each in nodes) for node in nodes] + list(ends)
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        gates = _gates_of(node)
+        for parent in node.parents:
+            if parent not in seen and parent not in gates:
+                seen.add(parent)
+                waiting.append(parent)
+    return seen
+
+
+def _gates_of(node: Node) -> set[Node]:
+    """The factors of a product of activations that are gates, or weights of attention, of the other."""
+    factors = set(node.parents)
+    if len(factors) < 2 or not node.step.nonlinear:
+        return set()
+    gates = {factor for factor in factors if _gate_maker(factor) is not None}
+    return gates if gates != factors else set()
+
+
+def _gate_maker(node: Node) -> Node | None:
+    """The sigmoid or softmax that made an activation, seen past views, dropout, and sums and products with numbers."""
+    while node.step.nonlinear == node.step.mixing == node.step.weighted == 0 and len(set(node.parents)) == 1:
+        node = node.parents[0]
+    return node if node.step.nonlinear and node.note.operation in BOUNDED_GATE else None
+
+
+def _attention_logits(made: Sequence[Sequence[Node]]) -> set[Node]:
+    """What the softmax of an attention reads, also where it goes on to the next layer's logits."""
+    found = set[Node]()
+    for nodes in made:
+        for gate in _gates_of(nodes[0]) if nodes else ():
+            maker = _gate_maker(gate)
+            if maker is not None and "softmax" in maker.note.operation:
+                node = maker.parents[0]
+                found.add(node)
+                while node.step == Path() and len(set(node.parents)) == 1:
+                    node = node.parents[0]
+                    found.add(node)
+    return found
+
+
+def _back_to_points(nodes: Iterable[Node], sums: Collection[Node]) -> Iterator[Node]:
+    """The layers, and the sums read once, that lead to some activations through elementwise operations and pools."""
+    for node in nodes:
+        while not node.step.weighted and node not in sums and len(set(node.parents)) == 1:
+            node = node.parents[0]
+        if node.step.weighted or (node in sums and node.note.uses <= 1):
+            yield node
