@@ -59,7 +59,7 @@ def test_records_every_k_steps_what_spp_measures():
         assert monitor.history.steps == [0, 3, 6]
         assert seen[2] is monitor.history[1][1] and seen[:2] == [None, None]
     assert monitor.history.steps == [0, 3, 6, 7] and monitor.steps == 7  # the last one at the end
-    assert monitor.history[-1][1] == spp(model, PROBE, wake=False, name="net")
+    assert monitor.history[-1][1] == spp(model, PROBE, wake=False, gradient=False, name="net")
     first = monitor.history[0][1]
     assert first.blocks[1].avg_channel_var == first.entry.avg_channel_var and not first.blocks[1].woken  # as it is
 
