@@ -16,6 +16,7 @@ BENCHMARKS = (
     "spp_cost",
     "step_profile",
     "sweep",
+    "verdicts",
 )
 
 if __name__ == "__main__":
