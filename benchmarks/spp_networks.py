@@ -27,7 +27,6 @@ class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = torchvision.models.resnet18()
-        self.encoder.fc = nn.Identity()
         widths, skips = (512, 256, 128, 64, 32, 16), (256, 128, 64, 64, 0)
         self.stages = nn.ModuleList(
             nn.Sequential(
