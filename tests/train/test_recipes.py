@@ -106,7 +106,7 @@ def test_the_batch_is_the_recipes_on_any_number_of_ranks():
 
 def test_an_unknown_field_of_a_saved_config_is_told():
     values = {**to_dict(RECIPES["digits"]()), "flavour": 1}
-    with pytest.raises(ValueError, match="flavour is no field of TrainConfig; another version wrote it"):
+    with pytest.raises(ValueError, match="flavour is no field of TrainConfig; give an undamaged one"):
         from_dict(TrainConfig, values)
 
 
