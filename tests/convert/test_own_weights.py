@@ -471,7 +471,7 @@ def test_opacus_accepts_it_and_one_private_step_runs():
     opacus = pytest.importorskip("opacus")
     from opacus.validators import ModuleValidator
 
-    model, batch = CASES["composite without bias"]()
+    model, batch = CASES["padding"]()
     private = normfree.convert(model, batch)
     assert ModuleValidator.validate(private, strict=False) == []
     module = opacus.GradSampleModule(private)

@@ -84,18 +84,23 @@ def _mark_state(original: nn.Module, converted: nn.Module) -> None:
     the converted weights into the original, and make up the norms. All of them compare sizes: the first tensor that the
     original has and the converted model has not is in its place without elements.
     """
-    left = converted.state_dict()
+    left, modules = converted.state_dict(), dict(converted.named_modules(remove_duplicate=False))
+    places = []
     for name, tensor in original.state_dict().items():
         place, _, own = name.rpartition(".")
         if name in left or not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
             continue
-        try:
-            module = converted.get_submodule(place)
-        except AttributeError:
-            continue
-        if not hasattr(module, own):
-            module.register_buffer(own, tensor.detach().new_empty(0))
-            return
+        if place in modules and not hasattr(modules[place], own):
+            places.append((place, own, tensor))
+
+    def is_within_layer(place: str) -> bool:
+        parts = place.split(".")
+        outer = ["", *(".".join(parts[: end + 1]) for end in range(len(parts)))]
+        return any(modules[name]._parameters for name in outer)
+
+    if places:  # outside of layers that learn, where Opacus takes no buffers, if there is such a place
+        place, own, tensor = next((each for each in places if not is_within_layer(each[0])), places[0])
+        modules[place].register_buffer(own, tensor.detach().new_empty(0))
 
 
 @contextmanager
