@@ -490,6 +490,16 @@ def test_norms_of_constants_fold_whatever_their_names(kind, tmp_path):
         assert torch.equal(again(images), converted(images))
 
 
+@pytest.mark.parametrize("kind", [FrozenWithoutEps, FrozenByOtherNames, OwnBatchNorm])
+def test_norms_of_constants_go_in_a_fresh_start(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), kind(8), nn.ReLU(), nn.Conv2d(8, 8, 3), kind(8)).eval()
+    converted = normfree.convert(model, torch.randn(8, 3, 12, 12))
+    made = [change.now for change in converted.conversion.changes]
+    assert made == ["ScaledWSConv2d", "Identity", "ScaledWSConv2d", "Identity"]
+    assert not converted.conversion.norms_left
+
+
 class Scale(nn.Module):
     """A learned scale and shift: no statistic, no norm."""
 

@@ -64,7 +64,7 @@ def _after(step: Step, variance: Mapping[Node, float], flow: Dataflow, *, throug
         sizes = [math.prod(flow.shapes[node]) for node in step.inputs]
         return sum(size * value for size, value in zip(sizes, known, strict=True)) / sum(sizes)
     factors = _factors(step)
-    if factors is None or len({flow.shapes[node] for node in step.inputs}) > 1:
+    if factors is None or len(factors) != len(step.inputs) or len({flow.shapes[node] for node in step.inputs}) > 1:
         return None
     total = dict.fromkeys(step.inputs, 0.0)  # an activation added to itself is twice as large
     for node, factor in zip(step.inputs, factors, strict=True):
