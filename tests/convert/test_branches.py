@@ -88,6 +88,7 @@ def factors(converted):
     return {
         change.name: (change.now, change.input_scale, change.alpha, change.skip_gain)
         for change in converted.conversion.changes
+        if change.now != "OutOfPlace"  # of one object, or of each
     }
 
 
