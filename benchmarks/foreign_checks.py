@@ -33,6 +33,9 @@ RATE = 1e-3
 PATH = re.compile(r"\b\w+(\.\w+)+\b")
 """A module's name within a reason."""
 
+REFUSAL = re.compile(r"\w+: ")
+"""How an error begins that names the argument; any other is a defect."""
+
 
 class Stages:
     """The parts of a row: each is timed, and what it raises becomes one line of the row."""
@@ -43,17 +46,19 @@ class Stages:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Run the block as a part: a refusal (``ValueError``) is noted as such, anything else with where it rose."""
+        """Run the block as a part: a refusal ("argument: what") is noted as such, anything else with where it rose."""
         begun = time.perf_counter()
         try:
             yield
-        except ValueError as error:
-            self.row["failed"][stage] = one_line(error, 400)
         except Exception as error:
+            if isinstance(error, ValueError) and REFUSAL.match(str(error)):
+                self.row["failed"][stage] = one_line(error, 400)
+                return
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(place.filename).name}:{place.lineno}"
             self.row["failed"][stage] = f"crash: {type(error).__name__} in {where}: {one_line(error)}"
-        self.row["seconds"][stage] = round(time.perf_counter() - begun, 2)
+        finally:
+            self.row["seconds"][stage] = round(time.perf_counter() - begun, 2)
 
 
 def checked(case: Case) -> dict[str, Any]:
@@ -132,9 +137,9 @@ def findings(signal: SignalPropagation) -> list[list[str]]:
 
 
 def _record(converted: nn.Module) -> dict[str, Any]:
-    """The changes of a conversion, and the norms that are left: how many of a class, and a reason that is theirs.
+    """The changes of a conversion; the norms before it; those that are left, how many of a class and why.
 
-    Reasons that differ in the names of modules alone are one.
+    Reasons that differ in the names of modules alone are one. A norm was taken where something carries its variance.
     """
     conversion = conversion_of(converted)
     assert conversion is not None
@@ -143,8 +148,7 @@ def _record(converted: nn.Module) -> dict[str, Any]:
         left.setdefault((kept.was, PATH.sub("…", kept.reason)), []).append(kept.reason)
     return {
         "changes": dict(Counter(change.now for change in conversion.changes)),
-        "norms": sum(change.now in ("Identity", "Affine", "Activation") for change in conversion.changes)
-        + len(conversion.norms_left),
+        "norms": sum(bool(change.carried_by) for change in conversion.changes) + len(conversion.norms_left),
         "left": [[len(reasons), was, reasons[0]] for (was, _), reasons in left.items()],
         "notes": conversion.different_notes(),
     }

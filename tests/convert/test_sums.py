@@ -56,6 +56,26 @@ def test_a_sum_has_the_variance_of_its_parts(name):
     assert float(seen[0][:, :, 2:-2, 2:-2].var()) == pytest.approx(1, abs=0.35), "of 16 filters, no padding near"
 
 
+CONSTANTS = {
+    "of each channel": lambda a, b: a + torch.linspace(0, 1, 16)[:, None, None] + b,
+    "a number": lambda a, b: a + 0.5 + b,
+    "before it": lambda a, b: torch.sub(torch.ones(1), a, alpha=2.0) + b,
+    "a product": lambda a, b: torch.addcmul(a, torch.ones(16, 1, 1), torch.ones(1)) + b,
+    "a sum's beginning": lambda a, b: torch.zeros(1) + a + b,
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_layer_behind_a_constant_that_is_added_is_measured(name):
+    torch.manual_seed(0)
+    converted = normfree.convert(Joined(CONSTANTS[name]), IMAGES)
+    assert converted.conversion.norms_left == ()
+    seen = []
+    converted.after[0].register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    converted(IMAGES)
+    assert float(seen[0][:, :, 2:-2, 2:-2].var()) == pytest.approx(1, abs=0.35), "of 16 filters, no padding near"
+
+
 class Residual(nn.Module):
     """A block whose branch joins the stream in some way."""
 

@@ -66,6 +66,8 @@ def _after(step: Step, variance: Mapping[Node, float], flow: Dataflow, *, throug
     factors = _factors(step)
     if factors is None or len(factors) != len(step.inputs) or len({flow.shapes[node] for node in step.inputs}) > 1:
         return None
+    if len(factors) != len(step.inputs):  # a constant is added, which moves the mean: what follows is measured
+        return None
     total = dict.fromkeys(step.inputs, 0.0)  # an activation added to itself is twice as large
     for node, factor in zip(step.inputs, factors, strict=True):
         total[node] += factor
