@@ -337,3 +337,14 @@ def test_the_cost_of_a_plan_grows_as_the_graph_does(preactivated):
 
     few, many = seconds(60), seconds(480)
     assert many / few < 16, "8 for a cost linear in depth, 64 for one that grows as its square"
+
+
+def test_a_table_trains_privately():
+    opacus = pytest.importorskip("opacus")
+    torch.manual_seed(0)
+    table = rows(64, 5)
+    converted = normfree.convert(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2)), table)
+    assert type(converted[0]).__name__ == "ChannelUnits"
+    private = opacus.GradSampleModule(converted.train())
+    private(table).square().sum().backward()
+    assert all(parameter.grad_sample.shape[0] == len(table) for parameter in private.parameters())

@@ -105,7 +105,7 @@ def test_a_norm_of_the_input_becomes_the_units_of_the_example():
     assert not any(is_norm(module) for module in converted.modules())
     assert converted.conversion.changes[0].now == "ChannelUnits"
     torch.testing.assert_close(converted(table), model.train()(table), rtol=1e-3, atol=1e-4)
-    assert converted[0].weight.requires_grad and converted[0].bias.requires_grad
+    assert all(parameter.requires_grad for parameter in converted[0].parameters())
     by_example = nn.Sequential(nn.GroupNorm(1, 3), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     kept = normfree.convert(by_example, IMAGES).conversion.norms_left
     assert [(one.name, one.reason) for one in kept] == [("0", "it gives the input its units, each example by itself")]

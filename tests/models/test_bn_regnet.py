@@ -69,5 +69,5 @@ def test_geometry_and_regularisation_are_nf_regnets():
     assert normalized.dropout.p == free.dropout.p == 0.3
     rates = [[b.stochastic_depth.rate for stage in m.stages for b in stage] for m in (normalized, free)]
     assert rates[0] == rates[1]
-    dropped = {"alpha", "skipinit_gain"}
+    dropped = {"alpha", "skipinit_gain", "centred"}
     assert accepted_overrides("bn_regnet_b3") == [o for o in accepted_overrides("nf_regnet_b3") if o not in dropped]

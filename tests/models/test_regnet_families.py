@@ -187,4 +187,5 @@ def test_the_overrides_are_listed():
     assert accepted_overrides("nfnet_f0") == accepted_overrides("nf_regnet_b0") == [
         "depths", "base_widths", "width", "widths", "group_size", "expansion", "alpha", "activation", "use_se",
         "se_ratio", "stochdepth_rate", "drop_rate", "skipinit_gain", "train_size", "test_size",
+        "centred",
     ]  # fmt: skip

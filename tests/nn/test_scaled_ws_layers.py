@@ -153,12 +153,12 @@ def test_units_are_constants_and_the_map_behind_them_learns_as_behind_a_norm():
     torch.manual_seed(0)
     x = 5000 + 1000 * torch.randn(64, 3, 5)
     units, norm = ours.ChannelUnits(3), nn.BatchNorm1d(3)
-    units.mean.copy_(x.mean((0, 2)))
-    units.deviation.copy_(x.std((0, 2), correction=0))
+    units[0].mean.copy_(x.mean((0, 2)))
+    units[0].deviation.copy_(x.std((0, 2), correction=0))
     weights = torch.randn(64, 3, 5)
-    for module in (units, norm):
-        torch.nn.init.constant_(module.weight, 1.5)
+    for module, weight in ((units, units[1].weight), (norm, norm.weight)):
+        torch.nn.init.constant_(weight, 1.5)
         (module(x) * weights).sum().backward()
     torch.testing.assert_close(units(x), norm(x), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(units.weight.grad, norm.weight.grad, rtol=1e-2, atol=1e-2)
-    assert set(units.state_dict()) == {"weight", "bias", "mean", "deviation"}
+    torch.testing.assert_close(units[1].weight.grad, norm.weight.grad, rtol=1e-2, atol=1e-2)
+    assert set(units.state_dict()) == {"0.mean", "0.deviation", "1.weight", "1.bias"}

@@ -13,6 +13,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn.modules import module as hooks
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from normfree.models import create_model
@@ -193,9 +194,11 @@ def test_nothing_is_left_behind_by_a_failure(name, mode, gradient):
     blocks, place = (model.layer3, 1) if name == "resnet18" else (model.stages[2], 0)
     blocks[place] = breaks = Breaks(blocks[place], at=1000)
     x = torch.randn(3, *shape)
+    called: list[nn.Module] = []
+    handle = register_module_forward_pre_hook(lambda module, inputs: called.append(module))
     spp(model, x, mode=mode, gradient=False)
-    calls = 1000 - breaks.at  # of the passes before the gradient's
-    breaks.at = calls + 1 if gradient else 1
+    handle.remove()
+    breaks.at = called.count(breaks) + 1 if gradient else 1
     before, outside = state_of(model), state_of_process()
     where = "layer3.1" if name == "resnet18" else "stages.2.0"
     reason = rf"failed on an input of shape \[3, 3, 32, 32\] in {where}: RuntimeError"

@@ -191,9 +191,9 @@ def _units_setter(name: str, found: dict[str, tuple[Tensor, Tensor]]) -> Hook:
 
 def _set_units(place: Any, mean: Tensor, deviation: Tensor) -> None:
     """Enter the constants of a :class:`ChannelUnits`, which an activation may follow in its place."""
-    units = place if isinstance(place, ChannelUnits) else place[0]
-    units.mean.copy_(mean)
-    units.deviation.copy_(deviation)
+    constants: Any = (place if isinstance(place, ChannelUnits) else place[0])[0]
+    constants.mean.copy_(mean)
+    constants.deviation.copy_(deviation)
 
 
 def _tensor_in(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:

@@ -106,19 +106,6 @@ def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in methods)
 
 
-def why_no_twin(module: nn.Module) -> str:
-    """Why :func:`base_of` knows no class for a layer, as a predicate."""
-    attached = attached_to(module)
-    return f"has {attached}" if attached else f"is a {class_name(module)}, which has no standardized twin"
-
-
-def outputs_of(layer: nn.Module) -> int:
-    """Output channels or features of a layer."""
-    found = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    assert isinstance(found, int)
-    return found
-
-
 def fan_in(module: nn.Module) -> int:
     """Weights that feed one output of a layer."""
     weight = module.weight

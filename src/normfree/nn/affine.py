@@ -38,39 +38,52 @@ class ChannelAffine(nn.Module):
         return output.to(input.dtype)  # as BatchNorm's, also where its own numbers are of another precision
 
 
-class ChannelUnits(ChannelAffine):
-    """Give every channel of an input x [N, C, …] the units of an example.
+class ChannelConstants(nn.Module):
+    """Take the mean and the standard deviation of an example out of every channel of an input x [N, C, …].
 
-    ``y = weight_c * (x - mean_c) / deviation_c + bias_c``
+    ``y = (x - mean_c) / deviation_c``
 
-    The mean and the deviation are constants that were measured once, so examples stay independent, and training and
-    evaluation are one function. A step of gradient descent moves the output as far as behind a normalizer, whatever the
-    input's units are: with the deviation in the weight it would be farther or shorter by its square.
+    Both are constants that were measured once: it normalizes nothing.
 
     Args:
         channels: C.
 
     Attributes:
-        weight, bias: [C], learnable, start at 1 and 0.
-        mean, deviation: [C], constants, 0 and 1 until they are set.
-
-    Raises:
-        ValueError: channels below 1.
+        mean, deviation: [C], 0 and 1 until they are set.
     """
 
     mean: Tensor
     deviation: Tensor
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels)
+        super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("deviation", torch.ones(channels))
 
     def forward(self, input: Tensor) -> Tensor:
         shape = [-1] + [1] * (input.dim() - 2)
-        weight = self.weight / self.deviation
-        bias = self.bias - self.mean * weight
-        return torch.addcmul(bias.view(shape), input, weight.view(shape)).to(input.dtype)
+        return ((input - self.mean.view(shape)) / self.deviation.view(shape)).to(input.dtype)
+
+
+class ChannelUnits(nn.Sequential):
+    """Give every channel of an input x [N, C, …] the units of an example.
+
+    ``y = weight_c * (x - mean_c) / deviation_c + bias_c``
+
+    Examples stay independent, and training and evaluation are one function. A step of gradient descent moves the output
+    as far as behind a normalizer, whatever the input's units are: with the deviation in the weight it would be farther
+    or shorter by its square. Constants and map are two modules, for Opacus takes no buffers in a layer that learns.
+
+    Args:
+        channels: C.
+
+    Raises:
+        ValueError: channels below 1.
+    """
+
+    def __init__(self, channels: int) -> None:
+        check_integer("channels", channels, 1)
+        super().__init__(ChannelConstants(channels), ChannelAffine(channels))
 
 
 class BranchScale(BranchEnd):

@@ -6,6 +6,7 @@ The rule is :func:`normfree.nn.standardize`'s, filter by filter; what a filter i
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -51,9 +52,9 @@ class StandardizedFilters(BranchEnd):
             self.register_parameter(name, None)
 
     @property
+    @abstractmethod
     def constant(self) -> float:
         """The constant factor of the standardised weight."""
-        raise NotImplementedError
 
     def filters(self, weight: Tensor) -> Tensor:
         """Return a weight as filters [O, fan-in …]."""

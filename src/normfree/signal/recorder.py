@@ -7,7 +7,6 @@ alive and leaves nothing on any module.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from normfree.signal import operations as op
 from normfree.signal.channels import likely_axis
-from normfree.signal.flow import Note, noted_after, scaled_by, step_of
+from normfree.signal.flow import Note, noted_after, replace, scaled_by, step_of
 from normfree.signal.graph import Node, Residual, residual
 from normfree.signal.modules import ModuleStack
 from normfree.signal.moments import Moments, channel_moments
