@@ -533,3 +533,32 @@ def test_learned_scales_and_prepared_inputs_are_left_alone(start):
         normfree.convert(
             nn.Sequential(Prepared(), nn.Conv2d(3, 8, 3), Scale(8)), torch.randn(4, 3, 12, 12), start=start
         )
+
+
+class Embedded(nn.Module):
+    """A layer of its own, then a table of constants that is added; a buffer stands beside (BERT's and DiT's inputs)."""
+
+    def __init__(self, part, *table):
+        super().__init__()
+        self.part = part
+        self.register_buffer("table", torch.rand(*table))
+
+    def forward(self, x):
+        x = self.part(x)
+        return (x.flatten(2).transpose(1, 2) if x.dim() == 4 else x) + self.table
+
+
+EMBEDDED = {
+    "of words": (lambda: Embedded(nn.Embedding(9, 16), 10, 16), torch.randint(0, 9, (4, 10))),
+    "of features": (lambda: Embedded(nn.Linear(8, 16), 16), torch.randn(4, 10, 8)),
+    "of patches": (lambda: Embedded(nn.Conv2d(3, 16, 2, 2), 16, 16), torch.randn(4, 3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_a_table_added_behind_a_layer_is_no_norm(name, start):
+    build, batch = EMBEDDED[name]
+    model = nn.Sequential(build(), nn.Linear(16, 16), nn.Flatten(0, -2), nn.BatchNorm1d(16), nn.Linear(16, 2)).eval()
+    converted = normfree.convert(model, batch, start=start)
+    assert type(converted[0]) is Embedded and not converted.conversion.norms_left

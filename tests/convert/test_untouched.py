@@ -39,6 +39,29 @@ def test_the_example_is_left_as_it_is(start):
     assert not converted.conversion.norms_left
 
 
+class Pathways(nn.Module):
+    """Writes into the list that it is given, as networks of several pathways do."""
+
+    def __init__(self):
+        super().__init__()
+        self.slow = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.fast = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, pathways):
+        pathways[0], pathways[1] = self.slow(pathways[0]), self.fast(pathways[1])
+        return self.head(pathways.pop() + pathways[0])
+
+
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+def test_a_list_in_the_example_is_left_as_it_is(start):
+    slow, fast = torch.randn(4, 3, 8, 8), torch.randn(4, 1, 8, 8)
+    pathways = [slow, fast]
+    converted = normfree.convert(Pathways().eval(), (pathways,), start=start)
+    assert not converted.conversion.norms_left
+    assert len(pathways) == 2 and pathways[0] is slow and pathways[1] is fast
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_norm_with_another_gain_than_it_has_is_folded_in_any_precision(dtype):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), Offset(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))

@@ -134,6 +134,8 @@ def _way(flow: Dataflow, call: Call) -> list[Step] | None:
         outside = not f"{step.module}.".startswith(f"{call.name}.")
         if not own or not (outside or step.module.startswith(tuple(own))):
             steps.append(step)
+        elif steps:
+            return None  # what a part does before is none of its activation, as of an embedding before a table is added
         node = step.inputs[0]
     if node is None or not all(map(_is_affine, steps)):
         return None

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from normfree.signal.inputs import Batch, call, check_batch, examples_in, tensors_of
 from normfree.signal.modules import ModuleStack
@@ -115,7 +116,7 @@ _INSTEAD = {
 def run(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]:
     """Call the model; its output tensors, or one line that says where and why it failed."""
     try:
-        output = call(model, batch)
+        output = call(model, tree_map(lambda leaf: leaf, batch))  # in containers that a model may write into
     except Exception as error:
         shapes = ", ".join(str(list(t.shape)) for t in tensors_of(batch))
         where = f" in {stack.last_running}" if stack.last_running else ""
