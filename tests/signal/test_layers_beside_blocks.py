@@ -329,3 +329,24 @@ def test_post_activation_families_give_the_official_place(name):
     assert all(block.activated_avg_channel_var is not None for block in signal.blocks)
     ratios = [block.activated_avg_channel_var / block.avg_channel_var for block in signal.blocks]
     assert all(0.2 < ratio < 0.9 for ratio in ratios)  # 20 to 50 % and more from the sum's, as the golden cases say
+
+
+class SparseProducts(nn.Module):
+    """Messages along two edges: a product of sparse adjacencies, made in the forward (Graph U-Net)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x, edges):
+        weights = x.abs().mean() * torch.ones(edges.shape[1])  # of the edges, so that the matrix depends on the input
+        adjacency = torch.sparse_coo_tensor(edges, weights, (len(x), len(x))).to_sparse_csr()
+        twice = (adjacency @ adjacency).to_sparse_coo().coalesce()
+        hidden = torch.sparse.mm(twice, self.first(x)).relu()
+        return self.last(hidden)
+
+
+def test_sparse_tensors_are_no_activations():
+    torch.manual_seed(0)
+    signal = spp(SparseProducts(), (torch.randn(16, 8), torch.randint(0, 16, (2, 64))))
+    assert [block.name for block in signal.blocks] == ["first", "last"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,6 +23,9 @@ from normfree.signal.moments import Moments, channel_moments
 from normfree.signal.scaling import before_scaling
 from normfree.signal.statics import Statics, written_by
 from normfree.signal.tensor_map import TensorMap
+
+SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
+"""Layouts of tensors that hold some of their values: adjacencies, masks."""
 
 
 class Recorder(TorchDispatchMode):
@@ -199,7 +203,7 @@ class Recorder(TorchDispatchMode):
         looked_up = args[0] is not active[0]
         nodes = []
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.layout not in SPARSE:  # a mask or weights, no activation
                 made = note.made(name, args, tensor.shape, self.created)
                 made.silent = silent if silent and not bool(tensor.any()) else ()
                 step = step_of(name, active, tensor, looked_up=looked_up)
@@ -209,7 +213,7 @@ class Recorder(TorchDispatchMode):
                 self._add_node(name, args, tensor, nodes[-1])
         self.on_made(nodes)
         output = result[0] if name in op.RECURRENT and isinstance(result, (tuple, list)) else result
-        if isinstance(output, Tensor) and self.nodes[output].step.weighted:
+        if isinstance(output, Tensor) and output in self.nodes and self.nodes[output].step.weighted:
             self.on_weighted(active[0], output)
         return result
 
