@@ -45,8 +45,10 @@ class Learned:
 
     @property
     def outcome(self) -> str:
-        """Accuracy, or that there is none."""
-        return f"diverged at step {self.diverged}" if self.accuracy is None else f"{100 * self.accuracy:.1f} % correct"
+        """Accuracy, or why there is none."""
+        if self.accuracy is not None:
+            return f"{100 * self.accuracy:.1f} % correct"
+        return "stopped" if self.diverged is None else f"diverged at step {self.diverged}"
 
 
 def config_of(source: str, seed: int, folder: Path) -> TrainConfig:
