@@ -189,10 +189,10 @@ MONAI = [
     ),
     _medical(
         "DenseNet121",
-        build=lambda: _monai("DenseNet121", spatial_dims=3, in_channels=1, out_channels=2),
+        build=lambda: _monai("DenseNet121", spatial_dims=3, in_channels=1, out_channels=2, shape=(8, 1, 32, 32, 32)),
         blocks=0,
         counted="DenseNet concatenates",
-        because="BatchNorm before each convolution",
+        because="BatchNorm before each convolution, over eight values at the end",
     ),
     _medical(
         "resnet10",
