@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 (or what the command returns: 1 where ``doctor`` finds a model not healthy), or 2 for an error the user
-        can mend, told in one line on standard error; 1 where nobody reads what is printed; 3 for an error that is ours.
+        can mend, stated in one line on standard error; 1 if the output was closed; 3 for our own errors.
     """
     interrupt.raise_again()
     _open_streams()
@@ -122,12 +122,12 @@ def _help() -> str:
     """The commands, a line each or more where the terminal is narrow."""
     indent = 2 + max(map(len, COMMANDS)) + 2
     width = max(shutil.get_terminal_size((WIDTH, 0)).columns, 2 * indent)
-    told = [
+    lines = [
         textwrap.fill(summary, width, initial_indent=f"  {name}".ljust(indent), subsequent_indent=" " * indent)
         for name, summary in COMMANDS.items()
     ]
     usage = "usage: normfree [-h] [--version] COMMAND ..."
-    return "\n".join([usage, "", DESCRIPTION, "", *told, "", "normfree COMMAND --help lists what a command takes."])
+    return "\n".join([usage, "", DESCRIPTION, "", *lines, "", "normfree COMMAND --help lists what a command takes."])
 
 
 def _first_sentence(framed: str) -> str:

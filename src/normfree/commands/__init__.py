@@ -19,7 +19,7 @@ COMMANDS = {
     ),
     "paper": "Make a figure of the paper: PNG, JSON, and a note of what was expected and what was measured.",
     "demo": (
-        "Listen to a ResNet-50 with BatchNorm, without, and normalizer-free, on photographs; "
+        "Plot ResNet-50 with BatchNorm, without, and normalizer-free, on photographs; "
         "train small ones on digits."
     ),
 }

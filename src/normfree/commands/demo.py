@@ -22,7 +22,7 @@ MODELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Listen to a ResNet-50 with BatchNorm, without, and normalizer-free, on photographs; train small ones on digits.
+    """Plot ResNet-50 with BatchNorm, without, and normalizer-free, on photographs; train small ones on digits.
 
     Writes spp.json, spp.png and report.html of the three on real photographs; and into digits/ the same of three
     narrow ones of the same depth, with the accuracy each reached by the same recipe in the legend.

@@ -140,7 +140,7 @@ def change_by_others(model: nn.Module, batch: Batch) -> float | None:
     """The relative change of the first example's output in training mode when the others become copies of it.
 
     Returns:
-        The change; None where it is no more than rounding makes, or where it cannot be told: the inputs do not agree
+        The change; None where it is no more than rounding makes, or where it is not known: the inputs do not agree
         on a number of examples, or training wants something else, such as targets.
     """
     examples = examples_in(batch)
