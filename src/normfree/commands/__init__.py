@@ -19,8 +19,7 @@ COMMANDS = {
     ),
     "paper": "Make a figure of the paper: PNG, JSON, and a note of what was expected and what was measured.",
     "demo": (
-        "Plot ResNet-50 with BatchNorm, without, and normalizer-free, on photographs; "
-        "train small ones on digits."
+        "Plot ResNet-50 with BatchNorm, without, and normalizer-free, on photographs; train small ones on digits."
     ),
 }
 """Every command with the first line of its help, kept here so that a list of them imports none."""
