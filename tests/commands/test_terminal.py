@@ -213,7 +213,9 @@ def test_an_interrupt_is_one_line_at_any_time(after):
     time.sleep(after)
     process.send_signal(signal.SIGINT)
     told = process.communicate(timeout=60)[1]
-    assert told.strip() == "normfree: interrupted" and process.returncode == 130
+    # CPython ends by the signal itself if the interrupt came within code that exec() compiled (a dataclass, say): a
+    # shell shows 130 for both.
+    assert told.strip() == "normfree: interrupted" and process.returncode in (130, -signal.SIGINT)
 
 
 def test_only_the_command_ends_at_an_interrupt_of_its_import():
