@@ -24,8 +24,7 @@ from normfree import fold
 from normfree.convert import conversion_of, convert
 from normfree.export import to_onnx
 from normfree.signal import SignalPropagation, spp
-from normfree.signal.inputs import call, copy_of, tensors_of
-from normfree.signal.outputs import tensors_in
+from normfree.trace.inputs import call, copy_of, tensors_in, tensors_of
 
 RATE = 1e-3
 """Of the one step of SGD that a converted model takes."""

@@ -1,6 +1,6 @@
 """The rules of residual additions by definition: dominators by deletion, paths and regions by search, no shortcut.
 
-Slow, and independent of how :mod:`normfree.signal.graph` is built: an activation is its number, larger than its
+Slow, and independent of how :mod:`normfree.trace.graph` is built: an activation is its number, larger than its
 parents'; 0 is the root.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from normfree.signal.graph import Path
+from normfree.trace.graph import Path
 
 
 class Reference:

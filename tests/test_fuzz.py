@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import normfree
+from normfree.common.files import read_json, structured
 from normfree.convert import Conversion
 from normfree.data.decode import decode, header_size
-from normfree.reading import read_json, structured
 from normfree.train.checkpoint import verified
 from normfree.train.config import TrainConfig, from_dict, to_dict
 from normfree.train.recipes import RECIPES

@@ -16,7 +16,7 @@ from typing import Any
 import normfree
 from normfree import interrupt
 from normfree.commands import COMMANDS, command_class
-from normfree.text import LONGEST, all_lines, one_line
+from normfree.common.text import LONGEST, all_lines, one_line
 
 WIDTH = 110
 """Columns of what is not read on a terminal."""
@@ -93,7 +93,7 @@ def _parsed(arguments: Sequence[str] | None) -> Any:
         print(_help())
         raise SystemExit(0)
     if not words[0].startswith("-") and words[0] not in COMMANDS:
-        from normfree.nn.checks import suggestion
+        from normfree.common.checks import suggestion
 
         raise ValueError(f"there is no command {words[0]!r}; {suggestion(words[0], COMMANDS)}")
     import tyro

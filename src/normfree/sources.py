@@ -16,15 +16,15 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from normfree.common.checks import invalid, suggestion
+from normfree.common.files import check_file, kind_of
+from normfree.common.memory import check_memory
+from normfree.common.packages import required
+from normfree.common.text import first_line, one_line, quoted
 from normfree.convert import stored_conversion
-from normfree.memory import check_memory
 from normfree.models import create_model, list_models
 from normfree.models.overrides import parse_overrides
-from normfree.nn.checks import invalid, suggestion
-from normfree.reading import check_file, kind_of
 from normfree.siblings import importable
-from normfree.signal.packages import required
-from normfree.text import first_line, one_line, quoted
 from normfree.weights import load
 from normfree.weights.checkpoint import check_depths
 from normfree.weights.stored import sizes

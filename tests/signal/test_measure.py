@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from normfree.signal import spp
 from normfree.signal.listening import Listener
-from normfree.signal.preserve import untouched
+from normfree.trace.preserve import untouched
 
 
 class Block(nn.Module):

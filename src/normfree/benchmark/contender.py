@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.benchmark.limit import limit
+from normfree.common.checks import check_choice
+from normfree.common.packages import required
 from normfree.nn import fold
-from normfree.nn.checks import check_choice
-from normfree.signal.packages import required
 from normfree.sources import build
 
 STEPS: dict[str, Callable[[nn.Module], nn.Module]] = {

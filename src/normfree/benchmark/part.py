@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from normfree.benchmark.contender import Contender
 from normfree.benchmark.timing import ratios, spread
-from normfree.nn.checks import check_choice, check_integer, check_number, invalid
+from normfree.common.checks import check_choice, check_integer, check_number, invalid
 
 TASKS = ("training", "inference")
 PRECISIONS = ("float32", "bfloat16")

@@ -14,7 +14,7 @@ from normfree.benchmark.machine import hardware
 from normfree.benchmark.memory import peak_bytes
 from normfree.benchmark.part import Part
 from normfree.benchmark.timing import Clock, interleaved, spread
-from normfree.text import first_line, one_line
+from normfree.common.text import first_line, one_line
 
 WARM_UP = 2
 """Calls before anything is measured: compilers, allocators and caches have their say in the first."""

@@ -16,11 +16,11 @@ from normfree.commands.devices import device_named
 from normfree.commands.outputs import check_folder
 from normfree.commands.spp import batch_shape, precision_of
 from normfree.commands.tables import print_conversion
+from normfree.common.checks import invalid
+from normfree.common.text import all_lines
 from normfree.convert import ALPHA, SKIP_GAIN, Conversion, conversion_of, convert
 from normfree.data import probe_named
-from normfree.nn.checks import invalid
 from normfree.sources import Built, build
-from normfree.text import all_lines
 from normfree.weights import save
 from normfree.weights.matching import without_wrappers
 from normfree.weights.stored import read

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from normfree.text import first_line
+from normfree.common.text import first_line
 
 
 def device_named(name: str | None) -> torch.device:

@@ -17,9 +17,9 @@ from normfree.commands.convert import check_sizes, converted_as, prepared
 from normfree.commands.outputs import check_folder
 from normfree.commands.tables import print_conversion, print_signal
 from normfree.convert import ALPHA, SKIP_GAIN, Conversion, conversion_of
+from normfree.report.plot import plot_signals
+from normfree.report.signal_page import write_report
 from normfree.signal import SignalPropagation, spp, write_json
-from normfree.signal.plot import plot_signals
-from normfree.signal.report import write_report
 from normfree.sources import Built
 
 # Conversion keeps the classifier and brings what is before it to unit variance; weights and pools of one network

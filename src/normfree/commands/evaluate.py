@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from normfree.common.files import write_atomically
+from normfree.common.text import quoted
 from normfree.data import DataConfig, EvaluationData, open_evaluation
-from normfree.signal.files import write_atomically
-from normfree.text import quoted
 
 if TYPE_CHECKING:
     from normfree.train.trained import Trained

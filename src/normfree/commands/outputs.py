@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from normfree.report.plot import plot_signals
+from normfree.report.signal_page import write_report
 from normfree.signal import SignalPropagation, write_json
-from normfree.signal.plot import plot_signals
-from normfree.signal.report import write_report
 
 
 def check_folder(out: Path) -> None:

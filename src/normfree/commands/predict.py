@@ -14,9 +14,9 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
-from normfree.nn.checks import check_integer
-from normfree.reading import refused
-from normfree.text import quoted
+from normfree.common.checks import check_integer
+from normfree.common.files import refused
+from normfree.common.text import quoted
 
 
 @dataclass(frozen=True, kw_only=True)

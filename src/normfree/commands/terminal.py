@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 
-from normfree.text import printable
+from normfree.common.text import printable
 
 
 class Terminal(Console):

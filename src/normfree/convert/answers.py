@@ -26,8 +26,8 @@ from normfree.convert.kinds import class_name, is_batch_norm, is_map_norm, is_no
 from normfree.convert.maps import why_no_map
 from normfree.convert.norms import NOT_FOLLOWED, why_unknown
 from normfree.convert.structure import Structure, gate_of, unexpanded
-from normfree.signal import operations as op
-from normfree.signal.graph import Node
+from normfree.trace import operations as op
+from normfree.trace.graph import Node
 
 MOST_NAMED = 4
 """Names of layers in one entry of a record: a stream has as many behind it as blocks before."""

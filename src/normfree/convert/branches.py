@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from normfree.convert.dataflow import Addition, Call, Dataflow, Step
 from normfree.convert.structure import Structure, changes_branch, gate_of, is_fusion
-from normfree.signal import operations as op
-from normfree.signal.graph import Node
+from normfree.trace import operations as op
+from normfree.trace.graph import Node
 
 HALVING = frozenset({"sigmoid", "hardsigmoid"})
 """Gates that are 1/2 where their input is zero: the factor that restores what they take is 2."""

@@ -18,7 +18,7 @@ from normfree.nn.affine import ChannelUnits
 from normfree.nn.branch_end import BranchEnd
 from normfree.nn.scaled_ws_conv import StandardizedFilters
 from normfree.nn.standardized_module import raw_name
-from normfree.signal.inputs import Batch, call, copy_of
+from normfree.trace.inputs import Batch, call, copy_of
 
 EPS = 1e-5
 """Added to the variance of a channel of the input, as BatchNorm does."""

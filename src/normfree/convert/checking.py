@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
+from normfree.common.text import one_line
 from normfree.convert.dataflow import resting
 from normfree.convert.kinds import class_name
 from normfree.convert.record import Conversion
 from normfree.convert.rewrite import AFFINE
-from normfree.signal.inputs import Batch, call, copy_of, examples_in
-from normfree.signal.outputs import tensors_in
-from normfree.signal.preserve import untouched
-from normfree.text import one_line
+from normfree.trace.inputs import Batch, call, copy_of, examples_in, tensors_in
+from normfree.trace.preserve import untouched
 
 LEAST_ERROR = (1e-2, 0.1)
 """Relative error that is no rounding: TensorFloat-32 makes 1e-3, a norm that was misunderstood 0.1 and more; in half

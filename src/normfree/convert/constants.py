@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from normfree.convert.dataflow import Call, Dataflow, Step, passes_unchanged
 from normfree.convert.kinds import activation_in, is_layer, is_norm
 from normfree.convert.normalization import Normalizations
-from normfree.signal.graph import Node
+from normfree.trace.graph import Node
 
 _MODE_OF = {
     "batch_norm": 5,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from normfree.common.checks import check_choice, check_integer, check_number, invalid
 from normfree.convert.calibrate import Measured, keep_pace, measure
 from normfree.convert.checking import misunderstood, running
 from normfree.convert.completing import completed
@@ -22,10 +23,9 @@ from normfree.convert.record import STARTS, Change, Conversion
 from normfree.convert.rewrite import exchanged, is_layer_change
 from normfree.convert.structure import Structure
 from normfree.convert.training import training_structure
-from normfree.nn.checks import check_choice, check_integer, check_number, invalid
-from normfree.signal.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of
 from normfree.signal.measure import unwrapped
 from normfree.signal.nonfinite import check_finite, check_present
+from normfree.trace.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of
 
 ALPHA, SKIP_GAIN = 0.2, 1.0
 """Of residual branches, where nothing else is asked for."""

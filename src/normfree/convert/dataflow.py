@@ -20,13 +20,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree.convert.kinds import is_layer, is_norm
 from normfree.convert.weights import FollowedWeights, biasless, is_foreign, zero_biases
-from normfree.signal import operations as op
-from normfree.signal.graph import Node, Residual
-from normfree.signal.inputs import Batch, examples_in, tensors_of
 from normfree.signal.listening import run
-from normfree.signal.modules import ModuleStack
-from normfree.signal.preserve import Preserved, untouched
-from normfree.signal.recorder import Recorder
+from normfree.trace import operations as op
+from normfree.trace.graph import Node, Residual
+from normfree.trace.inputs import Batch, examples_in, tensors_of
+from normfree.trace.modules import ModuleStack
+from normfree.trace.preserve import Preserved, untouched
+from normfree.trace.recorder import Recorder
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Step:
     """One operation on activations.
 
     Attributes:
-        name: as :mod:`normfree.signal.operations` names it.
+        name: as :mod:`normfree.trace.operations` names it.
         function: the operation itself.
         args, kwargs: its arguments, activations replaced by their nodes.
         inputs: the activations among them, in order.

@@ -16,7 +16,7 @@ from normfree.convert.record import Change, Kept
 from normfree.convert.rewrite import BARE, SCALED, UNITS, WITH_ACTIVATION
 from normfree.convert.structure import Structure, layers_to_standardize
 from normfree.convert.variances import planned_variances
-from normfree.signal.graph import Node
+from normfree.trace.graph import Node
 
 MEASURED = "measured"
 

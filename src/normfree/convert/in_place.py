@@ -18,8 +18,8 @@ from normfree.convert.kinds import activation_in, class_name
 from normfree.convert.record import Change
 from normfree.convert.rewrite import BARE, COPY, OUT_OF_PLACE, OUTPUT_COPY, WITH_ACTIVATION
 from normfree.convert.structure import Structure
-from normfree.signal import operations as op
-from normfree.signal.graph import Node
+from normfree.trace import operations as op
+from normfree.trace.graph import Node
 
 
 def without_overwriting(changes: Iterable[Change], structure: Structure, training: Structure | None) -> list[Change]:

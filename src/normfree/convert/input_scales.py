@@ -20,8 +20,8 @@ from normfree.convert.dataflow import Call, Step
 from normfree.convert.structure import Structure
 from normfree.convert.variances import planned_variances
 from normfree.nn import gamma
-from normfree.signal import operations as op
-from normfree.signal.graph import Node
+from normfree.trace import operations as op
+from normfree.trace.graph import Node
 
 # Elementwise, with nothing but numbers beside the activation.
 _ELEMENTWISE = (

@@ -12,10 +12,10 @@ from normfree.convert.dataflow import Dataflow, Step, record
 from normfree.convert.kinds import is_batch_norm
 from normfree.convert.normalization import Normalization, Normalizations, reduced_axes
 from normfree.convert.record import Conversion, Kept
-from normfree.signal import operations as op
-from normfree.signal.graph import Node
-from normfree.signal.inputs import Batch
-from normfree.signal.preserve import untouched
+from normfree.trace import operations as op
+from normfree.trace.graph import Node
+from normfree.trace.inputs import Batch
+from normfree.trace.preserve import untouched
 
 _ROWS = frozenset({"index_select", "gather", "index_add", "scatter_add", "scatter_reduce", "index_reduce", "scatter"})
 """Operations along an axis, their second argument, that read or write rows by their index."""

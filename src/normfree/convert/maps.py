@@ -21,8 +21,8 @@ from normfree.convert.weights import Origin, Use
 from normfree.nn import ScaledConv2d, WeightLayout
 from normfree.nn.fold import attached_to
 from normfree.nn.standardized_module import names_needed
-from normfree.signal import operations as op
-from normfree.signal.graph import Node
+from normfree.trace import operations as op
+from normfree.trace.graph import Node
 
 STANDARDIZED, KEPT_MEAN = "standardized", "kept-mean"
 """How the record names a module whose weight was standardized in place, before the name of its class."""

@@ -22,8 +22,8 @@ from typing import Any
 
 from normfree.convert.dataflow import Call, Dataflow, Step
 from normfree.convert.record import Kept
-from normfree.signal import operations as op
-from normfree.signal.graph import Node
+from normfree.trace import operations as op
+from normfree.trace.graph import Node
 
 LOOKED_FOR = "modules of torch, and operations that divide an activation by its own variance, norm or maximum"
 """What a model is searched for, for messages."""

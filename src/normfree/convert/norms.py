@@ -11,7 +11,7 @@ from normfree.convert.kinds import (
     is_removable,
 )
 from normfree.nn.fold import attached_to
-from normfree.signal import operations as op
+from normfree.trace import operations as op
 
 _ACTIVATIONS = op.NONLINEAR - {"pow", "square", "sqrt", "rsqrt", "reciprocal", "abs", "clamp", "clamp_min", "maximum"}
 NOT_FOLLOWED = "no recorded operation leads from the input to it"

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from normfree.common.checks import invalid
+from normfree.common.files import structured
+from normfree.common.text import first_line
 from normfree.nn import WeightLayout
-from normfree.nn.checks import invalid
-from normfree.reading import structured
 from normfree.signal import write_atomically
-from normfree.text import first_line
 
 SCHEMA = 1
 

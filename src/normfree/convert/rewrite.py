@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from normfree import nn as ours
+from normfree.common.text import first_line
 from normfree.convert.frozen import keep_frozen
 from normfree.convert.kinds import KEPT_TWINS, SAME_PADDED, TWINS, activation_in, channels_of, class_name
 from normfree.convert.maps import KEPT_MEAN
 from normfree.convert.record import Change, Conversion
 from normfree.nn.standardized_module import raw_name
-from normfree.text import first_line
 
 BARE, WITH_ACTIVATION, COPY, OUTPUT_COPY = "Identity", "Activation", "Copy", "OutputCopy"
 OUT_OF_PLACE = "OutOfPlace"

@@ -12,8 +12,8 @@ from normfree.convert.dataflow import Addition, Call, Dataflow, Step, passes_unc
 from normfree.convert.kinds import activation_in
 from normfree.convert.maps import WeightedMap, layers_of
 from normfree.convert.normalization import Normalizations
-from normfree.signal import operations as op
-from normfree.signal.graph import Node
+from normfree.trace import operations as op
+from normfree.trace.graph import Node
 
 
 @dataclass(eq=False)

@@ -11,8 +11,8 @@ from torch import nn
 from normfree.convert.dataflow import record
 from normfree.convert.kinds import is_norm
 from normfree.convert.structure import Structure
-from normfree.signal.inputs import Batch
-from normfree.signal.preserve import Preserved, untouched
+from normfree.trace.inputs import Batch
+from normfree.trace.preserve import Preserved, untouched
 
 
 def training_structure(model: nn.Module, structure: Structure, batch: Batch) -> Structure | None:

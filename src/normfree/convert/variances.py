@@ -16,8 +16,8 @@ from torch import Tensor
 from normfree.convert.branches import Ending
 from normfree.convert.dataflow import Dataflow, Step, passes_unchanged
 from normfree.convert.structure import Structure
-from normfree.signal import operations as op
-from normfree.signal.graph import Node
+from normfree.trace import operations as op
+from normfree.trace.graph import Node
 
 
 def planned_variances(

@@ -20,9 +20,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree.convert.kinds import base_of, is_norm
 from normfree.nn import Standardization
-from normfree.signal import operations as op
-from normfree.signal.graph import Node
-from normfree.signal.statics import Statics
+from normfree.trace import operations as op
+from normfree.trace.graph import Node
+from normfree.trace.statics import Statics
 
 _REARRANGING = frozenset(
     {"view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unsqueeze", "squeeze", "expand", "permute"}

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from normfree.common.checks import check_integer, invalid
 from normfree.data.config import AugmentationConfig
 from normfree.data.crops import rand_augment, seed_of
 from normfree.data.mixing import mix
 from normfree.data.order import MIX, check_rank, generator
-from normfree.nn.checks import check_integer, invalid
 
 
 class Standardization(nn.Module):

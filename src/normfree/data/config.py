@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from normfree.nn.checks import check_choice, check_flag, check_integer, check_number, invalid
+from normfree.common.checks import check_choice, check_flag, check_integer, check_number, invalid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

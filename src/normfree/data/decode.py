@@ -8,8 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from normfree.reading import kind_of
-from normfree.text import first_line
+from normfree.common.files import kind_of
+from normfree.common.text import first_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
 """Formats that are decoded, an MPO as the JPEG it is: none of Pillow's that starts another program (PostScript)."""

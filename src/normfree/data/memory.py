@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normfree.common.checks import invalid
+from normfree.common.packages import required
 from normfree.data.config import DataConfig
 from normfree.data.crops import CentreCrop
 from normfree.data.loading import Decoded, Decoder, Example, loader
 from normfree.data.records import Record, Table
-from normfree.nn.checks import invalid
-from normfree.signal.packages import required
 
 LARGEST = 2**30
 """Bytes that are held in memory without being asked to."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from normfree.common.checks import invalid
 from normfree.data.config import MOST_CLASSES, DataConfig
 from normfree.data.decode import header_size
 from normfree.data.memory import LARGEST
 from normfree.data.records import Columns, Record, RecordReader, Table, find_columns, listed
 from normfree.data.sources import Source, readable, source_named
 from normfree.data.splits import chosen_split
-from normfree.nn.checks import invalid
 
 PROBED = 16
 """Images whose size is looked at."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from normfree.nn.checks import check_integer, invalid
+from normfree.common.checks import check_integer, invalid
 
 # The first word of each key keeps the streams of draws apart.
 ORDER, CROP, MIX, BLOCK, SHARDS = range(5)

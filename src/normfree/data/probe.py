@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from normfree.common.packages import required
 from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD
 from normfree.data.decode import DamagedImage, decode
 from normfree.data.sources import SUFFIXES
-from normfree.signal.packages import required
 
 
 class Probe(Protocol):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from normfree.common.checks import invalid, suggestion
+from normfree.common.text import printable, shortened
 from normfree.data.config import DataConfig
-from normfree.nn.checks import invalid, suggestion
-from normfree.text import printable, shortened
 
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
 

@@ -6,9 +6,9 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from normfree.nn.checks import invalid
-from normfree.reading import check_file
-from normfree.text import first_line
+from normfree.common.checks import invalid
+from normfree.common.files import check_file
+from normfree.common.text import first_line
 
 LONGEST_NUMBER = 32
 """Characters of a .cls file that are read: it holds one number."""

@@ -16,13 +16,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from normfree.common.checks import invalid
+from normfree.common.packages import required
+from normfree.common.text import first_line
 from normfree.data.config import DataConfig
 from normfree.data.records import Namer
 from normfree.data.shards import check_files, count_rows, scan_shards
 from normfree.data.splits import grouped, split_of
-from normfree.nn.checks import invalid
-from normfree.signal.packages import required
-from normfree.text import first_line
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 

@@ -6,8 +6,8 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 
+from normfree.common.checks import invalid
 from normfree.data.config import DataConfig
-from normfree.nn.checks import invalid
 
 WORDS = {
     "train": ("train", "training"),

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from normfree.common.checks import invalid
 from normfree.data.order import BLOCK, SHARDS, generator
 from normfree.data.records import Record, RecordReader
 from normfree.data.sources import readable
-from normfree.nn.checks import invalid
 
 
 class Place(NamedTuple):

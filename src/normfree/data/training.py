@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from normfree.common.checks import invalid
 from normfree.data.augmentation import Augmentation
 from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from normfree.data.feeds import Feed, MemoryFeed, StreamFeed, TableFeed
 from normfree.data.memory import Pixels, check_failures, decoded, digits
 from normfree.data.opened import open_split, resolved
 from normfree.data.order import Share, check_rank
-from normfree.nn.checks import invalid
 
 
 class TrainingData:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from normfree.nn.checks import invalid
-from normfree.text import one_line
+from normfree.common.checks import invalid
+from normfree.common.text import one_line
 
 ExampleInput: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""

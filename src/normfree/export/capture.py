@@ -15,8 +15,8 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
+from normfree.common.text import one_line
 from normfree.export.arguments import Arguments
-from normfree.text import one_line
 
 BATCH = "batch"
 """Name of the dynamic axis."""

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from normfree.common.checks import check_flag, check_number
+from normfree.common.text import one_line
 from normfree.export.agreement import Answer, Difference, awake, compare, default_tolerance, silent_parameters
 from normfree.export.arguments import Arguments, ExampleInput, arguments_of, output_names
 from normfree.export.capture import capture
 from normfree.export.staging import check_path, staged
-from normfree.nn.checks import check_flag, check_number
 from normfree.nn.fold import fold
-from normfree.text import one_line
 
 SEED = 0
 """Of the random inputs that a file is checked with, and of the weights a rehearsal draws."""

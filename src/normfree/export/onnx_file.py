@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from normfree.common.packages import required
+from normfree.common.text import one_line
 from normfree.export.arguments import Arguments, ExampleInput
 from normfree.export.capture import BATCH, quiet
 from normfree.export.exported import Exported, Format, Opened, export
-from normfree.signal.packages import required
-from normfree.text import one_line
 
 OPSET = 20
 """Version of ONNX's operators. The first with Gelu, which older ones spell as six operators a NFNet activation."""

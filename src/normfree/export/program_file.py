@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from normfree.common.text import one_line
 from normfree.export.arguments import ExampleInput
 from normfree.export.capture import quiet
 from normfree.export.exported import Exported, Format, Opened, export
-from normfree.text import one_line
 
 
 def to_program(

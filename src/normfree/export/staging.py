@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from normfree.nn.checks import invalid
+from normfree.common.checks import invalid
 
 
 def check_path(path: str | Path, suffix: str) -> Path:

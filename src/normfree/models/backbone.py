@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from normfree.nn.checks import check_integer, check_rate
+from normfree.common.checks import check_integer, check_rate
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import nn
 
+from normfree.common.checks import check_flag, check_integer, check_number, invalid
 from normfree.models.layout import STAGES, BlockPlace, Layout
 from normfree.nn import SqueezeExcite
-from normfree.nn.checks import check_flag, check_integer, check_number, invalid
 
 # Widths, to be multiplied by `width`; depths; training and test image size; dropout.
 REGNET_SIZES: dict[int, tuple[tuple[int, ...], tuple[int, ...], int, int, float]] = {

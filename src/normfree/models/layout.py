@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
+from normfree.common.checks import check_choice, check_integer, check_integers, check_number, check_rate, invalid
 from normfree.models.backbone import FeatureInfo
 from normfree.nn import PADDING_STYLES, StochasticDepth
-from normfree.nn.checks import check_choice, check_integer, check_integers, check_number, check_rate, invalid
 
 STAGES = 4
 # A quarter of it are 2 channels, the fewest a standardised 1x1 convolution can take: one would be all mean.

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from normfree.common.checks import check_number
 from normfree.models.backbone import Backbone
 from normfree.models.layout import Layout, Place
 from normfree.nn import (
@@ -18,7 +19,6 @@ from normfree.nn import (
     build_activation,
     variance_plan,
 )
-from normfree.nn.checks import check_number
 
 
 @dataclass(frozen=True, kw_only=True)

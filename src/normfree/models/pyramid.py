@@ -21,11 +21,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from normfree.common.checks import check_flag, invalid, is_integer
 from normfree.models.backbone import Backbone, FeatureInfo
 from normfree.models.nf_common import NFBackbone
 from normfree.models.recognised import check_backbone
 from normfree.models.resnetv2 import PreactivationBlock
-from normfree.nn.checks import check_flag, invalid, is_integer
 
 
 @dataclass(frozen=True)

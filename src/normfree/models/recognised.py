@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from normfree.common.checks import invalid
 from normfree.models.backbone import Backbone
-from normfree.nn.checks import invalid
 
 
 def check_backbone(model: object, otherwise: str = "pass a model that normfree.create_model built") -> Backbone:

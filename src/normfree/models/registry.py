@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from normfree.common.checks import check_flag, invalid, suggestion
 from normfree.models.backbone import Backbone
 from normfree.nn.centring import centre_weights
-from normfree.nn.checks import check_flag, invalid, suggestion
 
 Family = TypeVar("Family", bound=type[Backbone])
 

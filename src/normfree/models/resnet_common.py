@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
+from normfree.common.checks import check_choice
 from normfree.models.layout import BlockPlace, Layout
 from normfree.nn import MaxPool2d
-from normfree.nn.checks import check_choice
 
 RESNET_DEPTHS: dict[int, tuple[int, int, int, int]] = {
     50: (3, 4, 6, 3),

@@ -17,12 +17,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normfree.common.checks import check_number
 from normfree.models.backbone import Backbone
 from normfree.models.layout import BlockPlace
 from normfree.models.registry import register
 from normfree.models.resnet_common import ResNetLayout, resnet_variants
 from normfree.nn import Activation, ScaledConv2d, build_activation
-from normfree.nn.checks import check_number
 
 
 class SkipInitBlock(nn.Module):

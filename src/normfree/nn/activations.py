@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.common.checks import invalid, suggestion
 from normfree.nn import noted_activations as noted
-from normfree.nn.checks import invalid, suggestion
 from normfree.nn.gamma import gamma
 
 # Slopes and approximations are those of the official (JAX) functions, which the gammas were sampled from. Their gelu is

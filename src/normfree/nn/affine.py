@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from normfree.common.checks import check_integer, check_number
 from normfree.nn.branch_end import BranchEnd
-from normfree.nn.checks import check_integer, check_number
 from normfree.nn.fold import Foldable
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.nn.checks import check_number
+from normfree.common.checks import check_number
 
 Scale = float | Tensor
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfree.nn.checks import invalid
+from normfree.common.checks import invalid
 from normfree.nn.scaled_ws_conv import Standardized
 
 

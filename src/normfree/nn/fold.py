@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 
 from torch import nn
 
-from normfree.nn.checks import invalid
+from normfree.common.checks import invalid
 
 _COMPUTING = ("forward", "convolve", "_conv_forward", "__call__")
 _ANSWERING = ("folded", "plain", "plain_class")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from normfree.nn.checks import invalid, suggestion
+from normfree.common.checks import invalid, suggestion
 
 # The authors' published constants. They were sampled, not integrated, so they differ from the integral in
 # the third or fourth digit; pretrained weights need them as they stand. "glu" and "log_softmax" mix

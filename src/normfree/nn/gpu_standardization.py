@@ -12,7 +12,7 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from normfree.text import first_line
+from normfree.common.text import first_line
 
 _BUILT: dict[torch.device, Any] = {}
 """The module of the kernels for each device, None where they cannot be built."""

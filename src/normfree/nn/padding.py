@@ -17,7 +17,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.nn.checks import check_choice
+from normfree.common.checks import check_choice
 from normfree.nn.fold import Refined
 from normfree.nn.recompute import Geometry, average_pool_2x2, convolve_recomputing, derive, origin_of
 

@@ -14,8 +14,8 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.common.checks import invalid
 from normfree.nn.branch_end import BranchEnd, Scale
-from normfree.nn.checks import invalid
 from normfree.nn.padding import PaddingMode, Size2d
 from normfree.nn.scaled_conv import ScaledConv2d
 from normfree.nn.scaled_layer import ScaledLayer

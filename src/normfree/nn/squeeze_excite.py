@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.common.checks import check_integer, check_number
 from normfree.nn.branch_end import BranchEnd
-from normfree.nn.checks import check_integer, check_number
 
 
 class SqueezeExcite(BranchEnd):

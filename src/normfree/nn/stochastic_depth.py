@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from normfree.nn.checks import check_rate
+from normfree.common.checks import check_rate
 
 
 class StochasticDepth(nn.Module):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from normfree.nn.checks import check_integers, check_number, invalid
+from normfree.common.checks import check_integers, check_number, invalid
 
 
 @dataclass(frozen=True)

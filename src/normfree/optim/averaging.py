@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from normfree.nn.checks import check_rate, invalid
+from normfree.common.checks import check_rate, invalid
+from normfree.common.text import all_lines
 from normfree.optim.units import original
-from normfree.text import all_lines
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -6,8 +6,8 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from normfree.common.checks import check_number, invalid
 from normfree.nn.centring import centre_weights, move_input_mean
-from normfree.nn.checks import check_number, invalid
 from normfree.nn.scaled_ws_conv import Standardized
 from normfree.optim.units import original
 

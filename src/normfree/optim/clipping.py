@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from normfree.nn.checks import check_number, invalid
+from normfree.common.checks import check_number, invalid
 from normfree.optim.sharding import Split, local, split_of, sum_over
 from normfree.optim.units import Parameters, Units, units_of
 

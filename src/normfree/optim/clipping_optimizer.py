@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normfree.nn.checks import check_number, invalid
+from normfree.common.checks import check_number, invalid
 from normfree.optim.clipping import clip_units_
 from normfree.optim.units import Parameters, Units, checked_pairs, units_of
 

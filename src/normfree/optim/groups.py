@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfree.nn.checks import check_number, check_rate, invalid
+from normfree.common.checks import check_number, check_rate, invalid
 from normfree.optim.final_layers import final_layers
 from normfree.optim.units import original
 

@@ -31,7 +31,7 @@ from torch import distributed as dist
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
-from normfree.nn.checks import check_choice, check_integer, check_number, check_rate, invalid
+from normfree.common.checks import check_choice, check_integer, check_number, check_rate, invalid
 from normfree.nn.scaled_ws_conv import Standardized
 from normfree.optim.final_layers import final_layers
 from normfree.optim.groups import parameter_groups

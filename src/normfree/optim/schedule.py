@@ -15,7 +15,7 @@ from functools import partial
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from normfree.nn.checks import check_integer, check_number, invalid
+from normfree.common.checks import check_integer, check_number, invalid
 
 
 def warmup_cosine_factor(step: int, *, steps: int, warmup_steps: int, final_fraction: float) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch import distributed as dist
 
-from normfree.nn.checks import invalid
+from normfree.common.checks import invalid
 from normfree.optim.units import Units
 
 

@@ -23,8 +23,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
+from normfree.common.checks import invalid, suggestion
 from normfree.nn import standardization_of
-from normfree.nn.checks import invalid, suggestion
 from normfree.nn.standardized_module import raw_name
 from normfree.optim.final_layers import final_layers
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from normfree.models import create_model
+from normfree.report.plot import plot_signals
 from normfree.signal import SignalPropagation, spp, write_atomically, write_json
-from normfree.signal.plot import plot_signals
 
 DEPTHS = {"quick": (6, 6, 6, 6), "full": (50, 50, 50, 50)}
 """Blocks per stage: the paper's 600 layers, or 72 for a look."""

@@ -1,12 +1,12 @@
-"""Listen to any model: signal propagation plots from the recorded dataflow. Knows torch alone."""
+"""Signal propagation plots of any model, from its recorded dataflow."""
 
-from normfree.signal.files import write_atomically
+from normfree.common.files import write_atomically
 from normfree.signal.findings import KINDS
 from normfree.signal.history import SignalHistory
-from normfree.signal.inputs import input_shape
 from normfree.signal.measure import spp
 from normfree.signal.monitor import SignalMonitor
 from normfree.signal.propagation import BlockSignal, Entry, Finding, SignalPropagation, write_json
+from normfree.trace.inputs import input_shape
 
 __all__ = [
     "KINDS",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from normfree.common.packages import required
 from normfree.signal.monitor import SignalMonitor
-from normfree.signal.packages import required
 
 
 class SignalCallback:

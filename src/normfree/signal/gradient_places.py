@@ -12,9 +12,9 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from normfree.signal.graph import Residual
-from normfree.signal.memory import available_memory
-from normfree.signal.recorder import Recorder
+from normfree.common.memory import available_memory
+from normfree.trace.graph import Residual
+from normfree.trace.recorder import Recorder
 
 
 @dataclass(frozen=True)

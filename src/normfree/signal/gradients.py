@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from normfree.signal.gradient_places import LayerPlaces, Place, ResidualPlaces
-from normfree.signal.inputs import Batch, tensors_of
 from normfree.signal.listening import run
-from normfree.signal.modules import ModuleStack
-from normfree.signal.preserve import Preserved
+from normfree.trace.inputs import Batch, tensors_of
+from normfree.trace.modules import ModuleStack
+from normfree.trace.preserve import Preserved
 
 
 @dataclass(frozen=True)

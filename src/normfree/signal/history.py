@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from normfree.reading import read_json, refused, structured
-from normfree.signal.files import write_atomically
+from normfree.common.files import read_json, refused, structured, write_atomically
+from normfree.common.text import first_line, one_line, quoted
 from normfree.signal.propagation import SEVERITIES, Finding, SignalPropagation
-from normfree.text import first_line, one_line, quoted
 
 SCHEMA = 1
 
@@ -124,13 +123,13 @@ class SignalHistory(list[tuple[int, SignalPropagation]]):
 
     def figure(self) -> Any:
         """The plots as one plotly figure with a slider over the steps, to embed in a page of one's own."""
-        from normfree.signal.monitor_figure import slider_figure
+        from normfree.report.monitor_page import slider_figure
 
         return slider_figure(self)
 
     def to_html(self, path: str | Path, *, title: str = "Signal propagation through training") -> Path:
         """Write the figure, findings and last numbers as one HTML file that opens offline; returns the path."""
-        from normfree.signal.monitor_report import write_monitor_report
+        from normfree.report.monitor_page import write_monitor_report
 
         return write_monitor_report(self, path, title=title)
 

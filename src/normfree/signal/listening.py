@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from normfree.signal.inputs import Batch, call, check_batch, examples_in, tensors_of
-from normfree.signal.modules import ModuleStack
-from normfree.signal.outputs import tensors_in
+from normfree.common.text import first_line
 from normfree.signal.points import Plan, Point, PointRecorder, Recording
-from normfree.signal.preserve import Preserved
-from normfree.text import first_line
+from normfree.trace.inputs import Batch, call, check_batch, examples_in, tensors_in, tensors_of
+from normfree.trace.modules import ModuleStack
+from normfree.trace.preserve import Preserved
 
 
 class Listener:

@@ -12,12 +12,12 @@ from torch import nn
 
 from normfree.signal.findings import findings_of
 from normfree.signal.gradients import Gradients, sq_gradients
-from normfree.signal.inputs import Batch, batches_of, gaussian_like_input_of, placed_like, tensors_of
 from normfree.signal.listening import Listener
 from normfree.signal.nonfinite import check_finite, check_present, first_non_finite
 from normfree.signal.points import Point, Recording
-from normfree.signal.preserve import untouched
 from normfree.signal.propagation import BlockSignal, Entry, SignalPropagation
+from normfree.trace.inputs import Batch, batches_of, gaussian_like_input_of, placed_like, tensors_of
+from normfree.trace.preserve import untouched
 
 POINTS = ("auto", "residual", "layers")
 

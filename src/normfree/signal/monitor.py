@@ -14,10 +14,10 @@ from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_map
 
 from normfree.signal.history import SignalHistory
-from normfree.signal.inputs import Batch
 from normfree.signal.measure import spp, unwrapped
-from normfree.signal.preserve import MODES
 from normfree.signal.propagation import SignalPropagation
+from normfree.trace.inputs import Batch
+from normfree.trace.preserve import MODES
 
 CURVES = ("avg_channel_sq_mean", "avg_channel_var", "residual_avg_channel_var", "avg_sq_gradient")
 

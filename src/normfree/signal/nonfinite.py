@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from normfree.signal import operations as op
-from normfree.signal.inputs import Batch, tensors_of
 from normfree.signal.listening import run
-from normfree.signal.modules import ModuleStack
-from normfree.signal.preserve import Preserved
-from normfree.signal.statics import written_by
+from normfree.trace import operations as op
+from normfree.trace.inputs import Batch, tensors_of
+from normfree.trace.modules import ModuleStack
+from normfree.trace.preserve import Preserved
+from normfree.trace.statics import written_by
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normfree.signal import operations as op
-from normfree.signal.channels import likely_axis
-from normfree.signal.flow import ACTIVATION, BOUNDED_GATE, Note
-from normfree.signal.graph import Additions, Node, Path, Residual
 from normfree.signal.moments import Moments, channel_moments
-from normfree.signal.recorder import Recorder
+from normfree.trace import operations as op
+from normfree.trace.channels import likely_axis
+from normfree.trace.flow import ACTIVATION, BOUNDED_GATE, Note
+from normfree.trace.graph import Additions, Node, Path, Residual
+from normfree.trace.recorder import Recorder
 
 # A bottleneck passes 3 weighted operations, an inverted one with squeeze-excite 5, attention 2, the longest blocks in
 # use 9 (HGNet). What is longer, or goes back to a higher resolution, is a network of its own beside a long skip

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from normfree.signal.files import write_atomically
+from normfree.common.files import write_atomically
 
 SCHEMA = 1
 
@@ -195,13 +195,13 @@ class SignalPropagation:
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the curves in the paper's style; returns the matplotlib figure, and saves it if asked."""
-        from normfree.signal.plot import plot_signals
+        from normfree.report.plot import plot_signals
 
         return plot_signals([self], path)
 
     def to_html(self, path: str | Path) -> Path:
         """Write the interactive report: one file that opens offline; returns the path."""
-        from normfree.signal.report import write_report
+        from normfree.report.signal_page import write_report
 
         return write_report([self], path)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normfree.signal.nonfinite import check_finite, first_non_finite
-from normfree.signal.preserve import untouched
+from normfree.trace.preserve import untouched
 from normfree.train.session import Batch, Session
 
 

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from normfree.reading import kind_of, read_json, structured
-from normfree.signal.files import write_atomically
-from normfree.text import first_line, quoted, shortened
+from normfree.common.files import kind_of, read_json, structured, write_atomically
+from normfree.common.text import first_line, quoted, shortened
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

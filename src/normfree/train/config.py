@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from normfree.common.checks import check_choice, check_flag, check_integer, check_number, check_rate, invalid
+from normfree.common.files import structured
+from normfree.common.text import first_line
 from normfree.data import DataConfig
 from normfree.models.overrides import parse_overrides
 from normfree.models.registry import accepted_overrides
-from normfree.nn.checks import check_choice, check_flag, check_integer, check_number, check_rate, invalid
-from normfree.reading import structured
-from normfree.text import first_line
 
 Config = TypeVar("Config")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normfree.signal.packages import required
-from normfree.text import first_line
+from normfree.common.packages import required
+from normfree.common.text import first_line
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from normfree.nn.checks import invalid
-from normfree.signal.packages import required
+from normfree.common.checks import invalid
+from normfree.common.packages import required
 from normfree.train.config import TrainConfig
 
 if TYPE_CHECKING:

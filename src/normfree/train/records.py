@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from normfree.reading import kind_of, read_bytes, refused
-from normfree.signal.files import write_atomically
-from normfree.signal.packages import required
-from normfree.text import first_line
+from normfree.common.files import kind_of, read_bytes, refused, write_atomically
+from normfree.common.packages import required
+from normfree.common.text import first_line
 
 TRAINING = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "clip_fraction", "images_per_second", "seconds")
 EVALUATION = ("step", "epoch", "loss", "top1", "top5", "examples", "seconds")

@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from normfree.common.files import kind_of, read_json, refused, write_atomically
 from normfree.data import EvaluationData, open_evaluation
-from normfree.reading import kind_of, read_json, refused
+from normfree.report.training_page import write_training_report
 from normfree.signal import SignalMonitor
-from normfree.signal.files import write_atomically
 from normfree.train.checkpoint import CheckpointStore
 from normfree.train.config import FREE, TrainConfig, to_dict
 from normfree.train.loop import Loop, StopRequest
 from normfree.train.precision import launch
 from normfree.train.provenance import provenance
-from normfree.train.report import write_training_report
 from normfree.train.session import Session
 from normfree.train.watching import Watcher
 from normfree.weights import save

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from normfree.common.checks import check_integer, check_number, invalid
+from normfree.common.files import parse_json
+from normfree.common.text import first_line, quoted
 from normfree.data import open_training
 from normfree.models import Backbone, create_model
 from normfree.models.registry import CENTRED
-from normfree.nn.checks import check_integer, check_number, invalid
 from normfree.optim import (
     AdaptiveGradientClipping,
     InputCentring,
@@ -26,9 +28,7 @@ from normfree.optim import (
     parameter_groups,
     warmup_cosine_factor,
 )
-from normfree.reading import parse_json
 from normfree.signal import SignalMonitor
-from normfree.text import first_line, quoted
 from normfree.train.checkpoint import AVERAGED, WEIGHTS, Checkpoint
 from normfree.train.config import OptimizerConfig, TrainConfig
 from normfree.train.precision import shard

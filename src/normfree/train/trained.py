@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from normfree.common.checks import invalid
+from normfree.common.files import kind_of, read_json, refused, structured
+from normfree.common.packages import required
+from normfree.common.text import first_line, one_line, quoted
 from normfree.data import DataConfig
-from normfree.nn.checks import invalid
-from normfree.reading import kind_of, read_json, refused, structured
 from normfree.signal.nonfinite import check_finite
-from normfree.signal.packages import required
-from normfree.text import first_line, one_line, quoted
 from normfree.train.checkpoint import MANIFEST, CheckpointStore, verified
 from normfree.train.run import CHECKPOINTS, CONFIG, MODEL
 from normfree.weights import load

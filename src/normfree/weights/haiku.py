@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from normfree.common.checks import invalid
+from normfree.common.files import kind_of
+from normfree.common.text import first_line
 from normfree.nn import PaddedConv2d
-from normfree.nn.checks import invalid
-from normfree.reading import kind_of
-from normfree.text import first_line
 from normfree.weights.haiku_names import haiku_names
 from normfree.weights.matching import check_names, check_shapes, copy_in
 from normfree.weights.restricted import read_pickle

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from normfree.common.checks import invalid
 from normfree.models import (
     Backbone,
     BNRegNet,
@@ -27,7 +28,6 @@ from normfree.models import (
     SkipInitResNet,
 )
 from normfree.nn import ScaledWSConv2d
-from normfree.nn.checks import invalid
 
 # The network's module, its blocks' and, per block, the learnable factor of the branch; per family.
 _FAMILIES: dict[type[Backbone], tuple[str, str, str]] = {

@@ -15,11 +15,11 @@ from typing import Any, cast
 
 from torch import nn
 
+from normfree.common.checks import invalid
+from normfree.common.files import write_atomically
+from normfree.common.packages import required
+from normfree.common.text import all_lines, first_line
 from normfree.models import Backbone
-from normfree.nn.checks import invalid
-from normfree.signal.files import write_atomically
-from normfree.signal.packages import required
-from normfree.text import all_lines, first_line
 from normfree.weights.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_folder, model_card, save_pretrained
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from normfree.nn.checks import invalid
+from normfree.common.checks import invalid
 
 _SHOWN = 3
 # The block in one of timm's names, and in an official one.

@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from normfree.nn.checks import invalid
-from normfree.reading import check_file
-from normfree.text import printable, quoted
+from normfree.common.checks import invalid
+from normfree.common.files import check_file
+from normfree.common.text import printable, quoted
 
 # What Pickler writes, at protocols 2 to 5, for arrays in dicts, lists and tuples. Absent: INST, OBJ, NEWOBJ and
 # NEWOBJ_EX, which make instances; EXT*, whose cached objects come without a look-up; persistent ids; sets;

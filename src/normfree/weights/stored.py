@@ -13,11 +13,10 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from normfree.nn.checks import invalid
+from normfree.common.checks import invalid
+from normfree.common.files import check_file, kind_of, refused, write_atomically
+from normfree.common.text import all_lines, shortened
 from normfree.nn.fold import fold, has_foldable
-from normfree.reading import check_file, kind_of, refused
-from normfree.signal.files import write_atomically
-from normfree.text import all_lines, shortened
 
 Model = TypeVar("Model", bound=nn.Module)
 

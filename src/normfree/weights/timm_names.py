@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from normfree.common.checks import invalid
 from normfree.models import NFNet, NFRegNet
-from normfree.nn.checks import invalid
 
 # Our modules in timm's names; blocks are numbered alike.
 _OUTSIDE: dict[str, str] = {

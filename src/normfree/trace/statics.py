@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from normfree.signal import operations as op
-from normfree.signal.scaling import Factor, scalar_factor
-from normfree.signal.tensor_map import TensorMap
+from normfree.trace import operations as op
+from normfree.trace.scaling import Factor, scalar_factor
+from normfree.trace.tensor_map import TensorMap
 
 
 @dataclass(frozen=True)

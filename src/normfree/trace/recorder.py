@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from normfree.signal import operations as op
-from normfree.signal.channels import likely_axis
-from normfree.signal.flow import Note, noted_after, replace, scaled_by, step_of
-from normfree.signal.graph import Node, Residual, residual
-from normfree.signal.modules import ModuleStack
 from normfree.signal.moments import Moments, channel_moments
-from normfree.signal.scaling import before_scaling
-from normfree.signal.statics import Statics, written_by
-from normfree.signal.tensor_map import TensorMap
+from normfree.trace import operations as op
+from normfree.trace.channels import likely_axis
+from normfree.trace.flow import Note, noted_after, replace, scaled_by, step_of
+from normfree.trace.graph import Node, Residual, residual
+from normfree.trace.modules import ModuleStack
+from normfree.trace.scaling import before_scaling
+from normfree.trace.statics import Statics, written_by
+from normfree.trace.tensor_map import TensorMap
 
 SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 """Layouts of tensors that hold some of their values: adjacencies, masks."""

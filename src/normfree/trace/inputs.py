@@ -172,3 +172,11 @@ def _shape_from_first_layer(model: nn.Module) -> tuple[int, ...] | None:
 
 def _first(model: nn.Module, kind: type[nn.Conv2d]) -> nn.Conv2d | None:
     return next((module for module in model.modules() if isinstance(module, kind)), None)
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """All tensors of an output: a tensor, nested tuples, lists and dicts of them, or an object holding some."""
+    found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    if not found and hasattr(output, "__dict__"):
+        found = [value for value in vars(output).values() if isinstance(value, Tensor)]
+    return found

@@ -1,6 +1,6 @@
 """The report of a training run: curves, the signal through training, confusion, configuration; opens offline.
 
-``report_page.html`` and ``.css`` beside this file are the page's body and its own style.
+``training_page.html`` and ``.css`` beside this file are the page's body and its own style.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from normfree.report.monitor_page import slider_figure
+from normfree.report.page import filled, page_file, write_page
 from normfree.signal import SignalHistory
-from normfree.signal.monitor_figure import slider_figure
-from normfree.signal.page import filled, page_file, write_page
 from normfree.train.records import Row, read_rows
 
 GRID = "rgba(128,128,128,0.22)"
@@ -61,14 +61,13 @@ def write_training_report(
         "confused": escape(_confused(found, config["derived"]["classes"])),
         "configuration": "".join(_setting(name, value) for name, value in _flat(config).items()),
     }
-    own = "normfree.train"
     return write_page(
         folder / "report.html",
         title=title,
-        body=filled(page_file("report_page.html", own), parts),
+        body=filled(page_file("training_page.html"), parts),
         data=figures,
         script=page_file("figures.js"),
-        style=page_file("report_page.css", own),
+        style=page_file("training_page.css"),
     )
 
 

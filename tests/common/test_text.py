@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normfree.nn.checks import invalid
-from normfree.text import LONGEST, LONGEST_PART, all_lines, first_line, one_line, printable, quoted, shortened
+from normfree.common.checks import invalid
+from normfree.common.text import LONGEST, LONGEST_PART, all_lines, first_line, one_line, printable, quoted, shortened
 
 ANY = st.text(alphabet=st.characters(max_codepoint=sys.maxunicode), max_size=700)
 

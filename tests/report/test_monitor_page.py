@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
+from normfree.report.monitor_page import MOST_FRAMES
 from normfree.signal import SignalHistory
-from normfree.signal.monitor_figure import MOST_FRAMES
 from normfree.signal.propagation import BlockSignal, Entry, Finding, SignalPropagation
 
 pytest.importorskip("plotly")

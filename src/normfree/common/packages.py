@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from normfree.text import all_lines
+from normfree.common.text import all_lines
 
 
 def required(module: str, purpose: str, install: str | None = None) -> ModuleType:

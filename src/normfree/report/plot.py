@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfree.signal.files import write_atomically
-from normfree.signal.panels import (
+from normfree.common.files import write_atomically
+from normfree.report.panels import (
     COLORS,
     ENTRY_X,
     Panel,

@@ -12,8 +12,8 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from normfree.signal.panels import describe_input, shorten
-from normfree.signal.plot import plot_signals
+from normfree.report.panels import describe_input, shorten
+from normfree.report.plot import plot_signals
 from normfree.signal.propagation import BlockSignal, Entry, SignalPropagation
 
 LONG = "timm:a_model_with_a_name_that_goes_on(width=2,alpha=0.2,activation=silu,depths=[1,2,3],use_se=True)"

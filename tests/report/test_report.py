@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from normfree.report.signal_page import write_report
 from normfree.signal.propagation import BlockSignal, Entry, Finding, SignalPropagation
-from normfree.signal.report import write_report
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -22,7 +22,7 @@ def axis_after(
     """Where the channels are after an operation that moves or keeps axes.
 
     Args:
-        name: the operation, as :mod:`normfree.signal.operations` names it.
+        name: the operation, as :mod:`normfree.trace.operations` names it.
         arguments: its positional arguments.
         shape: shape of its input.
         axis: where the channels were, None if that is not known.

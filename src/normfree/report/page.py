@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from normfree.signal.files import write_atomically
-from normfree.signal.packages import required
+from normfree.common.files import write_atomically
+from normfree.common.packages import required
 
 
 def write_page(path: str | Path, *, title: str, body: str, data: Any, script: str, style: str = "") -> Path:
@@ -53,9 +53,9 @@ def filled(template: str, parts: Mapping[str, str]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
-def page_file(name: str, package: str = "normfree.signal") -> str:
+def page_file(name: str) -> str:
     """The text of a template, style sheet or script of ours."""
-    return resources.files(package).joinpath(name).read_text(encoding="utf-8").rstrip()
+    return resources.files("normfree.report").joinpath(name).read_text(encoding="utf-8").rstrip()
 
 
 def _plotly_source() -> str:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfree.signal import operations as op
-from normfree.signal.channels import axis_after, likely_axis
-from normfree.signal.graph import NO_STEP, Node, Path
 from normfree.signal.moments import Moments
-from normfree.signal.scaling import Factor, common_factors, gate_scaling, varying_axis, vector_factor
-from normfree.signal.statics import Statics
+from normfree.trace import operations as op
+from normfree.trace.channels import axis_after, likely_axis
+from normfree.trace.graph import NO_STEP, Node, Path
+from normfree.trace.scaling import Factor, common_factors, gate_scaling, varying_axis, vector_factor
+from normfree.trace.statics import Statics
 
 MomentsOf = Callable[[Tensor], Moments | None]
 

@@ -9,11 +9,11 @@ import torch
 
 import normfree
 from normfree.cli import main
+from normfree.common.packages import required
 from normfree.data.memory import digits
 from normfree.data.probe import Photographs
 from normfree.export import to_onnx
 from normfree.signal.callbacks import lightning_callback
-from normfree.signal.packages import required
 from normfree.sources import build
 
 USES = {

@@ -10,8 +10,8 @@ from graph_reference import Reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normfree.signal import graph
-from normfree.signal.graph import Additions, Node, Path, meet, residual
+from normfree.trace import graph
+from normfree.trace.graph import Additions, Node, Path, meet, residual
 
 LAYER = Path(weighted=1, mixing=1)
 BEND = Path(nonlinear=1)

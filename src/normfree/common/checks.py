@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from normfree.text import LONGEST_PART, printable, quoted, shortened
+from normfree.common.text import LONGEST_PART, printable, quoted, shortened
 
 Choice = TypeVar("Choice")
 

@@ -1,0 +1,1 @@
+"""What all packages share: argument checks, error texts, files, optional packages, memory."""

@@ -1,0 +1,1 @@
+"""All pages and plots: of signals, of monitors, of trainings."""
