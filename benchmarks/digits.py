@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+@cache
 def digits(size: int) -> tuple[Tensor, Tensor]:
     """[1797, 1, size, size] images of mean 0 and variance 1 (before they are scaled to size), and [1797] classes."""
     from sklearn.datasets import load_digits
