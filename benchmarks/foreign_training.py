@@ -46,6 +46,7 @@ RULES: tuple[tuple[str, Optimizing, float], ...] = (
 
 CLASSES, WARM_UP = 10, 50
 AS_WELL, MARGIN = 1.1, 0.02
+TWINS = ("original", "converted", "deleted")
 
 Batch = tuple[Any, Any]
 """What a model is called with (a tensor, or a tuple of arguments), and the target."""
@@ -141,16 +142,12 @@ def _detection_batch(step: int) -> Batch:
 
 def _detection_loss(model: nn.Module, inputs: Any, target: Any) -> Tensor:
     """The library's own loss: boxes, classes and distributions, per image."""
-    from ultralytics.utils.loss import v8DetectionLoss
-
-    loss, _ = v8DetectionLoss(model)(model(*inputs), target)
+    loss, _ = load("ultralytics.utils.loss", "v8DetectionLoss")(model)(model(*inputs), target)
     return loss.sum() / len(inputs[0])
 
 
 def _yolo() -> nn.Module:
-    from ultralytics.nn import tasks
-
-    model = tasks.DetectionModel("yolov8n.yaml", nc=CLASSES, verbose=False)
+    model = load("ultralytics.nn.tasks", "DetectionModel")("yolov8n.yaml", nc=CLASSES, verbose=False)
     model.args = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5)
     return model
 
@@ -280,13 +277,13 @@ def verdict(row: dict[str, Any]) -> dict[str, Any]:
         and each["converted"] < half
         and not (each["deleted"] is not None and each["deleted"] < half)
     ]
-    best = {twin: lowest(twin) for twin in ("original", "converted", "deleted")}
+    best = {twin: lowest(twin) for twin in TWINS}
     return {"lowest": best, "as_well": best["converted"] <= AS_WELL * best["original"] + MARGIN, "apart": apart}
 
 
 def table(rows: Sequence[dict[str, Any]], steps: int, machine: str) -> str:
     """The Markdown page."""
-    lines = ["# Other people's architectures, trained", "", *__doc__.strip().splitlines()[2:], ""]
+    lines = ["# Other people's architectures, trained", "", *(__doc__ or "").strip().splitlines()[2:], ""]
     lines += [
         f"{steps} steps; one seed; {machine}.",
         "",
