@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench gpu constraints clean FORCE
+.PHONY: help demo test lint format bench gpu site constraints clean FORCE
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
@@ -41,6 +41,9 @@ bench: $(STAMP)  ## time networks beside peers and their limit (BENCH_ARGS="..."
 
 gpu:  ## the same on a GPU, with GPU_PYTHON's torch, into $OUT or results/
 	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks networks --set gpu $(BENCH_ARGS)
+
+site: $(STAMP)  ## build the documentation's site into out/site
+	$(RUN) mkdocs build --strict
 
 constraints: $(STAMP)  ## record the versions in .venv as the pinned ones
 	@$(RUN) pip list --format=freeze --exclude normfree --exclude pip > $(VENV)/versions.txt

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-NEEDED = {"models.md": "opacus", "optim.md": "plotly"}
+NEEDED = {"models.md": "opacus", "optim.md": "plotly", "tutorials/convert_and_ship.md": "onnxruntime"}
 
 
-@pytest.mark.parametrize("page", ["convert.md", "data.md", "models.md", "optim.md", "training.md"])
+PAGES = ["index.md", "convert.md", "data.md", "models.md", "optim.md", "training.md"]
+TUTORIALS = [path.relative_to(DOCS).as_posix() for path in sorted(DOCS.glob("tutorials/*.md"))]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *TUTORIALS])
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     if page in NEEDED:
         pytest.importorskip(NEEDED[page])
@@ -32,8 +36,11 @@ def check_stated_values(example, names):
             assert eval(expression, names) == eval(value), expression
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in (*DOCS.glob("*.md"), DOCS.parent / "README.md")))
+@pytest.mark.parametrize(
+    "page",
+    sorted(path.relative_to(DOCS.parent).as_posix() for path in (*DOCS.glob("**/*.md"), DOCS.parent / "README.md")),
+)
 def test_links_and_pictures_are_there(page):
-    path = DOCS / page if (DOCS / page).exists() else DOCS.parent / page
+    path = DOCS.parent / page
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         assert "://" in target or (path.parent / target).exists(), target

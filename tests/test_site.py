@@ -1,0 +1,69 @@
+"""The site builds without a warning, its schema fits what is written, and its pages request nothing from elsewhere."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import FunctionType
+
+import pytest
+import torch
+import torchvision
+
+import normfree
+from normfree.signal import write_json
+
+ROOT = Path(__file__).parents[1]
+
+
+pytestmark = pytest.mark.xdist_group("site")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site's folder."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return folder
+
+
+def test_every_public_function_and_class_is_in_the_reference(site):
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in (site / "reference").glob("*.html")}
+    for stem, text in pages.items():
+        module = normfree if stem == "normfree" else importlib.import_module(f"normfree.{stem}")
+        public = [name for name in module.__all__ if isinstance(getattr(module, name), (type, FunctionType))]
+        assert public
+        shown = set(re.findall(r'id="normfree\.([\w.]+)"', text))
+        names = {one.rpartition(".")[2] for one in shown}
+        assert set(public) <= names, (stem, set(public) - names)
+
+
+def test_pages_load_nothing_from_elsewhere(site):
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]*src="(https?:[^"]+)"', text)
+        loaded += re.findall(r'<link[^>]*rel="stylesheet"[^>]*href="(https?:[^"]+)"', text)
+        assert not loaded, (path.name, loaded)
+
+
+def test_the_schema_fits_what_is_written(tmp_path):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((ROOT / "docs" / "schema" / "spp.schema.json").read_text())
+    plots = [
+        normfree.spp(torchvision.models.resnet18(), torch.randn(2, 3, 32, 32)),
+        normfree.spp(
+            torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)), torch.ones(3, 4)
+        ),
+    ]
+    write_json(tmp_path / "spp.json", plots)
+    written = json.loads((tmp_path / "spp.json").read_text())
+    jsonschema.validate(written, schema)
+    del written["models"][0]["blocks"][0]["name"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(written, schema)
