@@ -23,7 +23,7 @@ ALLOWED = {
     "export": {"export", "nn", "signal", "trace", "common"},
     "report": {"report", "signal", "train", "common"},
     "benchmark": {"benchmark", "models", "nn", "signal", "trace", "export", "sources", "common"},
-    "paper": {"paper", "models", "nn", "signal", "report", "common"},
+    "paper": {"paper", "models", "nn", "signal", "report", "train", "common"},
     "train": {"train", "data", "models", "nn", "optim", "signal", "trace", "weights", "report", "common"},
 }
 
