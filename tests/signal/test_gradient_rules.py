@@ -43,7 +43,7 @@ def steady(total: float, points: int = 13) -> list[float]:
 
 
 def severities(measured: SignalPropagation) -> dict[str, str]:
-    return {f.kind: f.severity for rule in rules.RULES for f in rule(measured)}
+    return {f.kind: f.severity for rule in (rules.gradient_explosion, rules.gradient_vanishing) for f in rule(measured)}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from normfree.signal import spp
-from normfree.signal.listening import Listener
+from normfree.signal.measure import Listener
 from normfree.trace.preserve import untouched
 
 

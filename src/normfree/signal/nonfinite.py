@@ -13,12 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from normfree.signal.listening import run
 from normfree.trace import operations as op
-from normfree.trace.inputs import Batch, tensors_of
-from normfree.trace.modules import ModuleStack
+from normfree.trace.inputs import Batch, ModuleStack, run_once, tensors_of
+from normfree.trace.operations import written_by
 from normfree.trace.preserve import Preserved
-from normfree.trace.statics import written_by
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def first_non_finite(model: nn.Module, batch: Batch, preserved: Preserved) -> No
     stack = ModuleStack(model)
     watch = _Watch(stack, preserved)
     with preserved.guarding(tensors_of(batch)), torch.no_grad(), stack.followed(), watch:
-        outputs = run(model, batch, stack)
+        outputs = run_once(model, batch, stack)
     origins = sorted(watch.origins[t] for t in outputs if t in watch.origins)
     unmasked = [found for found in watch.found if found.operation not in _MASKING]
     if origins:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from normfree.signal.moments import Moments, channel_moments
 from normfree.trace import operations as op
-from normfree.trace.channels import likely_axis
-from normfree.trace.flow import ACTIVATION, BOUNDED_GATE, Note
 from normfree.trace.graph import Additions, Node, Path, Residual
-from normfree.trace.recorder import Recorder
+from normfree.trace.operations import likely_axis
+from normfree.trace.recorder import ACTIVATION, BOUNDED_GATE, Note, Recorder
+from normfree.trace.scaling import Factor
 
 # A bottleneck passes 3 weighted operations, an inverted one with squeeze-excite 5, attention 2, the longest blocks in
 # use 9 (HGNet). What is longer, or goes back to a higher resolution, is a network of its own beside a long skip
@@ -180,6 +180,21 @@ class PointRecorder(Recorder):
             note.moments = channel_moments(x, note.channel_axis, examples=self.examples)
             self.measuring = False
 
+    def on_axis(self, x: Tensor) -> None:
+        """Measure again what was measured along another axis."""
+        note: Note = self.nodes[x].note
+        if note.moments is not None:
+            note.moments = channel_moments(x, note.channel_axis, examples=self.examples)
+
+    def measure_before_scaling(self, x: Tensor) -> Moments | None:
+        """The moments of an activation as it was before the scalings it carries; None of what has no channels."""
+        note: Note = self.nodes[x].note
+        if note.unscaled is not None:
+            return note.unscaled
+        if not -x.dim() <= note.channel_axis < x.dim():  # a sum or a mean of everything has no channels
+            return None
+        return before_scaling(channel_moments(x, note.channel_axis), note.factors)
+
     # Points.
 
     def on_addition(self, found: Residual, operands: Sequence[Tensor], run: Callable[[], Tensor]) -> Tensor:
@@ -197,7 +212,7 @@ class PointRecorder(Recorder):
         axis = likely_axis(branch.dim()) if axis is None else axis
         entry = self._begin_of_blocks(found, shortcut)
         branch_note.axis = axis
-        before = self.moments_of(branch)
+        before = self.measure_before_scaling(branch)
         encloses = self.additions.enclosed(found.ancestor, shortcut_node)
         self._mark_inside(found.ancestor, nodes)
         self._learn_class()
@@ -442,6 +457,24 @@ class PointRecorder(Recorder):
 
     def _output(self, tensor: Tensor, index: int) -> Point:
         return replace(self._point(tensor, "output"), name=f"output {index}", after=self.nodes[tensor].note.point)
+
+
+def before_scaling(moments: Moments, factors: Sequence[Factor]) -> Moments | None:
+    """The moments before the factors were multiplied in; None if they left nothing to see.
+
+    Channels that a vector factor silences have no trace of what they were and are left out.
+    """
+    for factor in factors:
+        value = factor.value
+        if isinstance(value, Tensor):
+            if value.numel() != moments.mean.numel():
+                return None
+            kept = value != 0
+            moments, value = moments.channels(kept), value[kept]
+        if value.numel() == 0 if isinstance(value, Tensor) else value == 0:
+            return None
+        moments = moments.divided(value)
+    return moments
 
 
 def weight_gain(name: str, args: Sequence[Any]) -> float | None:

@@ -16,6 +16,9 @@ SCHEMA = 1
 SEVERITIES = ("error", "warning", "info")
 """Of findings, the most serious first."""
 
+BESIDE = -1
+"""The index, while findings are looked for, of a layer beside the blocks: it is not on the plot's axis."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -113,6 +116,19 @@ class BlockSignal:
     gate: bool = False
     weight_gain: float | None = None
     broadcast: bool = False
+
+    @property
+    def place(self) -> str:
+        """How a message names the point."""
+        if self.kind == "output":
+            return self.name
+        name = self.name or "the model itself"
+        return f"layer {name}" if self.index == BESIDE else f"block {self.index} ({name})"
+
+    @property
+    def index_on_plot(self) -> int | None:
+        """The index of the point on the plot's axis, None beside it."""
+        return None if self.index == BESIDE or self.kind == "output" else self.index
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What an ATen operation does to a signal: the one table the recorder reads.
+"""What an ATen operation does to an activation: which kind it is of, and where it leaves the axis of the channels.
 
 Names are overload packets without the in-place underscore: ``add`` stands for ``add.Tensor`` and ``add_``.
 An operation in no set is elementwise or structural: it carries its input on.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 LINEAR = frozenset({"addmm", "mm", "bmm", "baddbmm", "addbmm", "linear", "matmul", "addmv", "mv", "mkldnn_linear"})
 """Matrix products: weighted if one factor is a parameter, a product of activations otherwise."""
@@ -216,6 +218,16 @@ def mutated_arguments(function: torch._ops.OpOverload) -> tuple[int, ...]:
     return tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
 
 
+def written_by(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors that an operation is about to write to."""
+    for position in mutated_arguments(function):
+        value = args[position] if position < len(args) else kwargs.get(function._schema.arguments[position].name)
+        if isinstance(value, Tensor):
+            yield value
+        else:
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
 def weight_and_bias(name: str, arguments: Sequence[Any]) -> tuple[Tensor | None, Tensor | None]:
     """The weight and the bias among the arguments of a weighted operation or a norm, where it has them."""
     positions = _WEIGHT_AND_BIAS.get(name, (1, 2) if name in CONVOLUTION or name in NORM else None)
@@ -244,3 +256,52 @@ def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from (item for item in value if isinstance(item, Tensor))
+
+
+def likely_axis(dims: int) -> int:
+    """Where PyTorch's conventions put the channels when the dataflow does not tell: maps [N, C, …], tokens last."""
+    return 1 if dims >= 4 else dims - 1
+
+
+def axis_after(
+    name: str, arguments: Sequence[Any], shape: Sequence[int], axis: int | None, new_shape: Sequence[int]
+) -> int | None:
+    """Where the channels are after an operation that moves or keeps axes.
+
+    Args:
+        name: of the operation.
+        arguments: its positional arguments.
+        shape: shape of its input.
+        axis: where the channels were, None if that is not known.
+        new_shape: shape of its output.
+
+    Returns:
+        The axis, or None where they cannot be followed.
+    """
+    if axis is None:
+        return None
+    dims = len(shape)
+    if name == "permute":
+        return [d % dims for d in arguments[1]].index(axis)
+    if name == "transpose":
+        first, second = arguments[1] % dims, arguments[2] % dims
+        return {first: second, second: first}.get(axis, axis)
+    if name == "t":
+        return dims - 1 - axis
+    if name in ("select", "unbind"):
+        removed = (arguments[1] if len(arguments) > 1 else 0) % dims
+        return None if removed == axis else axis - (removed < axis)
+    if name == "expand":
+        return axis + len(new_shape) - dims
+    if len(new_shape) == dims and shape[axis] == new_shape[axis]:
+        return axis
+    return _axis_after_view(shape, axis, new_shape) if prod(shape) == prod(new_shape) else None
+
+
+def _axis_after_view(shape: Sequence[int], axis: int, new_shape: Sequence[int]) -> int | None:
+    """Where the channels are after a reshape: the axis of the same size with as many values before it."""
+    before = prod(shape[:axis])
+    for new_axis, size in enumerate(new_shape):
+        if size == shape[axis] and prod(new_shape[:new_axis]) == before:
+            return new_axis
+    return None

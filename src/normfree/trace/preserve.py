@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normfree.trace.statics import written_by
+from normfree.trace.operations import written_by
 
 MODES = ("batch-statistics", "train", "eval")
 """The first is evaluation mode with normalizers on the statistics of the batch, as in the first training step."""
