@@ -192,9 +192,7 @@ class DataflowRecorder(Recorder):
             self.learned[parameter] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if self.measuring:
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        tensors = list(op.tensors_in(args, kwargs or {}))
+        tensors = op.tensors_in(args, kwargs or {})
         for tensor in tensors:
             if (readers := self.flow.parameter_readers.get(_place(tensor))) is not None:
                 readers.add(self.stack.name)

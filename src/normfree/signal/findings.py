@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby, pairwise, takewhile
 from math import isfinite, prod, sqrt
 from statistics import median
+from typing import Any
 
 from normfree.signal.gradient_rules import gradient_explosion, gradient_vanishing
 from normfree.signal.nonfinite import NonFinite
@@ -48,16 +49,17 @@ def findings_of(signal: SignalPropagation, non_finite: NonFinite | None = None) 
     Returns:
         Findings, ordered by severity.
     """
+    along = stretches(signal)
     found = [
         *_non_finite(signal, non_finite),
-        *_explosion(signal),
-        *_attenuation(signal),
-        *_mean_shift(signal),
+        *_explosion(signal, along),
+        *_attenuation(along),
+        *_mean_shift(signal, along),
         *_branch_variance(signal),
         *_silenced_branch(signal),
-        *_dead_channels(signal),
+        *_dead_channels(signal, along),
         *_zero_layer(signal),
-        *_correlation_collapse(signal),
+        *_correlation_collapse(along),
         *gradient_explosion(signal),
         *gradient_vanishing(signal),
     ]
@@ -99,22 +101,22 @@ FEWEST_LAYERS = 3
 
 # A few layers can do the same at once. A signal that comes back (a normalizer follows) has not exploded; one that
 # ends at ten thousand times the variance has outputs a hundred times as large, at a million times, a thousand. What
-# the model returns may have units of its own (boxes in pixels of a large image: 1e5), and is judged by the latter.
+# the model returns may have units of its own (boxes in pixels of a large image: 1e5), and the latter decides.
 BURST, FAR_BURST = 1e4, 1e6
 
 
-def _explosion(signal: SignalPropagation) -> Iterator[Finding]:
-    found = [each for stretch in stretches(signal) for each in (_growth(stretch), _burst(stretch)) if each]
+def _explosion(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[Finding]:
+    found = [each for stretch in along for each in (_growth(stretch), _burst(stretch)) if each]
     found += [each for output in signal.outputs if (each := _output_burst(signal, output))]
     if not found:
         return
-    # Of a branch that is asleep the network starts as its shortcuts, which do not explode.
-    asleep = bool(signal.blocks) and all(block.woken for block in signal.blocks)
+    # While all branches are silenced the network starts as its shortcuts, which do not explode.
+    silenced = bool(signal.blocks) and all(block.woken for block in signal.blocks)
     worst = min(found, key=lambda each: (not each.severe, -each.ratio))
     peak = "" if worst.peak is worst.over else f" to {worst.peak.avg_channel_var:.3g} at {worst.peak.place}"
     yield Finding(
         kind="explosion",
-        severity="error" if worst.severe and not (asleep and worst.over.kind == "residual") else "warning",
+        severity="error" if worst.severe and not (silenced and worst.over.kind == "residual") else "warning",
         block=worst.over.index_on_plot,
         message=(
             f"the variance {worst.how}: from {worst.start:.3g} {worst.at} past {worst.over.avg_channel_var:.3g} at "
@@ -123,7 +125,11 @@ def _explosion(signal: SignalPropagation) -> Iterator[Finding]:
         remedy=(
             "Make each branch variance preserving and scale it before the addition: x + α·f(x/β) with scaled weight "
             "standardization and β from the variance plan"
-            + ("; the zero gains hide it only until they have been trained." if asleep else ", or start them at zero.")
+            + (
+                "; the zero gains hide it only until they have been trained."
+                if silenced
+                else ", or start them at zero."
+            )
             if worst.over.kind == "residual"
             else "Give the layers the gain of their activation, 1/sqrt(E[act(z)²]) (√2 for ReLU, He's initialisation), "
             "or scaled weight standardization with its γ, or put a normalizer behind them."
@@ -205,8 +211,8 @@ FADED, WEAK = 1e-3, 1e-2
 FADED_LAYERS, WEAK_LAYERS = 1e-4, 1e-3
 
 
-def _attenuation(signal: SignalPropagation) -> Iterator[Finding]:
-    found = [each for stretch in stretches(signal) for part in _unmixed(stretch) if (each := _fading(part))]
+def _attenuation(along: Sequence[Stretch]) -> Iterator[Finding]:
+    found = [each for stretch in along for part in _split_at_mixing(stretch) if (each := _fading(part))]
     if not found:
         return
     worst = min(found, key=lambda each: (not each.severe, each.ratio))
@@ -226,7 +232,7 @@ def _attenuation(signal: SignalPropagation) -> Iterator[Finding]:
     )
 
 
-def _unmixed(stretch: Stretch) -> Iterator[Stretch]:
+def _split_at_mixing(stretch: Stretch) -> Iterator[Stretch]:
     """A stretch cut where a layer reads it beside another signal: that one, coming back, brings nothing else back."""
     points = list[BlockSignal]()
     for point in stretch.points:
@@ -305,7 +311,7 @@ def _cause(stretch: Stretch, point: BlockSignal, sign: int, *, jump: bool = Fals
 SHIFTED, LOST, FED, FEWEST_ALIKE = 1.0, 99.0, 2.0, 8
 
 
-def _mean_shift(signal: SignalPropagation) -> Iterator[Finding]:
+def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[Finding]:
     inherited = _ratio(signal.entry)  # identity shortcuts carry on the offset a max-pool or the image has
     rated: list[tuple[float, BlockSignal]] = []
     over: BlockSignal | None = None
@@ -323,7 +329,7 @@ def _mean_shift(signal: SignalPropagation) -> Iterator[Finding]:
         return
     ratio, worst = max(rated, key=lambda pair: pair[0])
     # A normalizer at the end takes the offset back together with the scale.
-    kept = any(stretch.ends and any(p is worst for p in stretch.points) for stretch in stretches(signal))
+    kept = any(stretch.ends and any(p is worst for p in stretch.points) for stretch in along)
     severity = "error" if ratio > LOST or (kept and _branch_growth(signal) > FED) else "warning"
     yield Finding(
         kind="mean_shift",
@@ -346,8 +352,8 @@ BRANCH_FACTOR = 4.0
 
 def _branch_variance(signal: SignalPropagation) -> Iterator[Finding]:
     # What is added alike at all positions is a mean over them, whose variance is cut by their number.
-    judged = [b for b in signal.blocks if not b.broadcast]
-    rated = [(b.residual_avg_channel_var, b) for b in judged if b.residual_avg_channel_var]
+    blocks = [b for b in signal.blocks if not b.broadcast]
+    rated = [(b.residual_avg_channel_var, b) for b in blocks if b.residual_avg_channel_var]
     off = [(v, b) for v, b in rated if isfinite(v) and not 1 / BRANCH_FACTOR <= v <= BRANCH_FACTOR]
     if not off:
         return
@@ -382,8 +388,20 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
             ),
             remedy="Nothing, if intended: the network starts as its shortcuts. wake=False draws it as it is.",
         )
-    judged = [b for b in signal.blocks if b.kind == "residual" and not b.broadcast]
-    silent = [b for b in judged if b.residual_avg_channel_var in (0.0, None)]
+    blocks = [b for b in signal.blocks if b.kind == "residual" and not b.broadcast]
+    silent = [b for b in blocks if b.residual_avg_channel_var in (0.0, None)]
+    if closed := [b for b in silent if b.zero_gate]:
+        yield Finding(
+            kind="silenced_branch",
+            severity="info",
+            block=closed[0].index,
+            message=(
+                f"{len(closed)} of {len(signal.blocks)} branches are silenced at initialisation by a gate that a layer "
+                f"with weights of zero computes, first {closed[0].place}; the plot says nothing about the branch."
+            ),
+            remedy="Nothing, if intended (adaLN-zero): the network starts as its shortcuts.",
+        )
+    silent = [b for b in silent if not b.zero_gate]
     if silent:
         yield Finding(
             kind="silenced_branch",
@@ -406,8 +424,8 @@ def _is_off(point: BlockSignal, sign: int) -> bool:
 DEAD, MANY_DEAD = 0.01, 0.1
 
 
-def _dead_channels(signal: SignalPropagation) -> Iterator[Finding]:
-    points = [*comparable(signal), *_inner_layers(signal)]  # a class token starts the same for all
+def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[Finding]:
+    points = [*comparable(signal), *_inner_layers(along)]  # a class token starts the same for all
     dead = [p for p in points if p.dead_channels > DEAD and p.weight_gain != 0]
     if not dead:
         return
@@ -427,7 +445,7 @@ def _dead_channels(signal: SignalPropagation) -> Iterator[Finding]:
 
 
 def _zero_layer(signal: SignalPropagation) -> Iterator[Finding]:
-    """A layer that starts at zero (a flow's, a value head's, a box regression's) is a choice, and no illness."""
+    """A layer that starts at zero (a flow's, a value head's, a box regression's) is a choice, and no fault."""
     layers = [*signal.blocks, *(replace(layer, index=BESIDE) for layer in signal.layers)]
     zero = [p for p in layers if p.kind == "layer" and p.weight_gain == 0]
     if zero:
@@ -452,8 +470,8 @@ COLLAPSED, STILL_APART = 0.99, 0.9
 FEW_FEATURES = 4
 
 
-def _correlation_collapse(signal: SignalPropagation) -> Iterator[Finding]:
-    found = [(start, alike) for stretch in stretches(signal) for start, alike in _collapsed(stretch)]
+def _correlation_collapse(along: Sequence[Stretch]) -> Iterator[Finding]:
+    found = [(start, alike) for stretch in along for start, alike in _find_collapse(stretch)]
     if not found:
         return
     start, alike = found[0]
@@ -473,10 +491,10 @@ def _correlation_collapse(signal: SignalPropagation) -> Iterator[Finding]:
     )
 
 
-def _collapsed(stretch: Stretch) -> Iterator[tuple[float, list[BlockSignal]]]:
+def _find_collapse(stretch: Stretch) -> Iterator[tuple[float, list[BlockSignal]]]:
     """The similarity a stretch begins with and the points that are alike, if it makes different examples so.
 
-    A token of a class, or a learned query, starts the same for all: so its stream is not judged, and of layers beside
+    A token of a class, or a learned query, starts the same for all: so its stream is not compared, and of layers beside
     blocks a single one that reads it is not. Nor is a small head, which starts as its bias.
     """
     start = None if stretch.entry is None else stretch.entry.input_correlation
@@ -491,9 +509,9 @@ def _collapsed(stretch: Stretch) -> Iterator[tuple[float, list[BlockSignal]]]:
             yield start, alike
 
 
-def _inner_layers(signal: SignalPropagation) -> list[BlockSignal]:
+def _inner_layers(along: Sequence[Stretch]) -> list[BlockSignal]:
     """The layers beside the blocks that are no heads, feed more than gates, and have positions where all do."""
-    found = {p.number: p for each in stretches(signal) if not each.pooled for p in each.points}
+    found = {p.number: p for each in along if not each.pooled for p in each.points}
     return [p for p in found.values() if p.index == BESIDE and not p.last]
 
 
@@ -561,13 +579,13 @@ class Stretch:
 
 
 def stretches(signal: SignalPropagation) -> list[Stretch]:
-    """All stretches of a measurement, those of its first chain first."""
-    found = list[Stretch]()
+    """All stretches of a measurement, those of its first chain first; what several chains share is one."""
+    found = dict[tuple[Any, ...], Stretch]()
     for chain in chains(signal):
         for stretch in _cut(signal, chain):
-            if stretch not in found:
-                found.append(stretch)
-    return found
+            key = (*map(id, stretch.points), stretch.start, stretch.at, stretch.ends, stretch.pooled)
+            found.setdefault(key, stretch)
+    return list(found.values())
 
 
 def chains(signal: SignalPropagation) -> list[tuple[BlockSignal, ...]]:

@@ -62,7 +62,7 @@ def gradient_explosion(signal: SignalPropagation) -> Iterator[Finding]:
             remedy="Look for the derivative of a root, norm or logarithm at zero, and for half precision's range.",
         )
         return
-    points = [point for point in _rated(signal) if isfinite(point.power)]
+    points = [point for point in _rate(signal) if isfinite(point.power)]
     if len(points) < 2:
         return
     end = points[-OUTPUTS:]
@@ -102,7 +102,7 @@ def gradient_vanishing(signal: SignalPropagation) -> Iterator[Finding]:
 
     The calls of one module share its weights, which receive the sum: the largest counts.
     """
-    points = _largest_of_each_module(_rated(signal))
+    points = _largest_of_each_module(_rate(signal))
     for values, faint, too_faint, relative in (
         ([p.sensitivity for p in points], FAINT, TOO_FAINT, ", relative to the signal,"),
         ([p.power for p in points], WEAK, TOO_WEAK, ""),
@@ -129,7 +129,7 @@ def gradient_vanishing(signal: SignalPropagation) -> Iterator[Finding]:
         return
 
 
-def _rated(signal: SignalPropagation) -> list[_Rated]:
+def _rate(signal: SignalPropagation) -> list[_Rated]:
     """The points that have a gradient and a signal.
 
     One whose gradient is 0 counts only if one behind it has one, and no weight behind it is 0 throughout: that lets

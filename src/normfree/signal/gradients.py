@@ -59,7 +59,7 @@ def sq_gradients(
     Args:
         model: the model, in its measuring mode, its silenced branches woken by the pass before.
         batch: one batch.
-        preserved: told of parameters about to be changed.
+        preserved: keeps the values of parameters about to be changed.
         points: "residual" or "layers".
         seed: of the projection.
         variances: of the points, from the pass before.
@@ -72,7 +72,7 @@ def sq_gradients(
     for whole, at_last in ways:
         try:
             with torch.inference_mode(False):
-                found = _measured(
+                found = _measure(
                     model, batch, preserved, points=points, seed=seed, variances=variances, refused=refused,
                     whole=whole, at_last=at_last,
                 )  # fmt: skip
@@ -105,7 +105,7 @@ def sq_gradients(
     return Gradients(None, reason)
 
 
-def _measured(
+def _measure(
     model: nn.Module,
     batch: Batch,
     preserved: Preserved,
@@ -300,19 +300,19 @@ class PlaceRecorder(Recorder):
         else:
             self.hidden.append((sequence, index))
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def before_operation(self) -> bool:
+        """Take the place of the last point; in the backward pass only what a function runs again is recorded."""
         self.take()
-        if _in_backward() and _running_function() is None:
-            return func(*args, **(kwargs or {}))
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+        return not _in_backward() or _running_function() is not None
+
+    def _run(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], active: list[Tensor]) -> Any:
+        result = super()._run(name, func, args, kwargs, active)
         self._check_memory(result)
         return result
 
     def _check_memory(self, result: Any) -> None:
         """Stop before the activations kept for the backward pass fill the memory: the system would end the process."""
-        for tensor in tree_leaves(result):
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.largest = max(self.largest, tensor.nbytes)
                 self.unchecked += tensor.nbytes

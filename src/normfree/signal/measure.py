@@ -1,11 +1,11 @@
-"""``spp``: listen to a model and give its signal propagation plot."""
+"""``spp``: measure a model and give its signal propagation plot."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from normfree.signal.findings import findings_of
 from normfree.signal.gradients import Gradients, sq_gradients
 from normfree.signal.nonfinite import check_finite, check_present, first_non_finite
 from normfree.signal.points import Plan, Point, PointRecorder, Recording
-from normfree.signal.propagation import BlockSignal, Entry, SignalPropagation
+from normfree.signal.propagation import BlockSignal, Entry, Position, SignalPropagation
 from normfree.trace.inputs import (
     Batch,
     ModuleStack,
@@ -96,41 +96,43 @@ def spp(
         if batch is None:
             batch = gaussian_like_input_of(model)
             input_description = input_description or {"kind": "gaussian", "shape": list(batch.shape), "seed": seed}
-        listener = Listener(model, preserved, points=points, wake=wake, seed=seed)
+        measurement = Measurement(model, preserved, points=points, wake=wake, seed=seed)
         for one in batches_of(batch):
-            listener.hear(placed_like(model, one))
-        if listener.first is None:
+            measurement.add(placed_like(model, one))
+        if measurement.first is None:
             raise ValueError("batch: the iterable gave no batch; give at least one, and a generator only once")
-        recording = listener.recording
-        expected = _expected(model, expected_var, recording)
+        recording = measurement.recording
+        expected = _expected_variances(model, expected_var, recording)
         gradients = Gradients(None)
         if gradient:
             variances = [point.output.avg_channel_var for point in recording.points]
-            refused = listener.plan.refused if listener.plan is not None and listener.points == "residual" else ()
+            refused = (
+                measurement.plan.refused if measurement.plan is not None and measurement.points == "residual" else ()
+            )
             gradients = sq_gradients(
                 model,
-                listener.first,
+                measurement.first,
                 preserved,
-                points=listener.points,
+                points=measurement.points,
                 seed=seed,
                 variances=variances,
                 refused=refused,
             )
         non_finite = None
-        if listener.suspect is not None:
+        if measurement.suspect is not None:
             check_finite(model)  # a reason to look only now: it reads every weight
-            non_finite = first_non_finite(model, listener.suspect, preserved)
+            non_finite = first_non_finite(model, measurement.suspect, preserved)
     result = SignalPropagation(
         model=name or type(model).__name__,
         mode=mode,
-        input={**(input_description or {"kind": "given"}), **_described(listener)},
+        input={**(input_description or {"kind": "given"}), **_describe(measurement)},
         entry=_entry(recording.entry),
         blocks=_signals(recording.points, gradients.sq_means, expected),
         layers=_signals(recording.layers),
         outputs=_signals(recording.outputs),
         entries=tuple(map(_entry, recording.entries)),
         configuration={
-            "points": listener.points,
+            "points": measurement.points,
             "wake": wake,
             "gradient": gradients.note or gradient,
             "seed": seed,
@@ -162,14 +164,12 @@ def _signals(
     for index, point in enumerate(points):
         seen[point.name] += 1
         number = seen[point.name]
+        position = {field.name: getattr(point, field.name) for field in fields(Position)}
+        position["name"] = point.name if number == 1 else f"{point.name}#{number}"
         blocks.append(
             BlockSignal(
+                **position,
                 index=index,
-                name=point.name if number == 1 else f"{point.name}#{number}",
-                kind=point.kind,
-                shape=point.shape,
-                channel_axis=point.channel_axis,
-                transition=point.transition,
                 avg_channel_sq_mean=point.output.avg_channel_sq_mean,
                 avg_channel_var=point.output.avg_channel_var,
                 residual_avg_channel_var=None if point.branch is None else point.branch.avg_channel_var,
@@ -177,29 +177,14 @@ def _signals(
                 input_correlation=point.output.correlation,
                 avg_sq_gradient=None if gradients is None else gradients[index],
                 dead_channels=point.output.dead_fraction,
-                encloses=point.encloses,
-                woken=point.woken,
                 activated_avg_channel_sq_mean=point.activated.avg_channel_sq_mean if point.activated else None,
                 activated_avg_channel_var=point.activated.avg_channel_var if point.activated else None,
-                number=point.number,
-                after=point.after,
-                entry=point.entry,
-                normalized=point.normalized,
-                renewed=point.renewed,
-                averaged=point.averaged,
-                mixed=point.mixed,
-                looked_up=point.looked_up,
-                last=point.last,
-                joined=point.joined,
-                gate=point.gate,
-                weight_gain=point.gain,
-                broadcast=point.broadcast,
             )
         )
     return tuple(blocks)
 
 
-def _expected(model: nn.Module, given: Sequence[float] | None, recording: Recording) -> list[float] | None:
+def _expected_variances(model: nn.Module, given: Sequence[float] | None, recording: Recording) -> list[float] | None:
     """The predicted variances, if there is one for every point."""
     own = getattr(model, "expected_variances", None)
     predicted: Any = given if given is not None else own() if callable(own) else None
@@ -218,18 +203,18 @@ def _expected(model: nn.Module, given: Sequence[float] | None, recording: Record
     return None
 
 
-def _described(listener: Listener) -> dict[str, Any]:
-    shapes = [list(tensor.shape) for tensor in tensors_of(listener.first)]
+def _describe(measurement: Measurement) -> dict[str, Any]:
+    shapes = [list(tensor.shape) for tensor in tensors_of(measurement.first)]
     shape = shapes[0] if len(shapes) == 1 else shapes
-    return {"shape": shape, "batches": listener.batches, "examples": listener.examples}
+    return {"shape": shape, "batches": measurement.batches, "examples": measurement.examples}
 
 
-class Listener:
-    """Hears batch after batch.
+class Measurement:
+    """Measures batch after batch, and merges what each gives as if they were one.
 
     Args:
         model: the model, in its measuring mode.
-        preserved: its keeper.
+        preserved: keeps its state.
         points: "auto", "residual" or "layers"; "auto" is settled by the first batch.
         wake: measure branches silenced by a zero gain as if it were one.
         seed: of what the model draws, from the first batch on.
@@ -239,7 +224,7 @@ class Listener:
         suspect: the first batch with values that are not finite; None without one.
         plan: what the first batch showed that the others must know.
         recording: the moments of all batches.
-        batches, examples: how many were heard.
+        batches, examples: how many were measured.
     """
 
     def __init__(self, model: nn.Module, preserved: Preserved, *, points: str, wake: bool, seed: int) -> None:
@@ -251,7 +236,7 @@ class Listener:
         self.plan: Plan | None = None
         self.recording = Recording()
 
-    def hear(self, batch: Batch) -> None:
+    def add(self, batch: Batch) -> None:
         """Run one batch; the first decides what is measured, and runs again where that was not known beforehand."""
         check_batch(batch)
         if self.first is None:
@@ -278,7 +263,7 @@ class Listener:
         if self.first is None:
             self.first, self.recording = batch, recording
         else:
-            self.recording = _merged(self.recording, recording)
+            self.recording = _merge(self.recording, recording)
         if self.suspect is None and not (finite and _finite(recording)):
             self.suspect = batch
         self.batches += 1
@@ -328,7 +313,7 @@ def _finite(recording: Recording) -> bool:
     return all(math.isfinite(point.output.avg_channel_var) for point in recording.points)
 
 
-def _merged(first: Recording, second: Recording) -> Recording:
+def _merge(first: Recording, second: Recording) -> Recording:
     """The moments of two batches as if they were one; outputs only where both have the same."""
     for kind in ("points", "layers"):
         names = [[point.name for point in getattr(recording, kind)] for recording in (first, second)]
@@ -342,9 +327,9 @@ def _merged(first: Recording, second: Recording) -> Recording:
     assert second.entry is not None
     widths = [[len(point.output.mean) for point in recording.outputs] for recording in (first, second)]
     return Recording(
-        _merged_points(first.entry, second.entry),
+        _merge_points(first.entry, second.entry),
         *(
-            [_merged_points(a, b) for a, b in zip(getattr(first, name), getattr(second, name), strict=True)]
+            [_merge_points(a, b) for a, b in zip(getattr(first, name), getattr(second, name), strict=True)]
             if name != "outputs" or widths[0] == widths[1]
             else []
             for name in ("points", "layers", "outputs", "entries")
@@ -352,11 +337,11 @@ def _merged(first: Recording, second: Recording) -> Recording:
     )
 
 
-def _merged_points(first: Point, second: Point) -> Point:
+def _merge_points(first: Point, second: Point) -> Point:
     return replace(
         first,
-        output=first.output.merged(second.output),
-        branch=first.branch.merged(second.branch) if first.branch and second.branch else None,
-        activated=first.activated.merged(second.activated) if first.activated and second.activated else None,
+        output=first.output.merge(second.output),
+        branch=first.branch.merge(second.branch) if first.branch and second.branch else None,
+        activated=first.activated.merge(second.activated) if first.activated and second.activated else None,
         woken=first.woken or second.woken,
     )

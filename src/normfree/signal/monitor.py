@@ -1,4 +1,4 @@
-"""Listen to a model while it trains: its signal propagation plot every few steps, at a hundredth of the time."""
+"""Measure a model while it trains: its signal propagation plot every few steps, at a hundredth of the time."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ class SignalMonitor:
                 monitor.step()
         monitor.to_html("signal.html")  # a slider over the steps
 
-    Only rank 0 listens; other ranks wait for it in their next collective. The model may be compiled or wrapped for
-    data parallelism: the module inside is listened to.
+    Only rank 0 measures; other ranks wait for it in their next collective. The model may be compiled or wrapped for
+    data parallelism: the module inside is measured.
 
     Args:
         model: the model that is trained.
-        batch: what to listen with: a tensor, a tuple of positional or a mapping of keyword arguments, of a few
+        batch: what to measure with: a tensor, a tuple of positional or a mapping of keyword arguments, of a few
             examples (8 to 32); it is copied. None for Gaussian noise of the shape the model suggests.
-        every: steps between records. None (default) listens as often as ``share`` allows.
-        share: without ``every``, the largest part of the time since the start that listening may take. The records
+        every: steps between records. None (default) measures as often as ``share`` allows.
+        share: without ``every``, the largest part of the time since the start that measuring may take. The records
             of the first and of the last step are made in any case.
         writer: a TensorBoard ``SummaryWriter``, or whatever has its ``add_scalar``.
         tag: first part of the names of the scalars.
@@ -92,7 +92,7 @@ class SignalMonitor:
         self.model = unwrapped(model)
         _check_alone(self.model, mode)
         self.every, self.share, self.writer, self.tag = every, share, writer, tag
-        self._batch = _copied(batch)
+        self._batch = _copy(batch)
         self._options: dict[str, Any] = {"mode": mode, "points": points, "gradient": gradient, "wake": wake}
         self._options |= {"seed": seed, "name": name}
         self.history = SignalHistory()
@@ -105,17 +105,17 @@ class SignalMonitor:
     def start(self) -> None:
         """Start the clock and record step 0; after a resumption, only the former."""
         if self._began is None:
-            if self._listens():
+            if self._is_measuring_rank():
                 # The first measurement of a process loads a second or two of Python modules. That is start-up, and
                 # taken for the cost of a record it would put off the next one by minutes.
                 with torch.random.fork_rng(devices=[]):  # for the weight that is drawn
                     spp(nn.Linear(1, 1), torch.zeros(2, 1), gradient=self._options["gradient"])
             self._began = perf_counter()
-            if self._listens() and not self.history:
-                self._record(self._measured())
+            if self._is_measuring_rank() and not self.history:
+                self._record(self._measure())
 
     def step(self, steps: int | None = None) -> SignalPropagation | None:
-        """Note that the optimizer has taken a step, and listen if it is time.
+        """Note that the optimizer has taken a step, and measure if it is time.
 
         Args:
             steps: steps taken so far, where the loop counts them itself; one more than last time by default.
@@ -125,13 +125,13 @@ class SignalMonitor:
         """
         self.start()
         self.steps = self.steps + 1 if steps is None else steps
-        return self._try() if self._listens() and self._due() else None
+        return self._try() if self._is_measuring_rank() and self._due() else None
 
     def stop(self) -> None:
         """Record the last step, unless it has been, and stop the clock."""
         if self._began is None:
             return
-        if self._listens() and self._asked != self.steps:
+        if self._is_measuring_rank() and self._asked != self.steps:
             self._try()
         self._before, self._began = self.elapsed, None
 
@@ -142,10 +142,10 @@ class SignalMonitor:
 
     @property
     def cost(self) -> float:
-        """The part of the time that listening has taken so far."""
+        """The part of the time that measuring has taken so far."""
         return self._spent / self.elapsed if self.elapsed else 0.0
 
-    def _listens(self) -> bool:
+    def _is_measuring_rank(self) -> bool:
         grouped = distributed.is_available() and distributed.is_initialized()
         return not grouped or distributed.get_rank() == 0
 
@@ -158,7 +158,7 @@ class SignalMonitor:
 
     def _try(self) -> SignalPropagation | None:
         try:
-            signal = self._measured()
+            signal = self._measure()
         except (ValueError, RuntimeError, MemoryError) as error:  # out of memory, too: a monitor does not end a run
             self.failures.append((self.steps, str(error)))
             warnings.warn(f"the signal of step {self.steps} could not be measured: {error}", stacklevel=3)
@@ -166,7 +166,7 @@ class SignalMonitor:
         self._record(signal)
         return signal
 
-    def _measured(self) -> SignalPropagation:
+    def _measure(self) -> SignalPropagation:
         if any(parameter.device.type != "cpu" for parameter in self.model.parameters()):
             torch.accelerator.synchronize()  # the training step's time is not ours
         began, self._asked = perf_counter(), self.steps
@@ -230,7 +230,7 @@ class SignalMonitor:
             self.stop()
 
 
-def _copied(batch: Batch | None) -> Batch | None:
+def _copy(batch: Batch | None) -> Batch | None:
     """The batch in memory of its own, so that it stays the same whatever the loop does to it."""
     if batch is None:
         return None
@@ -251,12 +251,12 @@ def _check_alone(model: nn.Module, mode: str) -> None:
 
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError(
-            "model: its parameters are sharded, and one rank cannot listen alone; record an unsharded run, or call "
+            "model: its parameters are sharded, and one rank cannot run it alone; record an unsharded run, or call "
             "normfree.spp on a gathered copy"
         )
     if mode != "eval" and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         raise ValueError(
-            "model: SyncBatchNorm waits for all ranks, and only one listens; choose mode='eval', or give the monitor "
+            "model: SyncBatchNorm waits for all ranks, and only one measures; choose mode='eval', or give the monitor "
             "the model before its conversion"
         )
 
@@ -264,7 +264,7 @@ def _check_alone(model: nn.Module, mode: str) -> None:
 SCHEMA = 1
 
 # Training may shift means, shrink branches and let the signal fade without harm: learnt gains and weights want it
-# so, and the thresholds of those findings are of networks at initialisation. These stay illnesses at any step.
+# so, and the thresholds of those findings are of networks at initialisation. These remain faults at any step.
 TRAINING_KINDS = ("non_finite", "explosion", "dead_channels", "correlation_collapse", "silenced_branch")
 
 _NUMBER = "$float"  # how JSON writes a number that it has no word for
@@ -332,7 +332,7 @@ class SignalHistory(list[tuple[int, SignalPropagation]]):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in dicts, lists, strings and numbers that JSON has; :meth:`from_dict` gives the same back."""
-        records = [{"step": step, "signal": _encoded(asdict(signal))} for step, signal in self]
+        records = [{"step": step, "signal": _encode(asdict(signal))} for step, signal in self]
         return {"schema": SCHEMA, "history": records}
 
     def to_json(self, path: str | Path) -> Path:
@@ -349,7 +349,7 @@ class SignalHistory(list[tuple[int, SignalPropagation]]):
         try:
             if document["schema"] != SCHEMA:
                 raise ValueError(f"schema {quoted(document['schema'])} is not {SCHEMA}")
-            records = [structured(_Record, _decoded(record), finite=False) for record in document["history"]]
+            records = [structured(_Record, _decode(record), finite=False) for record in document["history"]]
             return cls((record.step, record.signal) for record in records)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
@@ -390,18 +390,18 @@ class _Record:
     signal: SignalPropagation
 
 
-def _encoded(value: Any) -> Any:
+def _encode(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return {_NUMBER: str(value)}
     if isinstance(value, Mapping):
-        return {str(key): _encoded(item) for key, item in value.items()}
-    return [_encoded(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): _encode(item) for key, item in value.items()}
+    return [_encode(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _decoded(value: Any) -> Any:
+def _decode(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return float(value[_NUMBER]) if set(value) == {_NUMBER} else {key: _decoded(v) for key, v in value.items()}
-    return [_decoded(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return float(value[_NUMBER]) if set(value) == {_NUMBER} else {key: _decode(v) for key, v in value.items()}
+    return [_decode(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class SignalCallback:

@@ -68,8 +68,8 @@ def check_finite(model: nn.Module) -> None:
 class _Watch(TorchDispatchMode):
     """Follows values that are not finite from the operation that made them.
 
-    An operation is to blame for a NaN if none of its inputs has one, and for an infinity if all of its
-    inputs are finite; a masking that softmax turns into zeros has no descendants, and is never blamed.
+    An operation is the origin of a NaN if none of its inputs has one, and of an infinity if all of its
+    inputs are finite; a masking that softmax turns into zeros has no descendants, and is never reported.
     """
 
     def __init__(self, stack: ModuleStack, preserved: Preserved) -> None:
@@ -117,7 +117,7 @@ def first_non_finite(model: nn.Module, batch: Batch, preserved: Preserved) -> No
     Args:
         model: the model, in its measuring mode.
         batch: one batch.
-        preserved: told of what is about to be written.
+        preserved: keeps the values of what is about to be written.
     """
     stack = ModuleStack(model)
     watch = _Watch(stack, preserved)

@@ -7,7 +7,6 @@ An operation in no set is elementwise or structural: it carries its input on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
 from math import prod
 from typing import Any
 
@@ -184,6 +183,25 @@ VIEW = frozenset(
 SCALING = frozenset({"mul", "div"})
 ADDITION = frozenset({"add"})
 
+SUMS = frozenset({"add", "sub", "lerp", "addcmul"})
+"""What may add two activations."""
+
+MOVES_AXES = frozenset({"permute", "transpose", "t", "select", "unbind", "expand"})
+
+ACTIVATION = NONLINEAR & {
+    *("relu", "relu6", "leaky_relu", "_prelu_kernel", "prelu", "rrelu_with_noise", "elu", "celu", "selu", "clamp_min"),
+    *("gelu", "silu", "mish", "hardswish", "softplus", "sigmoid", "hardsigmoid", "hardtanh", "tanh"),
+}
+"""Elementwise activation functions."""
+
+BOUNDED_GATE = frozenset({"sigmoid", "hardsigmoid", "_softmax", "_safe_softmax"})
+"""What makes a gate, or the weights of an attention, of the values it is given."""
+
+INVERSE_SIZE = frozenset({"rsqrt", "reciprocal"})
+"""What a hand-written normalizer multiplies by, where it does not divide."""
+
+AVERAGE = frozenset({"avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "mean"})
+
 FACTORY = frozenset(
     {
         "empty_like",
@@ -202,20 +220,32 @@ FACTORY = frozenset(
 """Takes from its input no more than shape and type."""
 
 
-@cache
+def name_and_written(function: torch._ops.OpOverload) -> tuple[str, tuple[int, ...]]:
+    """An operation's name, and the positions of the arguments it writes to."""
+    known = _NAMES.get(id(function))
+    if known is None:
+        name = function.overloadpacket.__name__
+        name = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+        written: list[int] = []
+        if function._schema.is_mutable:
+            arguments = enumerate(function._schema.arguments)
+            written = [i for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        known = _NAMES[id(function)] = name, tuple(written), function
+    return known[0], known[1]
+
+
+_NAMES: dict[int, tuple[str, tuple[int, ...], torch._ops.OpOverload]] = {}
+"""By identity, which is looked up in a third of the time that an operation's own hash takes."""
+
+
 def name_of(function: torch._ops.OpOverload) -> str:
     """``aten.add_.Tensor`` → ``add``; dunders and private names keep their leading underscore."""
-    name = function.overloadpacket.__name__
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+    return name_and_written(function)[0]
 
 
-@cache
 def mutated_arguments(function: torch._ops.OpOverload) -> tuple[int, ...]:
     """Positions of the arguments an operation writes to."""
-    if not function._schema.is_mutable:
-        return ()
-    arguments = function._schema.arguments
-    return tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+    return name_and_written(function)[1]
 
 
 def written_by(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
@@ -230,7 +260,7 @@ def written_by(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> It
 
 def weight_and_bias(name: str, arguments: Sequence[Any]) -> tuple[Tensor | None, Tensor | None]:
     """The weight and the bias among the arguments of a weighted operation or a norm, where it has them."""
-    positions = _WEIGHT_AND_BIAS.get(name, (1, 2) if name in CONVOLUTION or name in NORM else None)
+    positions = _WEIGHT_AND_BIAS.get(name)
     if positions is None:
         return None, None
     found = [arguments[i] if i is not None and i < len(arguments) else None for i in positions]
@@ -239,6 +269,7 @@ def weight_and_bias(name: str, arguments: Sequence[Any]) -> tuple[Tensor | None,
 
 
 _WEIGHT_AND_BIAS: dict[str, tuple[int, int | None]] = {
+    **dict.fromkeys(CONVOLUTION | NORM, (1, 2)),
     "native_layer_norm": (2, 3),
     "layer_norm": (2, 3),
     "rms_norm": (2, None),
@@ -249,13 +280,21 @@ _WEIGHT_AND_BIAS: dict[str, tuple[int, int | None]] = {
 }
 
 
-def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors among an operation's arguments, in their order; a schema nests them in lists at most."""
-    for value in (*args, *kwargs.values()):
+    found = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, (list, tuple)):
-            yield from (item for item in value if isinstance(item, Tensor))
+            found += [item for item in value if isinstance(item, Tensor)]
+    return found
+
+
+def uses_statistics(name: str, args: Sequence[Any]) -> bool:
+    """Whether a norm divides by the statistics of its input, and not by those it has kept."""
+    kept = name.endswith(("no_training", "no_update")) or ("batch_norm" in name and len(args) > 5 and args[5] is False)
+    return not kept
 
 
 def likely_axis(dims: int) -> int:

@@ -112,7 +112,7 @@ class Preserved:
 
 
 class Writes(TorchDispatchMode):
-    """Tells the keeper of what any code writes to, such as a ``train()`` that merges weights."""
+    """Has kept what any code writes to, such as a ``train()`` that merges weights."""
 
     def __init__(self, preserved: Preserved) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def untouched(model: nn.Module, mode: str) -> Iterator[Preserved]:
         mode: one of :data:`MODES`.
 
     Yields:
-        The keeper, to be told of parameters about to be written.
+        What keeps the state; call its ``before_writing`` with parameters about to be written.
     """
     if mode not in MODES:
         raise ValueError(f"mode: {mode!r} is not known; choose one of {', '.join(map(repr, MODES))}")

@@ -188,14 +188,14 @@ class Statics:
         if name in op.VIEW or name in op.PARTIAL:
             return Static(first.factors, first.origin, woken)
         if name in op.SCALING and len(args) > 1:
-            return self._scaled(args, woken, inverse=name == "div")
+            return self._scale(args, woken, inverse=name == "div")
         if name in op.NORM:
             weight, bias = op.weight_and_bias(name, args)
             factors = self.of(weight).factors if weight is not None and bias is None else ()
             return Static(factors, None, woken)
         return Static((), None, woken)
 
-    def _scaled(self, args: Sequence[Any], woken: tuple[str, ...], *, inverse: bool) -> Static:
+    def _scale(self, args: Sequence[Any], woken: tuple[str, ...], *, inverse: bool) -> Static:
         values, other = args[0], args[1]
         swapped = isinstance(other, Tensor) and (not isinstance(values, Tensor) or values.numel() < other.numel())
         if swapped and not inverse:
@@ -222,44 +222,47 @@ class TensorMap(Generic[Value]):
 
     As ``torch.utils.weak.WeakTensorKeyDictionary``, at a tenth of its cost: every operation that is recorded asks
     several times, and a comparison of tensors by a method of a key class in Python was a third of a recording.
+
+    Attributes:
+        by_id: the values by ``id(tensor)``, to look many up at a time.
     """
 
-    __slots__ = ("__weakref__", "_forget", "_keys", "_values")
+    __slots__ = ("__weakref__", "_forget", "_keys", "by_id")
 
     def __init__(self) -> None:
-        self._values: dict[int, Value] = {}
+        self.by_id: dict[int, Value] = {}
         self._keys: dict[int, _Key] = {}
         this = ref(self)
 
         def forget(key: _Key) -> None:
             map_ = this()
             if map_ is not None:
-                map_._values.pop(key.place, None)
+                map_.by_id.pop(key.place, None)
                 map_._keys.pop(key.place, None)
 
         self._forget = forget
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._values
+        return id(tensor) in self.by_id
 
     def __getitem__(self, tensor: Tensor) -> Value:
-        return self._values[id(tensor)]
+        return self.by_id[id(tensor)]
 
     def __setitem__(self, tensor: Tensor, value: Value) -> None:
         place = id(tensor)
         if place not in self._keys:
             self._keys[place] = key = _Key(tensor, self._forget)
             key.place = place
-        self._values[place] = value
+        self.by_id[place] = value
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self.by_id)
 
     def get(self, tensor: Tensor) -> Value | None:
         """The tensor's value, or None."""
-        return self._values.get(id(tensor))
+        return self.by_id.get(id(tensor))
 
     def pop(self, tensor: Tensor) -> Value | None:
         """Take the tensor's value out."""
         self._keys.pop(id(tensor), None)
-        return self._values.pop(id(tensor), None)
+        return self.by_id.pop(id(tensor), None)
