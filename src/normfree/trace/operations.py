@@ -14,22 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 LINEAR = frozenset({"addmm", "mm", "bmm", "baddbmm", "addbmm", "linear", "matmul", "addmv", "mv", "mkldnn_linear"})
 """Matrix products: weighted if one factor is a parameter, a product of activations otherwise."""
 
-CONVOLUTION = frozenset(
-    {
-        "convolution",
-        "_convolution",
-        "mkldnn_convolution",
-        "cudnn_convolution",
-        "_slow_conv2d_forward",
-        "conv_depthwise3d",
-        "_conv_depthwise2d",
-        "deform_conv2d",
-        "conv2d",
-    }
-)
+CONVOLUTION = _names("""
+    convolution _convolution mkldnn_convolution cudnn_convolution _slow_conv2d_forward conv_depthwise3d
+    _conv_depthwise2d deform_conv2d conv2d
+""")
 
 EMBEDDING = frozenset({"embedding", "_embedding_bag", "embedding_bag"})
 
@@ -37,147 +33,43 @@ RECURRENT = frozenset(
     {"lstm", "gru", "rnn_tanh", "rnn_relu", "mkldnn_rnn_layer", "_cudnn_rnn", "_thnn_fused_lstm_cell"}
 )
 
-NORM = frozenset(
-    {
-        "native_batch_norm",
-        "_native_batch_norm_legit",
-        "_native_batch_norm_legit_no_training",
-        "_batch_norm_with_update",
-        "_batch_norm_no_update",
-        "cudnn_batch_norm",
-        "miopen_batch_norm",
-        "batch_norm",
-        "native_layer_norm",
-        "layer_norm",
-        "native_group_norm",
-        "group_norm",
-        "rms_norm",
-        "_fused_rms_norm",
-    }
-)
+NORM = _names("""
+    native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update
+    _batch_norm_no_update cudnn_batch_norm miopen_batch_norm batch_norm native_layer_norm layer_norm
+    native_group_norm group_norm rms_norm _fused_rms_norm
+""")
 
-ATTENTION = frozenset(
-    {
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_attention_math",
-        "_scaled_dot_product_fused_attention_overrideable",
-        "scaled_dot_product_attention",
-        "_native_multi_head_attention",
-        "_transformer_encoder_layer_fwd",
-    }
-)
+ATTENTION = _names("""
+    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
+    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math
+    _scaled_dot_product_fused_attention_overrideable scaled_dot_product_attention _native_multi_head_attention
+    _transformer_encoder_layer_fwd
+""")
 
-POOL = frozenset(
-    {
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "_adaptive_avg_pool2d",
-        "_adaptive_avg_pool3d",
-        "mkldnn_adaptive_avg_pool2d",
-        "max_pool2d_with_indices",
-        "max_pool3d_with_indices",
-        "mkldnn_max_pool2d",
-        "max_pool2d",
-        "upsample_nearest1d",
-        "upsample_nearest2d",
-        "upsample_nearest3d",
-        "upsample_bilinear2d",
-        "upsample_bicubic2d",
-        "upsample_trilinear3d",
-        "_upsample_bilinear2d_aa",
-        "_upsample_bicubic2d_aa",
-        "_fft_r2c",
-        "_fft_c2c",
-        "_fft_c2r",
-        "cumsum",
-        "grid_sampler_2d",
-        "grid_sampler_3d",
-    }
-)
+POOL = _names("""
+    avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d mkldnn_adaptive_avg_pool2d
+    max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d max_pool2d upsample_nearest1d
+    upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
+    _upsample_bilinear2d_aa _upsample_bicubic2d_aa _fft_r2c _fft_c2c _fft_c2r cumsum grid_sampler_2d grid_sampler_3d
+""")
 """Mixes positions without parameters."""
 
-NONLINEAR = frozenset(
-    {
-        "relu",
-        "relu6",
-        "gelu",
-        "silu",
-        "mish",
-        "sigmoid",
-        "hardsigmoid",
-        "hardswish",
-        "hardtanh",
-        "tanh",
-        "leaky_relu",
-        "_prelu_kernel",
-        "prelu",
-        "rrelu_with_noise",
-        "elu",
-        "celu",
-        "selu",
-        "glu",
-        "softplus",
-        "softshrink",
-        "hardshrink",
-        "threshold",
-        "log_sigmoid_forward",
-        "_softmax",
-        "_log_softmax",
-        "_safe_softmax",
-        "exp",
-        "log",
-        "erf",
-        "sin",
-        "cos",
-        "abs",
-        "pow",
-        "sqrt",
-        "rsqrt",
-        "reciprocal",
-        "square",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "maximum",
-        "minimum",
-        "sign",
-        "where",
-    }
-)
+NONLINEAR = _names("""
+    relu relu6 gelu silu mish sigmoid hardsigmoid hardswish hardtanh tanh leaky_relu _prelu_kernel prelu
+    rrelu_with_noise elu celu selu glu softplus softshrink hardshrink threshold log_sigmoid_forward _softmax
+    _log_softmax _safe_softmax exp log erf sin cos abs pow sqrt rsqrt reciprocal square clamp clamp_min clamp_max
+    maximum minimum sign where
+""")
 
 PARTIAL = frozenset(
     {"slice", "select", "narrow", "split", "split_with_sizes", "unbind", "chunk", "index_select", "index", "gather"}
 )
 """Keeps a part of its input, where the output is smaller."""
 
-VIEW = frozenset(
-    {
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "_reshape_alias",
-        "flatten",
-        "unsqueeze",
-        "squeeze",
-        "alias",
-        "detach",
-        "clone",
-        "contiguous",
-        "_to_copy",
-        "to",
-        "expand",
-        "permute",
-        "transpose",
-        "t",
-        "as_strided",
-        "copy",
-        "lift_fresh",
-    }
-)
+VIEW = _names("""
+    view _unsafe_view reshape _reshape_alias flatten unsqueeze squeeze alias detach clone contiguous _to_copy to
+    expand permute transpose t as_strided copy lift_fresh
+""")
 """Carries the values on as they are: a scaling before it is still the last thing that happened."""
 
 SCALING = frozenset({"mul", "div"})
@@ -202,21 +94,10 @@ INVERSE_SIZE = frozenset({"rsqrt", "reciprocal"})
 
 AVERAGE = frozenset({"avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "mean"})
 
-FACTORY = frozenset(
-    {
-        "empty_like",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "rand_like",
-        "randn_like",
-        "new_empty",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty_strided",
-    }
-)
+FACTORY = _names("""
+    empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full
+    new_empty_strided
+""")
 """Takes from its input no more than shape and type."""
 
 
