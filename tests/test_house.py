@@ -12,11 +12,11 @@ SOURCE = Path(__file__).parents[1] / "src" / "normfree"
 # What each folder may import of ours: science → models → training → face, never upwards.
 ALLOWED = {
     "common": {"common"},
-    "trace": {"trace", "signal", "common"},
+    "trace": {"trace", "common"},
     "signal": {"signal", "trace", "report", "common"},
     "nn": {"nn", "common"},
     "models": {"models", "nn", "common"},
-    "weights": {"weights", "models", "nn", "signal", "common"},
+    "weights": {"weights", "models", "nn", "trace", "common"},
     "optim": {"optim", "nn", "trace", "common"},
     "data": {"data", "nn", "signal", "trace", "common"},
     "convert": {"convert", "nn", "signal", "trace", "weights", "common"},

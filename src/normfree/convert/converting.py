@@ -23,9 +23,8 @@ from normfree.convert.record import STARTS, Change, Conversion
 from normfree.convert.rewrite import exchanged, is_layer_change
 from normfree.convert.structure import Structure
 from normfree.convert.training import training_structure
-from normfree.signal.measure import unwrapped
 from normfree.signal.nonfinite import check_finite, check_present
-from normfree.trace.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of
+from normfree.trace.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of, unwrapped
 
 ALPHA, SKIP_GAIN = 0.2, 1.0
 """Of residual branches, where nothing else is asked for."""

@@ -20,11 +20,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree.convert.kinds import is_layer, is_norm
 from normfree.convert.weights import FollowedWeights, biasless, is_foreign, zero_biases
-from normfree.signal.listening import run
 from normfree.trace import operations as op
 from normfree.trace.graph import Node, Residual
-from normfree.trace.inputs import Batch, examples_in, tensors_of
-from normfree.trace.modules import ModuleStack
+from normfree.trace.inputs import Batch, ModuleStack, examples_in, run_once, tensors_of
 from normfree.trace.preserve import Preserved, untouched
 from normfree.trace.recorder import Recorder
 
@@ -194,9 +192,7 @@ class DataflowRecorder(Recorder):
             self.learned[parameter] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if self.measuring:
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        tensors = list(op.tensors_in(args, kwargs or {}))
+        tensors = op.tensors_in(args, kwargs or {})
         for tensor in tensors:
             if (readers := self.flow.parameter_readers.get(_place(tensor))) is not None:
                 readers.add(self.stack.name)
@@ -359,7 +355,7 @@ def _record(model: nn.Module, batch: Batch, state: AbstractContextManager[Preser
                 handles.append(module.register_forward_pre_hook(recorder.enter, **first))
                 handles.append(module.register_forward_hook(recorder.leave, **first))
             with preserved.guarding(tensors), torch.no_grad(), stack.followed(), recorder:
-                outputs = run(model, batch, stack)
+                outputs = run_once(model, batch, stack)
             recorder.flow.outputs = [recorder.nodes[t] for t in outputs if t in recorder.nodes]
         finally:
             for handle in handles:

@@ -13,7 +13,7 @@ from normfree.common.text import all_lines, first_line
 from normfree.convert.converting import conversion_of
 from normfree.convert.record import Conversion
 from normfree.convert.rewrite import rewritten
-from normfree.signal.measure import unwrapped
+from normfree.trace.inputs import unwrapped
 from normfree.weights.checkpoint import Origin, register
 from normfree.weights.stored import Stored, read, restored
 

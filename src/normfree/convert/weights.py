@@ -22,7 +22,7 @@ from normfree.convert.kinds import base_of, is_norm
 from normfree.nn import Standardization
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
-from normfree.trace.statics import Statics
+from normfree.trace.scaling import Statics
 
 _REARRANGING = frozenset(
     {"view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unsqueeze", "squeeze", "expand", "permute"}

@@ -22,7 +22,7 @@ from normfree.common.text import first_line
 from normfree.models import Backbone, create_model
 from normfree.models.recognised import check_backbone
 from normfree.nn.fold import fold, has_foldable
-from normfree.signal.measure import unwrapped
+from normfree.trace.inputs import unwrapped
 from normfree.weights.stored import Stored, check_fits, read, restored, write
 
 
