@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 CODE = """
 import torch
 from normfree.nn.fused_standardization import FusedStandardization, takes, try_out
-from normfree.nn.standardization import standardized_step_by_step
+from normfree.nn.scaled_ws import standardized_step_by_step
 
 def derivatives(function, dtype, shape, layout):
     generator = torch.Generator().manual_seed(0)
@@ -62,7 +62,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from normfree import create_model, spp
 from normfree.nn import ScaledWSConv2d, ScaledWSConvTranspose2d, gpu_standardization, standardize
-from normfree.nn.standardization import standardized_step_by_step
+from normfree.nn.scaled_ws import standardized_step_by_step
 
 warnings.simplefilter("error", UserWarning)
 torch.manual_seed(0)

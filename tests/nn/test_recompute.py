@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from normfree.models import create_model
 from normfree.nn import AveragePool2x2, ScaledConv2d, ScaledWSConv2d, build_activation, recompute
-from normfree.nn.noted_activations import NOTED, Noted
+from normfree.nn.recompute import NOTED, Noted
 
 SMALL = {"widths": (16, 24, 32, 40), "depths": (1, 2, 1, 1), "stochdepth_rate": 0.0, "drop_rate": 0.0}
 

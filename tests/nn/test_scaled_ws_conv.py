@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 
 from normfree.nn import ScaledConv2d, ScaledWSConv2d, fold, standardize
-from normfree.nn.standardization import StandardizeRows
+from normfree.nn.scaled_ws import StandardizeRows
 
 GEOMETRIES = [
     # in, out, kernel, stride, dilation, groups, height, width

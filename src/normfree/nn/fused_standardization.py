@@ -2,7 +2,7 @@
 
     What_i = g_i * c * (W_i - mean(W_i)) * rsqrt(max(N * var(W_i), 1e-4))
 
-as in :mod:`normfree.nn.standardization`, whose native norms take about ten calls forward and twenty with the gradient.
+as in :mod:`normfree.nn.scaled_ws`, whose native norms take about ten calls forward and twenty with the gradient.
 A GPU is done with a filter's few thousand numbers before the next call reaches it, so calls are what takes time. The
 kernels read the weight in whatever order it lies in within a filter, and compute in float32.
 
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from normfree.nn.gpu_standardization import must_be_seen
-from normfree.nn.standardization import VARIANCE_FLOOR, standardized_step_by_step
+from normfree.nn.scaled_ws import VARIANCE_FLOOR, standardized_step_by_step
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -7,9 +7,9 @@ are no parameters any longer, but computed when the forward reads them:
     bias        alpha * s * b
 
 W, b    its parameters ``raw_weight`` and ``raw_bias`` (of whatever name they had)
-What    W standardized filter by filter, times a learnable gain, as in :mod:`normfree.nn.standardization`
+What    W standardized filter by filter, times a learnable gain, as in :mod:`normfree.nn.scaled_ws`
 c       input_scale * factor, a constant
-m       learnable mean per filter, where one is kept: see :mod:`normfree.nn.kept_mean`
+m       learnable mean per filter, where one is kept: see :mod:`normfree.nn.scaled_ws`
 
 Gain, mean and skip gain are parameters of a child. This is what ``torch.nn.utils.parametrize`` does, but for two
 things: the raw parameters are the module's own, so that Opacus takes their gradients per example and adaptive gradient
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.nn.fold import Reparametrization
-from normfree.nn.scaled_ws_conv import StandardizedFilters
+from normfree.nn.scaled_ws import StandardizedFilters
 
 CHILD = "standardization"
 """The child of a standardized module that holds its factors."""
