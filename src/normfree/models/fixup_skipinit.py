@@ -22,7 +22,7 @@ from normfree.common.checks import check_number
 from normfree.models.registry import register
 from normfree.models.scaffold import Backbone, BlockPlace, ResNetLayout, resnet_variants
 from normfree.nn import Activation, ScaledConv2d, build_activation
-from normfree.nn.recompute import derived
+from normfree.nn.recompute import with_origin
 
 
 class SkipInitBlock(nn.Module):
@@ -133,7 +133,7 @@ class ScalarBias(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shifted = x + self.bias
         if not torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]
-            derived(shifted, torch.add, x, self.bias)
+            with_origin(shifted, torch.add, x, self.bias)
         return shifted
 
 

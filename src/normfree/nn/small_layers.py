@@ -1,4 +1,4 @@
-"""Squeeze-and-excitation, with the block's scalar factors on its gate."""
+"""Layers without filters: gates and stochastic depth of a branch, and what conversion leaves of a normalizer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SqueezeExcite(BranchEnd):
         hidden = max(1, int(channels * ratio))
         self.linear0 = nn.Linear(channels, hidden)
         self.linear1 = nn.Linear(hidden, channels)
-        self.end_branch(alpha, skip_gain)
+        self.set_branch_scale(alpha, skip_gain)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -52,10 +52,33 @@ class SqueezeExcite(BranchEnd):
     def forward(self, x: Tensor) -> Tensor:
         """Gate [N, C, H, W]."""
         gate = 2 * torch.sigmoid(self.linear1(F.relu(self.linear0(x.mean((2, 3))))))
-        return x * self.ended(gate)[:, :, None, None]
+        return x * self.apply_branch_scale(gate)[:, :, None, None]
 
 
-# MERGED from nn/small_layers.py
+class BranchScale(BranchEnd):
+    """Scale the input by ``correction * alpha * s``: for a branch whose end no layer's weight can scale.
+
+    Behind the sigmoid of a gate it stands on [N, C] numbers; behind an activation it multiplies the map.
+
+    Args:
+        correction: what belongs to the branch itself: 2 for a gate of one half; 1 otherwise.
+        alpha: constant factor, at least 0.
+        skip_gain: initial value of s, a learnable 0-d factor; None for none.
+
+    Raises:
+        ValueError: a factor that is no finite number, or a negative alpha.
+    """
+
+    def __init__(self, *, correction: float = 1.0, alpha: float = 1.0, skip_gain: float | None = None) -> None:
+        super().__init__()
+        self.correction = check_number("correction", correction, 0.0)
+        self.set_branch_scale(alpha, skip_gain)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.apply_branch_scale(input if self.correction == 1 else input * self.correction)
+
+    def extra_repr(self) -> str:
+        return f"correction={self.correction:g}, alpha={self.alpha:g}"
 
 
 class StochasticDepth(nn.Module):
@@ -88,9 +111,6 @@ class StochasticDepth(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.rate:.4g}"
-
-
-# MERGED from nn/small_layers.py
 
 
 class ChannelAffine(nn.Module):
@@ -167,32 +187,6 @@ class ChannelUnits(nn.Sequential):
     def __init__(self, channels: int) -> None:
         check_integer("channels", channels, 1)
         super().__init__(ChannelConstants(channels), ChannelAffine(channels))
-
-
-class BranchScale(BranchEnd):
-    """Scale the input by ``correction * alpha * s``: for a branch whose end no layer's weight can scale.
-
-    Behind the sigmoid of a gate it stands on [N, C] numbers; behind an activation it multiplies the map.
-
-    Args:
-        correction: what belongs to the branch itself: 2 for a gate of one half; 1 otherwise.
-        alpha: constant factor, at least 0.
-        skip_gain: initial value of s, a learnable 0-d factor; None for none.
-
-    Raises:
-        ValueError: a factor that is no finite number, or a negative alpha.
-    """
-
-    def __init__(self, *, correction: float = 1.0, alpha: float = 1.0, skip_gain: float | None = None) -> None:
-        super().__init__()
-        self.correction = check_number("correction", correction, 0.0)
-        self.end_branch(alpha, skip_gain)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.ended(input if self.correction == 1 else input * self.correction)
-
-    def extra_repr(self) -> str:
-        return f"correction={self.correction:g}, alpha={self.alpha:g}"
 
 
 class Copy(nn.Module):
