@@ -14,9 +14,8 @@ from normfree.convert.record import Change, Conversion
 from normfree.convert.rewrite import SCALED, UNITS, is_layer_change
 from normfree.convert.weights import MapOutput
 from normfree.nn import Standardization, standardization_of
-from normfree.nn.affine import ChannelUnits
-from normfree.nn.branch_end import BranchEnd
-from normfree.nn.scaled_ws_conv import StandardizedFilters
+from normfree.nn.scaled_ws import BranchEnd, StandardizedFilters
+from normfree.nn.small_layers import ChannelUnits
 from normfree.nn.standardized_module import raw_name
 from normfree.trace.inputs import Batch, call, copy_of
 

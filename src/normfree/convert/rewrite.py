@@ -201,10 +201,10 @@ def fold_affine(old: Any, new: Any, scale: Tensor, shift: Tensor) -> None:
     bias = shift / layout.bias_factor if before is None else shift / layout.bias_factor + scale * before.double()
     weight = old.get_parameter(layout.weight)
     if part is not None:
-        part.fit(new.get_parameter(raw_name(layout.weight)), weight, scale)
+        part.set_effective_weight(new.get_parameter(raw_name(layout.weight)), weight, scale)
         new.get_parameter(raw_name(layout.biases[0])).copy_(bias)
     elif isinstance(new, ours.KeptMean):
-        new.become(weight, bias, scale)
+        new.set_effective(weight, bias, scale)
     else:
         new.weight.copy_(weight.double() * scale.view(-1, 1, 1, 1))
         new.bias.copy_(bias)

@@ -20,7 +20,7 @@ from normfree.common.checks import invalid, is_integer
 from normfree.common.files import parse_json
 from normfree.common.text import first_line
 from normfree.models import Backbone, create_model
-from normfree.models.recognised import check_backbone
+from normfree.models.registry import check_backbone
 from normfree.nn.fold import fold, has_foldable
 from normfree.trace.inputs import unwrapped
 from normfree.weights.stored import Stored, check_fits, read, restored, write
