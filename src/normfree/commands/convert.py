@@ -22,8 +22,8 @@ from normfree.convert import ALPHA, SKIP_GAIN, Conversion, conversion_of, conver
 from normfree.data import probe_named
 from normfree.sources import Built, build
 from normfree.weights import save
+from normfree.weights.checkpoint import read
 from normfree.weights.matching import without_wrappers
-from normfree.weights.stored import read
 
 
 @dataclass(frozen=True, kw_only=True)

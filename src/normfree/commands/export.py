@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
-from normfree.common.checks import check_choice
-from normfree.common.memory import check_memory
+from normfree.common.checks import check_choice, check_memory
 from normfree.export import Exported, to_onnx, to_program
-from normfree.export.staging import check_path
+from normfree.export.exported import check_path
 from normfree.signal import input_shape
 from normfree.sources import build
 

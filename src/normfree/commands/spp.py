@@ -21,7 +21,7 @@ from normfree.commands.again import command_line
 from normfree.commands.devices import device_named
 from normfree.commands.outputs import check_folder, write_signals
 from normfree.commands.tables import print_signal
-from normfree.common.memory import check_memory
+from normfree.common.checks import check_memory
 from normfree.data import GaussianNoise, Probe, probe_named
 from normfree.signal import SignalPropagation, input_shape, spp
 from normfree.sources import build, check_original, takes_original

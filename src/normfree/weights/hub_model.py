@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from normfree.models import Backbone
 from normfree.models.recognised import check_backbone
-from normfree.weights.folder import PLACEHOLDER, TAGS, save_pretrained
-from normfree.weights.hub import from_pretrained, metadata_card, push_to_hub
+from normfree.weights.hub import PLACEHOLDER, TAGS, from_pretrained, metadata_card, push_to_hub, save_pretrained
 
 
 class HubModel(nn.Module, PyTorchModelHubMixin, library_name="normfree", tags=list(TAGS)):
