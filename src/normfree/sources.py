@@ -284,9 +284,8 @@ def _called(file: Path, factory: str) -> Any:
     return function()
 
 
-# MERGED from sources.py: The modules beside a person's FILE.py: importable from files of its folder, also long after it was run.
-#
-# A model's forward may import a sibling when it first runs. Siblings are therefore found by who asks: an import made by a
+# The modules beside a person's FILE.py are importable from files of its folder, also long after it was run: a model's
+# forward may import a sibling when it first runs. They are therefore found by which file imports: an import made by a
 # file of the folder looks in that folder first, while imports of ours, and of installed packages, never do.
 
 

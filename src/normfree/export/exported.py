@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from normfree.common.checks import check_flag, check_number, invalid
 from normfree.common.packages import required
@@ -169,14 +170,18 @@ def export(
     # A program keeps the values it was traced with: not the user's.
     example = arguments.resampled(None, torch.Generator().manual_seed(SEED))
 
-    def write(module: nn.Module, place: Path, what: str) -> tuple[Opened, Difference]:
-        kind.write(capture(module, example, dynamic_batch=dynamic_batch), place, names)
+    def trace(module: nn.Module) -> ExportedProgram:
+        return capture(module, example, dynamic_batch=dynamic_batch)
+
+    def write(program: ExportedProgram, module: nn.Module, place: Path, what: str) -> tuple[Opened, Difference]:
+        kind.write(program, place, names)
         opened = kind.read(place)
         found = compare(opened.answer, lambda batch: batch.call(module), batches)
         _check_difference(found, tolerance, what)
         return opened, found
 
     folded = fold(given).requires_grad_(False)
+    program = trace(folded)
     folding = compare(lambda batch: batch.call(folded), lambda batch: batch.call(given), batches)
     _check_difference(folding, tolerance, "the folded model")
     silent = silent_parameters(folded)
@@ -185,10 +190,11 @@ def export(
         if silent:  # a zero hides whatever is done to what it multiplies
             woken = awake(folded, torch.Generator().manual_seed(SEED))
             if all(bool(y.isfinite().all()) for batch in batches for y in batch.call(woken)):
-                rehearsal = write(woken, place, "a rehearsal's file, its all-zero weights drawn at random,")[1]
+                what = "a rehearsal's file, its all-zero weights drawn at random,"
+                rehearsal = write(trace(woken), woken, place, what)[1]
                 for part in place.parent.iterdir():
                     part.unlink()
-        opened, file = write(folded, place, "the file, read back,")
+        opened, file = write(program, folded, place, "the file, read back,")
         size = sum(part.stat().st_size for part in place.parent.iterdir())
     return Exported(
         path=path,

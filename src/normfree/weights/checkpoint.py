@@ -1,4 +1,4 @@
-"""``save`` and ``load``: one safetensors file that also says how to build the model.
+"""``save`` and ``load``: one safetensors file with a model's tensors, and notes that say how to build it.
 
 There is more than one way to say it, and each enters itself here: a model of ``create_model`` is its name and overrides
 (below), a converted one the record of its conversion (``normfree.convert.files``).
@@ -26,6 +26,43 @@ from normfree.models import Backbone, create_model
 from normfree.models.recognised import check_backbone
 from normfree.nn.fold import fold, has_foldable
 from normfree.signal.measure import unwrapped
+
+Model = TypeVar("Model", bound=nn.Module)
+
+SUFFIX = ".safetensors"
+FOLDED = "normfree.folded"  # the note of a model that fold has made plain
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Precisions of weights; others (of eight bits and fewer, complex) no layer computes with."""
+
+NOTE = 2**26
+"""Characters of a note that are read at most: the record of a conversion of 100,000 modules."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file holds.
+
+    Attributes:
+        path: the file.
+        argument: what named it, for messages.
+        notes: the file's metadata.
+        tensors: by the names of the model's state dict.
+    """
+
+    path: Path
+    argument: str
+    notes: Mapping[str, str]
+    tensors: dict[str, Tensor]
+
+    @property
+    def folded(self) -> bool:
+        """Whether the model was a folded one."""
+        return FOLDED in self.notes
+
+    def error(self, rule: str, remedy: str) -> ValueError:
+        """Return (not raise) the error that says what is wrong with the file."""
+        return invalid(self.argument, str(self.path), rule, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,47 +249,6 @@ def _undescribed(stored: Stored, error: Exception) -> ValueError:
 NAMED = register(Origin(key="normfree", note=named_note, rebuilt=_named))
 
 
-# MERGED from weights/checkpoint.py: One safetensors file: a model's tensors, and notes that say how to build it. Models of all kinds go this way.
-
-
-Model = TypeVar("Model", bound=nn.Module)
-
-SUFFIX = ".safetensors"
-FOLDED = "normfree.folded"  # the note of a model that fold has made plain
-
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Precisions of weights; others (of eight bits and fewer, complex) no layer computes with."""
-
-NOTE = 2**26
-"""Characters of a note that are read at most: the record of a conversion of 100,000 modules."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What a file holds.
-
-    Attributes:
-        path: the file.
-        argument: what named it, for messages.
-        notes: the file's metadata.
-        tensors: by the names of the model's state dict.
-    """
-
-    path: Path
-    argument: str
-    notes: Mapping[str, str]
-    tensors: dict[str, Tensor]
-
-    @property
-    def folded(self) -> bool:
-        """Whether the model was a folded one."""
-        return FOLDED in self.notes
-
-    def error(self, rule: str, remedy: str) -> ValueError:
-        """Return (not raise) the error that says what is wrong with the file."""
-        return invalid(self.argument, str(self.path), rule, remedy)
-
-
 def check_target(path: str | Path) -> Path:
     """Return where to write a file of weights; refuse what is none.
 
@@ -348,14 +344,14 @@ def check_number_kind(stored: Stored, name: str, mine: Tensor, theirs: Tensor) -
         ValueError: naming the tensor.
     """
     if theirs.dtype not in FLOATING and (mine.is_floating_point() or theirs.is_floating_point() or theirs.is_complex()):
-        rule = f"{name} holds {_named(theirs.dtype)}, which are no weights"
+        rule = f"{name} holds {_dtype_name(theirs.dtype)}, which are no weights"
         raise stored.error(rule, "save the model in float32, float64, float16 or bfloat16")
     if theirs.is_floating_point() and not mine.is_floating_point():
-        rule = f"{name} holds {_named(theirs.dtype)} where the model counts in {_named(mine.dtype)}"
+        rule = f"{name} holds {_dtype_name(theirs.dtype)} where the model counts in {_dtype_name(mine.dtype)}"
         raise stored.error(rule, "give an undamaged one")
 
 
-def _named(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

@@ -65,7 +65,7 @@ def load_haiku_weights(model: Model, source: str | Path | Tree) -> Model:
     Warns:
         UserWarning: the model pads symmetrically, which changes the logits by 0.04 to 0.9.
 
-    Source: the names are those of the authors' public definitions; see ``normfree.weights.haiku``.
+    Source: the names are those of the authors' public definitions; see below in this file.
     """
     names = haiku_names(model)
     numbers = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
@@ -186,14 +186,11 @@ def _tensor(name: str, array: np.ndarray, target: Tensor) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=kind, order="C"))
 
 
-# MERGED from weights/haiku.py: The official (Haiku) name of each tensor of a model: a pure function of the model.
-#
-# A name is ``<module path>/<name>``. Blocks are numbered over the whole network, without a suffix on the first;
-# what a block makes in its constructor is under ``<block>/~/``, what it makes while it runs under ``<block>/``.
-# BatchNorm keeps its running statistics apart, as two exponential moving averages.
-#
-# Source: the
-
+# The official names follow. A name is ``<module path>/<name>``. Blocks are numbered over the whole network, without a
+# suffix on the first; what a block makes in its constructor is under ``<block>/~/``, what it makes while it runs under
+# ``<block>/``. BatchNorm keeps its running statistics apart, as two exponential moving averages. Source: the authors'
+# public definitions (deepmind-research, folder nfnets), for the names alone. There is no official BN-RegNet: its names
+# here are those its official sisters would give it.
 
 # The network's module, its blocks' and, per block, the learnable factor of the branch; per family.
 _FAMILIES: dict[type[Backbone], tuple[str, str, str]] = {
@@ -274,7 +271,7 @@ def haiku_names(model: nn.Module) -> HaikuNames:
     Raises:
         ValueError: the model is of none of our families, or has a tensor that none of them has.
 
-    Source: as at the top of this file.
+    Source: as above.
     """
     network, block, factor = _family(model)
     owners = dict(model.named_modules())

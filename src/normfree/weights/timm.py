@@ -143,12 +143,9 @@ def _standardization_ratio(weight: Tensor) -> Tensor:
     return theirs / ours
 
 
-# MERGED from weights/timm.py: timm's normalizer-free networks: what a state dict is of, and its names for our tensors.
-#
-# All of them are one class, so a state dict does not say which it is; its tensors do, but for the activation.
-#
-# Source: timm's ``models/nfnet.py``, for names, constants and where it departs from the papers.
-
+# What a state dict is of, and timm's names. All of timm's normalizer-free networks are one class, so a state dict does
+# not say which it is; its tensors do, but for the activation. Source: timm's ``models/nfnet.py``, for names, constants
+# and where it departs from the papers.
 
 # Our modules in timm's names; blocks are numbered alike.
 _OUTSIDE: dict[str, str] = {
