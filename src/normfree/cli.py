@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_streams()
     try:
         command = _parsed(arguments)
-        from normfree.commands.terminal import Terminal
+        from normfree.commands.shared import Terminal
 
         code = command.run(Terminal(width=None if sys.stdout.isatty() else WIDTH)) or 0
         sys.stdout.flush()

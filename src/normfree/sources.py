@@ -12,9 +12,10 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,11 +40,21 @@ DEEPEST = 100_000
 """Blocks of a network of ours at most: a stage's loop over more would run for hours."""
 
 
-class Built(NamedTuple):
-    """A model, and the batch its factory gave with it (None if it gave none)."""
+@dataclass(frozen=True)
+class Built:
+    """A model, and what is known of it.
+
+    Attributes:
+        model: the model.
+        batch: what its factory gave with it, None if it gave none.
+        shape: of one example, as the run that the weights are of has them; None without a run.
+        random: whether its weights are random for certain: those of a name, without a file.
+    """
 
     model: nn.Module
     batch: Any = None
+    shape: tuple[int, ...] | None = None
+    random: bool = False
 
 
 def build(source: str, original: str | None = None) -> Built:
@@ -53,8 +64,8 @@ def build(source: str, original: str | None = None) -> Built:
     a tensor, a tuple of positional or a mapping of keyword arguments.
 
     Args:
-        source: one of :data:`FORMS`. Overrides follow one of our names after a colon:
-            ``nf_resnet50:width=1,activation=silu``.
+        source: one of :data:`FORMS`. Arguments follow a name after a colon: ``nf_resnet50:width=1,activation=silu``,
+            ``torchvision:resnet18:weights=DEFAULT``, ``timm:resnet18:pretrained=True``.
         original: of a converted checkpoint, what builds the model it was converted from, in the same forms. Without
             it, what the checkpoint says is followed where it is a name of ours, torchvision's or timm's alone.
 
@@ -62,20 +73,21 @@ def build(source: str, original: str | None = None) -> Built:
         ValueError: if there is no such model; the message names the nearest.
     """
     if path := _checkpoint_of(source):
-        return _from_checkpoint(path, original)
+        built = _from_checkpoint(path, original)
+        return built if built.batch is not None else replace(built, shape=_run_shape(path))
     if original is not None:
         raise _no_use(original, source)
     if _names_factory(source):
         return _from_file(source)
-    named = _by_name(source, DEEPEST)
-    if source.partition(":")[2] and not source.startswith(("torchvision:", "timm:")):
+    named, pretrained = _by_name(source, DEEPEST)
+    if not pretrained and source.partition(":")[2] and not source.startswith(("torchvision:", "timm:")):
         try:
             with torch.device("meta"):
                 size = sum(parameter.nbytes for parameter in named().parameters())
         except (RuntimeError, OverflowError) as error:  # more numbers than an index counts
             raise invalid("model", source, first_line(error), "pass smaller widths") from error
         check_memory("model", source, size)
-    return Built(named())
+    return Built(named(), random=not pretrained)
 
 
 def takes_original(source: str) -> bool:
@@ -98,7 +110,7 @@ def check_original(original: str | None, sources: Sequence[str]) -> None:
         raise _no_use(original, " ".join(sources))
 
 
-def opened(path: str | Path, original: str | None = None) -> nn.Module:
+def load_checkpoint(path: str | Path, original: str | None = None) -> nn.Module:
     """The model in a checkpoint; a converted one is made of its original.
 
     Args:
@@ -151,7 +163,7 @@ def _from_checkpoint(path: str, original: str | None) -> Built:
     named = None
     if conversion.source is not None:
         try:
-            named = _by_name(conversion.source, tensors)
+            named, _ = _by_name(conversion.source, tensors, weights=False)
         except ValueError:  # a FILE.py, a path, or a name of nothing: the file may not decide what is run
             named = None
     if named is None:
@@ -162,35 +174,55 @@ def _from_checkpoint(path: str, original: str | None) -> Built:
     return Built(load(path, original=named()))
 
 
-def _by_name(source: str, deepest: int) -> Callable[[], nn.Module]:
+def _run_shape(path: str) -> tuple[int, ...] | None:
+    """The shape of an image that the run around a file of weights evaluates on, None where there is no run."""
+    from normfree.train.trained import find_run
+
+    run = find_run(Path(path))
+    return None if run is None else (run.data.channels, run.data.size, run.data.size)
+
+
+def _by_name(source: str, deepest: int, *, weights: bool = True) -> tuple[Callable[[], nn.Module], bool]:
     """What builds a model of this package, torchvision or timm; no file is looked at, nothing is built yet.
 
     Args:
-        source: a name of ours with overrides, torchvision:NAME or timm:NAME.
+        source: a name of ours with overrides, torchvision:NAME or timm:NAME, these with ``:weights=…``.
         deepest: blocks of a network of ours at most.
+        weights: whether pretrained weights that are asked for are had; they may be downloaded.
+
+    Returns:
+        The constructor, and whether its model is a pretrained one.
 
     Raises:
         ValueError: it is none of these names, or deeper.
     """
     prefix, _, rest = source.partition(":")
     if prefix == "torchvision":
-        return _torchvision(rest)
+        return _torchvision(rest, weights)
     if prefix == "timm":
-        return _timm(rest)
+        return _timm(rest, weights)
     overrides = parse_overrides(rest)
     if prefix not in list_models():
         create_model(prefix)  # raises, with the nearest name
     if "depths" in overrides:
         check_depths(overrides["depths"], deepest)
-    return lambda: create_model(prefix, **overrides)
+    return (lambda: create_model(prefix, **overrides)), False
 
 
-def _torchvision(name: str) -> Callable[[], nn.Module]:
+def _torchvision(word: str, weights: bool) -> tuple[Callable[[], nn.Module], bool]:
     import torchvision
 
+    name, _, options = word.partition(":")
     known = torchvision.models.list_models()
     if name not in known:
         raise ValueError(f"model: torchvision has no {quoted(name)}; {suggestion(name, known)}")
+    given = _only_option(word, options, "weights", "DEFAULT")
+    if weights and given is not None:
+        enum = torchvision.models.get_model_weights(name)
+        if given not in enum.__members__:
+            rule = f"torchvision has no weights {quoted(given)} of {name}"
+            raise invalid("model", word, rule, f"choose one of {', '.join(enum.__members__)}")
+        return (lambda: torchvision.models.get_model(name, weights=enum[given])), True
 
     def build_it() -> nn.Module:
         try:
@@ -198,14 +230,27 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
         except (TypeError, ValueError):  # the models without a backbone refuse the argument
             return torchvision.models.get_model(name, weights=None)
 
-    return build_it
+    return build_it, False
 
 
-def _timm(name: str) -> Callable[[], nn.Module]:
-    timm = required("timm", f"timm:{name}", "'normfree[timm]'")
+def _timm(word: str, weights: bool) -> tuple[Callable[[], nn.Module], bool]:
+    timm = required("timm", f"timm:{word}", "'normfree[timm]'")
+    name, _, options = word.partition(":")
     if not timm.is_model(name):
         raise ValueError(f"model: timm has no {quoted(name)}; {suggestion(name, timm.list_models())}")
-    return lambda: timm.create_model(name, pretrained=False)
+    given = _only_option(word, options, "pretrained", "True")
+    if given not in (None, True, False):
+        raise invalid("model", word, f"pretrained={given} is neither True nor False", "write pretrained=True")
+    pretrained = weights and given is True
+    return (lambda: timm.create_model(name, pretrained=pretrained)), pretrained
+
+
+def _only_option(word: str, options: str, option: str, example: str) -> Any:
+    """The value of the one option that may follow somebody else's model; None where nothing follows."""
+    given = parse_overrides(options)
+    if unknown := [name for name in given if name != option]:
+        raise invalid("model", word, f"{unknown[0]} is no option here", f"write NAME, or NAME:{option}={example}")
+    return given.get(option)
 
 
 _ALLOCATING = {torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}

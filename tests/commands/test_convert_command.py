@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 
 import normfree
 from normfree.cli import main
-from normfree.commands.convert import Convert, prepared
-from normfree.commands.doctor import Doctor
+from normfree.commands.convert import Convert, Doctor
 from normfree.sources import build
 
 FACTORIES = """
@@ -162,7 +161,8 @@ def test_convert_keeps_the_function_of_given_weights(source, tmp_path):
 
 
 def test_a_model_of_ones_own_is_loaded_with_its_original(source, tmp_path):
-    model = normfree.convert(*build(source))
+    built = build(source)
+    model = normfree.convert(built.model, built.batch)
     normfree.save(model, tmp_path / "model.safetensors")
     assert run("spp", "model.safetensors", "--out", "spp") == 2
     assert isinstance(build("nets.py:loaded").model[0][1], torch.nn.Identity)
@@ -187,8 +187,8 @@ def test_mistakes_are_one_line(source, capsys, words, message):
 @pytest.mark.parametrize("command", [Convert, Doctor])
 def test_model_and_input_go_to_the_device_asked_for(command, tmp_path):
     options = command(model="torchvision:resnet18", device="meta", image_size=32, out=tmp_path / "m.safetensors")
-    built, _ = prepared(options)
-    assert {each.device.type for each in (*built.model.parameters(), built.batch)} == {"meta"}
+    model, batch, _ = options.prepare()
+    assert {each.device.type for each in (*model.parameters(), batch)} == {"meta"}
 
 
 def test_weights_of_another_model(source, tmp_path, capsys):

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.table import Table
+
+from normfree.commands.shared import Terminal
 
 TABLE = Path(__file__).with_suffix(".csv")
 COLUMNS = ("model", "parameters", "channels", "family")
@@ -28,7 +29,7 @@ class Models:
     pattern: Annotated[str, tyro.conf.Positional] = "*"
     """A shell pattern, such as 'nf_*'."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         """Print a table."""
         with TABLE.open(newline="", encoding="utf-8") as lines:
             rows = [row for row in csv.DictReader(lines) if fnmatchcase(row["model"], self.pattern)]

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 from rich.markdown import Markdown
 
-from normfree.commands.outputs import check_folder
+from normfree.commands.shared import Folder, Terminal, check_folder
 from normfree.paper.figure import Setting, make
+from normfree.paper.figures import FIGURES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,19 +23,15 @@ class Paper:
     plain and with standardized weights, for ReLU, SiLU and identity."""
     setting: tyro.conf.OmitArgPrefixes[Setting] = field(default_factory=Setting)
     """How the figure is made."""
-    out: Path = Path("out/paper")
-    """Folder to write to."""
+    out: Folder = Path("out/paper")
 
     def __post_init__(self) -> None:
         check_folder(self.out)
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         """Make the figure."""
-        from normfree.paper import figure1, figure2
-
-        figure = {"figure1": figure1, "figure2": figure2}[self.what].FIGURE
         blocks = sum(self.setting.depths)
         with console.status(f"{self.what}: {blocks} blocks") as status:
-            paths = make(figure, self.setting, self.out, lambda text: status.update(f"{self.what}: {text}"))
+            paths = make(FIGURES[self.what], self.setting, self.out, lambda text: status.update(f"{self.what}: {text}"))
         console.print(Markdown(paths[-1].read_text()))
-        console.print("wrote " + " ".join(map(str, paths)), highlight=False, markup=False, soft_wrap=True)
+        console.say_written(paths)

@@ -1,4 +1,4 @@
-"""What every figure has: networks to listen to, predictions to hold them against, a note to write."""
+"""What every figure has: networks to measure, predictions to hold them against, a note to write."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Figure:
     claims: Callable[[Setting], Sequence[Claim]]
 
 
-def listen(network: Network, setting: Setting, seed: int) -> SignalPropagation:
+def measure_network(network: Network, setting: Setting, seed: int) -> SignalPropagation:
     """Build one network from a seed and measure it on gaussian noise."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -147,7 +147,7 @@ def make(figure: Figure, setting: Setting, out: Path, on_progress: Callable[[str
     for network in figure.networks:
         for seed in range(setting.seeds):
             on_progress(f"{network.label}, seed {seed}")
-            measured.setdefault(network.label, []).append(listen(network, setting, seed))
+            measured.setdefault(network.label, []).append(measure_network(network, setting, seed))
     pictures = []
     for apart in dict.fromkeys(network.apart for network in figure.networks):
         drawn = [measured[network.label][0] for network in figure.networks if network.apart == apart]

@@ -1,0 +1,121 @@
+"""What all commands share: the options they have in common, checks of values, and the terminal they print to.
+
+Imports no torch: ``normfree models`` and every ``--help`` come here first.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console, ConsoleOptions
+from rich.segment import Segment
+
+from normfree.common.text import printable
+
+_MODEL = (
+    "A name of `normfree models` (overrides after a colon: nf_resnet50:width=1), torchvision:NAME, timm:NAME, "
+    "FILE.py:FACTORY (which may return (model, batch)), a checkpoint of normfree.save, or a run's folder."
+)
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=_MODEL)]
+Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help=_MODEL)]
+TrainedModel = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(help="A run's folder, a checkpoint's folder, or a .safetensors, .onnx or .pt2 file."),
+]
+Original = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="Of a converted checkpoint, what builds the model it was made of: FILE.py:FACTORY, which is run, or "
+        "another MODEL. Needed where that is no name of ours, torchvision's or timm's."
+    ),
+]
+Device = Annotated[
+    str | None, tyro.conf.arg(help="cpu, cuda, cuda:1, …; a GPU if there is one by default.", metavar="NAME")
+]
+ImageSize = Annotated[
+    int | None,
+    tyro.conf.arg(help="Height and width; that of a run's images, else what the model suggests, else 224, by default."),
+]
+Seed = Annotated[int, tyro.conf.arg(help="Of initialisation and input.")]
+Folder = Annotated[Path, tyro.conf.arg(help="Folder to write to.")]
+
+_AT_LEAST_ONE = ("batch_size", "batches", "image_size", "rounds", "limit_eval_steps", "top")
+
+
+def check_options(options: Any) -> None:
+    """Refuse values that no command takes: no model, a count below one, a seed that is none.
+
+    Args:
+        options: a command, a dataclass.
+
+    Raises:
+        ValueError: naming which, and why.
+    """
+    name = type(options).__name__.lower()
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name == "models" and not value:
+            raise ValueError(f"models: none given; for example: normfree {name} nf_resnet50 torchvision:resnet50")
+        if field.name in _AT_LEAST_ONE and value is not None and value < 1:
+            usual = ", usually 32 to 256" if field.name == "image_size" else ""
+            raise ValueError(f"{field.name}: {value} is too few; give at least 1{usual}")
+        if field.name == "seed" and not 0 <= value < 2**63:
+            raise ValueError(f"seed: {value} is no integer from 0 to 2**63 - 1; give one such as 0")
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that could not be written to, before any work is done; nothing is made yet.
+
+    Raises:
+        ValueError: naming the folder and why.
+    """
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"out: {str(existing)!r} is a file; give a folder")
+    if existing.is_relative_to("/proc") or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"out: {str(existing)!r} cannot be written to; give another folder")
+
+
+def command_line(name: str, options: Any, positional: Sequence[str], *, without: Sequence[str]) -> str:
+    """A command's line in a shell, with the options that are not at their defaults, for the records it writes.
+
+    Args:
+        name: of the command.
+        options: the command, a dataclass.
+        positional: its words that need no name.
+        without: fields to leave out: those of the positional words, and where results go.
+    """
+    words = ["normfree", name, *positional]
+    for field in fields(options):
+        value, option = getattr(options, field.name), "--" + field.name.replace("_", "-")
+        if field.name in without or value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(option if value else "--no-" + option[2:])
+        else:
+            words += [option, str(value)]
+    return shlex.join(words)
+
+
+class Terminal(Console):
+    """A console of rich's whose own control codes are the only ones: those in texts are written as escapes."""
+
+    def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as rich does, with printable text."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text, keep="\n"))
+
+    def say(self, text: str) -> None:
+        """Print text as it is: no markup, no colours, no line breaks of the terminal's."""
+        self.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def say_written(self, paths: Iterable[Path]) -> None:
+        """Print which files were written."""
+        self.say("wrote " + " ".join(map(str, paths)))
