@@ -99,7 +99,8 @@ def forged(source, tmp_path):
     """A converted checkpoint whose record names another source."""
     from safetensors import safe_open
 
-    path = normfree.save(normfree.convert(*build("nets.py:batch_norm")), tmp_path / "model.safetensors")
+    built = build("nets.py:batch_norm")
+    path = normfree.save(normfree.convert(built.model, built.batch), tmp_path / "model.safetensors")
     with safe_open(path, framework="pt") as file:
         notes, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     record = {**json.loads(notes["normfree.conversion"]), "source": source}

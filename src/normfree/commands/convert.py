@@ -74,7 +74,7 @@ class _Conversion:
     device: Device = None
 
     def prepare(self) -> tuple[nn.Module, Any, dict[str, Any]]:
-        """Return the model with its weights, on its device; a batch for it (a factory's stays as it is); its description.
+        """Return the model with its weights, on its device; a batch (a factory's stays as it is); what that is.
 
         Raises:
             ValueError: no such model, weights or device; an option that a factory's batch leaves no room for.

@@ -61,9 +61,8 @@ class Export:
             built = build(self.model, self.original)
             batch = self._batch(built) if built.batch is None else self._own(built.batch)
         with console.status(f"exporting {escape(self.model)}"):
-            written = WRITERS[kind](
-                built.model, batch, path, dynamic_batch=self.dynamic_batch, tolerance=self.tolerance
-            )
+            write, options = WRITERS[kind], {"dynamic_batch": self.dynamic_batch, "tolerance": self.tolerance}
+            written = write(built.model, batch, path, **options)
         self._print(console, written, built)
 
     def _batch(self, built: Built) -> torch.Tensor:

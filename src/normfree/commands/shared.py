@@ -60,7 +60,7 @@ def check_options(options: Any) -> None:
     """
     name = type(options).__name__.lower()
     for field in fields(options):
-        value = getattr(options, field.name)
+        value: Any = getattr(options, field.name)
         if field.name == "models" and not value:
             raise ValueError(f"models: none given; for example: normfree {name} nf_resnet50 torchvision:resnet50")
         if field.name in _AT_LEAST_ONE and value is not None and value < 1:
