@@ -63,11 +63,11 @@ def check_options(options: Any) -> None:
         value: Any = getattr(options, field.name)
         if field.name == "models" and not value:
             raise ValueError(f"models: none given; for example: normfree {name} nf_resnet50 torchvision:resnet50")
+        if field.name == "seed" and not 0 <= value < 2**63:
+            raise ValueError(f"seed: {value} is no integer from 0 to 2**63 - 1; give one such as 0")
         if field.name in _AT_LEAST_ONE and value is not None and value < 1:
             usual = ", usually 32 to 256" if field.name == "image_size" else ""
             raise ValueError(f"{field.name}: {value} is too few; give at least 1{usual}")
-        if field.name == "seed" and not 0 <= value < 2**63:
-            raise ValueError(f"seed: {value} is no integer from 0 to 2**63 - 1; give one such as 0")
 
 
 def check_folder(out: Path) -> None:

@@ -85,7 +85,7 @@ def write_signals(
     signals: Sequence[SignalPropagation],
     out: Path,
     *,
-    title: str = "Signal propagation report",
+    title: str | None = None,
     appendix: str = "",
 ) -> list[Path]:
     """Write spp.json, spp.png and report.html, each whole or not at all; returns their paths."""

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from normfree.report.monitor_page import slider_figure
+from normfree.report.monitor_page import slider_spec
 from normfree.report.page import filled, page_file, write_page
 from normfree.signal import SignalHistory
 from normfree.train.records import Row, read_rows
@@ -48,7 +48,7 @@ def write_training_report(
     training, evaluation = read_rows(folder / "train.csv"), read_rows(folder / "eval.csv")
     figures = curve_figures(training, evaluation)
     if history:
-        figures["signal"] = json.loads(slider_figure(history).to_json())
+        figures["signal"] = slider_spec(history)
     found = metrics["evaluation"]
     if found is not None:
         figures["confusion"] = confusion_figure(found["confusion"], config["derived"]["classes"])

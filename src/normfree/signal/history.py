@@ -127,7 +127,7 @@ class SignalHistory(list[tuple[int, SignalPropagation]]):
 
         return slider_figure(self)
 
-    def to_html(self, path: str | Path, *, title: str = "Signal propagation through training") -> Path:
+    def to_html(self, path: str | Path, *, title: str | None = None) -> Path:
         """Write the figure, findings and last numbers as one HTML file that opens offline; returns the path."""
         from normfree.report.monitor_page import write_monitor_report
 
