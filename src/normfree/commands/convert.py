@@ -40,8 +40,7 @@ from normfree.data import probe_named
 from normfree.signal import SignalPropagation, spp
 from normfree.sources import build
 from normfree.weights import save
-from normfree.weights.checkpoint import read
-from normfree.weights.matching import without_wrappers
+from normfree.weights.matching import read_state_dict
 
 # Conversion keeps the classifier and brings what is before it to unit variance; weights and pools of one network
 # account for a factor of ten either way. At a hundred the logits are ten times as large, or as small, and the first
@@ -58,7 +57,7 @@ class _Conversion:
     start: Literal["fresh", "pretrained"] = "fresh"
     """fresh: new, variance-preserving weights; pretrained: the function of the trained model, kept."""
     weights: Path | None = None
-    """State dict of the model before conversion, as safetensors."""
+    """State dict of the model before conversion: a .safetensors file, or one of torch.save (.pth)."""
     alpha: float = ALPHA
     """Factor of the residual branches (fresh)."""
     skip_gain: float = SKIP_GAIN
@@ -73,8 +72,10 @@ class _Conversion:
     seed: Seed = 0
     device: Device = None
 
-    def prepare(self) -> tuple[nn.Module, Any, dict[str, Any]]:
+    def prepare(self, console: Terminal) -> tuple[nn.Module, Any, dict[str, Any]]:
         """Return the model with its weights, on its device; a batch (a factory's stays as it is); what that is.
+
+        Pretrained conversion of random weights is said on the console.
 
         Raises:
             ValueError: no such model, weights or device; an option that a factory's batch leaves no room for.
@@ -85,10 +86,14 @@ class _Conversion:
             built = build(self.model, self.original)
         if self.weights is not None:
             try:
-                built.model.load_state_dict(without_wrappers(read(self.weights, "weights").tensors))
+                built.model.load_state_dict(read_state_dict(self.weights, "weights"))
             except RuntimeError as error:
                 rule = f"are not this model's ({all_lines(error)})"
                 raise invalid("weights", str(self.weights), rule, "give its own state dict") from error
+        elif built.random and self.start == "pretrained":
+            named = {"torchvision": ":weights=DEFAULT", "timm": ":pretrained=True"}.get(self.model.partition(":")[0])
+            also = "" if named is None else f" or {self.model}{named}"
+            console.say(f"note: the weights of {self.model} are random (seed {self.seed}); give --weights FILE{also}")
         model = built.model.to(device)
         if built.batch is not None:
             if self.input != "gaussian" or self.image_size is not None:
@@ -134,7 +139,7 @@ class Convert(_Conversion):
 
     def run(self, console: Terminal) -> None:
         """Build, convert, write, and say what was changed."""
-        model, batch, _ = self.prepare()
+        model, batch, _ = self.prepare(console)
         with console.status(f"converting {escape_markup(self.model)}"):
             converted, conversion = self.convert(model, batch)
         paths = [save(converted, self.out), conversion.to_json(self.out.with_suffix(".json"))]
@@ -161,7 +166,7 @@ class Doctor(_Conversion):
 
     def run(self, console: Terminal) -> int:
         """Examine, convert, examine again, write, print; return the exit code."""
-        model, batch, described = self.prepare()
+        model, batch, described = self.prepare(console)
         conversion, reason, changed = None, "", list[str]()
         with console.status(f"measuring {escape_markup(self.model)}") as status:
             signals = [self._measure(model, self.model, batch, described)]

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
@@ -22,16 +22,6 @@ from normfree.data import DataConfig, EvaluationData, open_evaluation
 
 if TYPE_CHECKING:
     from normfree.train.trained import Trained
-
-OVERRIDES = {
-    "source": "source",
-    "split": "evaluation_split",
-    "image_size": "image_size",
-    "batch_size": "batch_size",
-    "workers": "workers",
-    "on_bad_image": "on_bad_image",
-}
-"""Options of ``evaluate`` that change the data, and the field each changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +52,9 @@ class Evaluate(_Trained):
 
     Under torchrun the images are divided among the processes.
     """
+
+    same_as: ClassVar[dict[str, str]] = {"evaluation_split": "split"}
+    """Options that are called otherwise than the field of the data that they change."""
 
     source: str | None = None
     """Other data: digits, a folder, *.parquet, *.tar, hub:OWNER/NAME."""
@@ -121,7 +114,8 @@ class Evaluate(_Trained):
             )
         digits = self.source == "digits"  # which say themselves
         config = known or DataConfig(in_channels=None if digits else trained.in_channels)
-        changes = {field: getattr(self, option) for option, field in OVERRIDES.items()}
+        options = ("source", "image_size", "batch_size", "workers", "on_bad_image")
+        changes = {option: getattr(self, option) for option in options} | {"evaluation_split": self.split}
         changes = {field: value for field, value in changes.items() if value is not None}
         if self.source is not None and known is not None and self.source != known.source:
             # What was found in the run's own data does not hold for others.

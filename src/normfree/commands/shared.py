@@ -6,11 +6,12 @@ Imports no torch: ``normfree models`` and every ``--help`` come here first.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 from rich.console import Console, ConsoleOptions
@@ -68,6 +69,52 @@ def check_options(options: Any) -> None:
         if field.name in _AT_LEAST_ONE and value is not None and value < 1:
             usual = ", usually 32 to 256" if field.name == "image_size" else ""
             raise ValueError(f"{field.name}: {value} is too few; give at least 1{usual}")
+
+
+def with_option_names(message: str, command: type[Any]) -> str:
+    """Return an error's message with options of the command line in the place of arguments of Python.
+
+    ``evaluation_split='x': …; pass evaluation_split='y'`` becomes ``--data.evaluation-split='x': …; pass
+    --data.evaluation-split='y'``. Arguments that the command has no option for stay.
+
+    Args:
+        message: begins with the argument, then ``=`` or ``:``.
+        command: the class of the command, a dataclass.
+    """
+    options = _options(command)
+    begin = re.match(r"(\w+)(?==|: )", message)
+    if begin is None or begin[1] not in options:
+        return message
+    head, remedy = message[begin.end() :].partition("; ")[::2]
+    remedy = re.sub(r"\b(\w+)=(?=\S)", lambda match: f"{options.get(match[1], match[1])}=", remedy)
+    return options[begin[1]] + head + (f"; {remedy}" if remedy else "")
+
+
+def _options(command: type[Any]) -> dict[str, str]:
+    """Options by the names of their fields; of fields of one name the outermost, and none that are positional."""
+    found: dict[str, str] = {}
+    level: list[tuple[type[Any], str]] = [(command, "")]
+    while level:
+        nested: list[tuple[type[Any], str]] = []
+        for kind, prefix in level:
+            hints = get_type_hints(kind, include_extras=True)
+            for field in fields(kind):
+                hint, marks = _unwrapped(hints[field.name])
+                name = next((m.name for m in marks if getattr(m, "name", None) is not None), field.name)
+                inner = [one for one, _ in map(_unwrapped, (hint, *get_args(hint))) if isinstance(one, type)]
+                inner = [one for one in inner if is_dataclass(one)]
+                if inner:
+                    omitted = name == "" or tyro.conf.OmitArgPrefixes in marks
+                    nested.append((inner[0], prefix if omitted else f"{prefix}{name}."))
+                elif tyro.conf.Positional not in marks:
+                    found.setdefault(field.name, "--" + (prefix + name).replace("_", "-"))
+        level = nested
+    return {**found, **{field: found[option] for field, option in getattr(command, "same_as", {}).items()}}
+
+
+def _unwrapped(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type and what it is annotated with."""
+    return (hint.__origin__, hint.__metadata__) if hasattr(hint, "__metadata__") else (hint, ())
 
 
 def check_folder(out: Path) -> None:
