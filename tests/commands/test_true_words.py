@@ -212,9 +212,10 @@ def test_doctor_has_written_its_report_when_nobody_reads_what_it_prints(tmp_path
         "def net():\n"
         "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), randn(2, 3, 8, 8)\n"
     )
-    command = [sys.executable, "-m", "normfree", "doctor", "nets.py:net", "--out", "doctor"]
+    words = ["doctor", f"{tmp_path / 'nets.py'}:net", "--out", str(tmp_path / "doctor")]
+    command = [sys.executable, "-m", "normfree", *words]
     shell = ["bash", "-c", 'set -o pipefail; "$@" | true', "bash", *command]
-    done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert sorted(path.name for path in (tmp_path / "doctor").iterdir()) == [
         "conversion.json",

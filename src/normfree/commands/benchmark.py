@@ -24,6 +24,7 @@ from normfree.commands.shared import (
     check_options,
 )
 from normfree.commands.signals import device_named
+from normfree.common.checks import invalid
 from normfree.nn import has_foldable
 from normfree.signal import input_shape, write_atomically
 from normfree.sources import Built, build, check_original, takes_original
@@ -64,16 +65,16 @@ class Benchmark:
     def __post_init__(self) -> None:
         check_options(self)
         if not self.seconds > 0:
-            raise ValueError(f"seconds: {self.seconds} is no time; give more than 0, such as 60")
+            raise invalid("seconds", self.seconds, "must be more than 0", "give 60, for example")
         if self.onnx and (self.precision != "float32" or self.task == "training"):
-            raise ValueError("onnx: ONNX Runtime runs inference in float32 on a CPU; leave --onnx out")
+            raise invalid("onnx", True, "ONNX Runtime runs inference in float32 on a CPU", "leave --onnx out")
         check_folder(self.out)
 
     def run(self, console: Terminal) -> None:
         """Measure every comparison first, then print and write."""
         device = device_named(self.device)
         if self.onnx and device.type != "cpu":
-            raise ValueError("onnx: ONNX Runtime is timed on the CPU; give --device cpu, or leave --onnx out")
+            raise invalid("onnx", True, "ONNX Runtime is timed on the CPU", "give --device cpu, or leave --onnx out")
         results = []
         with console.status("starting") as status:
             for part in self.parts():

@@ -97,7 +97,8 @@ class _Conversion:
         model = built.model.to(device)
         if built.batch is not None:
             if self.input != "gaussian" or self.image_size is not None:
-                raise ValueError(f"input: {self.model} gives a batch of its own; leave out --input and --image-size")
+                rule = f"{self.model} gives a batch of its own"
+                raise invalid("input", self.input, rule, "leave out --input and --image-size")
             return model, built.batch, {"kind": "the factory's own"}
         probe = probe_named(self.input)
         shape = batch_shape(built, probe, image_size=self.image_size, batch_size=self.batch_size)
@@ -134,7 +135,7 @@ class Convert(_Conversion):
     def __post_init__(self) -> None:
         check_options(self)
         if self.out.is_dir() or self.out.suffix != ".safetensors":
-            raise ValueError(f"out: {str(self.out)!r} is no checkpoint's name; give one that ends in .safetensors")
+            raise invalid("out", str(self.out), "is no checkpoint's name", "give one that ends in .safetensors")
         check_folder(self.out.parent)
 
     def run(self, console: Terminal) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from normfree.commands.shared import Folder, Seed, Terminal, check_folder, check_options
 from normfree.commands.signals import print_signal, write_signals
 from normfree.commands.spp import Spp
+from normfree.common.checks import check_integer
 from normfree.data import open_evaluation
 from normfree.models import create_model
 from normfree.models.overrides import parse_overrides
@@ -52,8 +53,7 @@ class Demo:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.epochs < 0:
-            raise ValueError(f"epochs: {self.epochs} is negative; give 0 for no training, or {EPOCHS}")
+        check_integer("epochs", self.epochs, 0)
         check_folder(self.out)
 
     def run(self, console: Terminal) -> None:

@@ -16,6 +16,7 @@ import tyro
 from torch import Tensor
 
 from normfree.commands.shared import Original, Terminal, TrainedModel, check_options
+from normfree.common.checks import invalid
 from normfree.common.files import refused, write_atomically
 from normfree.common.text import quoted
 from normfree.data import DataConfig, EvaluationData, open_evaluation
@@ -109,9 +110,8 @@ class Evaluate(_Trained):
         """The run's data with what the options change."""
         known = trained.data
         if known is None and self.source is None:
-            raise ValueError(
-                f"source: {self.model!r} lies in no run, so its data are not known; pass --source or --run"
-            )
+            rule = f"{quoted(self.model)} lies in no run, so its data are not known"
+            raise invalid("source", None, rule, "pass --source or --run")
         digits = self.source == "digits"  # which say themselves
         config = known or DataConfig(in_channels=None if digits else trained.in_channels)
         options = ("source", "image_size", "batch_size", "workers", "on_bad_image")
@@ -142,7 +142,7 @@ class Predict(_Trained):
 
     def __post_init__(self) -> None:
         if not self.images:
-            raise ValueError("images: none given; for example: normfree predict runs/digits image.png")
+            raise invalid("images", (), "none given", "for example: normfree predict runs/digits image.png")
         check_options(self)
 
     def run(self, console: Terminal) -> None:

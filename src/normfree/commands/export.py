@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from normfree.commands.shared import ImageSize, Model, Original, Seed, Terminal, check_options
 from normfree.commands.signals import precision_of
-from normfree.common.checks import check_choice, check_memory
+from normfree.common.checks import check_choice, check_memory, invalid
 from normfree.export import Exported, to_onnx, to_program
 from normfree.export.exported import check_path
 from normfree.signal import input_shape
@@ -74,7 +74,8 @@ class Export:
             raise ValueError(f"model: the shape of its input cannot be told; {remedy}") from error
         if self.image_size is not None:
             if len(shape) != 3:
-                raise ValueError(f"image_size: the model takes {list(shape)}, not an image; leave --image-size out")
+                rule = f"the model takes {list(shape)}, not an image"
+                raise invalid("image_size", self.image_size, rule, "leave --image-size out")
             shape = (shape[0], self.image_size, self.image_size)
             check_memory("image_size", self.image_size, 4 * math.prod(shape))
         check_memory("batch_size", self.batch_size, 4 * (self.batch_size or 1) * math.prod(shape))
@@ -83,9 +84,9 @@ class Export:
     def _own(self, batch: Any) -> Any:
         """The factory's own batch, which leaves no size to choose."""
         for name in ("batch_size", "image_size"):
-            if getattr(self, name) is not None:
-                option = "--" + name.replace("_", "-")
-                raise ValueError(f"{name}: the factory gives the batch; leave {option} out, or return the model alone")
+            if (value := getattr(self, name)) is not None:
+                remedy = f"leave --{name.replace('_', '-')} out, or return the model alone"
+                raise invalid(name, value, "the factory gives the batch", remedy)
         return batch
 
     def _place(self) -> tuple[str, Path]:
@@ -97,7 +98,7 @@ class Export:
         kind = self.format or self.out.suffix.removeprefix(".")
         if self.out.suffix != f".{kind}" or kind not in WRITERS:
             ending = f".{self.format}" if self.format else ".onnx or .pt2"
-            raise ValueError(f"out: {str(self.out)!r} does not end in {ending}; rename it")
+            raise invalid("out", str(self.out), f"does not end in {ending}", "rename it")
         return kind, self.out
 
     def _print(self, console: Terminal, written: Exported, built: Built) -> None:

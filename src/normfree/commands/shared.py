@@ -17,6 +17,7 @@ import tyro
 from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 
+from normfree.common.checks import check_integer, invalid
 from normfree.common.text import printable
 
 _MODEL = (
@@ -63,12 +64,13 @@ def check_options(options: Any) -> None:
     for field in fields(options):
         value: Any = getattr(options, field.name)
         if field.name == "models" and not value:
-            raise ValueError(f"models: none given; for example: normfree {name} nf_resnet50 torchvision:resnet50")
+            raise invalid(
+                "models", value, "none given", f"for example: normfree {name} nf_resnet50 torchvision:resnet50"
+            )
         if field.name == "seed" and not 0 <= value < 2**63:
-            raise ValueError(f"seed: {value} is no integer from 0 to 2**63 - 1; give one such as 0")
-        if field.name in _AT_LEAST_ONE and value is not None and value < 1:
-            usual = ", usually 32 to 256" if field.name == "image_size" else ""
-            raise ValueError(f"{field.name}: {value} is too few; give at least 1{usual}")
+            raise invalid("seed", value, "must be an integer from 0 to 2**63 - 1", "give one such as 0")
+        if field.name in _AT_LEAST_ONE and value is not None:
+            check_integer(field.name, value, 1)
 
 
 def with_option_names(message: str, command: type[Any]) -> str:
@@ -125,9 +127,9 @@ def check_folder(out: Path) -> None:
     """
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise ValueError(f"out: {str(existing)!r} is a file; give a folder")
+        raise invalid("out", str(out), f"{str(existing)!r} is a file", "give a folder")
     if existing.is_relative_to("/proc") or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"out: {str(existing)!r} cannot be written to; give another folder")
+        raise invalid("out", str(out), f"{str(existing)!r} cannot be written to", "give another folder")
 
 
 def command_line(name: str, options: Any, positional: Sequence[str], *, without: Sequence[str]) -> str:

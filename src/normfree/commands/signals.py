@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from normfree.commands.shared import Terminal
-from normfree.common.checks import check_memory
+from normfree.common.checks import check_memory, invalid
 from normfree.common.text import first_line
 from normfree.convert import Conversion
 from normfree.data import GaussianNoise, Probe
@@ -41,7 +41,7 @@ def device_named(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} is not to be had here ({first_line(error)}); use cpu") from error
+        raise invalid("device", name, f"is not to be had here ({first_line(error)})", "use cpu") from error
     return device
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from normfree.common.checks import check_choice, check_integer
 from normfree.models import create_model
 from normfree.report.plot import plot_signals
 from normfree.signal import SignalPropagation, spp, write_atomically, write_json
@@ -79,11 +80,9 @@ class Setting:
     seeds: int = 3
 
     def __post_init__(self) -> None:
-        if self.scale not in DEPTHS:
-            raise ValueError(f"scale: {self.scale!r} is not known; choose one of {', '.join(DEPTHS)}")
+        check_choice("scale", self.scale, tuple(DEPTHS))
         for name, least in (("image_size", 32), ("batch_size", 2), ("seeds", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)} is too few; give at least {least}")
+            check_integer(name, getattr(self, name), least)
 
     @property
     def depths(self) -> tuple[int, ...]:

@@ -82,7 +82,9 @@ def curve_figures(training: Sequence[Row], evaluation: Sequence[Row]) -> dict[st
         rate.append(_line("clipped fraction", training, "clip_fraction", COLORS[1]))
     speed = [_line("images / s", training, "images_per_second", COLORS[0])]
     speed.append({**_line("gradient norm", training, "gradient_norm", COLORS[1]), "yaxis": "y2"})
-    second = {"overlaying": "y", "side": "right", "type": "log", "showgrid": False, "title": {"text": "gradient norm"}}
+    # Without a format plotly labels what lies between decades by its first digit alone: 6 for 0.006.
+    second = {"overlaying": "y", "side": "right", "type": "log", "tickformat": "~g", "nticks": 8, "showgrid": False}
+    second["title"] = {"text": "gradient norm"}
     return {
         "loss": {"data": loss, "layout": _layout("Loss, nats")},
         "accuracy": {"data": accuracy, "layout": _layout("Accuracy, %")},
