@@ -174,10 +174,10 @@ def test_a_model_of_ones_own_is_loaded_with_its_original(source, tmp_path):
     ("words", "message"),
     [
         (("--out", "model.bin"), "is no checkpoint's name; give one that ends in .safetensors"),
-        (("--out", "m.safetensors", "--batch-size", "0"), "--batch-size: 0 is too few"),
+        (("--out", "m.safetensors", "--batch-size", "0"), "--batch-size=0: must be"),
         (("--out", "m.safetensors", "--weights", "none.safetensors"), "is no file"),
         (("--out", "m.safetensors", "--alpha", "-1"), "--alpha=-1.0: must be a finite number"),
-        (("--out", "m.safetensors", "--device", "cuda:7"), "--device: 'cuda:7' is not to be had here"),
+        (("--out", "m.safetensors", "--device", "cuda:7"), "--device='cuda:7': is not to be had here"),
     ],
 )
 def test_mistakes_are_one_line(source, capsys, words, message):

@@ -177,8 +177,14 @@ OPTIONS = {
         ["train", "digits", "--data.augmentation.mixup", "-1"],
         "--data.augmentation.mixup=-1.0: must be a finite number",
     ),
-    "count": (["spp", "nf_resnet50", "--batch-size", "0"], "--batch-size: 0 is too few; give at least 1"),
-    "setting of a figure": (["paper", "figure1", "--image-size", "1"], "--image-size: 1 is too few"),
+    "count": (
+        ["spp", "nf_resnet50", "--batch-size", "0"],
+        "--batch-size=0: must be an integer of at least 1; pass --batch-size=1 or more",
+    ),
+    "setting of a figure": (
+        ["paper", "figure1", "--image-size", "1"],
+        "--image-size=1: must be an integer of at least 32",
+    ),
     "argument of the library": (
         ["convert", "torchvision:resnet18", "--skip-gain", "nan", "--out", "m.safetensors", *FAST],
         "--skip-gain=nan: must be",

@@ -62,4 +62,4 @@ def test_a_wrong_prediction_is_said_to_differ(tmp_path):
 
 def test_bad_settings_are_one_line(tmp_path, capsys):
     assert main(["paper", "figure1", "--seeds", "0", "--out", str(tmp_path)]) == 2
-    assert "seeds: 0" in capsys.readouterr().err
+    assert "--seeds=0: must be an integer of at least 1" in capsys.readouterr().err
