@@ -125,7 +125,7 @@ MISTAKES = {
     "size too small": (["{file}:plain", "--image-size", "1"], r"example_input: the model fails on \[1, 3, 1, 1\]"),
     "size of no image": (
         ["{file}:tokens", "--image-size", "8"],
-        r"--image-size=8: the model takes \[4\], not an image",
+        r"--image-size=8: .* takes \[4\], not an image",
     ),
     "size beside a batch": (["{file}:two", "--image-size", "8"], r"--image-size=8: the factory gives the batch; leave"),
     "seed too large": (["{file}:plain", "--seed", str(2**63)], r"--seed=9223372036854775808: must be"),

@@ -179,7 +179,7 @@ OPTIONS = {
     ),
     "count": (
         ["spp", "nf_resnet50", "--batch-size", "0"],
-        "--batch-size=0: must be an integer of at least 1; pass --batch-size=1 or more",
+        "--batch-size=0: must be an integer of at least 1; pass --batch-size=1 ",
     ),
     "setting of a figure": (
         ["paper", "figure1", "--image-size", "1"],
