@@ -27,8 +27,7 @@ from normfree.train.config import TrainConfig, from_dict, to_dict
 from normfree.train.recipes import RECIPES
 from normfree.train.records import read_rows
 from normfree.train.trained import open_trained
-from normfree.weights.checkpoint import load
-from normfree.weights.stored import read, sizes
+from normfree.weights.checkpoint import load, read, sizes
 
 FUZZ = settings(
     derandomize=True, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck), database=None

@@ -14,8 +14,7 @@ from normfree.convert.converting import conversion_of
 from normfree.convert.record import Conversion
 from normfree.convert.rewrite import rewritten
 from normfree.trace.inputs import unwrapped
-from normfree.weights.checkpoint import Origin, register
-from normfree.weights.stored import Stored, read, restored
+from normfree.weights.checkpoint import Origin, Stored, read, register, restored
 
 
 def stored_conversion(path: str | Path) -> Conversion | None:
