@@ -24,7 +24,7 @@ from normfree.models.scaffold import Backbone, BlockPlace
 from normfree.nn import Activation, AveragePool2x2, ScaledConv2d, StochasticDepth, build_activation
 
 
-def _normalized(
+def _convolution_and_norm(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, *, groups: int = 1, padding: str
 ) -> nn.Sequential:
     """Return a convolution (LeCun normal, no bias) and the batch norm of its output."""
@@ -52,12 +52,12 @@ class BNRegNetBlock(nn.Module):
         super().__init__()
         inner, out = place.branch_channels, place.out_channels
         self.activation = copy.deepcopy(activation)
-        self.conv0 = _normalized(place.in_channels, inner, 1, padding=padding)
-        self.conv1 = _normalized(inner, inner, 3, place.stride, groups=place.groups, padding=padding)
+        self.conv0 = _convolution_and_norm(place.in_channels, inner, 1, padding=padding)
+        self.conv1 = _convolution_and_norm(inner, inner, 3, place.stride, groups=place.groups, padding=padding)
         self.squeeze_excite = gate(inner)
-        self.conv2 = _normalized(inner, out, 1, padding=padding)
+        self.conv2 = _convolution_and_norm(inner, out, 1, padding=padding)
         self.pool = AveragePool2x2() if place.stride == 2 else nn.Identity()
-        self.shortcut = _normalized(place.in_channels, out, 1, padding=padding) if place.projects else None
+        self.shortcut = _convolution_and_norm(place.in_channels, out, 1, padding=padding) if place.projects else None
         self.stochastic_depth = StochasticDepth(place.drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,9 +112,9 @@ class BNRegNet(Backbone):
         places = regnet_places(group_size, expansion, *network)
         act, _ = build_activation(activation)
         head_channels = regnet_head_channels(places)
-        head = _normalized(places[-1][-1].out_channels, head_channels, 1, padding=padding)
+        head = _convolution_and_norm(places[-1][-1].out_channels, head_channels, 1, padding=padding)
         super().__init__(
-            stem=_normalized(in_channels, places[0][0].in_channels, 3, 2, padding=padding),
+            stem=_convolution_and_norm(in_channels, places[0][0].in_channels, 3, 2, padding=padding),
             stem_stride=2,
             places=places,
             block=partial(BNRegNetBlock, activation=act, gate=regnet_gate(use_se, se_ratio), padding=padding),

@@ -312,13 +312,13 @@ def units_of(parameters: Parameters, exclude: Iterable[str] | None = None) -> li
     if isinstance(parameters, nn.Module):
         model = original(parameters)
         owned = list(owned_parameters(model))
-        excluded = _final_weights(model) if exclude is None else _named((n for n, *_ in owned), exclude)
+        excluded = _final_weights(model) if exclude is None else _matching_names((n for n, *_ in owned), exclude)
     else:
         owned = [(name, parameter, None) for name, parameter in check_pairs(parameters)]
         if exclude is None:
             rule = "bare parameters do not tell which of them are the final layers' weights"
             raise invalid("exclude", None, rule, "pass the model, or name what to leave alone; exclude=() clips all")
-        excluded = _named((n for n, *_ in owned), exclude)
+        excluded = _matching_names((n for n, *_ in owned), exclude)
     # By identity: a tied weight has two names, and is left alone if either is excluded.
     left_out = {id(parameter) for name, parameter, _ in owned if name in excluded}
     found: dict[int, Units] = {}
@@ -353,7 +353,7 @@ def _final_weights(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters(remove_duplicate=False) if starts and name.startswith(starts)}
 
 
-def _named(names: Iterable[str], exclude: Iterable[str]) -> set[str]:
+def _matching_names(names: Iterable[str], exclude: Iterable[str]) -> set[str]:
     known, excluded = list(names), set[str]()
     for wanted in exclude:
         matching = {name for name in known if name == wanted or name.startswith(f"{wanted}.")}
