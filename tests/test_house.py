@@ -17,7 +17,7 @@ ALLOWED = {
     "nn": {"nn", "common"},
     "models": {"models", "nn", "common"},
     "weights": {"weights", "models", "nn", "trace", "common"},
-    "optim": {"optim", "nn", "trace", "common"},
+    "optim": {"optim", "nn", "common"},
     "data": {"data", "nn", "signal", "trace", "common"},
     "convert": {"convert", "nn", "signal", "trace", "weights", "common"},
     "export": {"export", "nn", "signal", "trace", "common"},
