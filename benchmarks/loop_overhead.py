@@ -36,10 +36,9 @@ def ours(config: Any, folder: Path) -> Iterator[None]:
     """Train by the loop, one step for each turn."""
     from rich.console import Console
 
-    from normfree.train.precision import launch
-    from normfree.train.session import Session
-    from normfree.train.stepping import take_step
-    from normfree.train.watching import Watcher
+    from normfree.train.distributed import launch
+    from normfree.train.records import Watcher
+    from normfree.train.trainer import Session, take_step
 
     session = Session(config, launch(config))
     images, _ = next(iter(session.data))
@@ -59,7 +58,7 @@ def bare(config: Any) -> Iterator[None]:
     """Train by hand, one step for each turn."""
     from normfree.data import open_training
     from normfree.models import create_model
-    from normfree.train.precision import chosen_precision
+    from normfree.train.distributed import chosen_precision
 
     data = open_training(config.rank_data(1))
     augmentation = data.augmentation()

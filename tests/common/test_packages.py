@@ -10,7 +10,7 @@ import torch
 import normfree
 from normfree.cli import main
 from normfree.common.packages import required
-from normfree.data.memory import digits
+from normfree.data.pipeline import digits
 from normfree.data.probe import Photographs
 from normfree.export import to_onnx
 from normfree.signal.callbacks import lightning_callback

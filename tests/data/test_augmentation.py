@@ -7,9 +7,18 @@ from torch.nn import functional
 from torchvision.transforms import v2
 
 from normfree.data import Augmentation, AugmentationConfig, Standardization
-from normfree.data.augmentation import boxes, flipped, shifted, zoomed
-from normfree.data.crops import CentreCrop, TrainingCrop, rand_augment, seed_of
-from normfree.data.mixing import cutmix, mixup
+from normfree.data.augmentation import (
+    CentreCrop,
+    TrainingCrop,
+    boxes,
+    cutmix,
+    flipped,
+    mixup,
+    rand_augment,
+    seed_of,
+    shifted,
+    zoomed,
+)
 from normfree.data.order import generator
 
 PLAIN = AugmentationConfig(crop="none", flip=False)

@@ -6,9 +6,7 @@ import torch
 from image_sets import CLASSES, encoded, write_folder, write_parquet, write_shards
 
 from normfree.data import DataConfig, open_evaluation, open_training
-from normfree.data.shards import count_rows, scan_shards
-from normfree.data.sources import expanded
-from normfree.data.splits import split_of
+from normfree.data.sources import count_rows, expanded, scan_shards, split_of
 
 
 def everything(data):

@@ -77,8 +77,8 @@ class Evaluate:
     def run(self, console: Console) -> None:
         """Evaluate, and say how good it is."""
         from normfree.sources import opened
+        from normfree.train.distributed import launched
         from normfree.train.evaluation import evaluate
-        from normfree.train.precision import launched
         from normfree.train.trained import open_trained
 
         trained = open_trained(

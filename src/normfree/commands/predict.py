@@ -85,8 +85,8 @@ class Predict:
         import numpy as np
 
         from normfree.data import DataConfig, Standardization
+        from normfree.data.augmentation import CentreCrop
         from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD
-        from normfree.data.crops import CentreCrop
         from normfree.data.decode import DamagedImage, decode
 
         data = trained.data

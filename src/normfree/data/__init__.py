@@ -2,9 +2,8 @@
 
 from normfree.data.augmentation import Augmentation, Standardization
 from normfree.data.config import AugmentationConfig, DataConfig
-from normfree.data.evaluation import EvaluationData, open_evaluation
+from normfree.data.pipeline import EvaluationData, TrainingData, open_evaluation, open_training
 from normfree.data.probe import GaussianNoise, ImageFolder, Photographs, Probe, probe_named
-from normfree.data.training import TrainingData, open_training
 
 __all__ = [
     "Augmentation",

@@ -12,17 +12,17 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from normfree.common.checks import invalid
+from normfree.common.files import check_file
 from normfree.common.packages import required
 from normfree.common.text import first_line
 from normfree.data.config import DataConfig
 from normfree.data.records import Namer
-from normfree.data.shards import check_files, count_rows, scan_shards
-from normfree.data.splits import grouped, split_of
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -319,3 +319,114 @@ def readable(rows: Iterable[dict[str, Any]], source: str) -> Iterator[dict[str, 
     """The same rows; what reading them runs into is one line that names the source."""
     with explained(source):
         yield from rows
+
+
+# MERGED from data/sources.py: How many examples are in files, without reading the images.
+
+
+LONGEST_NUMBER = 32
+"""Characters of a .cls file that are read: it holds one number."""
+
+
+def check_files(files: Sequence[str]) -> None:
+    """Raise unless each path is a regular file; addresses (``://``) are left alone.
+
+    Raises:
+        ValueError: naming the one that is not.
+    """
+    for file in files:
+        if "://" not in file:
+            check_file(file, "source", "give .parquet or .tar files")
+
+
+def count_rows(files: Sequence[str]) -> list[int]:
+    """Rows of each parquet file, from its footer.
+
+    Raises:
+        ValueError: naming the file that is not parquet.
+    """
+    from pyarrow import ArrowException, parquet
+
+    counts = []
+    for file in files:
+        try:
+            counts.append(parquet.read_metadata(file).num_rows)
+        except (ArrowException, OSError) as error:
+            raise invalid("source", file, f"is no whole parquet file ({first_line(error)})", "write it anew") from error
+    return counts
+
+
+def scan_shards(files: Sequence[str]) -> tuple[int, int | None]:
+    """Examples of WebDataset shards, and classes (one above the largest number in a .cls file), from the headers.
+
+    Raises:
+        ValueError: naming the shard that is damaged, or if there is no example at all.
+    """
+    examples, largest = 0, -1
+    for file in files:
+        keys = set()
+        try:
+            with tarfile.open(file) as shard:
+                for member in shard:
+                    path = PurePosixPath(member.name)
+                    if not member.isfile() or path.name.startswith("."):
+                        continue
+                    stem, _, kind = path.name.partition(".")
+                    keys.add(str(path.parent / stem))
+                    if kind.lower() == "cls" and (content := shard.extractfile(member)):
+                        largest = max(largest, int(content.read(LONGEST_NUMBER)))
+        except (tarfile.TarError, OSError, ValueError) as error:
+            raise invalid("source", file, f"is no whole shard ({first_line(error)})", "write it anew") from error
+        examples += len(keys)
+    if not examples:
+        raise invalid("source", next(iter(files)), "the shards hold no example", "pass shards with images in them")
+    return examples, largest + 1 if largest >= 0 else None
+
+
+# MERGED from data/sources.py: Names of splits: what a folder or file name says, and which split a config means.
+
+
+WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+EVALUATION = ("validation", "test")
+"""Splits to evaluate on where none is named, the first there is."""
+
+
+def split_of(name: str) -> str | None:
+    """The split a file or folder name speaks of, or None: ``"cifar-val.parquet"`` is of validation."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((split for word in words for split, known in WORDS.items() if word in known), None)
+
+
+def grouped(names: Iterable[str]) -> dict[str, list[str]]:
+    """Files by split; those that speak of none belong to train."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(split_of(re.split(r"[/\\]", name)[-1]) or "train", []).append(name)
+    return groups
+
+
+def chosen_split(splits: Sequence[str], config: DataConfig, *, training: bool) -> str:
+    """The split a config asks for, as the source calls it.
+
+    Raises:
+        ValueError: if the source has no such split, or none to evaluate on.
+    """
+    listed = ", ".join(splits)
+    wanted = config.training_split if training else config.evaluation_split
+    if wanted is None:
+        found = [split for name in EVALUATION for split in splits if name in (split, split_of(split))]
+        if not found:
+            rule = f"the data have no split to evaluate on (splits: {listed})"
+            raise invalid("evaluation_split", None, rule, f"pass evaluation_split={splits[0]!r} to evaluate on that")
+        return found[0]
+    if wanted in splits:
+        return wanted
+    alike = [split for split in splits if split_of(wanted) in (split, split_of(split))]
+    if wanted.lower() not in itertools.chain(*WORDS.values()) or not alike:
+        argument = "training_split" if training else "evaluation_split"
+        raise invalid(argument, wanted, "the data have no such split", f"choose one of {listed}")
+    return alike[0]

@@ -18,7 +18,7 @@ from normfree.common.text import first_line, one_line, quoted
 from normfree.data import DataConfig
 from normfree.signal.nonfinite import check_finite
 from normfree.train.checkpoint import MANIFEST, CheckpointStore, verified
-from normfree.train.run import CHECKPOINTS, CONFIG, MODEL
+from normfree.train.trainer import CHECKPOINTS, CONFIG, MODEL
 from normfree.weights import load
 
 REMEDY = "export the network again"
