@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import normfree
-from normfree.train.checkpoint import MANIFEST, STATE, WEIGHTS, CheckpointStore, verified
+from normfree.train.checkpoint import MANIFEST, STATE, WEIGHTS, CheckpointStore, verify_checkpoint
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def write(store, step, score=None):
 
 
 def steps(store):
-    return [verified(folder).step for folder in store.folders()]
+    return [verify_checkpoint(folder).step for folder in store.folders()]
 
 
 def test_what_was_written_comes_back(store):
@@ -56,7 +56,7 @@ def test_without_scores_only_the_newest_are_kept(store):
 def test_a_step_written_again_replaces_the_first(store):
     write(store, 3, 0.1)
     write(store, 3, 0.2)
-    assert [(found.step, found.score) for found in map(verified, store.folders())] == [(3, 0.2)]
+    assert [(found.step, found.score) for found in map(verify_checkpoint, store.folders())] == [(3, 0.2)]
     assert [path.name for path in store.folder.iterdir()] == ["step_0000000003"]
 
 
@@ -102,7 +102,7 @@ def test_every_bit_of_a_manifest_counts(store):
             data[position] ^= bit
             (folder / MANIFEST).write_bytes(bytes(data))
             try:
-                found = verified(folder)
+                found = verify_checkpoint(folder)
             except ValueError:
                 continue
             assert (found.step, found.score) == (2, 0.25)  # white space, or the case of an escape

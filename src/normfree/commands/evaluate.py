@@ -77,16 +77,14 @@ class Evaluate:
     def run(self, console: Console) -> None:
         """Evaluate, and say how good it is."""
         from normfree.sources import opened
-        from normfree.train.distributed import launched
+        from normfree.train.distributed import launch
         from normfree.train.evaluation import evaluate
         from normfree.train.trained import open_trained
 
         trained = open_trained(
             self.model, self.run_folder, opened=partial(opened, original=self.original), trust_code=self.trust_code
         )
-        fabric = launched(
-            "cpu" if trained.exported else self.accelerator, "fp32" if trained.exported else self.precision
-        )
+        fabric = launch("cpu" if trained.exported else self.accelerator, "fp32" if trained.exported else self.precision)
         data = self._data(trained, fabric.global_rank, fabric.world_size)
         network = trained.network.to(fabric.device)
         found = evaluate(network, data, fabric, limit=self.limit_eval_steps)

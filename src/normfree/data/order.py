@@ -16,14 +16,14 @@ import numpy as np
 
 from normfree.common.checks import check_integer, invalid
 from normfree.data.records import Record, RecordReader
-from normfree.data.sources import readable
+from normfree.data.sources import read_rows
 
 # The first word of each key keeps the streams of draws apart.
 ORDER, CROP, MIX, BLOCK, SHARDS = range(5)
 
 
 def generator(*key: int) -> np.random.Generator:
-    """The generator of a key of integers in 0 to 2**64 − 1; nearby keys give unrelated draws.
+    """Return the generator of a key of integers in 0 to 2**64 − 1; nearby keys give unrelated draws.
 
     NumPy takes (0, 1) and (0, 1, 0), or 2**32 and (0, 1), for the same seed: every part is therefore given two
     words, and their number goes first.
@@ -67,7 +67,7 @@ class Share:
         return self.examples // (self.batch_size * self.world_size)
 
     def indices(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
-        """Indices of each batch of an epoch, from step ``start`` on."""
+        """Yield the indices of each batch of an epoch, from step ``start`` on."""
         order = generator(ORDER, self.seed, epoch).permutation(self.examples)
         for step in range(start, self.steps_per_epoch):
             first = (step * self.world_size + self.rank) * self.batch_size
@@ -82,19 +82,19 @@ def check_rank(rank: int, world_size: int) -> None:
 
 
 def evaluation_indices(examples: int, batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
-    """Indices of each batch of one rank in the order of the data; over all ranks every example comes once."""
+    """Yield the indices of each batch of one rank in the order of the data; over all ranks every example comes once."""
     own = range(rank, examples, world_size)
     for first in range(0, len(own), batch_size):
         yield list(own[first : first + batch_size])
 
 
-# MERGED from data/order.py: Records in the order of the files, for sets too large to reach into.
-#
-# Shards come in a new order each epoch, and their records are shuffled in blocks.
+# Records in the order of the files, for sets too large to reach into: shards come in a new order each epoch, and their
+# records are shuffled in blocks.
 #
 # Hugging Face's own shuffle buffer cannot be resumed exactly, for its content is lost. Here a block is a list that
 # one permutation of (seed, epoch, block number) shuffles, so a place in the stream is the shard's state at the
-# start of a block, and re
+# start of a block, and resuming reads one block again. A block ends where the rank has read all its shards: every
+# example comes once before any comes again.
 
 
 class Place(NamedTuple):
@@ -130,11 +130,11 @@ class Shards:
         self.whole = self.count % world_size == 0
 
     def own(self, order: list[int]) -> list[int]:
-        """Of all shards in some order, those this rank reads."""
+        """Return, of all shards in some order, those this rank reads."""
         return order[self.rank :: self.world_size] if self.whole else order
 
-    def opened(self, index: int) -> Any:
-        """The rows of one shard that this rank reads, as an iterable data set."""
+    def open(self, index: int) -> Any:
+        """Return the rows of one shard that this rank reads, as an iterable data set."""
         from datasets.distributed import split_dataset_by_node
 
         shard = self.rows.shard(num_shards=self.count, index=index)
@@ -143,8 +143,8 @@ class Shards:
         return split_dataset_by_node(shard, rank=self.rank, world_size=self.world_size, strategy="examples")
 
     def records(self, index: int, rows: Any, first: int = 0) -> Iterator[Record]:
-        """Records of an opened shard, of which ``first`` have been read before."""
-        for number, row in enumerate(readable(rows, self.reader.source), first):
+        """Yield records of an open shard, of which ``first`` have been read before."""
+        for number, row in enumerate(read_rows(rows, self.reader.source), first):
             yield self.reader(row, number if self.whole else number * self.world_size + self.rank, index)
 
 
@@ -161,7 +161,7 @@ class Stream:
         self.shards, self.seed, self.block = shards, seed, block
 
     def records(self, epoch: int, start: int = 0, place: Place | None = None) -> Iterator[tuple[Record, Place]]:
-        """Records from number ``start`` of the epoch on, each with the place its block begins at.
+        """Yield records from number ``start`` of the epoch on, each with the place its block begins at.
 
         Args:
             epoch: seeds the order.
@@ -195,7 +195,7 @@ class Stream:
         block: list[Record] = []
         first, state = begun.row, begun.state
         for position in range(begun.shard, len(own)):
-            rows = self.shards.opened(own[position])
+            rows = self.shards.open(own[position])
             if state is not None:
                 rows.load_state_dict(state)
             for row, record in enumerate(self.shards.records(own[position], rows, first), first + 1):
@@ -211,7 +211,7 @@ class Stream:
 
 
 def read_ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, the next one being read in a thread meanwhile."""
+    """Yield the same items, the next one being read in a thread meanwhile."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = pool.submit(next, items, None)
         while (item := ahead.result()) is not None:

@@ -1,14 +1,23 @@
-"""Batches to train on: an endless order of epochs that can be left and taken up again at any step."""
+"""Batches to train and to evaluate on: one way from a source to decoded images, for both.
+
+:func:`read_split` opens a split and completes its config. An order then says which examples make each batch: the
+endless one of training, which can be left and taken up again at any step, or that of an evaluation, each example
+once. Its batches are rows of one tensor where the set was decoded into memory, else they are decoded by workers.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,31 +30,61 @@ from normfree.data.augmentation import Augmentation, CentreCrop, Crop, Standardi
 from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from normfree.data.decode import DamagedImage, decode
 from normfree.data.order import Place, Shards, Share, Stream, check_rank, evaluation_indices
-from normfree.data.records import Opened, Record, Table, check_classes, open_split, resolved
-from normfree.data.sources import chosen_split
+from normfree.data.records import OpenSplit, Record, Table, check_classes, open_split, resolve
+from normfree.data.sources import choose_split, fingerprint
+
+DIGITS_SPLITS = ("train", "test")
+
+
+def open_training(config: DataConfig, *, rank: int = 0, world_size: int = 1) -> TrainingData:
+    """Open the training split of a config's source.
+
+    Args:
+        config: what to open.
+        rank: of this process.
+        world_size: number of processes; each gets as many batches as every other.
+
+    Raises:
+        ValueError: if there is no such source, split or column; if labels are missing; if the examples do not
+            fill one batch of each rank; or naming the first damaged image of a set that is held in memory.
+    """
+    check_rank(rank, world_size)
+    split = read_split(config, training=True)
+    config = split.config
+    if split.examples is None:
+        raise invalid("examples", None, "the streamed data do not say how many there are", "pass it")
+    share = Share(
+        examples=split.examples, batch_size=config.batch_size, seed=config.seed, rank=rank, world_size=world_size
+    )
+    if split.in_order:
+        stream = Stream(split.shards(rank, world_size), seed=share.seed, block=config.shuffle_block)
+        return TrainingData(split, _TrainingStream(stream, share), share)
+    return TrainingData(split, _TrainingNumbers(share), share)
 
 
 class TrainingData:
-    """Batches of one rank, epoch after epoch.
+    """Batches of one rank, epoch after epoch; made by :func:`open_training`.
 
     Iterating gives the rest of the current epoch, ``(images, targets)``: uint8 [N, C, H, W], channels last in
     memory, and int64 [N], both on the CPU; :meth:`augmentation` takes them further. Then the next epoch begins.
     Order and augmentation depend on (seed, epoch, number of the example) alone: neither the number of workers
     nor a restart changes a bit.
 
-    Args:
-        feed: where batches come from.
-        share: this rank's part.
+    Attributes:
         config: resolved.
         class_names: of the targets.
+        epoch, step: where the next batch is.
+        bad_images: reason by name of each damaged image met so far.
     """
 
-    def __init__(self, feed: Feed, share: Share, config: DataConfig, class_names: tuple[str, ...]) -> None:
-        self.feed, self.share, self.config, self.class_names = feed, share, config, class_names
+    def __init__(self, split: Split, order: _TrainingNumbers | _TrainingStream, share: Share) -> None:
+        self.split, self.share, self.config, self.class_names = split, share, split.config, split.class_names
         self.epoch, self.step = 0, 0
-        self.bad_images: dict[str, str] = {}
-        """Reason by name of each damaged image met so far."""
+        self.bad_images: dict[str, str] = dict(split.failures)
         self._place: Any = None
+        self._order = order
+        crop = TrainingCrop(self.config.size, self.config.augmentation)
+        self._batches = split.batches(order, crop, replace_damaged=True, keep_workers=True)
 
     @property
     def num_classes(self) -> int:
@@ -73,7 +112,9 @@ class TrainingData:
         return self.share.steps_per_epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch, place in self.feed.batches(self.epoch, self.step, self._place):
+        self._order.begin(self.epoch, self.step, self._place)
+        for batch in self._batches:
+            place = self._order.place()
             check_failures(batch, self.config)
             self.bad_images.update(batch.failures)
             if not len(batch.images):
@@ -89,21 +130,20 @@ class TrainingData:
             self.epoch, self.step, self._place = epoch, 0, None
 
     def augmentation(self) -> Augmentation:
-        """What is left to do to a batch, on any device."""
+        """Return the module that does what is left to do to a batch, on any device."""
         config, (mean, std) = self.config.augmentation, self.config.statistics
-        if not isinstance(self.feed, MemoryFeed):  # the workers have done their part
+        if self.split.pixels is None:  # the workers have done their part
             config = replace(config, crop="none" if config.crop == "inception" else config.crop, randaugment_layers=0)
         return Augmentation(
-            config,
-            mean=mean,
-            std=std,
-            num_classes=self.num_classes,
-            seed=self.config.seed,
-            rank=self.share.rank,
+            config, mean=mean, std=std, num_classes=self.num_classes, seed=self.config.seed, rank=self.share.rank
         )
 
+    def identity(self) -> dict[str, Any]:
+        """Return what tells these examples from others: their number, and the names and sizes of their files."""
+        return {"examples": self.examples, **self.split.identity()}
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch is, after the last one that was given out."""
+        """Return where the next batch is, after the last one that was given out."""
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -127,147 +167,6 @@ class TrainingData:
         self.bad_images = dict(state["bad_images"])
 
 
-def open_training(config: DataConfig, *, rank: int = 0, world_size: int = 1) -> TrainingData:
-    """Open the training split of a config's source.
-
-    Args:
-        config: what to open.
-        rank: of this process.
-        world_size: number of processes; each gets as many batches as every other.
-
-    Raises:
-        ValueError: if there is no such source, split or column; if labels are missing; if the examples do not
-            fill one batch of each rank; or naming the first damaged image of a set that is held in memory.
-    """
-    check_rank(rank, world_size)
-    if config.source == "digits":
-        pixels = digits(training=True)
-        return _in_memory(pixels, with_digits(config), rank, world_size)
-    opened = open_split(config, training=True)
-    config = resolved(config, opened)
-    if config.in_memory:
-        pixels = decoded(opened.records() if opened.streamed else opened.table(), opened.class_names, config)
-        return _in_memory(pixels, config, rank, world_size)
-    if opened.examples is None:
-        raise invalid("examples", None, "the streamed data do not say how many there are", "pass it")
-    config = with_statistics(config, None)
-    share = _share(opened.examples, config, rank, world_size)
-    feed = (StreamFeed if opened.streamed else TableFeed)(opened, share, config)
-    return TrainingData(feed, share, config, opened.class_names)
-
-
-def with_digits(config: DataConfig) -> DataConfig:
-    """The config with what the digits are; a ValueError where it asks for something else."""
-    for name, value in (("image_size", 8), ("in_channels", 1), ("num_classes", 10)):
-        if getattr(config, name) not in (None, value):
-            raise invalid(name, getattr(config, name), f"the digits have {value}", "leave it out")
-    return replace(config, image_size=8, in_channels=1, num_classes=10, in_memory=True)
-
-
-def with_statistics(config: DataConfig, pixels: Pixels | None) -> DataConfig:
-    """The config with means and deviations: given, of the pixels, or ImageNet's (its averages for grey)."""
-    if config.mean is not None:
-        return config
-    if pixels is not None:
-        mean, std = pixels.statistics()
-    elif config.in_channels == 3:
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
-    else:
-        mean, std = (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
-    return replace(config, mean=mean, std=std)
-
-
-def _in_memory(pixels: Pixels, config: DataConfig, rank: int, world_size: int) -> TrainingData:
-    config = with_statistics(config, pixels)
-    share = _share(len(pixels), config, rank, world_size)
-    data = TrainingData(MemoryFeed(pixels, share), share, config, pixels.class_names)
-    data.bad_images.update(pixels.failures)
-    return data
-
-
-def _share(examples: int, config: DataConfig, rank: int, world_size: int) -> Share:
-    return Share(examples=examples, batch_size=config.batch_size, seed=config.seed, rank=rank, world_size=world_size)
-
-
-# MERGED from data/pipeline.py: Batches to evaluate on: every example once, over all ranks, in the order of the data.
-
-
-class EvaluationData:
-    """Batches of one rank: ``(images, targets)`` as of :class:`~normfree.data.TrainingData`, the last one shorter.
-
-    Iterating gives all of them, each time. A damaged image is left out where the config says to skip it.
-
-    Args:
-        batches: of this rank; iterated anew each time.
-        config: resolved.
-        class_names: of the targets.
-        examples: over all ranks; None where only reading everything would tell.
-    """
-
-    def __init__(
-        self, batches: Iterable[Decoded], config: DataConfig, class_names: tuple[str, ...], examples: int | None
-    ) -> None:
-        self.batches, self.config, self.class_names, self.examples = batches, config, class_names, examples
-        self.bad_images: dict[str, str] = {}
-        """Reason by name of each damaged image met so far."""
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.batches:
-            check_failures(batch, self.config)
-            self.bad_images.update(batch.failures)
-            if len(batch.images):
-                yield batch.images, batch.targets
-
-    def standardization(self) -> Standardization:
-        """What is left to do to a batch, on any device."""
-        return Standardization(*self.config.statistics)
-
-
-class _InMemory:
-    """One rank's rows of one tensor."""
-
-    def __init__(self, pixels: Pixels, batch_size: int, rank: int, world_size: int) -> None:
-        self.pixels, self.division = pixels, (batch_size, rank, world_size)
-
-    def __iter__(self) -> Iterator[Decoded]:
-        for indices in evaluation_indices(len(self.pixels), *self.division):
-            yield Decoded(*self.pixels.batch(indices), [])
-
-
-class _Numbers:
-    """What a loader is to fetch from a table."""
-
-    def __init__(self, examples: int, batch_size: int, rank: int, world_size: int) -> None:
-        self.division = (examples, batch_size, rank, world_size)
-
-    def __iter__(self) -> Iterator[list[Example]]:
-        for indices in evaluation_indices(*self.division):
-            yield [Example(index) for index in indices]
-
-
-class _Records:
-    """What a loader is to decode of a stream."""
-
-    def __init__(self, shards: Shards, batch_size: int) -> None:
-        self.shards, self.batch_size = shards, batch_size
-
-    def __iter__(self) -> Iterator[list[Example]]:
-        batch: list[Example] = []
-        for index in self.shards.own(list(range(self.shards.count))):
-            for record in self.shards.records(index, self.shards.opened(index)):
-                batch.append(Example(record))
-                if len(batch) == self.batch_size:
-                    yield batch
-                    batch = []
-        if batch:
-            yield batch
-
-
 def open_evaluation(
     config: DataConfig, *, rank: int = 0, world_size: int = 1, classes: Sequence[str] | None = None
 ) -> EvaluationData:
@@ -283,169 +182,169 @@ def open_evaluation(
         classes: of the network to evaluate, by their numbers; labels that are words are numbered so.
 
     Raises:
-        ValueError: as of :func:`~normfree.data.open_training`; the data have other classes.
+        ValueError: as of :func:`open_training`; the data have other classes.
     """
     check_rank(rank, world_size)
-    if config.source == "digits":
-        training = chosen_split(DIGITS_SPLITS, config, training=False) == "train"
-        config = with_digits(config)
-        pixels = digits(training=training)
-        check_classes(pixels.class_names, classes, config.source)
-        return _from_memory(pixels, with_statistics(config, digits(training=True)), rank, world_size)
-    opened = open_split(config, training=False, classes=classes)
-    config = resolved(config, opened)
-    if config.in_memory:
-        pixels = decoded(opened.records() if opened.streamed else opened.table(), opened.class_names, config)
-        return _from_memory(pixels, _as_in_training(config), rank, world_size)
-    config = with_statistics(config, None)
-    crop = CentreCrop(config.size, config.crop_ratio)
-    if opened.streamed:
-        shards = Shards(opened.rows, opened.reader, rank, world_size)
-        decoder = Decoder(None, crop, config.channels, replace=False)
-        batches = loader(decoder, _Records(shards, config.batch_size), config, keep=False)
+    split = read_split(config, training=False, classes=classes)
+    if split.in_order:
+        order = partial(_evaluation_records, split.shards(rank, world_size), split.config.batch_size)
     else:
-        assert opened.examples is not None
-        numbers = _Numbers(opened.examples, config.batch_size, rank, world_size)
-        decoder = Decoder(opened.table(), crop, config.channels, replace=False)
-        batches = loader(decoder, numbers, config, keep=False)
-    return EvaluationData(batches, config, opened.class_names, opened.examples)
+        assert split.examples is not None
+        order = partial(_evaluation_numbers, split.examples, split.config.batch_size, rank, world_size)
+    return EvaluationData(split, _Repeated(order), alone=world_size == 1)
 
 
-def _from_memory(pixels: Pixels, config: DataConfig, rank: int, world_size: int) -> EvaluationData:
-    batches = _InMemory(pixels, config.batch_size, rank, world_size)
-    data = EvaluationData(batches, config, pixels.class_names, len(pixels))
-    data.bad_images.update(pixels.failures)
-    return data
+class EvaluationData:
+    """Batches of one rank, as of :class:`TrainingData`, the last one shorter; made by :func:`open_evaluation`.
 
+    Iterating gives all of them, each time. A damaged image is left out where the config says to skip it.
 
-def _as_in_training(config: DataConfig) -> DataConfig:
-    if config.mean is not None:
-        return config
-    training = open_training(replace(config, batch_size=1)).config
-    return replace(config, mean=training.mean, std=training.std)
-
-
-# MERGED from data/pipeline.py: Where the batches of an epoch come from: memory, a table or a stream, from any step on.
-
-
-class Fed(NamedTuple):
-    """A batch, and where the one after it is taken up."""
-
-    batch: Decoded
-    place: Any = None
-
-
-class Feed(Protocol):
-    """Where the batches of an epoch come from."""
-
-    def batches(self, epoch: int, step: int, place: Any) -> Iterator[Fed]:
-        """Batches from a step on; ``place`` is what the batch before it came with."""
-        ...
-
-
-class MemoryFeed:
-    """Rows of one tensor.
-
-    Args:
-        pixels: all examples.
-        share: which of them, when.
-    """
-
-    def __init__(self, pixels: Pixels, share: Share) -> None:
-        self.pixels, self.share = pixels, share
-
-    def batches(self, epoch: int, step: int, place: Any) -> Iterator[Fed]:
-        for indices in self.share.indices(epoch, step):
-            yield Fed(Decoded(*self.pixels.batch(indices), []))
-
-
-class TableFeed:
-    """Examples by number, decoded by workers.
-
-    Args:
-        opened: the split.
-        share: which of them, when.
+    Attributes:
         config: resolved.
+        class_names: of the targets.
+        examples: over all ranks; None where only reading everything would tell.
+        bad_images: reason by name of each damaged image met so far.
     """
 
-    def __init__(self, opened: Opened, share: Share, config: DataConfig) -> None:
-        self.asked = _Numbers(share)
-        self.loader = loader(_decoder(config, opened), self.asked, config, keep=True)
+    def __init__(self, split: Split, order: Iterable[list[Example]], *, alone: bool) -> None:
+        self.config, self.class_names, self.examples = split.config, split.class_names, split.examples
+        self.bad_images: dict[str, str] = dict(split.failures)
+        self._alone = alone
+        crop = CentreCrop(self.config.size, self.config.crop_ratio)
+        self._batches = split.batches(order, crop, replace_damaged=False, keep_workers=False)
 
-    def batches(self, epoch: int, step: int, place: Any) -> Iterator[Fed]:
-        self.asked.epoch, self.asked.step = epoch, step
-        for batch in self.loader:
-            yield Fed(batch)
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        given = 0
+        for batch in self._batches:
+            check_failures(batch, self.config)
+            self.bad_images.update(batch.failures)
+            if len(batch.images):
+                given += len(batch.images)
+                yield batch.images, batch.targets
+        if self._alone and not given:
+            raise self.no_image()
+
+    def no_image(self) -> ValueError:
+        """Return (not raise) the error that there is no image to evaluate on."""
+        first = next(iter(self.bad_images), None)
+        damaged = "" if first is None else f": {len(self.bad_images)} do not decode, {first} first"
+        rule = f"holds no image to evaluate on{damaged}"
+        return invalid("source", self.config.source, rule, "mend the files, or name another evaluation_split")
+
+    def standardization(self) -> Standardization:
+        """Return the module that does what is left to do to a batch, on any device."""
+        return Standardization(*self.config.statistics)
 
 
-class StreamFeed:
-    """A stream read here, decoded by workers.
+# A split, read
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a source, whose examples are reached by number or come in order.
 
     Args:
-        opened: the split.
-        share: how many steps an epoch has.
         config: resolved.
+        class_names: in the order of their numbers.
+        examples: how many there are; None where only reading everything would tell.
+        opened: its rows; None of the digits.
+        pixels: all of it, where it was decoded into memory.
     """
 
-    def __init__(self, opened: Opened, share: Share, config: DataConfig) -> None:
-        shards = Shards(opened.rows, opened.reader, share.rank, share.world_size)
-        self.asked = _Records(Stream(shards, seed=share.seed, block=config.shuffle_block), share)
-        self.loader = loader(_decoder(config, None), self.asked, config, keep=True)
+    config: DataConfig
+    class_names: tuple[str, ...]
+    examples: int | None
+    opened: OpenSplit | None
+    pixels: Pixels | None
 
-    def batches(self, epoch: int, step: int, place: Any) -> Iterator[Fed]:
-        self.asked.begin(epoch, step, None if place is None or step == 0 else Place(**place))
-        for batch in self.loader:
-            yield Fed(batch, self.asked.places.popleft()._asdict())
+    @property
+    def in_order(self) -> bool:
+        """Whether examples come in the order of the files only."""
+        return self.pixels is None and self.opened is not None and self.opened.streamed
 
+    @property
+    def failures(self) -> list[tuple[str, str]]:
+        """Name and reason of each damaged image that was met so far."""
+        return [] if self.pixels is None else self.pixels.failures
 
-# What a loader is to fetch is an object of its own: were it the feed, feed and loader would hold each other, and
-# workers that Python's cycle collector ends, in whatever thread it runs, keep it waiting for seconds.
+    def shards(self, rank: int, world_size: int) -> Shards:
+        """Return the part of one rank of what comes in order."""
+        assert self.opened is not None
+        return Shards(self.opened.rows, self.opened.reader, rank, world_size)
 
+    def batches(
+        self, order: Iterable[list[Example]], crop: Crop, *, replace_damaged: bool, keep_workers: bool
+    ) -> Iterable[Decoded]:
+        """Return the batches of an order, which is iterated anew with them.
 
-class _Numbers:
-    """The examples of a table that a loader is to fetch."""
+        Args:
+            order: the examples of each batch.
+            crop: to squares, of what is not in memory.
+            replace_damaged: put another image of the batch in the place of a damaged one.
+            keep_workers: for the next iteration.
+        """
+        if self.pixels is not None:
+            return _Repeated(partial(_rows_of, self.pixels, order))
+        assert self.opened is not None
+        table = None if self.in_order else self.opened.table()
+        decoder = Decoder(table, crop, self.config.channels, replace_damaged=replace_damaged)
+        return decode_batches(decoder, order, self.config, keep_workers=keep_workers)
 
-    def __init__(self, share: Share) -> None:
-        self.share, self.epoch, self.step = share, 0, 0
-
-    def __iter__(self) -> Iterator[list[Example]]:
-        epoch, seed = self.epoch, self.share.seed
-        for indices in self.share.indices(epoch, self.step):
-            yield [Example(index, (seed, epoch, index)) for index in indices]
-
-
-class _Records:
-    """The examples of a stream that a loader is to decode, and for each batch ahead where its last one was."""
-
-    def __init__(self, stream: Stream, share: Share) -> None:
-        self.stream, self.share = stream, share
-        self.begin(0, 0, None)
-
-    def begin(self, epoch: int, step: int, place: Place | None) -> None:
-        """Say where the next iteration starts."""
-        self.epoch, self.step, self.place = epoch, step, place
-        self.places: deque[Place] = deque()
-
-    def __iter__(self) -> Iterator[list[Example]]:
-        share, epoch, size, places = self.share, self.epoch, self.share.batch_size, self.places
-        records = self.stream.records(epoch, self.step * size, self.place)
-        for step in range(self.step, share.steps_per_epoch):
-            batch = list(islice(records, size))
-            places.append(batch[-1][1])
-            key = (share.seed, epoch, share.rank)
-            yield [Example(record, (*key, step * size + i)) for i, (record, _) in enumerate(batch)]
+    def identity(self) -> dict[str, Any]:
+        """Return the number of files, their bytes, and a hash of their names and sizes; nothing of the digits."""
+        return {} if self.opened is None else fingerprint(self.opened.source, self.opened.split)
 
 
-def _decoder(config: DataConfig, opened: Opened | None) -> Decoder:
-    table = None if opened is None else opened.table()
-    return Decoder(table, TrainingCrop(config.size, config.augmentation), config.channels, replace=True)
+def read_split(config: DataConfig, *, training: bool, classes: Sequence[str] | None = None) -> Split:
+    """Open a split, complete the config by what the data say, and decode what is to be held in memory.
+
+    Args:
+        config: what to open.
+        training: the split to train on, or the one to evaluate on.
+        classes: as of :func:`open_evaluation`.
+    """
+    opened = pixels = None
+    if config.source == "digits":
+        config = _complete_digits(config)
+        to_train = training or choose_split(DIGITS_SPLITS, config, training=False) == "train"
+        pixels = read_digits(training=to_train)
+        check_classes(pixels.class_names, classes, config.source)
+    else:
+        opened = open_split(config, training=training, classes=classes)
+        config = resolve(config, opened)
+        if config.in_memory:
+            pixels = decode_all(opened, config, CentreCrop(config.size, 1.0 if training else config.crop_ratio))
+    if config.mean is None:
+        if pixels is None:
+            grey = config.in_channels == 1
+            mean, std = ((sum(values) / 3,) if grey else values for values in (IMAGENET_MEAN, IMAGENET_STD))
+        else:
+            mean, std = pixels.statistics() if training else read_split(config, training=True).config.statistics
+        config = replace(config, mean=mean, std=std)
+    if pixels is not None:
+        return Split(config, pixels.class_names, len(pixels), opened, pixels)
+    assert opened is not None
+    return Split(config, opened.class_names, opened.examples, opened, None)
 
 
-# MERGED from data/pipeline.py: Decoded batches: what runs in the data workers, and the loader around it.
+def _complete_digits(config: DataConfig) -> DataConfig:
+    """The config with what the digits are; a ValueError where it asks for something else."""
+    for name, value in (("image_size", 8), ("in_channels", 1), ("num_classes", 10)):
+        if getattr(config, name) not in (None, value):
+            raise invalid(name, getattr(config, name), f"the digits have {value}", "leave it out")
+    return replace(config, image_size=8, in_channels=1, num_classes=10, in_memory=True)
+
+
+# Which examples make each batch
 
 
 class Example(NamedTuple):
-    """What a worker is asked for."""
+    """What is to be decoded."""
 
     record: Any
     """The :class:`Record`, or its number in the table."""
@@ -453,132 +352,84 @@ class Example(NamedTuple):
     """Where its random draws come from."""
 
 
-class Decoded(NamedTuple):
-    """A batch as a worker returns it; what went wrong is told, for an error raised in a worker loses its line."""
-
-    images: Tensor
-    """uint8 [N, C, H, W], channels last in memory."""
-    targets: Tensor
-    """int64 [N]."""
-    failures: list[tuple[str, str]]
-    """Name and reason of each image that does not decode."""
+# An order is an object of its own: did it hold the loader, the two would hold each other, and workers that Python's
+# cycle collector ends, in whatever thread it runs, keep it waiting for seconds.
 
 
-class Decoder(Dataset[Any]):
-    """Decodes and crops whole batches.
+class _TrainingNumbers:
+    """The numbers of one rank's examples, from a step of an epoch on."""
 
-    Args:
-        table: to look numbers up in; None where the examples are records.
-        crop: to squares.
-        channels: 3 for RGB, 1 for grey.
-        replace: put the batch's next whole image in the place of a damaged one, so that every batch is full;
-            without it the batch is shorter.
-    """
+    def __init__(self, share: Share) -> None:
+        self.share, self.epoch, self.step = share, 0, 0
 
-    def __init__(self, table: Table | None, crop: Crop, channels: int, *, replace: bool) -> None:
-        self.table, self.crop, self.channels, self.replace = table, crop, channels, replace
+    def begin(self, epoch: int, step: int, place: Any) -> None:
+        """Say where the next iteration starts."""
+        self.epoch, self.step = epoch, step
 
-    def __getitems__(self, examples: list[Example]) -> Decoded:
-        """Decode one batch; torch's global generator is left as it was."""
-        records: list[Record] = [example.record for example in examples]
-        if self.table is not None:
-            records = self.table.records([example.record for example in examples])
-        pixels = np.zeros((len(records), self.crop.size, self.crop.size, self.channels), np.uint8)
-        good, failures = [], []
-        with torch.random.fork_rng(devices=[]):
-            for place, (record, example) in enumerate(zip(records, examples, strict=True)):
-                try:
-                    image = self.crop(decode(record.image, self.channels), example.key)
-                except DamagedImage as damage:
-                    failures.append((record.name, str(damage)))
-                    continue
-                pixels[place] = np.asarray(image).reshape(pixels.shape[1:])
-                good.append(place)
-        if failures:
-            good = _filled(good, len(records)) if self.replace else good
-            pixels = pixels[good]
-            records = [records[place] for place in good]
-        targets = torch.tensor([record.label for record in records], dtype=torch.int64)
-        return Decoded(torch.from_numpy(pixels).permute(0, 3, 1, 2), targets, failures)
+    def place(self) -> None:
+        """Return what a numbered order needs to go on besides the step: nothing."""
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        epoch, seed = self.epoch, self.share.seed
+        for indices in self.share.indices(epoch, self.step):
+            yield [Example(index, (seed, epoch, index)) for index in indices]
 
 
-def _filled(good: list[int], size: int) -> list[int]:
-    """For each place of a batch itself, or the next good place after it, around the end if need be."""
-    if not good:
-        return []
-    return [next((place for place in good if place >= wanted), good[0]) for wanted in range(size)]
+class _TrainingStream:
+    """The records of one rank's shards, from a step of an epoch on."""
+
+    def __init__(self, stream: Stream, share: Share) -> None:
+        self.stream, self.share = stream, share
+        self.begin(0, 0, None)
+
+    def begin(self, epoch: int, step: int, place: Any) -> None:
+        """Say where the next iteration starts; ``place`` is what the batch before it came with."""
+        self.epoch, self.step = epoch, step
+        self.start = None if place is None or step == 0 else Place(**place)
+        self.places: deque[Place] = deque()  # of the last record of each batch that the workers have ahead
+
+    def place(self) -> dict[str, Any]:
+        """Return where the batch after the one that was given out is taken up."""
+        return self.places.popleft()._asdict()
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        share, epoch, size, places = self.share, self.epoch, self.share.batch_size, self.places
+        records = self.stream.records(epoch, self.step * size, self.start)
+        for step in range(self.step, share.steps_per_epoch):
+            batch = list(islice(records, size))
+            places.append(batch[-1][1])
+            key = (share.seed, epoch, share.rank)
+            yield [Example(record, (*key, step * size + i)) for i, (record, _) in enumerate(batch)]
 
 
-def loader(decoder: Decoder, batches: Iterable[list[Example]], config: DataConfig, *, keep: bool) -> Iterable[Decoded]:
-    """Decode batches in the order asked for.
-
-    Args:
-        decoder: what to do with each.
-        batches: the examples of each; iterated anew for each iteration of the result.
-        config: number of workers.
-        keep: the workers for the next iteration.
-    """
-    several: dict[str, Any] = {}
-    if config.workers:
-        several = {"prefetch_factor": config.prefetch, "persistent_workers": keep}
-    return _Loader(
-        decoder,
-        batch_sampler=batches,
-        collate_fn=_itself,
-        num_workers=config.workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # or the loader draws its workers' seed from the global one
-        **several,
-    )
+def _evaluation_numbers(examples: int, batch_size: int, rank: int, world_size: int) -> Iterator[list[Example]]:
+    for indices in evaluation_indices(examples, batch_size, rank, world_size):
+        yield [Example(index) for index in indices]
 
 
-def _itself(batch: Any) -> Any:
-    return batch
+def _evaluation_records(shards: Shards, batch_size: int) -> Iterator[list[Example]]:
+    own = shards.own(list(range(shards.count)))
+    records = (record for index in own for record in shards.records(index, shards.open(index)))
+    return _in_batches(map(Example, records), batch_size)
 
 
-class _Loader(DataLoader[Any]):
-    """A loader whose workers end at once, however it is let go.
-
-    Where Python finds one in a reference cycle (a trainer, an error that was kept), it finalizes the queues before
-    the iterator that would send the word to stop through them, and torch then waits five seconds for each worker.
-    The iterator is therefore kept out of the cycle, and ended when its owner goes.
-    """
-
-    def _get_iterator(self) -> Any:
-        batches = super()._get_iterator()
-        if not self.num_workers:
-            return batches
-        owner = self if self.persistent_workers else _Pass(batches)
-        weakref.finalize(owner, _end, batches, os.getpid())
-        return batches if owner is self else owner
+def _in_batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    examples = iter(examples)
+    while batch := list(islice(examples, size)):
+        yield batch
 
 
-class _Pass:
-    """One iteration, of which the workers end with it."""
+class _Repeated:
+    """What a function iterates, anew each time."""
 
-    def __init__(self, batches: Iterator[Any]) -> None:
-        self.batches = batches
+    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
+        self.make = make
 
     def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        return next(self.batches)
+        return self.make()
 
 
-def _end(batches: Any, process: int) -> None:
-    if os.getpid() == process:  # a worker that was forked meanwhile has a copy, and no say
-        batches._shutdown_workers()
-
-
-# MERGED from data/pipeline.py: Sets small enough to decode once: all pixels in one tensor, of which a batch is a few rows.
-
-
-LARGEST = 2**30
-"""Bytes that are held in memory without being asked to."""
-DIGITS_SPLITS = ("train", "test")
-CHUNK = 256
-"""Images decoded together."""
+# Memory: sets small enough to decode once, all pixels in one tensor of which a batch is a few rows
 
 
 @dataclass
@@ -601,12 +452,12 @@ class Pixels:
         return len(self.images)
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Examples of those numbers: uint8 [N, C, H, W], channels last in memory, and their targets."""
+        """Return examples of those numbers: uint8 [N, C, H, W], channels last in memory, and their targets."""
         chosen = torch.tensor(indices)
         return self.images[chosen].permute(0, 3, 1, 2), self.targets[chosen]
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and biased deviation of each channel, of pixels in 0 to 1."""
+        """Return mean and biased deviation of each channel, of pixels in 0 to 1."""
         means, stds = [], []
         for channel in self.images.unbind(-1):  # exact: sums of integers, from the 256 counts
             counts = torch.bincount(channel.reshape(-1), minlength=256).double()
@@ -618,8 +469,13 @@ class Pixels:
         return tuple(means), tuple(stds)
 
 
-def digits(*, training: bool) -> Pixels:
-    """scikit-learn's 1797 grey 8×8 digits, divided once and for all: of each class, every fifth to the test part.
+def _rows_of(pixels: Pixels, order: Iterable[list[Example]]) -> Iterator[Decoded]:
+    for examples in order:
+        yield Decoded(*pixels.batch([example.record for example in examples]), [])
+
+
+def read_digits(*, training: bool) -> Pixels:
+    """Return scikit-learn's 1797 grey 8×8 digits, divided for good: of each class, every fifth to the test part.
 
     Args:
         training: the four fifths to train on, or the fifth to test on.
@@ -633,53 +489,176 @@ def digits(*, training: bool) -> Pixels:
     return Pixels(images[chosen], targets[chosen], tuple(map(str, range(10))))
 
 
-def decoded(examples: Iterable[Record] | Table, class_names: tuple[str, ...], config: DataConfig) -> Pixels:
-    """Decode everything, with the config's workers; images of another size are resized and cropped to the centre.
+def decode_all(opened: OpenSplit, config: DataConfig, crop: Crop, chunk: int = 256) -> Pixels:
+    """Decode everything, with the config's workers.
 
     Args:
-        examples: a table, or records in order.
-        class_names: of the targets.
+        opened: the split.
         config: with channels and image size resolved.
+        crop: of images of another size.
+        chunk: images decoded together.
 
     Raises:
         ValueError: naming the first damaged image, unless the config says to skip them, or if none is left.
     """
-    table = examples if isinstance(examples, Table) else None
-    asked: Iterable[Any] = range(len(examples)) if isinstance(examples, Table) else examples
-    decoder = Decoder(table, CentreCrop(config.size), config.channels, replace=False)
+    table = None if opened.streamed else opened.table()
+    examples = map(Example, opened.records() if table is None else range(len(table)))
+    decoder = Decoder(table, crop, config.channels, replace_damaged=False)
     images, targets, failures = [], [], []
-    for batch in loader(decoder, _Chunks(asked), config, keep=False):
+    for batch in decode_batches(decoder, _in_batches(examples, chunk), config, keep_workers=False):
         check_failures(batch, config)
         images.append(batch.images.permute(0, 2, 3, 1).clone())  # out of the memory shared with the worker
         targets.append(batch.targets.clone())
         failures += batch.failures
     if not sum(map(len, images)):
         raise invalid("source", config.source, "holds no image that decodes", "mend the files")
-    return Pixels(torch.cat(images), torch.cat(targets), class_names, failures)
+    return Pixels(torch.cat(images), torch.cat(targets), opened.class_names, failures)
+
+
+# Decoding, here or in workers
+
+
+class Decoded(NamedTuple):
+    """A batch as a worker returns it; what went wrong is told, for an error raised in a worker loses its line."""
+
+    images: Tensor
+    """uint8 [N, C, H, W], channels last in memory."""
+    targets: Tensor
+    """int64 [N]."""
+    failures: list[tuple[str, str]]
+    """Name and reason of each image that does not decode."""
 
 
 def check_failures(batch: Decoded, config: DataConfig) -> None:
     """Raise the ``ValueError`` that a damaged image is, unless damaged images are to be skipped."""
-    if not batch.failures:
-        return
-    name, reason = batch.failures[0]
-    if config.on_bad_image == "error":
+    if batch.failures and config.on_bad_image == "error":
+        name, reason = batch.failures[0]
         remedy = "remove or replace it, or pass on_bad_image='skip'"
         raise ValueError(f"source: {name} does not decode as an image ({reason}); {remedy}")
 
 
-class _Chunks:
-    """Examples in runs, without draws of their own."""
+class Decoder(Dataset[Any]):
+    """Decodes and crops whole batches.
 
-    def __init__(self, examples: Iterable[Any]) -> None:
-        self.examples = examples
+    Args:
+        table: to look numbers up in; None where the examples are records.
+        crop: to squares.
+        channels: 3 for RGB, 1 for grey.
+        replace_damaged: put the batch's next whole image in the place of a damaged one, so that every batch is
+            full; without it the batch is shorter.
+    """
 
-    def __iter__(self) -> Iterator[list[Example]]:
-        chunk: list[Example] = []
-        for example in self.examples:
-            chunk.append(Example(example))
-            if len(chunk) == CHUNK:
-                yield chunk
-                chunk = []
-        if chunk:
-            yield chunk
+    def __init__(self, table: Table | None, crop: Crop, channels: int, *, replace_damaged: bool) -> None:
+        self.table, self.crop, self.channels, self.replace_damaged = table, crop, channels, replace_damaged
+
+    def __getitems__(self, examples: list[Example]) -> Decoded:
+        """Decode one batch; torch's global generator is left as it was."""
+        records: list[Record] = [example.record for example in examples]
+        if self.table is not None:
+            records = self.table.records([example.record for example in examples])
+        pixels = np.zeros((len(records), self.crop.size, self.crop.size, self.channels), np.uint8)
+        good, failures = [], []
+        with torch.random.fork_rng(devices=[]):
+            for place, (record, example) in enumerate(zip(records, examples, strict=True)):
+                try:
+                    image = self.crop(decode(record.image, self.channels), example.key)
+                except DamagedImage as damage:
+                    failures.append((record.name, str(damage)))
+                    continue
+                pixels[place] = np.asarray(image).reshape(pixels.shape[1:])
+                good.append(place)
+        if failures:
+            if self.replace_damaged and good:  # by the next good one, around the end if need be
+                good = [next((place for place in good if place >= wanted), good[0]) for wanted in range(len(records))]
+            pixels = pixels[good]
+            records = [records[place] for place in good]
+        targets = torch.tensor([record.label for record in records], dtype=torch.int64)
+        return Decoded(torch.from_numpy(pixels).permute(0, 3, 1, 2), targets, failures)
+
+
+def decode_batches(
+    decoder: Decoder, order: Iterable[list[Example]], config: DataConfig, *, keep_workers: bool
+) -> Iterable[Decoded]:
+    """Decode batches in the order asked for.
+
+    Args:
+        decoder: what to do with each.
+        order: the examples of each batch; iterated anew for each iteration of the result.
+        config: number of workers.
+        keep_workers: for the next iteration.
+    """
+    several: dict[str, Any] = {}
+    if config.workers:
+        several = {"prefetch_factor": config.prefetch, "persistent_workers": keep_workers}
+    return _Loader(
+        decoder,
+        batch_sampler=order,
+        collate_fn=_as_it_is,
+        num_workers=config.workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or the loader draws its workers' seed from the global one
+        worker_init_fn=_ignore_sigterm,
+        **several,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """Leave SIGTERM to the training process: one that is sent to all its processes is its request to stop."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class _Loader(DataLoader[Any]):
+    """A loader whose workers end at once, however it is let go, and not before.
+
+    Where Python finds one in a reference cycle (a trainer, an error that was kept), it finalizes the queues before
+    the iterator that would send the word to stop through them, and torch then waits five seconds for each worker.
+    The iterator is therefore kept out of the cycle, and ended when its owner goes.
+    """
+
+    def _get_iterator(self) -> Any:
+        with _sigterm_blocked():  # until the workers ignore it
+            batches = super()._get_iterator()
+        if not self.num_workers:
+            return batches
+        owner = self if self.persistent_workers else _Pass(batches)
+        weakref.finalize(owner, _end_workers, batches, os.getpid())
+        return batches if owner is self else owner
+
+
+class _Pass:
+    """One iteration, of which the workers end with it."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.batches)
+
+
+def _end_workers(batches: Any, process: int) -> None:
+    if os.getpid() != process:  # a worker that was forked meanwhile has a copy, whose end means nothing
+        return
+    batches._shutdown_workers()
+    for worker in batches._workers:
+        if worker.is_alive():  # stuck, and deaf to the SIGTERM that torch has sent
+            worker.kill()
+
+
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Keep SIGTERM waiting; processes that are started meanwhile inherit that, and keep it."""
+    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

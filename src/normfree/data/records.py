@@ -1,206 +1,68 @@
-"""One example before it is decoded, and how it is read from a row of a table."""
+"""A split, opened: its classes, its size and shape, and how an example is read from a row before it is decoded."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from normfree.common.checks import invalid, suggestion
 from normfree.common.text import printable, shortened
 from normfree.data.config import MOST_CLASSES, DataConfig
 from normfree.data.decode import header_size
-from normfree.data.pipeline import LARGEST
-from normfree.data.sources import Source, chosen_split, readable, source_named
-
-LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
+from normfree.data.sources import Namer, Source, choose_split, find_source, read_rows
 
 
-class Record(NamedTuple):
-    """An encoded image with its class."""
-
-    image: bytes | str
-    """The file's bytes, or its path."""
-    label: int
-    name: str
-    """What an error message calls it: a path, or a file and a row."""
-
-
-class Columns(NamedTuple):
-    """Where a table keeps what we need."""
-
-    image: str
-    label: str
-    class_names: tuple[str, ...] | None
-    """As the table declares them."""
-
-
-def find_columns(features: Any, config: DataConfig) -> Columns:
-    """Find the images and labels of a table.
+def open_split(config: DataConfig, *, training: bool, classes: Sequence[str] | None = None) -> OpenSplit:
+    """Open the split to train or to evaluate on.
 
     Args:
-        features: of a Hugging Face data set, by column; None where it knows none.
-        config: whose ``image_column`` and ``label_column`` go first.
+        config: what to open.
+        training: which split.
+        classes: of the network to evaluate, by their numbers; those of the data must be the same.
 
     Raises:
-        ValueError: if there is no such column, or more than a guess would be needed.
+        ValueError: if the source, the split or a column is not there, labels are missing, or the classes are others.
     """
-    from datasets import ClassLabel, Image
-
-    features = features or {}
-    images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    if not images and "image" in features and _holds_bytes(features["image"]):
-        images = ["image"]
-    classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    classes += [name for name in LABEL_COLUMNS if name in features and name not in classes]
-    image = _chosen("image_column", config.image_column, images, features)
-    if not _holds_images(features[image]):
-        rule = "the column holds no encoded images"
-        raise invalid("image_column", image, rule, "name one of bytes, or of {bytes, path} as datasets writes it")
-    label = _chosen("label_column", config.label_column, [name for name in classes if name != image], features)
-    names = features[label].names if isinstance(features[label], ClassLabel) else None
-    return Columns(image, label, tuple(names) if names else None)
-
-
-def _chosen(argument: str, wanted: str | None, candidates: Sequence[str], features: Any) -> str:
-    if wanted is not None and wanted not in features:
-        raise invalid(argument, wanted, "the data have no such column", suggestion(wanted, features))
-    if wanted is None and not candidates:
-        listed = ", ".join(features) or "none"
-        kind = "images" if argument == "image_column" else "labels"
-        rule = f"no column is seen to hold {kind} (columns: {listed})"
-        raise invalid(argument, None, rule, f"pass {argument}, or other data")
-    return candidates[0] if wanted is None else wanted
-
-
-def _holds_images(feature: Any) -> bool:
-    from datasets import Image
-
-    return isinstance(feature, Image) or _holds_bytes(feature)
-
-
-def _holds_bytes(feature: Any) -> bool:
-    inner = feature.get("bytes") if isinstance(feature, dict) else feature
-    return getattr(inner, "dtype", None) in ("binary", "large_binary")
-
-
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """Return the first names and how many more there are, as a message has them."""
-    more = f", … {len(names)} in all" if len(names) > most else ""
-    return printable(", ".join(shortened(name, 30) for name in names[:most]) + more)
-
-
-class Namer(Protocol):
-    """What error messages call a row."""
-
-    def __call__(self, number: int, path: str | None, shard: int | None = None) -> str:
-        """Name row ``number`` of a shard, or of the whole split, whose image has ``path`` (or None)."""
-        ...
-
-
-@dataclass(frozen=True)
-class RecordReader:
-    """Rows to records.
-
-    Args:
-        columns: where image and label are.
-        class_names: all classes, in the order of their numbers.
-        name: what to call a row.
-        source: the config's word for where the rows come from.
-    """
-
-    columns: Columns
-    class_names: tuple[str, ...]
-    name: Namer = field(repr=False)
-    source: str
-
-    @functools.cached_property
-    def numbers(self) -> dict[str, int]:
-        """The number of each class, by its name."""
-        return {name: number for number, name in enumerate(self.class_names)}
-
-    def __call__(self, row: dict[str, Any], number: int, shard: int | None = None) -> Record:
-        """Read a row; a ValueError names the one whose label is missing or none of the classes.
-
-        Args:
-            row: the values by column.
-            number: of the row in its shard, or in the whole split.
-            shard: of the row, where it is known.
-        """
-        image = row[self.columns.image]
-        data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-        name = self.name(number, path, shard)
-        label = self._class_number(row[self.columns.label], name)
-        return Record(data if data is not None else path or b"", label, name)
-
-    def _class_number(self, value: Any, name: str) -> int:
-        column = self.columns.label
-        if isinstance(value, str) and value in self.numbers:
-            return self.numbers[value]
-        if isinstance(value, str):
-            rule = (
-                f"{shortened(name, 120)} is of none of the {len(self.class_names)} classes ({listed(self.class_names)})"
-            )
-            raise invalid(column, value, rule, "pass data of these classes")
-        if value is None or value == -1 or not isinstance(value, int):
-            rule = f"{name} has no class there" if value in (None, -1) else f"{name} has another kind of value there"
-            raise invalid(column, value, rule, "pass another label_column, or a split with labels")
-        if not 0 <= value < len(self.class_names):
-            rule = f"{name} is of none of the {len(self.class_names)} classes"
-            raise invalid(column, value, rule, "mend it, or pass a larger num_classes")
-        return int(value)
-
-
-class Table:
-    """Examples that can be reached by number.
-
-    Args:
-        rows: a Hugging Face data set.
-        reader: of its rows.
-    """
-
-    def __init__(self, rows: Any, reader: RecordReader) -> None:
-        self.rows, self.reader = rows, reader
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes, in the order of their numbers."""
-        return self.reader.class_names
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def records(self, indices: Sequence[int]) -> list[Record]:
-        """The examples of those numbers."""
-        columns = self.rows[list(indices)]
-        rows = ({name: values[i] for name, values in columns.items()} for i in range(len(indices)))
-        return [self.reader(row, number) for row, number in zip(rows, indices, strict=True)]
-
-
-# MERGED from data/records.py: A source, opened: its classes, its size and shape found, and every field of the config resolved.
-
-
-PROBED = 16
-"""Images whose size is looked at."""
-USUAL_SIZE = 224
-
-FEW_CLASSES = 1000
-"""Classes up to which labels are taken as classes, however few examples each has."""
+    source = find_source(config)
+    split = choose_split(source.splits, config, training=training)
+    streamed = source.streams if config.streaming == "auto" else config.streaming
+    rows = source.rows(split, streaming=streamed)
+    columns = find_columns(rows.features, config)
+    numbered = split  # the training labels number the classes, or those of the split itself where there are none
+    if not training:
+        with contextlib.suppress(ValueError):
+            numbered = choose_split(source.splits, config, training=True)
+    class_names = _find_class_names(source, numbered, columns, config, streamed, classes)
+    check_classes(class_names, classes, config.source)
+    reader = RecordReader(columns, class_names, source.namer(split), config.source)
+    given = config.examples if training else config.evaluation_examples
+    if streamed:
+        return OpenSplit(source, split, rows, reader, given or source.count(split)[0], True)
+    if not len(rows):
+        raise invalid("source", config.source, f"its split {split!r} holds no example", "pass other data")
+    _check_labels(rows, reader)
+    return OpenSplit(source, split, rows, reader, len(rows), False)
 
 
 @dataclass
-class Opened:
+class OpenSplit:
     """One split of a source.
 
     Args:
+        source: of which.
+        split: its name there.
         rows: a Hugging Face data set, or an iterable one.
         reader: of its rows.
         examples: how many there are; None where only reading everything would tell.
         streamed: whether the rows come in order only.
     """
 
+    source: Source
+    split: str
     rows: Any
     reader: RecordReader
     examples: int | None
@@ -212,60 +74,38 @@ class Opened:
         return self.reader.class_names
 
     def table(self) -> Table:
-        """The examples by number."""
+        """Return the examples by number."""
         return Table(self.rows, self.reader)
 
     def records(self) -> Iterator[Record]:
-        """The examples in order, of all ranks."""
-        for number, row in enumerate(readable(self.rows, self.reader.source)):
+        """Yield the examples in order, of all ranks."""
+        for number, row in enumerate(read_rows(self.rows, self.reader.source)):
             yield self.reader(row, number)
 
-    def probe(self) -> list[Record]:
-        """A few examples: evenly spread ones, or the first of a stream."""
+    def sample(self) -> list[Record]:
+        """Return a few examples: evenly spread ones, or the first of a stream."""
         if self.streamed:
-            return list(islice(self.records(), PROBED))
+            return list(islice(self.records(), SAMPLED))
         count = len(self.rows)
-        return self.table().records(sorted({count * i // PROBED for i in range(PROBED)}))
+        return self.table().records(sorted({count * i // SAMPLED for i in range(SAMPLED)}))
 
 
-def open_split(config: DataConfig, *, training: bool, classes: Sequence[str] | None = None) -> Opened:
-    """Open the split to train or to evaluate on.
-
-    Args:
-        config: what to open.
-        training: which split.
-        classes: of the network to evaluate, by their numbers; those of the data must be the same.
-
-    Raises:
-        ValueError: if the source, the split or a column is not there, labels are missing, or the classes are others.
-    """
-    source = source_named(config)
-    split = chosen_split(source.splits, config, training=training)
-    streamed = source.streams if config.streaming == "auto" else config.streaming
-    rows = source.rows(split, streaming=streamed)
-    columns = find_columns(rows.features, config)
-    first = split if training else _training_split(source, config, split)
-    class_names = _class_names(source, first, columns, config, streamed, classes)
-    check_classes(class_names, classes, config.source)
-    reader = RecordReader(columns, class_names, source.namer(split), config.source)
-    given = config.examples if training else config.evaluation_examples
-    if streamed:
-        return Opened(rows, reader, given or source.counted(split)[0], True)
-    if not len(rows):
-        raise invalid("source", config.source, f"its split {split!r} holds no example", "pass other data")
-    _check_labels(rows, reader)
-    return Opened(rows, reader, len(rows), False)
+SAMPLED = 16
+"""Images whose size is looked at."""
+USUAL_SIZE = 224
+MEMORY = 2**30
+"""Bytes that are held in memory without being asked to."""
 
 
-def resolved(config: DataConfig, opened: Opened) -> DataConfig:
-    """The config with classes, channels, size and place (memory or not) as the data say."""
-    sizes = {size for record in opened.probe() if (size := header_size(record.image)) is not None}
+def resolve(config: DataConfig, opened: OpenSplit) -> DataConfig:
+    """Return the config with classes, channels, size and place (memory or not) as the data say."""
+    sizes = {size for record in opened.sample() if (size := header_size(record.image)) is not None}
     (width, height) = next(iter(sizes)) if len(sizes) == 1 else (0, 1)
     size = config.image_size or (width if width == height else USUAL_SIZE)
     channels = config.in_channels or (len(config.mean) if config.mean else 3)
     in_memory = config.in_memory
     if in_memory == "auto":
-        small = opened.examples is not None and opened.examples * size * size * channels <= LARGEST
+        small = opened.examples is not None and opened.examples * size * size * channels <= MEMORY
         in_memory = small and sizes == {(size, size)} and config.streaming is not True
     return replace(
         config,
@@ -276,12 +116,10 @@ def resolved(config: DataConfig, opened: Opened) -> DataConfig:
     )
 
 
-def _training_split(source: Source, config: DataConfig, split: str) -> str:
-    """The split whose labels number the classes; the evaluated one itself where there is no other."""
-    try:
-        return chosen_split(source.splits, config, training=True)
-    except ValueError:
-        return split
+# Classes
+
+FEW_CLASSES = 1000
+"""Classes up to which labels are taken as classes, however few examples each has."""
 
 
 def check_classes(names: Sequence[str], wanted: Sequence[str] | None, source: str) -> None:
@@ -291,11 +129,17 @@ def check_classes(names: Sequence[str], wanted: Sequence[str] | None, source: st
         ValueError: naming some of both.
     """
     if wanted is not None and tuple(names) != tuple(wanted):
-        rule = f"its classes ({listed(names)}) are not the model's ({listed(wanted)})"
+        rule = f"its classes ({list_names(names)}) are not the model's ({list_names(wanted)})"
         raise invalid("source", source, rule, "give data with the model's classes")
 
 
-def _class_names(
+def list_names(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names and how many more there are, as a message has them."""
+    more = f", … {len(names)} in all" if len(names) > most else ""
+    return printable(", ".join(shortened(name, 30) for name in names[:most]) + more)
+
+
+def _find_class_names(
     source: Source, split: str, columns: Columns, config: DataConfig, streamed: bool, known: Sequence[str] | None
 ) -> tuple[str, ...]:
     """Names as declared; else the network's; else the distinct words of the training labels; else their numbers."""
@@ -308,7 +152,7 @@ def _class_names(
         return tuple(known)
     found = source.labels(split, columns.label) if streamed else source.rows(split, streaming=False)[columns.label]
     if found is None:
-        examples, count = source.counted(split) if config.num_classes is None else (None, config.num_classes)
+        examples, count = source.count(split) if config.num_classes is None else (None, config.num_classes)
         if count is None:
             raise invalid("num_classes", None, "the streamed data do not say how many classes there are", "pass it")
         _check_count(columns.label, count, count, examples)
@@ -352,3 +196,144 @@ def _check_labels(rows: Any, reader: RecordReader) -> None:
         number = isinstance(label, int) and 0 <= label < count
         if not (number or (isinstance(label, str) and label in reader.numbers)):
             reader(rows[index], index)  # raises, with the example's name
+
+
+# Rows
+
+
+class Columns(NamedTuple):
+    """Where a table keeps what we need."""
+
+    image: str
+    label: str
+    class_names: tuple[str, ...] | None
+    """As the table declares them."""
+
+
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
+
+
+def find_columns(features: Any, config: DataConfig) -> Columns:
+    """Find the images and labels of a table.
+
+    Args:
+        features: of a Hugging Face data set, by column; None where it knows none.
+        config: whose ``image_column`` and ``label_column`` go first.
+
+    Raises:
+        ValueError: if there is no such column, or more than a guess would be needed.
+    """
+    from datasets import ClassLabel, Image
+
+    features = features or {}
+    images = [name for name, feature in features.items() if isinstance(feature, Image)]
+    if not images and "image" in features and _holds_bytes(features["image"]):
+        images = ["image"]
+    classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    classes += [name for name in LABEL_COLUMNS if name in features and name not in classes]
+    image = _choose_column("image_column", config.image_column, images, features)
+    if not (isinstance(features[image], Image) or _holds_bytes(features[image])):
+        rule = "the column holds no encoded images"
+        raise invalid("image_column", image, rule, "name one of bytes, or of {bytes, path} as datasets writes it")
+    label = _choose_column("label_column", config.label_column, [name for name in classes if name != image], features)
+    names = features[label].names if isinstance(features[label], ClassLabel) else None
+    return Columns(image, label, tuple(names) if names else None)
+
+
+def _choose_column(argument: str, wanted: str | None, candidates: Sequence[str], features: Any) -> str:
+    if wanted is not None and wanted not in features:
+        raise invalid(argument, wanted, "the data have no such column", suggestion(wanted, features))
+    if wanted is None and not candidates:
+        known = ", ".join(features) or "none"
+        kind = "images" if argument == "image_column" else "labels"
+        rule = f"no column is seen to hold {kind} (columns: {known})"
+        raise invalid(argument, None, rule, f"pass {argument}, or other data")
+    return candidates[0] if wanted is None else wanted
+
+
+def _holds_bytes(feature: Any) -> bool:
+    inner = feature.get("bytes") if isinstance(feature, dict) else feature
+    return getattr(inner, "dtype", None) in ("binary", "large_binary")
+
+
+class Record(NamedTuple):
+    """An encoded image with its class."""
+
+    image: bytes | str
+    """The file's bytes, or its path."""
+    label: int
+    name: str
+    """What an error message calls it: a path, or a file and a row."""
+
+
+@dataclass(frozen=True)
+class RecordReader:
+    """Rows to records.
+
+    Args:
+        columns: where image and label are.
+        class_names: all classes, in the order of their numbers.
+        name: what to call a row.
+        source: the config's word for where the rows come from.
+    """
+
+    columns: Columns
+    class_names: tuple[str, ...]
+    name: Namer = field(repr=False)
+    source: str
+
+    @functools.cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of each class, by its name."""
+        return {name: number for number, name in enumerate(self.class_names)}
+
+    def __call__(self, row: dict[str, Any], number: int, shard: int | None = None) -> Record:
+        """Read a row; a ValueError names the one whose label is missing or none of the classes.
+
+        Args:
+            row: the values by column.
+            number: of the row in its shard, or in the whole split.
+            shard: of the row, where it is known.
+        """
+        image = row[self.columns.image]
+        data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+        name = self.name(number, path, shard)
+        label = self._class_number(row[self.columns.label], name)
+        return Record(data if data is not None else path or b"", label, name)
+
+    def _class_number(self, value: Any, name: str) -> int:
+        column = self.columns.label
+        if isinstance(value, str) and value in self.numbers:
+            return self.numbers[value]
+        if isinstance(value, str):
+            classes = f"{len(self.class_names)} classes ({list_names(self.class_names)})"
+            rule = f"{shortened(name, 120)} is of none of the {classes}"
+            raise invalid(column, value, rule, "pass data of these classes")
+        if value is None or value == -1 or not isinstance(value, int):
+            rule = f"{name} has no class there" if value in (None, -1) else f"{name} has another kind of value there"
+            raise invalid(column, value, rule, "pass another label_column, or a split with labels")
+        if not 0 <= value < len(self.class_names):
+            rule = f"{name} is of none of the {len(self.class_names)} classes"
+            raise invalid(column, value, rule, "mend it, or pass a larger num_classes")
+        return int(value)
+
+
+class Table:
+    """Examples that can be reached by number.
+
+    Args:
+        rows: a Hugging Face data set.
+        reader: of its rows.
+    """
+
+    def __init__(self, rows: Any, reader: RecordReader) -> None:
+        self.rows, self.reader = rows, reader
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def records(self, indices: Sequence[int]) -> list[Record]:
+        """Return the examples of those numbers."""
+        columns = self.rows[list(indices)]
+        rows = ({name: values[i] for name, values in columns.items()} for i in range(len(indices)))
+        return [self.reader(row, number) for row, number in zip(rows, indices, strict=True)]

@@ -1,4 +1,4 @@
-"""Where a run computes, and in what: the devices there are, and bf16 where they multiply it natively."""
+"""Where a run computes, in what precision, and how its states are whole although ranks may hold shards of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from normfree.common.checks import invalid
 from normfree.common.packages import required
 from normfree.models import Backbone, create_model
-from normfree.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -49,50 +48,45 @@ def multiplies_bf16(device: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def chosen_precision(precision: str, device: str) -> str:
+def resolve_precision(precision: str, device: str) -> str:
     """Return "bf16" or "fp32" for a choice of ``TrainConfig.precision``."""
     if precision != "auto":
         return precision
     return "bf16" if multiplies_bf16(device) else "fp32"
 
 
-def launch(config: TrainConfig) -> Fabric:
-    """Return Lightning Fabric for a training process, as ``torchrun`` started it or alone.
+FABRIC_PRECISION = {"bf16": "bf16-mixed", "fp32": "32-true"}
+"""What Fabric calls a precision."""
 
-    Args:
-        config: of the run.
+
+def launch(accelerator: str, precision: str, strategy: str = "auto") -> Fabric:
+    """Return Lightning Fabric for choices of ``TrainConfig``'s fields, as ``torchrun`` started the process or alone.
 
     Raises:
-        ValueError: for a strategy that needs ``torchrun`` without it.
+        ValueError: for a strategy that needs ``torchrun`` without it, and for cuda where there is none.
         ImportError: if lightning is not installed.
     """
-    return launched(config.accelerator, config.precision, config.strategy)
-
-
-def launched(accelerator: str, precision: str, strategy: str = "auto") -> Fabric:
-    """Return Lightning Fabric for choices of ``TrainConfig``'s fields of these names; raises as :func:`launch`."""
     required("lightning.fabric", "training")
     from lightning.fabric import Fabric
 
     device = device_type(accelerator)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     world = int(os.environ["WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else 1
-    mixed = chosen_precision(precision, device) == "bf16"
     if 1 < local == world:
-        _meet(device)
-    with _quiet():
+        _join_ranks(device)
+    with _silence_fabric():
         fabric = Fabric(
             accelerator=device,
             devices=local,
             num_nodes=world // local,
-            strategy=_strategy(strategy, world),
-            precision="bf16-mixed" if mixed else "32-true",
+            strategy=_fabric_strategy(strategy, world),
+            precision=FABRIC_PRECISION[resolve_precision(precision, device)],  # type: ignore[arg-type]
         )
         fabric.launch()
     return fabric
 
 
-def _meet(device: str) -> None:
+def _join_ranks(device: str) -> None:
     """Join the other ranks of this host, each time ``torchrun`` starts them under a name of its own.
 
     Its store outlives a restart, and under one name a rank may find the address of one that was killed.
@@ -111,9 +105,9 @@ def _meet(device: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Fabric's own words on what config.json has anyway."""
-    # Which of the two speaks depends on which was imported last.
+def _silence_fabric() -> Iterator[None]:
+    """Keep Fabric from printing what config.json has anyway."""
+    # Which of the two is used depends on which was imported last.
     loggers = [logging.getLogger(f"lightning.{part}.utilities.rank_zero") for part in ("fabric", "pytorch")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -125,7 +119,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _strategy(strategy: str, world_size: int) -> Any:
+def _fabric_strategy(strategy: str, world_size: int) -> Any:
     """What Fabric calls a strategy."""
     from lightning.fabric.strategies.ddp import DDPStrategy
     from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
@@ -156,63 +150,41 @@ def shard(model: nn.Module, mesh: Any) -> nn.Module:
     return model
 
 
-# MERGED from train/distributed.py: Whole states of networks that may be sharded: what a checkpoint keeps does not depend on the number of ranks.
-
-
-class States(Protocol):
-    """How states go out and come in."""
-
-    def network(self, network: Backbone) -> Backbone:
-        """A network with all weights, that ``normfree.save`` takes."""
-        ...
-
-    def load_network(self, network: Backbone, tensors: Mapping[str, Tensor]) -> None:
-        """Give a network the weights it was saved with."""
-        ...
-
-    def optimizer(self, network: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's whole state."""
-        ...
-
-    def load_optimizer(self, network: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Give an optimizer the state it was saved with."""
-        ...
-
-    def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Parameter groups whose tensors are of one kind each, as fused updates want them."""
-        ...
-
-    def gradient_norm(self, network: nn.Module) -> Tensor:
-        """Euclidean norm of the whole gradient, 0-d, once all ranks' gradients are one."""
-        ...
-
-
 class WholeStates:
-    """Every rank has everything: one process, or DistributedDataParallel."""
+    """States where every rank has everything: one process, or DistributedDataParallel.
 
-    def network(self, network: Backbone) -> Backbone:
+    What goes out and comes in is whole, so that what a checkpoint keeps does not depend on the number of ranks.
+    """
+
+    def gather_network(self, network: Backbone) -> Backbone:
+        """Return a network with all weights, that ``normfree.save`` takes."""
         return network
 
     def load_network(self, network: Backbone, tensors: Mapping[str, Tensor]) -> None:
+        """Give a network the weights it was saved with."""
         network.load_state_dict(dict(tensors))
 
-    def optimizer(self, network: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    def gather_optimizer(self, network: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the optimizer's whole state."""
         return optimizer.state_dict()
 
     def load_optimizer(self, network: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Give an optimizer the state it was saved with."""
         optimizer.load_state_dict(state)
 
-    def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def split_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return parameter groups whose tensors are of one kind each, as fused updates need them."""
         return groups
 
     def gradient_norm(self, network: nn.Module) -> Tensor:
+        """Return the Euclidean norm of the whole gradient, 0-d, once all ranks' gradients are one."""
         return get_total_norm([p.grad for p in network.parameters() if p.grad is not None], foreach=True)
 
 
-class ShardedStates:
-    """Every rank has a shard (FSDP): states are gathered on the CPU of rank 0, and spread again."""
+class ShardedStates(WholeStates):
+    """States where every rank has a shard (FSDP): they are gathered on the CPU of rank 0, and spread again."""
 
-    def network(self, network: Backbone) -> Backbone:
+    def gather_network(self, network: Backbone) -> Backbone:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -227,7 +199,7 @@ class ShardedStates:
 
         set_model_state_dict(network, dict(tensors), options=StateDictOptions(full_state_dict=True))
 
-    def optimizer(self, network: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    def gather_optimizer(self, network: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -239,7 +211,7 @@ class ShardedStates:
         options = StateDictOptions(full_state_dict=True)
         set_optimizer_state_dict(network, _inner(optimizer), state, options=options)
 
-    def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def split_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         halves = []
         for group in groups:
             whole = [parameter for parameter in group["params"] if parameter.ndim == 0]
