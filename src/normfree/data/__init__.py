@@ -1,4 +1,4 @@
-"""Images: to listen with, to train on and to evaluate on, from folders, parquet, shards, the hub or the package."""
+"""Images to measure with, to train on and to evaluate on, from folders, parquet, shards, the hub or the package."""
 
 from normfree.data.augmentation import Augmentation, Standardization
 from normfree.data.config import AugmentationConfig, DataConfig

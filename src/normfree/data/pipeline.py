@@ -333,7 +333,7 @@ def read_split(config: DataConfig, *, training: bool, classes: Sequence[str] | N
 
 
 def _complete_digits(config: DataConfig) -> DataConfig:
-    """The config with what the digits are; a ValueError where it asks for something else."""
+    """Return the config with what the digits are; a ValueError where it has something else."""
     for name, value in (("image_size", 8), ("in_channels", 1), ("num_classes", 10)):
         if getattr(config, name) not in (None, value):
             raise invalid(name, getattr(config, name), f"the digits have {value}", "leave it out")
@@ -519,7 +519,7 @@ def decode_all(opened: OpenSplit, config: DataConfig, crop: Crop, chunk: int = 2
 
 
 class Decoded(NamedTuple):
-    """A batch as a worker returns it; what went wrong is told, for an error raised in a worker loses its line."""
+    """A batch as a worker returns it; failures are listed, for an error raised in a worker loses its line."""
 
     images: Tensor
     """uint8 [N, C, H, W], channels last in memory."""
@@ -612,7 +612,7 @@ def _ignore_sigterm(worker: int) -> None:
 
 
 class _Loader(DataLoader[Any]):
-    """A loader whose workers end at once, however it is let go, and not before.
+    """A loader whose workers end at once when it is no longer used, and not before.
 
     Where Python finds one in a reference cycle (a trainer, an error that was kept), it finalizes the queues before
     the iterator that would send the word to stop through them, and torch then waits five seconds for each worker.
@@ -647,7 +647,7 @@ def _end_workers(batches: Any, process: int) -> None:
         return
     batches._shutdown_workers()
     for worker in batches._workers:
-        if worker.is_alive():  # stuck, and deaf to the SIGTERM that torch has sent
+        if worker.is_alive():  # stuck; it ignores the SIGTERM that torch has sent
             worker.kill()
 
 

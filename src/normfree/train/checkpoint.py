@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -327,8 +328,11 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / ".lock"
         while self._file is None:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             try:
+                status = os.fstat(file)
+                if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # it is written to, and could be any file
+                    raise refused("out", path, "is no lock of a run", "remove it")
                 self._lock(file)
             except BaseException:
                 os.close(file)
@@ -421,18 +425,17 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def check_conditions(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise if what makes the bits of a run is not what it was when the run began.
+def check_conditions(folder: Path, now: Mapping[str, Any]) -> None:
+    """Raise if what makes the bits of a run is not what ``config.json`` says it was.
 
     Args:
         folder: of the run.
-        before: what ``config.json`` holds; what an earlier version did not write down is not compared.
-        now: what it would hold.
+        now: what ``config.json`` would hold; what an earlier version did not write to it is not compared.
 
     Raises:
         ValueError: naming what differs, and how to go on all the same.
     """
-    changes = []
+    before, changes = read_json(folder / CONFIG, "run"), []
     for name, was, is_now in zip(CONDITIONS, _conditions(before), _conditions(now), strict=True):
         if was is not None and was != is_now:
             values = "" if isinstance(is_now, (list, dict)) else f" {is_now} instead of {shortened(str(was), 40)}"

@@ -344,13 +344,17 @@ class Trainer:
     def run(self) -> Summary:
         """Train to the end, or to a request to stop; a run that has ended before is only summed up."""
         checkpoint = on_rank_zero(self.fabric, lambda: self.store.newest(set_aside=True))
+        metrics = on_rank_zero(self.fabric, lambda: None if checkpoint is None else self._read_metrics(checkpoint.step))
+        if metrics is not None:
+            return Summary(self.folder, metrics)
+        description = on_rank_zero(self.fabric, self.describe)
         if checkpoint is not None:
-            if metrics := on_rank_zero(self.fabric, lambda: self._read_metrics(checkpoint.step)):
-                return Summary(self.folder, metrics)
+            if self.config.on_changed == "error":
+                on_rank_zero(self.fabric, lambda: check_conditions(self.folder, description))
             self.resume(checkpoint)
-        description = on_rank_zero(self.fabric, lambda: self._describe(going_on=checkpoint is not None))
         if not self.fabric.is_global_zero:
             return self._summarize(self.fit(), description)
+        write_atomically(self.folder / CONFIG, json.dumps(description, indent=1) + "\n")
         if 0 < self.step < self.last_step and self.console is not None:
             self.console.print(f"going on from step {self.step} of {self.last_step}", highlight=False)
         with self.recording():
@@ -365,15 +369,8 @@ class Trainer:
         evaluated = isinstance(metrics.get("evaluation"), dict) and metrics.get("step") == step
         return metrics if evaluated and set(metrics) >= METRICS_OF_ALL else None
 
-    def _describe(self, *, going_on: bool) -> dict[str, Any]:
-        """Write what was chosen and what followed from it to ``config.json``, and return it.
-
-        Args:
-            going_on: whether the run takes up a checkpoint, and so has to compute as before.
-
-        Raises:
-            ValueError: it does not, and is not told to go on all the same.
-        """
+    def describe(self) -> dict[str, Any]:
+        """Return what was chosen, what followed from it, and where it ran, as ``config.json`` has it."""
         device = self.fabric.device
         derived = {
             "learning_rate": self.peak,
@@ -388,11 +385,7 @@ class Trainer:
             "classes": list(self.data.class_names),
             "training_data": self.data.identity(),
         }
-        description = {"config": to_dict(self.config), "derived": derived, **provenance()}
-        if going_on and self.config.on_changed == "error":
-            check_conditions(self.folder, read_json(self.folder / CONFIG, "run"), description)
-        write_atomically(self.folder / CONFIG, json.dumps(description, indent=1) + "\n")
-        return description
+        return {"config": to_dict(self.config), "derived": derived, **provenance()}
 
     def fit(self) -> bool:
         """Train from where the run stands; returns whether the end was reached, and not a request to stop."""
