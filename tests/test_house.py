@@ -21,7 +21,7 @@ ALLOWED = {
     "data": {"data", "nn", "signal", "trace", "common"},
     "convert": {"convert", "nn", "signal", "trace", "weights", "common"},
     "export": {"export", "nn", "signal", "trace", "common"},
-    "report": {"report", "signal", "train", "common"},
+    "report": {"report", "signal", "common"},
     "benchmark": {"benchmark", "models", "nn", "signal", "trace", "export", "sources", "common"},
     "paper": {"paper", "models", "nn", "signal", "report", "train", "common"},
     "train": {"train", "data", "models", "nn", "optim", "signal", "trace", "weights", "report", "common"},

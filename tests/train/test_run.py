@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_sets import CLASSES, write_folder
 from safetensors.torch import load_file
 from tiny_run import MODEL, tiny
 
@@ -205,6 +206,32 @@ def test_a_curve_forgets_a_future_that_did_not_come(tmp_path):
     with (tmp_path / "c.csv").open("a") as file:
         file.write("4,0.2")  # killed while writing
     assert Curve(tmp_path / "c.csv", ("step", "loss"), 2).rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+
+
+@pytest.mark.parametrize("cut", ["4,0.2", "4", "4,", "4,0.25,\n", "4\n", "4,0.2x\n"])
+def test_a_row_that_was_cut_off_is_left_out(cut, tmp_path):
+    (tmp_path / "c.csv").write_text(f"step,loss\n3,0.5\n{cut}")
+    assert read_rows(tmp_path / "c.csv") == [{"step": 3, "loss": 0.5}]
+
+
+def test_a_full_disk_names_the_curve(tmp_path):
+    curve = Curve(tmp_path / "train.csv", ("step", "loss"), 0)
+    (tmp_path / "train.csv").unlink()
+    (tmp_path / "train.csv").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/train\.csv'"):
+        curve.add({"step": 1, "loss": 1.0})
+
+
+def test_images_to_evaluate_on_that_are_all_damaged_are_one_line(tmp_path):
+    write_folder(tmp_path / "images" / "train", 12)
+    for name in CLASSES:
+        (tmp_path / "images" / "test" / name).mkdir(parents=True)
+        (tmp_path / "images" / "test" / name / "a.png").write_bytes(b"no image")
+    data = {"source": str(tmp_path / "images"), "in_memory": False, "on_bad_image": "skip", "batch_size": 4}
+    for every in (0, 5):  # first met in the evaluation, or by the monitor
+        config = tiny(tmp_path / str(every), data=data, batch_size=4, signal_every=every, limit_train_steps=1)
+        with pytest.raises(ValueError, match=r"holds no image to evaluate on: 3 do not decode, .*a\.png first; mend"):
+            train(config)
 
 
 @pytest.fixture(scope="module")

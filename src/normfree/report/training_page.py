@@ -14,30 +14,38 @@ from typing import Any
 from normfree.report.monitor_page import slider_spec
 from normfree.report.page import filled, page_file, write_page
 from normfree.signal import SignalHistory
-from normfree.train.records import Row, read_rows
+
+Row = Mapping[str, float | None]
 
 GRID = "rgba(128,128,128,0.22)"
 COLORS = ("#0b6fb8", "#c8501e")
 MOST_NAMED = 40
 """Classes whose names stand at the confusion matrix."""
 
-SILENT = "Nobody listened: --signal-every 0, or a sharded network."
-LISTENED = (
+UNRECORDED = "The signal was not recorded: --signal-every 0, or a sharded network."
+RECORDED = (
     "The first images of the evaluation went through the network every so often: after every block the squared mean, "
     "the variance, and the variance of the branch before it was scaled and added. Drag the slider, or let it play."
 )
 
 
 def write_training_report(
-    folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any], history: SignalHistory | None
+    path: Path,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    training: Sequence[Row],
+    evaluation: Sequence[Row],
+    history: SignalHistory | None,
 ) -> Path:
-    """Write ``report.html`` of a run from its curves, as one file that opens without a network.
+    """Write the report of a run, as one file that opens without a network.
 
     Args:
-        folder: of the run, with ``train.csv`` and ``eval.csv``.
+        path: of the page.
         config: what ``config.json`` holds.
         metrics: what ``metrics.json`` holds.
-        history: of the network's signal, if somebody listened.
+        training: rows of ``train.csv``.
+        evaluation: rows of ``eval.csv``.
+        history: of the network's signal, if it was recorded.
 
     Returns:
         The path.
@@ -45,7 +53,6 @@ def write_training_report(
     Raises:
         ImportError: if plotly is not installed.
     """
-    training, evaluation = read_rows(folder / "train.csv"), read_rows(folder / "eval.csv")
     figures = curve_figures(training, evaluation)
     if history:
         figures["signal"] = slider_spec(history)
@@ -57,12 +64,12 @@ def write_training_report(
         "title": escape(title),
         "described": escape(_described(config, metrics)),
         "figures": _figures(metrics, training),
-        "signal": f"<p>{LISTENED if history else SILENT}</p>",
+        "signal": f"<p>{RECORDED if history else UNRECORDED}</p>",
         "confused": escape(_confused(found, config["derived"]["classes"])),
         "configuration": "".join(_setting(name, value) for name, value in _flat(config).items()),
     }
     return write_page(
-        folder / "report.html",
+        path,
         title=title,
         body=filled(page_file("training_page.html"), parts),
         data=figures,
