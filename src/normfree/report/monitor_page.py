@@ -10,7 +10,7 @@ from typing import Any
 
 from normfree.common.packages import required
 from normfree.report.page import (
-    filled,
+    fill,
     finding_item,
     findings_list,
     heading_of,
@@ -238,7 +238,7 @@ def write_monitor_report(history: SignalHistory, path: str | Path, *, title: str
         "step": str(history.steps[-1]),
         "configuration": settings_table([last]),
     }
-    body = filled(page_file("monitor_page.html"), parts)
+    body = fill(page_file("monitor_page.html"), parts)
     return write_page(path, title=title, body=body, data={"chart": spec}, script=page_file("figures.js"))
 
 

@@ -39,14 +39,14 @@ def write_page(path: str | Path, *, title: str, body: str, data: Any, script: st
         "title": escape(title),
         "style": page_file("page.css") + ("\n" + style if style else ""),
         "body": body,
-        "data": inert(data),
+        "data": script_json(data),
         "plotly": page_file("plotly-cartesian.min.js").replace("</script", "<\\/script"),
         "script": page_file("page.js") + "\n" + script,
     }
-    return write_atomically(path, filled(page_file("page.html"), parts))
+    return write_atomically(path, fill(page_file("page.html"), parts))
 
 
-def filled(template: str, parts: Mapping[str, str]) -> str:
+def fill(template: str, parts: Mapping[str, str]) -> str:
     """A template with its ``{{placeholders}}`` filled in.
 
     In one pass over the template alone: what looks like a placeholder inside a part stays as it is.
@@ -59,7 +59,7 @@ def page_file(name: str) -> str:
     return resources.files("normfree.report").joinpath(name).read_text(encoding="utf-8").rstrip()
 
 
-def inert(value: Any) -> str:
+def script_json(value: Any) -> str:
     """JSON that no HTML parser can mistake for markup, inside a script element."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

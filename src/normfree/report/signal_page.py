@@ -15,7 +15,7 @@ from typing import Any
 from normfree.report.page import (
     CURVES,
     dead_fraction,
-    filled,
+    fill,
     finding_item,
     findings_list,
     heading_of,
@@ -90,7 +90,7 @@ def write_report(
         "tables": "".join(numbers_tables(signal) for signal in signals),
         "configuration": settings_table(signals),
     }
-    body = filled(page_file("signal_page.html"), parts)
+    body = fill(page_file("signal_page.html"), parts)
     return write_page(path, title=title, body=body, data=_page_data(signals), script=page_file("signal_page.js"))
 
 

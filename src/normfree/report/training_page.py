@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from normfree.report.monitor_page import slider_spec
-from normfree.report.page import filled, page_file, write_page
+from normfree.report.page import fill, page_file, write_page
 from normfree.signal import SignalHistory
 
 Row = Mapping[str, float | None]
@@ -71,7 +71,7 @@ def write_training_report(
     return write_page(
         path,
         title=title,
-        body=filled(page_file("training_page.html"), parts),
+        body=fill(page_file("training_page.html"), parts),
         data=figures,
         script=page_file("figures.js"),
         style=page_file("training_page.css"),
