@@ -384,7 +384,8 @@ class Recorder(TorchDispatchMode):
         if weight is not None:
             silent += self.statics.zero_gain(weight) if name in op.NORM else self.statics.of(weight).silent
         elif name in op.SCALING:
-            silent += [gain for t in args if isinstance(t, Tensor) for gain in self.statics.zero_gain(t)]
+            factors = [t for t in args if isinstance(t, Tensor) and id(t) not in self.nodes.by_id]
+            silent += [gain for factor in factors for gain in self.statics.zero_gain(factor)]
         return tuple(dict.fromkeys(silent)) if silent else ()
 
     # Scalings.
