@@ -16,8 +16,8 @@ from typing import Any, Generic, TypeVar
 from weakref import ref
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from normfree.common.torch_compat import tree_leaves
 from normfree.trace import operations as op
 
 
