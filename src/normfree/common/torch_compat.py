@@ -15,15 +15,19 @@ from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "ConvNd",
     "ConvTransposeNd",
     "NormBase",
+    "cpu_multiplies_bf16",
+    "end_workers",
     "in_forward_mode",
     "in_function_transform",
     "is_jit_tracing",
     "operations_are_followed",
+    "tree_leaves",
 ]
 
 
@@ -67,3 +71,21 @@ def _is_plain(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, nn.Parameter):
         return False
     return not (_functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor))
+
+
+def end_workers(batches: Any) -> None:
+    """End the worker processes of a ``DataLoader``'s iterator; does nothing to one without workers, or ended."""
+    if not hasattr(batches, "_shutdown_workers"):
+        return
+    batches._shutdown_workers()
+    for worker in batches._workers:
+        if worker.is_alive():  # stuck; it may ignore the SIGTERM that torch has sent
+            worker.kill()
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Return whether the CPU multiplies bf16 natively: AVX512-BF16, AMX, or ARM's BF16 extension."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities:
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
