@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 from normfree.common.torch_compat import (
     ConvNd,
@@ -10,7 +11,9 @@ from normfree.common.torch_compat import (
     NormBase,
     argument_name,
     base_of_view,
+    cpu_multiplies_bf16,
     current_autograd_node,
+    end_workers,
     in_forward_mode,
     in_function_transform,
     is_jit_tracing,
@@ -18,6 +21,7 @@ from normfree.common.torch_compat import (
     operations_are_followed,
     preserve_version_counters,
     sequence_number,
+    tree_leaves,
     without_gradient_hooks,
     written_positions,
 )
@@ -33,6 +37,19 @@ class Following(TorchDispatchMode):
 def test_base_classes_of_layers():
     assert issubclass(nn.Conv3d, ConvNd) and issubclass(nn.ConvTranspose1d, ConvTransposeNd)
     assert issubclass(nn.BatchNorm2d, NormBase) and not issubclass(nn.Linear, ConvNd)
+
+
+def test_workers_end():
+    for workers in (0, 1):
+        batches = iter(DataLoader([1, 2], num_workers=workers))
+        next(batches)
+        end_workers(batches)
+    assert not any(process.is_alive() for process in batches._workers)
+
+
+def test_leaves_and_capabilities():
+    assert tree_leaves({"a": [1, (2, None)], "b": 3}) == [1, 2, None, 3]
+    assert cpu_multiplies_bf16() in (True, False)
 
 
 def test_what_follows_the_operations():

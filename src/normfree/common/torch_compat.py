@@ -28,7 +28,9 @@ __all__ = [
     "TorchDispatchMode",
     "argument_name",
     "base_of_view",
+    "cpu_multiplies_bf16",
     "current_autograd_node",
+    "end_workers",
     "in_forward_mode",
     "in_function_transform",
     "is_jit_tracing",
@@ -130,3 +132,21 @@ def without_gradient_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for leaf, gradient, hooks, accumulated in kept:
             leaf.grad, leaf._backward_hooks, leaf._post_accumulate_grad_hooks = gradient, hooks, accumulated
+
+
+def end_workers(batches: Any) -> None:
+    """End the worker processes of a ``DataLoader``'s iterator; does nothing to one without workers, or ended."""
+    if not hasattr(batches, "_shutdown_workers"):
+        return
+    batches._shutdown_workers()
+    for worker in batches._workers:
+        if worker.is_alive():  # stuck; it may ignore the SIGTERM that torch has sent
+            worker.kill()
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Return whether the CPU multiplies bf16 natively: AVX512-BF16, AMX, or ARM's BF16 extension."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities:
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

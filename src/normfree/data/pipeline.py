@@ -26,11 +26,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from normfree.common.checks import invalid
 from normfree.common.packages import required
+from normfree.common.torch_compat import end_workers
 from normfree.data.augmentation import Augmentation, CentreCrop, Crop, Standardization, TrainingCrop
 from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from normfree.data.decode import DamagedImage, decode
 from normfree.data.order import Place, Shards, Share, Stream, check_rank, evaluation_indices
-from normfree.data.records import OpenSplit, Record, Table, check_classes, open_split, resolve
+from normfree.data.records import OpenSplit, Record, check_classes, open_split, resolve
 from normfree.data.sources import choose_split, fingerprint
 
 DIGITS_SPLITS = ("train", "test")
@@ -291,7 +292,7 @@ class Split:
         if self.pixels is not None:
             return _Repeated(partial(_rows_of, self.pixels, order))
         assert self.opened is not None
-        table = None if self.in_order else self.opened.table()
+        table = None if self.in_order else self.opened
         decoder = Decoder(table, crop, self.config.channels, replace_damaged=replace_damaged)
         return decode_batches(decoder, order, self.config, keep_workers=keep_workers)
 
@@ -501,8 +502,8 @@ def decode_all(opened: OpenSplit, config: DataConfig, crop: Crop, chunk: int = 2
     Raises:
         ValueError: naming the first damaged image, unless the config says to skip them, or if none is left.
     """
-    table = None if opened.streamed else opened.table()
-    examples = map(Example, opened.records() if table is None else range(len(table)))
+    table = None if opened.streamed else opened
+    examples = map(Example, opened.records() if table is None else range(len(table.rows)))
     decoder = Decoder(table, crop, config.channels, replace_damaged=False)
     images, targets, failures = [], [], []
     for batch in decode_batches(decoder, _in_batches(examples, chunk), config, keep_workers=False):
@@ -541,21 +542,21 @@ class Decoder(Dataset[Any]):
     """Decodes and crops whole batches.
 
     Args:
-        table: to look numbers up in; None where the examples are records.
+        table: the split to look numbers up in; None where the examples are records.
         crop: to squares.
         channels: 3 for RGB, 1 for grey.
         replace_damaged: put the batch's next whole image in the place of a damaged one, so that every batch is
             full; without it the batch is shorter.
     """
 
-    def __init__(self, table: Table | None, crop: Crop, channels: int, *, replace_damaged: bool) -> None:
+    def __init__(self, table: OpenSplit | None, crop: Crop, channels: int, *, replace_damaged: bool) -> None:
         self.table, self.crop, self.channels, self.replace_damaged = table, crop, channels, replace_damaged
 
     def __getitems__(self, examples: list[Example]) -> Decoded:
         """Decode one batch; torch's global generator is left as it was."""
         records: list[Record] = [example.record for example in examples]
         if self.table is not None:
-            records = self.table.records([example.record for example in examples])
+            records = self.table.find([example.record for example in examples])
         pixels = np.zeros((len(records), self.crop.size, self.crop.size, self.channels), np.uint8)
         good, failures = [], []
         with torch.random.fork_rng(devices=[]):
@@ -619,13 +620,15 @@ class _Loader(DataLoader[Any]):
     The iterator is therefore kept out of the cycle, and ended when its owner goes.
     """
 
-    def _get_iterator(self) -> Any:
+    def __iter__(self) -> Any:
         with _sigterm_blocked():  # until the workers ignore it
-            batches = super()._get_iterator()
+            batches = super().__iter__()
         if not self.num_workers:
             return batches
         owner = self if self.persistent_workers else _Pass(batches)
-        weakref.finalize(owner, _end_workers, batches, os.getpid())
+        if batches is not getattr(self, "ended_later", None):  # kept workers are those of the first iteration
+            weakref.finalize(owner, _end_workers, batches, os.getpid())
+            self.ended_later = batches if owner is self else None
         return batches if owner is self else owner
 
 
@@ -643,12 +646,8 @@ class _Pass:
 
 
 def _end_workers(batches: Any, process: int) -> None:
-    if os.getpid() != process:  # a worker that was forked meanwhile has a copy, whose end means nothing
-        return
-    batches._shutdown_workers()
-    for worker in batches._workers:
-        if worker.is_alive():  # stuck; it ignores the SIGTERM that torch has sent
-            worker.kill()
+    if os.getpid() == process:  # a worker that was forked meanwhile has a copy, whose end means nothing
+        end_workers(batches)
 
 
 @contextmanager

@@ -73,9 +73,11 @@ class OpenSplit:
         """The classes, in the order of their numbers."""
         return self.reader.class_names
 
-    def table(self) -> Table:
-        """Return the examples by number."""
-        return Table(self.rows, self.reader)
+    def find(self, indices: Sequence[int]) -> list[Record]:
+        """Return the examples of those numbers, of what is not streamed."""
+        columns = self.rows[list(indices)]
+        rows = ({name: values[i] for name, values in columns.items()} for i in range(len(indices)))
+        return [self.reader(row, number) for row, number in zip(rows, indices, strict=True)]
 
     def records(self) -> Iterator[Record]:
         """Yield the examples in order, of all ranks."""
@@ -87,7 +89,7 @@ class OpenSplit:
         if self.streamed:
             return list(islice(self.records(), SAMPLED))
         count = len(self.rows)
-        return self.table().records(sorted({count * i // SAMPLED for i in range(SAMPLED)}))
+        return self.find(sorted({count * i // SAMPLED for i in range(SAMPLED)}))
 
 
 SAMPLED = 16
@@ -316,24 +318,3 @@ class RecordReader:
             rule = f"{name} is of none of the {len(self.class_names)} classes"
             raise invalid(column, value, rule, "mend it, or pass a larger num_classes")
         return int(value)
-
-
-class Table:
-    """Examples that can be reached by number.
-
-    Args:
-        rows: a Hugging Face data set.
-        reader: of its rows.
-    """
-
-    def __init__(self, rows: Any, reader: RecordReader) -> None:
-        self.rows, self.reader = rows, reader
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def records(self, indices: Sequence[int]) -> list[Record]:
-        """Return the examples of those numbers."""
-        columns = self.rows[list(indices)]
-        rows = ({name: values[i] for name, values in columns.items()} for i in range(len(indices)))
-        return [self.reader(row, number) for row, number in zip(rows, indices, strict=True)]

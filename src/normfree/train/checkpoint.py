@@ -25,7 +25,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from normfree.common.files import (
     file_error,
@@ -38,6 +37,7 @@ from normfree.common.files import (
     write_atomically,
 )
 from normfree.common.text import first_line, printable, quoted, shortened
+from normfree.common.torch_compat import tree_leaves
 from normfree.train.config import FREE, TrainConfig, to_dict
 
 CONFIG, METRICS, CHECKPOINTS, MODEL, SIGNAL, REPORT = (

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from normfree.common.checks import invalid
 from normfree.common.packages import required
+from normfree.common.torch_compat import cpu_multiplies_bf16
 from normfree.models import Backbone, create_model
 
 if TYPE_CHECKING:
@@ -42,10 +43,7 @@ def multiplies_bf16(device: str) -> bool:
     """
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if capabilities:
-        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return cpu_multiplies_bf16()
 
 
 def resolve_precision(precision: str, device: str) -> str:

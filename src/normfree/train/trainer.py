@@ -102,8 +102,12 @@ def train(config: TrainConfig, console: Console | None = None) -> Summary:
     """
     fabric = launch(config.accelerator, config.precision, config.strategy)
     stop = StopRequest()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop.on_sigterm(), ExitStack() as lock:
-        on_rank_zero(fabric, lambda: lock.enter_context(RunFolder(config)))
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop.on_sigterm(), ExitStack() as folder:
+
+        def lock() -> None:
+            folder.enter_context(RunFolder(config))
+
+        on_rank_zero(fabric, lock)
         return Trainer(config, fabric, console if fabric.is_global_zero else None, stop).run()
 
 

@@ -16,7 +16,7 @@ import normfree
 from normfree.cli import main
 from normfree.train import RECIPES, NonFiniteLossError, train
 from normfree.train.config import from_dict
-from normfree.train.records import Curve, read_rows
+from normfree.train.records import read_rows
 from normfree.train.trained import open_trained, weights_of
 
 QUICK = {"average_decay": None, "checkpoint_every": None}
@@ -197,29 +197,6 @@ def test_gradients_that_are_finite_may_have_no_finite_norm(tmp_path, monkeypatch
     ) as told:
         train(tiny(tmp_path / "run", precision="fp32", **QUICK))
     assert told.value.step == 0
-
-
-def test_a_curve_forgets_a_future_that_did_not_come(tmp_path):
-    curve = Curve(tmp_path / "c.csv", ("step", "loss"), 0)
-    for step in (1, 2, 3):
-        curve.add({"step": step, "loss": 1 / step})
-    with (tmp_path / "c.csv").open("a") as file:
-        file.write("4,0.2")  # killed while writing
-    assert Curve(tmp_path / "c.csv", ("step", "loss"), 2).rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
-
-
-@pytest.mark.parametrize("cut", ["4,0.2", "4", "4,", "4,0.25,\n", "4\n", "4,0.2x\n"])
-def test_a_row_that_was_cut_off_is_left_out(cut, tmp_path):
-    (tmp_path / "c.csv").write_text(f"step,loss\n3,0.5\n{cut}")
-    assert read_rows(tmp_path / "c.csv") == [{"step": 3, "loss": 0.5}]
-
-
-def test_a_full_disk_names_the_curve(tmp_path):
-    curve = Curve(tmp_path / "train.csv", ("step", "loss"), 0)
-    (tmp_path / "train.csv").unlink()
-    (tmp_path / "train.csv").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"No space left on device: '.*/train\.csv'"):
-        curve.add({"step": 1, "loss": 1.0})
 
 
 def test_images_to_evaluate_on_that_are_all_damaged_are_one_line(tmp_path):
