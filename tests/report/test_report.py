@@ -322,3 +322,6 @@ def test_nothing_is_wider_than_the_window(page: Page, width: int) -> None:
     outside = "() => [...document.querySelectorAll('#chart text, h2, .legend button, .finding')].filter("
     outside += "e => { const b = e.getBoundingClientRect(); return b.left < 0 || b.right > innerWidth; }).length"
     assert page.evaluate(outside) == 0
+    if width == 1400:
+        cut = "() => [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+        assert page.evaluate(cut) == 0

@@ -21,15 +21,18 @@ from normfree.common.checks import check_integer, invalid
 from normfree.common.text import printable
 
 _MODEL = (
-    "A name of `normfree models` (overrides after a colon: nf_resnet50:width=1), torchvision:NAME, timm:NAME, "
-    "FILE.py:FACTORY (which may return (model, batch)), a checkpoint of normfree.save, or a run's folder."
+    "A name of `normfree models` (overrides after a colon: nf_resnet50:width=1), torchvision:NAME, timm:NAME (with "
+    "published weights torchvision:NAME:weights=DEFAULT, timm:NAME:pretrained=True), FILE.py:FACTORY (which may return "
+    "(model, batch)), a checkpoint of normfree.save, or a run's folder."
 )
-Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=_MODEL)]
-Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help=_MODEL)]
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=_MODEL, metavar="MODEL")]
+Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help=_MODEL, metavar="MODEL ...")]
 TrainedModel = Annotated[
     str,
     tyro.conf.Positional,
-    tyro.conf.arg(help="A run's folder, a checkpoint's folder, or a .safetensors, .onnx or .pt2 file."),
+    tyro.conf.arg(
+        help="A run's folder, a checkpoint's folder, or a .safetensors, .onnx or .pt2 file.", metavar="MODEL"
+    ),
 ]
 Original = Annotated[
     str | None,

@@ -97,12 +97,12 @@ CURVES = {
 }
 """Numbers of a point, and the heads of their columns."""
 
-_ALWAYS = ("avg_channel_sq_mean", "avg_channel_var", "expected_var")
-
 
 def numbers_tables(signal: SignalPropagation) -> str:
     """Every number of one model, folded away until it is asked for: a row a block, then a row a layer beside them."""
-    present = {*_ALWAYS, *(panel.curve for panel in panels_of([signal]))}
+    present = {panel.curve for panel in panels_of([signal])}
+    if any(block.expected_var is not None for block in signal.blocks):
+        present.add("expected_var")
     unit = "weighted layer" if is_layerwise(signal) else "block"
     points = [("entry", signal.entry), *((str(block.index), block) for block in signal.blocks)]
     columns = [name for name in CURVES if name in present]
