@@ -130,6 +130,8 @@ class PointRecorder(Recorder):
         self.block_classes: set[type[nn.Module]] = set()
         self.entry_of: dict[tuple[str, int], int] = {}
         self.summed: dict[Node, _Visit] = {}
+        self.layer_at: dict[Node, _Visit] = {}
+        self.behind: dict[Node, tuple[_Ways, set[Node]]] = {}
         self.activated: dict[int, Moments] = {}
         self.gains: dict[tuple[Any, ...], float | None] = {}
 
@@ -259,6 +261,8 @@ class PointRecorder(Recorder):
     ) -> _Visit:
         visit = _Visit(len(self.visits), node, source, point, sum, layer)
         self.visits.append(visit)
+        if layer is not None:
+            self.layer_at[node] = visit
         note: Note = node.note
         note.stream, note.point = source.stream, visit.number
         note.normalized = note.averaged = note.mixed = False
@@ -341,22 +345,23 @@ class PointRecorder(Recorder):
     # What lies inside a block.
 
     def _mark_inside(self, ancestor: Node, operands: Sequence[Node]) -> None:
-        """Mark the weighted layers between a block's ancestor and the two activations it adds, unless they are many."""
-        first = len(self.visits)
-        while first and self.visits[first - 1].node.note.order > ancestor.note.order:
-            first -= 1
-        candidates = {visit.node: visit for visit in self.visits[first:] if visit.layer is not None}
-        behind = {node for operand in operands for node in _between(ancestor, operand)}
-        depth = dict[Node, int]()
-        for node in sorted(behind, key=lambda each: each.level):
-            parents = [depth[parent] for parent in node.parents if parent in depth]
-            if node is ancestor or parents:
-                depth[node] = max(parents, default=0) + (node.step.weighted if node is not ancestor else 0)
-        if max(depth.get(operand, 0) for operand in operands) > LONGEST_BRANCH or any(map(_enlarges, depth)):
-            return
-        for node in depth:
-            if node is not ancestor and node in candidates:
-                candidates[node].inside = True
+        """Mark the weighted layers between a block's ancestor and the two activations it adds, unless they are many.
+
+        What was found behind an ancestor is kept, for thousands of additions may lead back to one.
+        """
+        ways, marked = self.behind.setdefault(ancestor, ({ancestor: (0, _enlarges(ancestor))}, {ancestor}))
+        for operand in operands:
+            way = _way_from(ancestor, operand, ways)
+            if way is not None and (way[0] > LONGEST_BRANCH or way[1]):
+                return
+        waiting = list(operands)
+        while waiting:
+            node = waiting.pop()
+            if node not in marked and ways.get(node) is not None:
+                marked.add(node)
+                waiting += node.parents
+                if node in self.layer_at:
+                    self.layer_at[node].inside = True
 
     # The end of the pass.
 
@@ -479,15 +484,26 @@ def _enlarges(node: Node) -> bool:
     return any(len(shape) == len(node.note.shape) and prod(shape[2:]) < prod(node.note.shape[2:]) for shape in before)
 
 
-def _between(ancestor: Node, node: Node) -> set[Node]:
-    """What ``node`` was computed from since ``ancestor``, both included."""
-    seen, waiting = {ancestor, node}, [node] if node is not ancestor else []
+_Ways = dict[Node, tuple[int, bool] | None]
+"""By activation, the most weighted operations on any path from an ancestor, and whether a map grew on one; or None."""
+
+
+def _way_from(ancestor: Node, node: Node, ways: _Ways) -> tuple[int, bool] | None:
+    """The paths from an ancestor to an activation; None if it was not computed from it. ``ways`` is added to."""
+    waiting = [node]
     while waiting:
-        for parent in waiting.pop().parents:
-            if parent not in seen and parent.note.order > ancestor.note.order:
-                seen.add(parent)
-                waiting.append(parent)
-    return seen
+        node = waiting[-1]
+        if node not in ways and node.note.order <= ancestor.note.order:
+            ways[node] = None
+        if node in ways:
+            waiting.pop()
+        elif unknown := [parent for parent in node.parents if parent not in ways]:
+            waiting += unknown
+        else:
+            before = [way for parent in node.parents if (way := ways[parent]) is not None]
+            weighted, grown = max((way[0] for way in before), default=0), any(way[1] for way in before)
+            ways[node] = (weighted + node.step.weighted, grown or _enlarges(node)) if before else None
+    return ways[node]
 
 
 def _behind(nodes: Iterable[Node]) -> set[Node]:
