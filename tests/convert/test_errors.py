@@ -9,7 +9,7 @@ from convert.nets import post_activation
 from torch import nn
 
 import normfree
-from normfree.convert.completing import NOT_RUN
+from normfree.convert.pipeline import NOT_RUN
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

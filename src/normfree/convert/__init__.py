@@ -4,8 +4,8 @@ The package can be called as its function :func:`convert`: ``normfree.convert(mo
 """
 
 from normfree.convert.callable_package import make_callable
-from normfree.convert.converting import ALPHA, BETAS, SKIP_GAIN, conversion_of, convert
 from normfree.convert.files import stored_conversion
+from normfree.convert.pipeline import ALPHA, BETAS, SKIP_GAIN, conversion_of, convert
 from normfree.convert.record import STARTS, Change, Conversion, Kept
 
 __all__ = [

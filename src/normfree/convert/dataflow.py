@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from normfree.convert.kinds import is_layer, is_norm
-from normfree.convert.weights import FollowedWeights, biasless, is_foreign, zero_biases
+from normfree import nn as ours
+from normfree.nn.fold import attached_to
 from normfree.signal.listening import run
 from normfree.trace import operations as op
 from normfree.trace.graph import Node, Residual
@@ -27,6 +27,7 @@ from normfree.trace.inputs import Batch, examples_in, tensors_of
 from normfree.trace.modules import ModuleStack
 from normfree.trace.preserve import Preserved, untouched
 from normfree.trace.recorder import Recorder
+from normfree.trace.statics import Statics
 
 
 @dataclass(frozen=True, eq=False)
@@ -370,3 +371,294 @@ def _record(model: nn.Module, batch: Batch, state: AbstractContextManager[Preser
 def passes_unchanged(step: Step) -> bool:
     """Whether an operation carries its one input on as it is, but for its layout."""
     return step.name in op.VIEW and len(step.inputs) == 1
+
+
+_REARRANGING = frozenset(
+    {"view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unsqueeze", "squeeze", "expand", "permute"}
+    | {"transpose", "t", "slice", "select", "narrow", "flip", "unbind", "split", "split_with_sizes", "chunk"}
+)
+_CASTING = frozenset({"alias", "detach", "clone", "contiguous", "_to_copy", "to", "lift_fresh"})
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """What a tensor is that is a parameter, or a rearranged or scaled one.
+
+    Attributes:
+        owner: the module that has the parameter.
+        name: of the parameter in it.
+        shape: of the parameter.
+        rearranged: what was done to the parameter, in order: each takes a tensor of its shape and returns one.
+        factor: the constant that it was multiplied by.
+    """
+
+    owner: nn.Module
+    name: str
+    shape: torch.Size
+    rearranged: tuple[Callable[[Tensor], Tensor], ...] = ()
+    factor: float = 1.0
+
+    def elements(self) -> Tensor:
+        """Which element of the parameter, counted from 0, stands where in the tensor."""
+        elements = torch.arange(self.shape.numel()).view(self.shape)
+        for rearrange in self.rearranged:
+            elements = rearrange(elements)
+        return elements
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One operation on activations that reads a parameter, as it is or rearranged or scaled.
+
+    Attributes:
+        origin: what it reads.
+        name: of the operation.
+        args, kwargs: its arguments, activations replaced by their nodes.
+        position: of the parameter among the arguments; None where it is in a list or has a keyword.
+        origins: of every argument.
+        made: the activation it makes, the first of several; None for none.
+        run: how often the owner had begun to run.
+        inside: whether the owner is the innermost running module.
+    """
+
+    origin: Origin
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    position: int | None
+    origins: tuple[Origin | None, ...]
+    made: Node | None
+    run: int
+    inside: bool
+
+
+class FollowedWeights(Statics):
+    """Statics that also know what of a foreign module's parameters a tensor is.
+
+    Attributes:
+        uses: the operations on activations that read a parameter, by its owner.
+        spoilt: another operation that reads a parameter, and makes something else of it, by owner and name.
+        runs: how often each module has begun to run.
+        returned: the activation that each run of a foreign module returned; None for anything else.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.origins: Any = WeakTensorKeyDictionary()
+        self.uses: dict[nn.Module, list[Use]] = {}
+        self.spoilt: dict[tuple[nn.Module, str], str] = {}
+        self.runs: dict[nn.Module, int] = {}
+        self.returned: dict[nn.Module, list[Node | None]] = {}
+        for module in model.modules():
+            for name, parameter in module._parameters.items() if is_foreign(module) else ():
+                if parameter is not None and parameter.is_floating_point():
+                    self.origins[parameter] = Origin(module, name, parameter.shape)
+
+    def run(self, name: str, function: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+        """Execute an operation on tensors that are no activations, and follow the parameters among them."""
+        result = super().run(name, function, args, kwargs, tensors)
+        read = [origin for tensor in tensors if (origin := self.origins.get(tensor)) is not None]
+        if not read or name in op.FACTORY:
+            return result
+        made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
+        found = None if op.mutated_arguments(function) or len(read) > 1 else self._after(name, function, args, kwargs)
+        if found is None:
+            self.spoilt |= {(origin.owner, origin.name): name for origin in read}
+        else:
+            for number, tensor in enumerate(made):
+                if not isinstance(tensor, nn.Parameter):
+                    self.origins[tensor] = found(number)
+        return result
+
+    def _after(
+        self, name: str, function: Any, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Callable[[int], Origin] | None:
+        """What the results of an operation are, by their number; None for no parameter any longer."""
+        origins = [self.origins.get(value) if isinstance(value, Tensor) else None for value in args]
+        first = origins[0] if origins else None
+        if name in _CASTING and first is not None:
+            return lambda number: first
+        if name in _REARRANGING and first is not None:
+
+            def nth(number: int) -> Origin:
+                def rearrange(elements: Tensor) -> Tensor:
+                    return tree_leaves(function(elements, *args[1:], **kwargs))[number]
+
+                return replace(first, rearranged=(*first.rearranged, rearrange))
+
+            return nth
+        if name == "mul" or (name == "div" and first is not None):
+            origin, other = (first, args[1]) if first is not None else (origins[1], args[0])
+            factor = None if self.owns(other) else self.factor(other, inverse=name == "div")
+            if origin is not None and factor is not None and factor.value:
+                value = float(factor.value)
+                return lambda number: replace(origin, factor=origin.factor * value)
+        return None
+
+    def note(
+        self, name: str, args: Sequence[Any], given: tuple[Any, ...], kwargs: dict[str, Any], made: Node | None,
+        running: nn.Module | None,
+    ) -> None:  # fmt: skip
+        """Note the parameters that an operation on activations has read.
+
+        Args:
+            name: of the operation.
+            args: its arguments.
+            kwargs: those with a keyword.
+            given: its arguments, activations replaced by their nodes.
+            made: the activation it made.
+            running: the innermost running module.
+        """
+        origins = tuple(self.origins.get(value) if isinstance(value, Tensor) else None for value in args)
+        nested = [value for value in (*args, *kwargs.values()) if not isinstance(value, Tensor)]
+        inner = [self.origins.get(leaf) for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
+        for position, origin in [*enumerate(origins), *((None, each) for each in inner)]:
+            if origin is not None:
+                run, inside = self.runs.get(origin.owner, 0), running is origin.owner
+                use = Use(origin, name, given, kwargs, position, origins, made, run, inside)
+                self.uses.setdefault(origin.owner, []).append(use)
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether a module has a weight of its own, and is no norm and no layer of torch's in what it computes."""
+    weights = [p for p in module._parameters.values() if p is not None and p.dim() > 1 and p.is_floating_point()]
+    return bool(weights) and not is_norm(module) and base_of(module, fresh=True) is None
+
+
+def biasless(model: nn.Module) -> list[nn.Module]:
+    """The foreign modules that could have a bias, and have none."""
+    return [m for m in model.modules() if is_foreign(m) and m._parameters.get("bias", m) is None]
+
+
+@contextmanager
+def zero_biases(modules: list[nn.Module]) -> Iterator[None]:
+    """Give modules without a bias one of zeros for a while, so that it shows what their forward does with it."""
+    for module in modules:
+        weight = next(p for p in module._parameters.values() if p is not None and p.dim() > 1)
+        outputs = getattr(module, "out_channels", getattr(module, "out_features", None))
+        zeros = weight.detach().new_zeros(outputs if isinstance(outputs, int) else len(weight))
+        module._parameters["bias"] = nn.Parameter(zeros)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._parameters["bias"] = None
+
+
+TWINS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: ours.ScaledWSConv1d,
+    nn.Conv2d: ours.ScaledWSConv2d,
+    nn.Conv3d: ours.ScaledWSConv3d,
+    nn.ConvTranspose1d: ours.ScaledWSConvTranspose1d,
+    nn.ConvTranspose2d: ours.ScaledWSConvTranspose2d,
+    nn.ConvTranspose3d: ours.ScaledWSConvTranspose3d,
+    nn.Linear: ours.ScaledWSLinear,
+}
+"""The standardised layer in place of each plain one."""
+
+KEPT_TWINS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: ours.KeptMeanConv1d,
+    nn.Conv2d: ours.KeptMeanConv2d,
+    nn.Conv3d: ours.KeptMeanConv3d,
+    nn.ConvTranspose1d: ours.KeptMeanConvTranspose1d,
+    nn.ConvTranspose2d: ours.KeptMeanConvTranspose2d,
+    nn.ConvTranspose3d: ours.KeptMeanConvTranspose3d,
+    nn.Linear: ours.KeptMeanLinear,
+}
+"""The same with a kept mean per filter."""
+
+# Convolutions of other libraries, by class name, and the torch class they are with which padding: what they do
+# besides is padding like TensorFlow's, or a standardization of their own that ours replaces in a fresh model.
+SAME_PADDED = frozenset({"Conv2dSame", "StdConv2dSame", "ScaledStdConv2dSame"})
+STANDARDIZED = frozenset({"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"})
+
+_BATCH = (nn.modules.batchnorm._BatchNorm,)
+_INSTANCE = (nn.modules.instancenorm._InstanceNorm,)
+
+
+def class_name(module: nn.Module) -> str:
+    """A module's class, as the record names it."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return str(getattr(module, "original_name", type(module).__name__))
+    return type(module).__name__
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is of torch's normalization classes; others are recognised by what they compute."""
+    return isinstance(module, (*_BATCH, *_INSTANCE, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm))
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a norm takes statistics over the examples of a batch."""
+    return isinstance(module, _BATCH)
+
+
+def is_map_norm(module: nn.Module) -> bool:
+    """Whether a norm of torch's is one of convolutional networks; a LayerNorm over the last axis: only behind one."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return "2d" in class_name(module).lower()
+    return is_norm(module)
+
+
+def is_removable(module: nn.Module) -> bool:
+    """Whether what a norm does beside normalizing is known (an activation and a dropout at most)."""
+    return not isinstance(module, (torch.jit.ScriptModule, nn.LocalResponseNorm))
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a convolution, of torch or a subclass."""
+    return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a convolution or a linear layer, of torch or a subclass."""
+    return is_convolution(module) or isinstance(module, nn.Linear)
+
+
+def base_of(module: nn.Module, *, fresh: bool) -> type[nn.Module] | None:
+    """The torch class a layer behaves as; None where a subclass, or a hook, may do what is not known.
+
+    Args:
+        module: the layer.
+        fresh: its weight is drawn anew, so that a standardization of its own does not matter.
+    """
+    if attached_to(module):
+        return None
+    if type(module) in TWINS:
+        return type(module)
+    if type(module) in (ours.PaddedConv2d, ours.ScaledConv2d) and (fresh or type(module) is ours.PaddedConv2d):
+        return nn.Conv2d
+    for kind in TWINS:
+        if isinstance(module, kind) and "weight" in module._parameters and _computes_as(module, kind):
+            return kind
+    name = class_name(module)
+    if isinstance(module, nn.Conv2d) and (name in SAME_PADDED | STANDARDIZED) and (fresh or name not in STANDARDIZED):
+        return nn.Conv2d
+    return None
+
+
+def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a subclass leaves alone what its base computes."""
+    methods = ("forward", "_conv_forward", "__call__")
+    return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in methods)
+
+
+def fan_in(module: nn.Module) -> int:
+    """Weights that feed one output of a layer."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return weight.numel() // module.out_channels
+    return weight[0].numel()
+
+
+def channels_of(norm: nn.Module) -> int:
+    """The channels of a norm with statistics of each: no tensor of its own has more numbers."""
+    tensors = (*norm._parameters.values(), *norm._buffers.values())
+    sizes = [tensor.numel() for tensor in tensors if tensor is not None]
+    return max(sizes) if sizes else int(norm.num_features)  # type: ignore[arg-type]
+
+
+def activation_in(norm: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules a fused norm runs beside normalizing, in their order: an activation, a dropout, by any name."""
+    return [(name, part) for name, part in norm.named_children() if not isinstance(part, nn.Identity)]

@@ -10,9 +10,9 @@ from torch import nn
 from normfree.common.checks import invalid
 from normfree.common.files import parse_json
 from normfree.common.text import all_lines, first_line
-from normfree.convert.converting import conversion_of
+from normfree.convert.apply import rewritten
+from normfree.convert.pipeline import conversion_of
 from normfree.convert.record import Conversion
-from normfree.convert.rewrite import rewritten
 from normfree.signal.measure import unwrapped
 from normfree.weights.checkpoint import Origin, register
 from normfree.weights.stored import Stored, read, restored

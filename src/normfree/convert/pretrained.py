@@ -8,19 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.convert.completing import unseen_norms
-from normfree.convert.constants import AffineMap
-from normfree.convert.frozen import learns
-from normfree.convert.kinds import (
+from normfree.convert.apply import fold_affine, learns
+from normfree.convert.dataflow import (
     activation_in,
     channels_of,
     class_name,
     is_layer,
 )
-from normfree.convert.norms import NOT_FOLLOWED, why_unknown
-from normfree.convert.record import Change, Kept
-from normfree.convert.rewrite import AFFINE, BARE, WITH_ACTIVATION, fold_affine
-from normfree.convert.structure import Structure
+from normfree.convert.norms import NOT_FOLLOWED, AffineMap, why_unknown
+from normfree.convert.record import AFFINE, BARE, WITH_ACTIVATION, Change, Kept
+from normfree.convert.structure import Structure, unseen_norms
 from normfree.nn import ChannelAffine
 
 

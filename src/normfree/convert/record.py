@@ -1,6 +1,6 @@
 """The record of a conversion: every change and everything left alone, for people and for machines.
 
-It is also the recipe: :func:`normfree.convert.rewrite.rewritten` makes the converted model of the original and this.
+It is also the recipe: :func:`normfree.convert.apply.rewritten` makes the converted model of the original and this.
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ SCHEMA = 1
 
 STARTS = ("fresh", "pretrained")
 """Weights drawn anew for a variance-preserving start, or the function of the trained model kept."""
+
+
+BARE, WITH_ACTIVATION, COPY, OUTPUT_COPY = "Identity", "Activation", "Copy", "OutputCopy"
+OUT_OF_PLACE = "OutOfPlace"
+AFFINE, UNITS, SCALED = "ChannelAffine", "ChannelUnits", "BranchScale"
+"""What stands in the place of what is no layer."""
+
+STANDARDIZED, KEPT_MEAN = "standardized", "kept-mean"
+"""Before the class of a module that stays and whose weight was standardized in place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,3 +168,9 @@ def described(change: Change) -> str:
     factors = {name: getattr(change, name) for name in ("input_scale", "correction", "alpha", "skip_gain")}
     shown = [f"{name}={value:.4g}" for name, value in factors.items() if value is not None]
     return f"{change.now}({', '.join(shown)})" if shown else change.now
+
+
+def conversion_of(model: Any) -> Conversion | None:
+    """The record of a converted model; None for any other."""
+    found = getattr(model, "conversion", None)
+    return found if isinstance(found, Conversion) else None

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from normfree.common.checks import check_choice, check_integer, check_number, invalid
-from normfree.convert.calibrate import Measured, keep_pace, measure
-from normfree.convert.checking import misunderstood, running
-from normfree.convert.completing import completed
-from normfree.convert.dataflow import record_all
+from normfree.convert.apply import Measured, exchanged, is_layer_change, keep_pace, measure, without_overwriting
+from normfree.convert.dataflow import Dataflow, class_name, is_removable, record_all
 from normfree.convert.fresh import MEASURED, fresh_plan
-from normfree.convert.in_place import without_overwriting
-from normfree.convert.kinds import class_name
-from normfree.convert.leaks import noted_leak
+from normfree.convert.norms import LOOKED_FOR, NOT_FOLLOWED, norms_without_module
 from normfree.convert.pretrained import fill, pretrained_plan
-from normfree.convert.record import STARTS, Change, Conversion
-from normfree.convert.rewrite import exchanged, is_layer_change
-from normfree.convert.structure import Structure
-from normfree.convert.training import training_structure
+from normfree.convert.record import STARTS, Change, Conversion, Kept, conversion_of
+from normfree.convert.structure import Structure, training_structure, unseen_norms
+from normfree.convert.verify import misunderstood, noted_leak, running
 from normfree.signal.measure import unwrapped
 from normfree.signal.nonfinite import check_finite, check_present
 from normfree.trace.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of
@@ -238,7 +232,71 @@ def _notes_on_scales(structure: Structure, changes: list[Change]) -> Iterator[st
         )
 
 
-def conversion_of(model: Any) -> Conversion | None:
-    """The record of a converted model; None for any other."""
-    found = getattr(model, "conversion", None)
-    return found if isinstance(found, Conversion) else None
+NOT_RUN = {
+    "fresh": "it did not run on the example input; if it does on another, the layer before it may have changed",
+    "pretrained": "it did not run on the example input; on another it does what it did",
+}
+
+
+def completed(
+    record: Conversion,
+    model: nn.Module,
+    structure: Structure,
+    changes: list[Change],
+    kept: list[Kept],
+    notes: list[str],
+) -> Conversion:
+    """The record with a plan's changes in the order the modules ran, and everything that was left alone.
+
+    Raises:
+        ValueError: nothing was changed; why, and what to do.
+    """
+    kept = [
+        *kept,
+        *_unseen(model, structure, record.start),
+        *norms_without_module(structure.normalizations, structure.norms),
+    ]
+    if not changes:
+        raise _nothing(model, structure, kept, record.start)
+    changes = _in_running_order(changes, structure.flow)
+    return replace(record, changes=tuple(changes), kept=tuple(kept), notes=tuple(notes))
+
+
+def _unseen(model: nn.Module, structure: Structure, start: str) -> list[Kept]:
+    """Norms that did not run on the example: auxiliary heads in evaluation mode, for instance."""
+    return [
+        Kept(name=name, was=class_name(module), reason=NOT_RUN[start], norm=True)
+        for name, module in unseen_norms(model, structure).items()
+    ]
+
+
+def _nothing(model: nn.Module, structure: Structure, kept: list[Kept], start: str) -> ValueError:
+    norms = [one for one in kept if one.norm]
+    if not norms:
+        remedy = "if its signal is not healthy, the findings of normfree.spp say what to do"
+        return ValueError(
+            f"model: {class_name(model)} has nothing to convert: it has no normalizer that is recognised (looked for: "
+            f"{LOOKED_FOR}); {remedy}"
+        )
+    first = norms[0]
+    remedy = "keep it as it is"
+    if first.reason == NOT_FOLLOWED:
+        remedy = "convert the part of it that takes a batch of images, such as detector.backbone"
+    elif start == "pretrained" and first.name in structure.norms and first.name not in structure.constants:
+        remedy = 'choose start="fresh"' if is_removable(model.get_submodule(first.name)) else remedy
+    stay = f"all {len(norms)} normalizers stay, such as" if len(norms) > 1 else "its normalizer stays,"
+    error = ValueError(
+        f"model: {class_name(model)} has nothing to convert: {stay} {first.name or 'the model'} ({first.was}): "
+        f"{first.reason}; {remedy}"
+    )
+    for one in norms if len(norms) > 1 else ():  # a traceback shows them all; the message stays one line
+        error.add_note(f"{one.name or 'the model'} ({one.was}): {one.reason}")
+    return error
+
+
+def _in_running_order(changes: list[Change], flow: Dataflow) -> list[Change]:
+    order: dict[str, int] = {}
+    for number, call in enumerate(flow.calls):
+        order.setdefault(call.name, number)
+        order.setdefault(call.place, number)
+    return sorted(changes, key=lambda change: order.get(change.name, len(order)))
