@@ -20,6 +20,7 @@ from normfree.common.checks import invalid, suggestion
 from normfree.common.files import check_file, kind_of
 from normfree.common.memory import check_memory
 from normfree.common.packages import required
+from normfree.common.safetensors_file import sizes
 from normfree.common.text import first_line, one_line, quoted
 from normfree.convert import stored_conversion
 from normfree.models import create_model, list_models
@@ -27,7 +28,6 @@ from normfree.models.overrides import parse_overrides
 from normfree.siblings import importable
 from normfree.weights import load
 from normfree.weights.checkpoint import check_depths
-from normfree.weights.stored import sizes
 
 FORMS = (
     "a name of `normfree models`, torchvision:NAME, timm:NAME, FILE.py:FACTORY, a checkpoint of normfree.save, or "

@@ -17,13 +17,13 @@ from normfree.commands.outputs import check_folder
 from normfree.commands.spp import batch_shape, precision_of
 from normfree.commands.tables import print_conversion
 from normfree.common.checks import invalid
+from normfree.common.safetensors_file import read
 from normfree.common.text import all_lines
 from normfree.convert import ALPHA, SKIP_GAIN, Conversion, conversion_of, convert
 from normfree.data import probe_named
 from normfree.sources import Built, build
 from normfree.weights import save
 from normfree.weights.matching import without_wrappers
-from normfree.weights.stored import read
 
 
 @dataclass(frozen=True, kw_only=True)

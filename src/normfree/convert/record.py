@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from normfree.common.checks import invalid
-from normfree.common.files import structured
+from normfree.common.files import parse_json, structured, write_atomically
+from normfree.common.safetensors_file import Stored, read
 from normfree.common.text import first_line
 from normfree.nn import WeightLayout
-from normfree.signal import write_atomically
 
 SCHEMA = 1
+
+NOTE = "normfree.conversion"
+"""The note in a file of :func:`normfree.save` that holds the record, as JSON."""
 
 STARTS = ("fresh", "pretrained")
 """Weights drawn anew for a variance-preserving start, or the function of the trained model kept."""
@@ -174,3 +177,25 @@ def conversion_of(model: Any) -> Conversion | None:
     """The record of a converted model; None for any other."""
     found = getattr(model, "conversion", None)
     return found if isinstance(found, Conversion) else None
+
+
+def stored_conversion(path: str | Path) -> Conversion | None:
+    """The record in a file of :func:`normfree.save`; None if the model in it was not converted.
+
+    Raises:
+        ValueError: no such file, or a damaged one.
+    """
+    stored = read(path)
+    return noted_conversion(stored) if NOTE in stored.notes else None
+
+
+def noted_conversion(stored: Stored) -> Conversion:
+    """The record that a file of a converted model notes.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return Conversion.from_dict(parse_json(stored.notes[NOTE]))
+    except ValueError as error:
+        raise stored.error(f"has a damaged record ({first_line(error)})", "take an undamaged copy") from error

@@ -1,15 +1,11 @@
 """``save`` and ``load``: one safetensors file that also says how to build the model.
 
-There is more than one way to say it, and each enters itself here: a model of ``create_model`` is its name and overrides
-(below), a converted one the record of its conversion (``normfree.convert.files``).
+A model of ``create_model`` is its name and overrides, a converted one the record of its conversion.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +14,19 @@ from torch import nn
 
 from normfree.common.checks import invalid, is_integer
 from normfree.common.files import parse_json
-from normfree.common.text import first_line
+from normfree.common.safetensors_file import Stored, read
+from normfree.common.text import all_lines, first_line
+from normfree.convert.apply import rewritten
+from normfree.convert.record import NOTE as CONVERTED
+from normfree.convert.record import conversion_of, noted_conversion
 from normfree.models import Backbone, create_model
 from normfree.models.recognised import check_backbone
 from normfree.nn.fold import fold, has_foldable
 from normfree.signal.measure import unwrapped
-from normfree.weights.stored import Stored, check_fits, read, restored, write
+from normfree.weights.stored import check_fits, restored, write
 
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """A way to say how a model is built.
-
-    Attributes:
-        key: of the note in the file.
-        note: what to write there, or None for a model that was not built that way; raises ValueError for one that
-            was, and that a file could not rebuild.
-        rebuilt: the model of a file with such a note, with its weights; takes the ``original`` of :func:`load`.
-    """
-
-    key: str
-    note: Callable[[nn.Module], str | None]
-    rebuilt: Callable[[Stored, nn.Module | None], nn.Module]
-
-
-_ORIGINS: list[Origin] = []
-
-_REGISTERED_BY = {"normfree.conversion": "normfree.convert"}
-"""Of packages that know weights, and not weights them: which one's import registers the origin of a note, as an entry
-point does. It is imported when a file has the note."""
-
-
-def register(origin: Origin) -> Origin:
-    """Enter a way to say how a model is built; a later one goes before an earlier one."""
-    assert origin.key not in {other.key for other in _ORIGINS}, f"{origin.key} is registered twice"
-    _ORIGINS.insert(0, origin)
-    return origin
+NAMED = "normfree"
+"""The note of a model of ``create_model``: its arguments, as JSON."""
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
@@ -75,9 +48,10 @@ def save(model: nn.Module, path: str | Path) -> Path:
             a callable, or has had a layer exchanged since.
     """
     model = unwrapped(model)
-    for origin in _ORIGINS:
-        if (note := origin.note(model)) is not None:
-            return write(model, path, {origin.key: note})
+    if (note := _conversion_note(model)) is not None:
+        return write(model, path, {CONVERTED: note})
+    if (note := named_note(model)) is not None:
+        return write(model, path, {NAMED: note})
     check_backbone(model, "save its state_dict with safetensors.torch.save_file")
     rule = "has no config, so a file could not rebuild it"
     remedy = "build it with normfree.create_model, or convert it with normfree.convert"
@@ -99,11 +73,13 @@ def load(path: str | Path, *, original: nn.Module | None = None) -> nn.Module:
         ValueError: the file is none of ours, or damaged; an original is needed, or is another model.
     """
     stored = read(path)
-    for key in _REGISTERED_BY.keys() & stored.notes.keys():
-        import_module(_REGISTERED_BY[key])
-    for origin in _ORIGINS:
-        if origin.key in stored.notes:
-            return origin.rebuilt(stored, original)
+    if CONVERTED in stored.notes:
+        return _converted(stored, original)
+    if NAMED in stored.notes:
+        if original is not None:
+            rule = f"{str(stored.path)!r} holds no converted model"
+            raise invalid("original", type(original).__name__, rule, "leave it out")
+        return named(stored)
     rule = "has weights, but not the model they belong to"
     raise stored.error(rule, "give a file of normfree.save, or load its tensors into a model of your own")
 
@@ -144,7 +120,7 @@ def named_config(stored: Stored) -> dict[str, Any]:
         ValueError: it notes none, or they are damaged.
     """
     try:
-        config = parse_json(stored.notes[NAMED.key])
+        config = parse_json(stored.notes[NAMED])
     except (KeyError, ValueError) as error:
         rule = "does not say which model of create_model it holds"
         raise stored.error(rule, "give one that normfree.save_pretrained or normfree.save wrote") from error
@@ -162,13 +138,6 @@ def check_depths(depths: Any, tensors: int) -> None:
     blocks = depths if isinstance(depths, (list, tuple)) else [depths]
     if not all(is_integer(depth) for depth in blocks) or sum(blocks) > tensors:
         raise invalid("depths", depths, f"must be integers of at most {tensors} in all, for so many tensors", "mend it")
-
-
-def _named(stored: Stored, original: nn.Module | None) -> nn.Module:
-    if original is not None:
-        rule = f"{str(stored.path)!r} holds no converted model"
-        raise invalid("original", type(original).__name__, rule, "leave it out")
-    return named(stored)
 
 
 def named(stored: Stored) -> Backbone:
@@ -207,4 +176,36 @@ def _undescribed(stored: Stored, error: Exception) -> ValueError:
     return stored.error(rule, "save it anew, or use the version that wrote it")
 
 
-NAMED = register(Origin(key="normfree", note=named_note, rebuilt=_named))
+def _conversion_note(model: nn.Module) -> str | None:
+    """The record of a converted model, as JSON; None of any other."""
+    conversion = conversion_of(model)
+    if conversion is None:
+        return None
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    names = [change.name for change in conversion.changes]
+    within = {name for name in names if any(name.startswith(f"{one}.") for one in names)}  # a norm's own activation
+    missing = [name for name in names if name not in known | within]
+    if missing:
+        rule = f"{missing[0]} of its conversion's record is gone, so a file could not rebuild it"
+        raise invalid("model", type(model).__name__, rule, "convert the model again after changing it")
+    return json.dumps(conversion.to_dict())
+
+
+def _converted(stored: Stored, original: nn.Module | None) -> nn.Module:
+    """The original, rewritten as the file's record says, with the file's weights."""
+    conversion = noted_conversion(stored)
+    if original is not None and not isinstance(original, nn.Module):
+        raise invalid("original", original, "is no torch.nn.Module", "pass the model itself, with any weights")
+    if original is None:
+        rule = f"{str(stored.path)!r} holds a converted {conversion.model}"
+        raise invalid("original", None, rule, "pass the model it was converted from (with any weights)")
+    try:
+        model = rewritten(unwrapped(original), conversion)
+        for name, tensor in model.state_dict().items():
+            if tensor.numel() == 0:  # of a mark, which files of before it lack
+                stored.tensors.setdefault(name, tensor)
+        return restored(model, stored)
+    except Exception as error:  # a forged record makes constructors raise almost anything
+        rule = f"it is not the model that {str(stored.path)!r} was converted from ({all_lines(error)})"
+        remedy = f"pass a {conversion.model} of the same sizes"
+        raise invalid("original", type(original).__name__, rule, remedy) from error

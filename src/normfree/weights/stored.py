@@ -1,12 +1,9 @@
-"""One safetensors file: a model's tensors, and notes that say how to build it. Models of all kinds go this way."""
+"""A model to and from a safetensors file: its tensors, their precisions, and whether it was folded."""
 
 from __future__ import annotations
 
-import math
 import os
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -14,46 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from normfree.common.checks import invalid
-from normfree.common.files import check_file, kind_of, refused, write_atomically
-from normfree.common.text import all_lines, shortened
+from normfree.common.files import write_atomically
+from normfree.common.safetensors_file import FOLDED, Stored
+from normfree.common.text import shortened
 from normfree.nn.fold import fold, has_foldable
 
 Model = TypeVar("Model", bound=nn.Module)
 
 SUFFIX = ".safetensors"
-FOLDED = "normfree.folded"  # the note of a model that fold has made plain
-
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Precisions of weights; others (of eight bits and fewer, complex) no layer computes with."""
-
-NOTE = 2**26
-"""Characters of a note that are read at most: the record of a conversion of 100,000 modules."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What a file holds.
-
-    Attributes:
-        path: the file.
-        argument: what named it, for messages.
-        notes: the file's metadata.
-        tensors: by the names of the model's state dict.
-    """
-
-    path: Path
-    argument: str
-    notes: Mapping[str, str]
-    tensors: dict[str, Tensor]
-
-    @property
-    def folded(self) -> bool:
-        """Whether the model was a folded one."""
-        return FOLDED in self.notes
-
-    def error(self, rule: str, remedy: str) -> ValueError:
-        """Return (not raise) the error that says what is wrong with the file."""
-        return invalid(self.argument, str(self.path), rule, remedy)
 
 
 def check_target(path: str | Path) -> Path:
@@ -94,38 +61,6 @@ def write(model: nn.Module, path: str | Path, notes: Mapping[str, str]) -> Path:
     return write_atomically(path, to_bytes(tensors, metadata={**notes, **folded}))
 
 
-def read(path: str | Path, argument: str = "path") -> Stored:
-    """Read a safetensors file.
-
-    Args:
-        path: the file.
-        argument: what named it, for messages.
-
-    Raises:
-        ValueError: if there is no such file, or it is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    kind = kind_of(path)
-    if kind == "a folder":
-        remedy = "name a file in it, or read a folder of normfree.save_pretrained with normfree.from_pretrained"
-        raise invalid(argument, str(path), "is a folder", remedy)
-    path = check_file(path, argument, "give one that normfree.save wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            notes = file.metadata() or {}
-            if any(len(note) > NOTE for note in notes.values()):
-                raise refused(argument, path, f"has a note of more than {NOTE:,} characters", "give an undamaged one")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            return Stored(path, argument, notes, tensors)
-    except (SafetensorError, OSError, AttributeError, TypeError) as error:  # the latter: a dtype torch does not have
-        if zipfile.is_zipfile(path):
-            remedy = "write its tensors with safetensors.torch.save_file(model.state_dict(), …)"
-            raise invalid(argument, str(path), "is a file of torch.save, not of safetensors", remedy) from error
-        rule = f"is no sound safetensors file ({all_lines(error)})"
-        raise invalid(argument, str(path), rule, "give an undamaged one that normfree.save wrote") from error
-
-
 def check_fits(model: nn.Module, stored: Stored) -> None:
     """Raise unless a model, which may be on the meta device, has the tensors of a file: names, shapes, kinds of number.
 
@@ -160,23 +95,6 @@ def check_number_kind(stored: Stored, name: str, mine: Tensor, theirs: Tensor) -
 
 def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def sizes(path: str | Path, argument: str = "path") -> tuple[int, int]:
-    """Return how many numbers and how many tensors a safetensors file holds, from its header.
-
-    Raises:
-        ValueError: no such file, or a damaged one.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(check_file(path, argument), framework="pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        rule = f"is no sound safetensors file ({all_lines(error)})"
-        raise invalid(argument, str(path), rule, "give an undamaged one") from error
-    return sum(map(math.prod, shapes)), len(shapes)
 
 
 def alike(model: Model, stored: Stored) -> Model:
