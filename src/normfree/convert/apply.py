@@ -1,11 +1,14 @@
-"""Exchange modules of a copy of the original, as a record says: no dataflow is needed, so a file can be rebuilt."""
+"""Carrying out a conversion: exchange modules, fold norms into layers, measure on the example what is still open.
+
+Exchanging needs the original and the record alone, no dataflow: so a file can be rebuilt.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,13 +23,12 @@ from normfree.convert.dataflow import (
     KEPT_TWINS,
     SAME_PADDED,
     TWINS,
-    Call,
-    Dataflow,
+    Before,
+    Trains,
     activation_in,
     channels_of,
     class_name,
-    passes_unchanged,
-    resting,
+    prepare_run,
 )
 from normfree.convert.record import (
     AFFINE,
@@ -41,13 +43,11 @@ from normfree.convert.record import (
     Change,
     Conversion,
 )
-from normfree.convert.structure import Structure
 from normfree.nn import ChannelAffine, ChannelUnits, KeptMean, Standardization, WeightLayout, standardization_of
 from normfree.nn.branch_end import BranchEnd
 from normfree.nn.scaled_ws_conv import StandardizedFilters
 from normfree.nn.standardized_module import raw_name
 from normfree.trace import operations as op
-from normfree.trace.graph import Node
 from normfree.trace.inputs import Batch, call, copy_of
 
 
@@ -105,56 +105,6 @@ def exchanged(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[
     return converted, set(found) - set(converted.modules())
 
 
-def _mark_state(original: nn.Module, converted: nn.Module) -> None:
-    """Have the converted model's state dict fit the original's class no longer, however little a loader checks.
-
-    Loaders that pass over names they lack (``strict=False``, as ``from_pretrained`` of many libraries) would else put
-    the converted weights into the original, and make up the norms. All of them compare sizes: the first tensor that the
-    original has and the converted model has not is in its place without elements.
-    """
-    left, modules = converted.state_dict(), dict(converted.named_modules(remove_duplicate=False))
-    places = []
-    for name, tensor in original.state_dict().items():
-        place, _, own = name.rpartition(".")
-        if name in left or not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
-            continue
-        if place in modules and not hasattr(modules[place], own):
-            places.append((place, own, tensor))
-
-    def is_within_layer(place: str) -> bool:
-        parts = place.split(".")
-        outer = ["", *(".".join(parts[: end + 1]) for end in range(len(parts)))]
-        return any(modules[name]._parameters for name in outer)
-
-    if places:  # outside of layers that learn, where Opacus takes no buffers, if there is such a place
-        place, own, tensor = next((each for each in places if not is_within_layer(each[0])), places[0])
-        modules[place].register_buffer(own, tensor.detach().new_empty(0))
-
-
-@contextmanager
-def _drawing(seed: int) -> Iterator[None]:
-    """Make modules as if nothing but a seed had been chosen: on the CPU, in float32; the caller's state is kept."""
-    precision = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
-        try:
-            torch.set_default_dtype(torch.float32)
-            yield
-        finally:
-            torch.set_default_dtype(precision)
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:  # weight_norm's computed weight is no leaf; a lock cannot be copied
-        raise ValueError(
-            f"model: {class_name(model)} cannot be copied ({first_line(error, 120)}): have "
-            "copy.deepcopy make one (if it uses torch.nn.utils.weight_norm or spectral_norm, use those of "
-            "torch.nn.utils.parametrizations)"
-        ) from error
-
-
 def _made(old: nn.Module, change: Change, options: dict[str, Any]) -> nn.Module:
     """The module a change puts in the place of an old one; ``options`` are the model's device and precision."""
     factors = _factors(change)
@@ -197,6 +147,46 @@ def _input_scale(change: Change) -> float:
     return 1.0 if change.input_scale is None else change.input_scale
 
 
+def _activations(norm: nn.Module) -> list[nn.Module]:
+    return [part for _, part in activation_in(norm)]
+
+
+def layer_like(old: Any, kind: Callable[..., nn.Module], **factors: Any) -> nn.Module:
+    """A layer of a kind in the geometry of an old one, with a bias, its weight drawn on the CPU."""
+    if isinstance(old, nn.Linear):
+        new: Any = kind(old.in_features, old.out_features, **factors)
+    else:
+        options: dict[str, Any] = {"dilation": old.dilation, "groups": old.groups}
+        if isinstance(old, nn.modules.conv._ConvTransposeNd):
+            options["output_padding"] = old.output_padding
+        options |= {"padding": _padding(old), "padding_mode": old.padding_mode}
+        new = kind(old.in_channels, old.out_channels, old.kernel_size, old.stride, **options, **factors)
+    return new.to(device=old.weight.device, dtype=old.weight.dtype, memory_format=_memory_format(old.weight))
+
+
+def _padding(old: Any) -> Any:
+    """Explicit numbers, or "same": torch's own, which asks for a stride of 1, is TensorFlow's there."""
+    if class_name(old) in SAME_PADDED or getattr(old, "padding_style", "") == "same":
+        return "same"
+    if old.padding == "valid":
+        return tuple(0 for _ in old.kernel_size)
+    return old.padding
+
+
+def _memory_format(weight: Tensor) -> torch.memory_format:
+    """The memory format of a weight; torch.preserve_format where it is the usual one."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    special = formats.get(weight.dim())
+    is_usual = special is None or weight.is_contiguous() or not weight.is_contiguous(memory_format=special)
+    return torch.preserve_format if special is None or is_usual else special
+
+
+def _options(module: nn.Module) -> dict[str, Any]:
+    """The device and precision of a module that has tensors."""
+    tensor = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
+    return {} if tensor is None else {"device": tensor.device, "dtype": tensor.dtype}
+
+
 def _standardize_in_place(module: nn.Module, change: Change) -> None:
     """Standardize the weight of a module that stays: drawn anew on the CPU, its bias zeros, both of which learn."""
     assert change.weight is not None
@@ -210,6 +200,56 @@ def _standardize_in_place(module: nn.Module, change: Change) -> None:
         for name in change.weight.biases:
             module.get_parameter(raw_name(name)).zero_().requires_grad_()
     weight.requires_grad_()
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:  # weight_norm's computed weight is no leaf; a lock cannot be copied
+        raise ValueError(
+            f"model: {class_name(model)} cannot be copied ({first_line(error, 120)}): have "
+            "copy.deepcopy make one (if it uses torch.nn.utils.weight_norm or spectral_norm, use those of "
+            "torch.nn.utils.parametrizations)"
+        ) from error
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Make modules as if nothing but a seed had been chosen: on the CPU, in float32; the caller's state is kept."""
+    precision = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        try:
+            torch.set_default_dtype(torch.float32)
+            yield
+        finally:
+            torch.set_default_dtype(precision)
+
+
+def _mark_state(original: nn.Module, converted: nn.Module) -> None:
+    """Have the converted model's state dict fit the original's class no longer, however little a loader checks.
+
+    Loaders that pass over names they lack (``strict=False``, as ``from_pretrained`` of many libraries) would else put
+    the converted weights into the original, and make up the norms. All of them compare sizes: the first tensor that the
+    original has and the converted model has not is in its place without elements.
+    """
+    left, modules = converted.state_dict(), dict(converted.named_modules(remove_duplicate=False))
+    places = []
+    for name, tensor in original.state_dict().items():
+        place, _, own = name.rpartition(".")
+        if name in left or not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        if place in modules and not hasattr(modules[place], own):
+            places.append((place, own, tensor))
+
+    def is_within_layer(place: str) -> bool:
+        parts = place.split(".")
+        outer = ["", *(".".join(parts[: end + 1]) for end in range(len(parts)))]
+        return any(modules[name]._parameters for name in outer)
+
+    if places:  # outside of layers that learn, where Opacus takes no buffers, if there is such a place
+        place, own, tensor = next((each for each in places if not is_within_layer(each[0])), places[0])
+        modules[place].register_buffer(own, tensor.detach().new_empty(0))
 
 
 @torch.no_grad()
@@ -236,46 +276,6 @@ def fold_affine(old: Any, new: Any, scale: Tensor, shift: Tensor) -> None:
     else:
         new.weight.copy_(weight.double() * scale.view(-1, 1, 1, 1))
         new.bias.copy_(bias)
-
-
-def _activations(norm: nn.Module) -> list[nn.Module]:
-    return [part for _, part in activation_in(norm)]
-
-
-def _options(module: nn.Module) -> dict[str, Any]:
-    """The device and precision of a module that has tensors."""
-    tensor = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
-    return {} if tensor is None else {"device": tensor.device, "dtype": tensor.dtype}
-
-
-def layer_like(old: Any, kind: Callable[..., nn.Module], **factors: Any) -> nn.Module:
-    """A layer of a kind in the geometry of an old one, with a bias, its weight drawn on the CPU."""
-    if isinstance(old, nn.Linear):
-        new: Any = kind(old.in_features, old.out_features, **factors)
-    else:
-        options: dict[str, Any] = {"dilation": old.dilation, "groups": old.groups}
-        if isinstance(old, nn.modules.conv._ConvTransposeNd):
-            options["output_padding"] = old.output_padding
-        options |= {"padding": _padding(old), "padding_mode": old.padding_mode}
-        new = kind(old.in_channels, old.out_channels, old.kernel_size, old.stride, **options, **factors)
-    return new.to(device=old.weight.device, dtype=old.weight.dtype, memory_format=_memory_format(old.weight))
-
-
-def _memory_format(weight: Tensor) -> torch.memory_format:
-    """The memory format of a weight; torch.preserve_format where it is the usual one."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    special = formats.get(weight.dim())
-    is_usual = special is None or weight.is_contiguous() or not weight.is_contiguous(memory_format=special)
-    return torch.preserve_format if special is None or is_usual else special
-
-
-def _padding(old: Any) -> Any:
-    """Explicit numbers, or "same": torch's own, which asks for a stride of 1, is TensorFlow's there."""
-    if class_name(old) in SAME_PADDED or getattr(old, "padding_style", "") == "same":
-        return "same"
-    if old.padding == "valid":
-        return tuple(0 for _ in old.kernel_size)
-    return old.padding
 
 
 def keep_frozen(original: nn.Module, converted: nn.Module, changes: Iterable[Change]) -> None:
@@ -324,98 +324,22 @@ def learns(module: nn.Module, name: str) -> bool:
     return parameter.requires_grad
 
 
-def without_overwriting(changes: Iterable[Change], structure: Structure, training: Structure | None) -> list[Change]:
-    """The changes of a plan, and those by which nothing writes in place into the input of a norm that is removed.
-
-    Args:
-        changes: the plan.
-        structure: of the model in evaluation mode.
-        training: of the model in training mode, where it runs in it: dropout writes in place only then.
-    """
-    structures = [(each, _by_input(each.flow)) for each in (structure, training) if each is not None]
-    made: list[Change] = []
-    out_of_place: dict[str, tuple[nn.Module, str]] = {}
-    for change in changes:
-        if change.now not in (BARE, WITH_ACTIVATION, COPY) or change.name not in structure.norms:
-            made.append(change)
-            continue
-        writers: dict[str, nn.Module] = {}
-        copied = False
-        for each, takers in structures:
-            for run in each.norms.get(change.name, ()):
-                if not _has_own_activation(each.flow, run):
-                    found, others = _writers(each.flow, run, takers)
-                    writers |= found
-                    copied = copied or others
-        if copied:
-            inputs = [run.input for run in structure.norms[change.name]]
-            alone = all(structure.directly_behind(node, alone=True) is not None for node in inputs)
-            reason = f"{change.reason}; what follows writes in place, so it gets a copy"
-            made.append(replace(change, now=OUTPUT_COPY if alone else COPY, reason=reason))
-        else:
-            made.append(change)
-            for name, module in writers.items():
-                out_of_place.setdefault(name, (module, change.name))
-    for name, (module, norm) in out_of_place.items():
-        reason = f"inplace=False: it would write into what comes before {norm}, which is gone"
-        made.append(Change(name=name, was=class_name(module), now=OUT_OF_PLACE, reason=reason))
-    return made
-
-
-def _has_own_activation(flow: Dataflow, call: Call) -> bool:
-    """Whether a norm runs an activation of its own, which stays and gives an output in memory of its own."""
-    own = {part for _, part in activation_in(call.module)}
-    return bool(own) and any(other.module in own and other.input is not other.output for other in flow.calls)
-
-
-def _by_input(flow: Dataflow) -> Mapping[Node | None, list[Call]]:
-    """The calls that take each activation."""
-    found: dict[Node | None, list[Call]] = {}
-    for run in flow.calls:
-        found.setdefault(run.input, []).append(run)
-    return found
-
-
-def _writers(
-    flow: Dataflow, call: Call, by_input: Mapping[Node | None, list[Call]]
-) -> tuple[dict[str, nn.Module], bool]:
-    """The modules with an ``inplace`` flag that write into a norm's output, and whether anything else does."""
-    modules: dict[str, nn.Module] = {}
-    others = False
-    waiting, seen = [call.output], {call.output}
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        takers = by_input.get(node, ())
-        flagged = {one.name: one.module for one in takers if getattr(one.module, "inplace", False) is True}
-        modules |= flagged
-        for step in flow.readers(node):
-            places = op.mutated_arguments(step.function)
-            written = any(place < len(step.args) and step.args[place] is node for place in places)
-            others = others or (written and step.module not in flagged)
-            for output in step.outputs if passes_unchanged(step) else ():
-                if output not in seen:
-                    seen.add(output)
-                    waiting.append(output)
-    return modules, others
-
-
 EPS = 1e-5
 """Added to the variance of a channel of the input, as BatchNorm does."""
+
 
 LEAST_VALUES = 16
 """Values of a channel whose variance says something of the signal (its relative error is sqrt(2 / 16) = 0.35)."""
 
+
 MOST_OFF = 100.0
 """The variance that a norm gave may be off by so much where standardized layers before it carry it instead."""
+
 
 LEAST_SEEN = 1e-10
 """Share of its input's mean square that a layer must pass on: filters of mean zero turn an input that does not vary
 into rounding, of about 1e-14 in float32."""
 
-
-Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 FEW_VALUES = "Expected more than 1 value per channel"
 """How torch's own message begins where a norm in training mode gets one value of each channel."""
@@ -440,7 +364,7 @@ class Measured:
     shares: dict[str, float] = field(default_factory=dict)
 
 
-def measure(model: nn.Module, conversion: Conversion, batch: Batch, *, heads: bool) -> Measured:
+def measure(model: nn.Module, conversion: Conversion, batch: Batch, *, trains: Trains = None) -> Measured:
     """Set what a record leaves open on a converted model, and check at each norm's place what carries its variance.
 
     A layer's input scale is the one under which its output has a mean square of 1, times a correction of its own. The
@@ -454,7 +378,7 @@ def measure(model: nn.Module, conversion: Conversion, batch: Batch, *, heads: bo
         model: the converted model; it keeps what is found.
         conversion: its record.
         batch: what to measure with.
-        heads: run what runs in training alone, too.
+        trains: the modules in training mode: auxiliary heads run in training alone.
 
     Raises:
         ValueError: a layer's filters see a constant, so that no scale gives its output a variance; or a norm that stays
@@ -462,19 +386,18 @@ def measure(model: nn.Module, conversion: Conversion, batch: Batch, *, heads: bo
     """
     modules, found = dict(model.named_modules()), Measured()
     ran, scaled = set[str](), {change.name for change in conversion.changes if change.alpha is not None}
-    handles = []
-    for change in conversion.changes:
-        handles += [
-            modules[name].register_forward_pre_hook(hook, with_kwargs=True)
-            for name, hook in _hooks(change, conversion, scaled, found, ran)
-        ]
+    hooks = [
+        (modules[name], hook)
+        for change in conversion.changes
+        for name, hook in _hooks(change, conversion, scaled, found, ran)
+    ]
     gains = [m.skip_gain for m in model.modules() if isinstance(m, BranchEnd) and m.skip_gain is not None]
-    kept = [gain.detach().clone() for gain in gains]
     try:
-        with torch.no_grad(), resting(model, heads=heads, statistics="batch"):
+        with prepare_run(model, batch, mode="batch-statistics", trains=trains, before=hooks) as (keeper, given):
             for gain in gains:
+                keeper.before_writing(gain)
                 gain.fill_(1)
-            call(model, copy_of(batch))
+            call(model, given)
     except ValueError as error:
         if not str(error).startswith(FEW_VALUES):
             raise
@@ -482,24 +405,18 @@ def measure(model: nn.Module, conversion: Conversion, batch: Batch, *, heads: bo
             "example_input: a norm that stays takes its statistics over the batch, as it will in training, and has one "
             "value of each channel there; give several examples"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        with torch.no_grad():
-            for gain, value in zip(gains, kept, strict=True):
-                gain.copy_(value)
-    for name, scale in found.scales.items():
+    for name, scale in found.scales.items():  # the run leaves attributes and buffers as they were
         _rule_of(modules[name]).input_scale = scale
     for name, factor in found.factors.items():
         modules[name][0].correction = factor  # type: ignore[index]
-    for name, (mean, deviation) in found.units.items():  # buffers, which the pass leaves as they were
+    for name, (mean, deviation) in found.units.items():
         _set_units(modules[name], mean, deviation)
     return found
 
 
 def _hooks(
     change: Change, conversion: Conversion, scaled: set[str], found: Measured, ran: set[str]
-) -> Iterator[tuple[str, Hook]]:
+) -> Iterator[tuple[str, Before]]:
     """What to do before the first run of an exchanged module, and its name; ``scaled`` are the ends of branches."""
     name = change.name
     if is_layer_change(change):
@@ -515,7 +432,7 @@ def _hooks(
         yield name, _at_first(_checker(change, size, found, ran))
 
 
-def _at_first(hook: Hook) -> Hook:
+def _at_first(hook: Before) -> Before:
     """The hook at a module's first run alone."""
     ran: list[nn.Module] = []
 
@@ -527,61 +444,7 @@ def _at_first(hook: Hook) -> Hook:
     return once
 
 
-def _factor_setter(name: str, found: dict[str, float]) -> Hook:
-    def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        variance = float(_tensor_in(inputs, named).double().var(correction=0))
-        module[0].correction = found[name] = (variance + EPS) ** -0.5
-
-    return hook
-
-
-def _checker(change: Change, size: float, found: Measured, ran: set[str]) -> Hook:
-    """Note a mean square at a norm's place that is far from ``size`` squared, and what channels of [N, C, …] share."""
-
-    def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given = _tensor_in(inputs, named).double()
-        mean_square = float(given.square().mean())
-        if not ran.isdisjoint(change.carried_by) and not size**2 / MOST_OFF <= mean_square <= MOST_OFF:
-            found.lost[change.name] = mean_square
-        channels = given.transpose(0, 1).flatten(1) if given.dim() > 1 else given[None]
-        if channels.shape[1] >= LEAST_VALUES:
-            variance, mean = torch.var_mean(channels, 1, correction=0)
-            within = float(variance.mean())
-            found.shares[change.name] = within / max(within + float(mean.var(correction=0)), torch.finfo().tiny)
-
-    return hook
-
-
-def _units_setter(name: str, found: dict[str, tuple[Tensor, Tensor]]) -> Hook:
-    """Have a :class:`ChannelUnits` give each channel of its input [N, C, …] mean 0 and variance 1."""
-
-    def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given = _tensor_in(inputs, named)
-        channels = given.transpose(0, 1).flatten(1).double()
-        if channels.shape[1] < 2:
-            raise ValueError(
-                f"example_input: one value of each channel at {name} has no variance, which the affine map in the "
-                "place of the norm needs; give several examples"
-            )
-        variance, mean = torch.var_mean(channels, 1, correction=0)
-        found[name] = mean, (variance + EPS).sqrt()
-        _set_units(module, *found[name])
-
-    return hook
-
-
-def _set_units(place: Any, mean: Tensor, deviation: Tensor) -> None:
-    """Enter the constants of a :class:`ChannelUnits`, which an activation may follow in its place."""
-    constants: Any = (place if isinstance(place, ChannelUnits) else place[0])[0]
-    constants.mean.copy_(mean)
-    constants.deviation.copy_(deviation)
-
-
-def _tensor_in(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    return next(leaf for leaf in (*inputs, *named.values()) if isinstance(leaf, Tensor))
-
-
-def _setter(name: str, factor: float, found: dict[str, float]) -> Hook:
+def _setter(name: str, factor: float, found: dict[str, float]) -> Before:
     def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = _tensor_in(inputs, named)
         mean_square = float(_plain_output(module, inputs, named).double().square().mean())
@@ -594,11 +457,6 @@ def _setter(name: str, factor: float, found: dict[str, float]) -> Hook:
         found[name] = _rule_of(module).input_scale = factor * mean_square**-0.5
 
     return hook
-
-
-def _rule_of(module: nn.Module) -> Any:
-    """What has the factors of a layer: itself, or its child where its weight is standardized in place."""
-    return standardization_of(module) or module
 
 
 def _plain_output(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
@@ -666,6 +524,65 @@ class MapOutput(TorchDispatchMode):
                     if isinstance(leaf, Tensor):
                         self.made[leaf] = True
         return result
+
+
+def _rule_of(module: nn.Module) -> Any:
+    """What has the factors of a layer: itself, or its child where its weight is standardized in place."""
+    return standardization_of(module) or module
+
+
+def _factor_setter(name: str, found: dict[str, float]) -> Before:
+    def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        variance = float(_tensor_in(inputs, named).double().var(correction=0))
+        module[0].correction = found[name] = (variance + EPS) ** -0.5
+
+    return hook
+
+
+def _units_setter(name: str, found: dict[str, tuple[Tensor, Tensor]]) -> Before:
+    """Have a :class:`ChannelUnits` give each channel of its input [N, C, …] mean 0 and variance 1."""
+
+    def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = _tensor_in(inputs, named)
+        channels = given.transpose(0, 1).flatten(1).double()
+        if channels.shape[1] < 2:
+            raise ValueError(
+                f"example_input: one value of each channel at {name} has no variance, which the affine map in the "
+                "place of the norm needs; give several examples"
+            )
+        variance, mean = torch.var_mean(channels, 1, correction=0)
+        found[name] = mean, (variance + EPS).sqrt()
+        _set_units(module, *found[name])
+
+    return hook
+
+
+def _set_units(place: Any, mean: Tensor, deviation: Tensor) -> None:
+    """Enter the constants of a :class:`ChannelUnits`, which an activation may follow in its place."""
+    constants: Any = (place if isinstance(place, ChannelUnits) else place[0])[0]
+    constants.mean.copy_(mean)
+    constants.deviation.copy_(deviation)
+
+
+def _checker(change: Change, size: float, found: Measured, ran: set[str]) -> Before:
+    """Note a mean square at a norm's place that is far from ``size`` squared, and what channels of [N, C, …] share."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = _tensor_in(inputs, named).double()
+        mean_square = float(given.square().mean())
+        if not ran.isdisjoint(change.carried_by) and not size**2 / MOST_OFF <= mean_square <= MOST_OFF:
+            found.lost[change.name] = mean_square
+        channels = given.transpose(0, 1).flatten(1) if given.dim() > 1 else given[None]
+        if channels.shape[1] >= LEAST_VALUES:
+            variance, mean = torch.var_mean(channels, 1, correction=0)
+            within = float(variance.mean())
+            found.shares[change.name] = within / max(within + float(mean.var(correction=0)), torch.finfo().tiny)
+
+    return hook
+
+
+def _tensor_in(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    return next(leaf for leaf in (*inputs, *named.values()) if isinstance(leaf, Tensor))
 
 
 @torch.no_grad()

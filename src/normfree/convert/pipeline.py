@@ -1,37 +1,67 @@
-"""``convert``: take the normalizers out of someone else's model."""
+"""``convert``: take the normalizers out of someone else's model.
+
+The steps, in their order: the model is run once and its dataflow recorded; a plan says what to change; a copy of the
+model is changed so, and what has no closed form is measured on the example; the result runs before it is given back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from normfree.common.checks import check_choice, check_integer, check_number, invalid
-from normfree.convert.apply import Measured, exchanged, is_layer_change, keep_pace, measure, without_overwriting
-from normfree.convert.dataflow import Dataflow, class_name, is_removable, record_all
+from normfree.convert.apply import Measured, exchanged, is_layer_change, keep_pace, measure
+from normfree.convert.dataflow import (
+    Call,
+    Dataflow,
+    Trains,
+    activation_in,
+    class_name,
+    is_removable,
+    passes_unchanged,
+    record_all,
+)
 from normfree.convert.fresh import MEASURED, fresh_plan
 from normfree.convert.norms import LOOKED_FOR, NOT_FOLLOWED, norms_without_module
 from normfree.convert.pretrained import fill, pretrained_plan
-from normfree.convert.record import STARTS, Change, Conversion, Kept, conversion_of
+from normfree.convert.record import (
+    BARE,
+    COPY,
+    OUT_OF_PLACE,
+    OUTPUT_COPY,
+    STARTS,
+    WITH_ACTIVATION,
+    Change,
+    Conversion,
+    Kept,
+    conversion_of,
+)
 from normfree.convert.structure import Structure, training_structure, unseen_norms
 from normfree.convert.verify import misunderstood, noted_leak, running
 from normfree.signal.measure import unwrapped
 from normfree.signal.nonfinite import check_finite, check_present
+from normfree.trace import operations as op
+from normfree.trace.graph import Node
 from normfree.trace.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of
 
 ALPHA, SKIP_GAIN = 0.2, 1.0
 """Of residual branches, where nothing else is asked for."""
 
+
 BETAS = ("plan", MEASURED)
+
 
 LEAST_SCALE, MOST_SCALE = 0.01, 100.0
 """Input scales beyond them stand for a signal of a variance below 1e-4 or above 1e4: something before it is wrong."""
 
+
 LEAST_SHARE = 1 / 3
 """Share of the variation within channels, of that and of the variance of their means, below which a removed norm is
 missed: the next standardized layer makes the whole 1, and leaves this of it to the examples."""
+
 
 MOST_SEED = 2**64 - 1
 """Torch's generators take no larger one."""
@@ -87,7 +117,7 @@ def convert(
         raise ValueError(f"example_input: a list is no batch; {remedy}")
     batch = placed_like(model, example_input)
     check_batch(batch, "example_input")
-    flow, heads = record_all(model, batch)
+    flow, trains = record_all(model, batch)
     structure = Structure(flow)
     training = training_structure(model, structure, batch)
     record = Conversion(
@@ -100,73 +130,13 @@ def convert(
         source=source,
     )
     if start == "fresh":
-        converted = _fresh(model, record, structure, training, batch, heads=heads, skip_gain=skip_gain)
+        converted = _fresh(model, record, structure, training, batch, trains=trains, skip_gain=skip_gain)
     else:
-        converted = _pretrained(model, record, structure, training, batch, heads=heads)
+        converted = _pretrained(model, record, structure, training, batch, trains=trains)
     record = conversion_of(converted)
     assert record is not None, "conversion leaves its record"
     converted.conversion = noted_leak(converted, record, batch)  # type: ignore[assignment]
     return converted
-
-
-def _fresh(
-    model: nn.Module,
-    record: Conversion,
-    structure: Structure,
-    training: Structure | None,
-    batch: Batch,
-    *,
-    heads: bool,
-    skip_gain: float,
-) -> nn.Module:
-    """The converted model, what is still open measured.
-
-    Where the measurement shows that behind an aggregation little of what a norm's place has is variance within channels
-    (nodes have become alike), no layer carries it on: then it is planned again, with an affine map there.
-    """
-    uncarried: dict[str, str] = {}
-    while True:
-        plan = fresh_plan(
-            structure, model, alpha=record.alpha, skip_gain=skip_gain, beta=record.beta, uncarried=uncarried
-        )
-        changes = without_overwriting(plan.changes, structure, training)
-        full = completed(record, model, structure, changes, plan.kept, plan.notes)
-        converted, replaced = exchanged(model, full)
-        with running(full, model, converted, replaced):
-            found = _measure(converted, full, structure, batch, heads=heads)
-        more = {
-            name: f"without it, {share:.1g} of the variance there is within channels, and the rest between their means"
-            for name, share in found.shares.items()
-            if name in plan.replaceable and share < LEAST_SHARE
-        }
-        if not more:
-            break
-        uncarried |= more
-    keep_pace(converted.get_submodule(change.name) for change in full.changes if is_layer_change(change))
-    return converted
-
-
-def _pretrained(
-    model: nn.Module,
-    record: Conversion,
-    structure: Structure,
-    training: Structure | None,
-    batch: Batch,
-    *,
-    heads: bool,
-) -> nn.Module:
-    """The converted model, in which each norm stays that turns out to do more than its constants say."""
-    staying: dict[str, str] = {}
-    while True:
-        changes, kept = pretrained_plan(model, structure, training, staying)
-        changes = without_overwriting(changes, structure, training)
-        full = completed(record, model, structure, changes, kept, [])
-        converted, replaced = exchanged(model, full)
-        fill(model, converted, changes, structure.constants)
-        culprit = misunderstood(model, converted, replaced, full, batch, heads=heads)
-        if culprit is None:
-            return converted
-        staying[culprit] = "what it, or something before it, does is more than its constants say"
 
 
 def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: str, seed: int) -> None:
@@ -188,11 +158,47 @@ def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: s
             )
 
 
+def _fresh(
+    model: nn.Module,
+    record: Conversion,
+    structure: Structure,
+    training: Structure | None,
+    batch: Batch,
+    *,
+    trains: Trains,
+    skip_gain: float,
+) -> nn.Module:
+    """The converted model, what is still open measured.
+
+    Where the measurement shows that behind an aggregation little of what a norm's place has is variance within channels
+    (nodes have become alike), no layer carries it on: then it is planned again, with an affine map there.
+    """
+    uncarried: dict[str, str] = {}
+    while True:
+        plan = fresh_plan(
+            structure, model, alpha=record.alpha, skip_gain=skip_gain, beta=record.beta, uncarried=uncarried
+        )
+        full = _complete(record, model, structure, training, plan.changes, plan.kept, plan.notes)
+        converted, replaced = exchanged(model, full)
+        with running(full, model, converted, replaced):
+            found = _measure(converted, full, structure, batch, trains=trains)
+        more = {
+            name: f"without it, {share:.1g} of the variance there is within channels, and the rest between their means"
+            for name, share in found.shares.items()
+            if name in plan.replaceable and share < LEAST_SHARE
+        }
+        if not more:
+            break
+        uncarried |= more
+    keep_pace(converted.get_submodule(change.name) for change in full.changes if is_layer_change(change))
+    return converted
+
+
 def _measure(
-    converted: nn.Module, conversion: Conversion, structure: Structure, batch: Batch, *, heads: bool
+    converted: nn.Module, conversion: Conversion, structure: Structure, batch: Batch, *, trains: Trains
 ) -> Measured:
     """Set what is still open, and enter it into the record, with notes on what a reader should look at."""
-    found = measure(converted, conversion, batch, heads=heads)
+    found = measure(converted, conversion, batch, trains=trains)
     changes = []
     for change in conversion.changes:
         if is_layer_change(change) and change.input_scale is None:
@@ -232,45 +238,65 @@ def _notes_on_scales(structure: Structure, changes: list[Change]) -> Iterator[st
         )
 
 
+def _pretrained(
+    model: nn.Module,
+    record: Conversion,
+    structure: Structure,
+    training: Structure | None,
+    batch: Batch,
+    *,
+    trains: Trains,
+) -> nn.Module:
+    """The converted model, in which each norm stays that turns out to do more than its constants say."""
+    staying: dict[str, str] = {}
+    while True:
+        changes, kept = pretrained_plan(model, structure, training, staying)
+        full = _complete(record, model, structure, training, changes, kept, [])
+        converted, replaced = exchanged(model, full)
+        fill(model, converted, full.changes, structure.constants)
+        culprit = misunderstood(model, converted, replaced, full, batch, trains=trains)
+        if culprit is None:
+            return converted
+        staying[culprit] = "what it, or something before it, does is more than its constants say"
+
+
 NOT_RUN = {
     "fresh": "it did not run on the example input; if it does on another, the layer before it may have changed",
     "pretrained": "it did not run on the example input; on another it does what it did",
 }
 
 
-def completed(
+def _complete(
     record: Conversion,
     model: nn.Module,
     structure: Structure,
-    changes: list[Change],
-    kept: list[Kept],
-    notes: list[str],
+    training: Structure | None,
+    changes: Iterable[Change],
+    kept: Iterable[Kept],
+    notes: Iterable[str],
 ) -> Conversion:
     """The record with a plan's changes in the order the modules ran, and everything that was left alone.
 
     Raises:
         ValueError: nothing was changed; why, and what to do.
     """
-    kept = [
-        *kept,
-        *_unseen(model, structure, record.start),
-        *norms_without_module(structure.normalizations, structure.norms),
-    ]
-    if not changes:
-        raise _nothing(model, structure, kept, record.start)
-    changes = _in_running_order(changes, structure.flow)
-    return replace(record, changes=tuple(changes), kept=tuple(kept), notes=tuple(notes))
-
-
-def _unseen(model: nn.Module, structure: Structure, start: str) -> list[Kept]:
-    """Norms that did not run on the example: auxiliary heads in evaluation mode, for instance."""
-    return [
-        Kept(name=name, was=class_name(module), reason=NOT_RUN[start], norm=True)
+    unseen = [  # auxiliary heads in evaluation mode, for instance
+        Kept(name=name, was=class_name(module), reason=NOT_RUN[record.start], norm=True)
         for name, module in unseen_norms(model, structure).items()
     ]
+    left = (*kept, *unseen, *norms_without_module(structure.normalizations, structure.norms))
+    made = avoid_overwriting(changes, structure, training)
+    if not made:
+        raise _nothing(model, structure, left, record.start)
+    order: dict[str, int] = {}
+    for number, call in enumerate(structure.flow.calls):
+        order.setdefault(call.name, number)
+        order.setdefault(call.place, number)
+    made.sort(key=lambda change: order.get(change.name, len(order)))
+    return replace(record, changes=tuple(made), kept=left, notes=tuple(notes))
 
 
-def _nothing(model: nn.Module, structure: Structure, kept: list[Kept], start: str) -> ValueError:
+def _nothing(model: nn.Module, structure: Structure, kept: Iterable[Kept], start: str) -> ValueError:
     norms = [one for one in kept if one.norm]
     if not norms:
         remedy = "if its signal is not healthy, the findings of normfree.spp say what to do"
@@ -294,9 +320,84 @@ def _nothing(model: nn.Module, structure: Structure, kept: list[Kept], start: st
     return error
 
 
-def _in_running_order(changes: list[Change], flow: Dataflow) -> list[Change]:
-    order: dict[str, int] = {}
-    for number, call in enumerate(flow.calls):
-        order.setdefault(call.name, number)
-        order.setdefault(call.place, number)
-    return sorted(changes, key=lambda change: order.get(change.name, len(order)))
+def avoid_overwriting(changes: Iterable[Change], structure: Structure, training: Structure | None) -> list[Change]:
+    """The changes of a plan, and those by which nothing writes in place into the input of a norm that is removed.
+
+    Hooks, class activation maps and per-example gradients keep what a layer gave; so does autograd of some operations.
+    What ran in place on a norm's output would write into the layer's once the norm is gone. An activation module with
+    an ``inplace`` flag is set to work out of place, which costs what the norm's own output took and no more; in front
+    of any other write (``x += y``, ``F.relu_``) stands a copy. Where the norm alone read the layer's output the copy is
+    for such observers only, and :func:`normfree.fold` leaves it out.
+
+    Args:
+        changes: the plan.
+        structure: of the model in evaluation mode.
+        training: of the model in training mode, where it runs in it: dropout writes in place only then.
+    """
+    structures = [(each, _by_input(each.flow)) for each in (structure, training) if each is not None]
+    made: list[Change] = []
+    out_of_place: dict[str, tuple[nn.Module, str]] = {}
+    for change in changes:
+        if change.now not in (BARE, WITH_ACTIVATION, COPY) or change.name not in structure.norms:
+            made.append(change)
+            continue
+        writers: dict[str, nn.Module] = {}
+        copied = False
+        for each, takers in structures:
+            for run in each.norms.get(change.name, ()):
+                if not _has_own_activation(each.flow, run):
+                    found, others = _writers(each.flow, run, takers)
+                    writers |= found
+                    copied = copied or others
+        if copied:
+            inputs = [run.input for run in structure.norms[change.name]]
+            alone = all(structure.directly_behind(node, alone=True) is not None for node in inputs)
+            reason = f"{change.reason}; what follows writes in place, so it gets a copy"
+            made.append(replace(change, now=OUTPUT_COPY if alone else COPY, reason=reason))
+        else:
+            made.append(change)
+            for name, module in writers.items():
+                out_of_place.setdefault(name, (module, change.name))
+    for name, (module, norm) in out_of_place.items():
+        reason = f"inplace=False: it would write into what comes before {norm}, which is gone"
+        made.append(Change(name=name, was=class_name(module), now=OUT_OF_PLACE, reason=reason))
+    return made
+
+
+def _has_own_activation(flow: Dataflow, call: Call) -> bool:
+    """Whether a norm runs an activation of its own, which stays and gives an output in memory of its own."""
+    own = {part for _, part in activation_in(call.module)}
+    return bool(own) and any(other.module in own and other.input is not other.output for other in flow.calls)
+
+
+def _by_input(flow: Dataflow) -> Mapping[Node | None, list[Call]]:
+    """The calls that take each activation."""
+    found: dict[Node | None, list[Call]] = {}
+    for run in flow.calls:
+        found.setdefault(run.input, []).append(run)
+    return found
+
+
+def _writers(
+    flow: Dataflow, call: Call, by_input: Mapping[Node | None, list[Call]]
+) -> tuple[dict[str, nn.Module], bool]:
+    """The modules with an ``inplace`` flag that write into a norm's output, and whether anything else does."""
+    modules: dict[str, nn.Module] = {}
+    others = False
+    waiting, seen = [call.output], {call.output}
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        takers = by_input.get(node, ())
+        flagged = {one.name: one.module for one in takers if getattr(one.module, "inplace", False) is True}
+        modules |= flagged
+        for step in flow.readers(node):
+            places = op.mutated_arguments(step.function)
+            written = any(place < len(step.args) and step.args[place] is node for place in places)
+            others = others or (written and step.module not in flagged)
+            for output in step.outputs if passes_unchanged(step) else ():
+                if output not in seen:
+                    seen.add(output)
+                    waiting.append(output)
+    return modules, others

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import permutations
 from math import prod
 
@@ -40,7 +39,6 @@ from normfree.nn.standardized_module import names_needed
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
 from normfree.trace.inputs import Batch
-from normfree.trace.preserve import Preserved, untouched
 
 
 @dataclass(eq=False)
@@ -170,53 +168,6 @@ class Structure:
         return self._regions[ancestor, end]
 
 
-def gate_of(flow: Dataflow, step: Step) -> tuple[Node, Node] | None:
-    """What a product of two activations gates and the gate, the smaller of them; None for any other operation."""
-    if step.name != "mul" or len(step.inputs) != 2:
-        return None
-    sizes = [prod(unexpanded(flow, node)) for node in step.inputs]
-    if sizes[0] == sizes[1]:
-        return None
-    value, gate = (0, 1) if sizes[0] > sizes[1] else (1, 0)
-    return step.inputs[value], step.inputs[gate]
-
-
-def unexpanded(flow: Dataflow, node: Node) -> tuple[int, ...]:
-    """The shape of an activation before it was expanded to another's."""
-    step = flow.made_by.get(node)
-    while step is not None and step.name in ("expand", "clone", "alias") and len(step.inputs) == 1:
-        node = step.inputs[0]
-        step = flow.made_by.get(node)
-    return flow.shapes[node]
-
-
-def _alive(flow: Dataflow) -> set[Node]:
-    """What reaches an output, or an operation of which nothing is read, not counting ways through a gate."""
-    gates = {id(step): found[1] for step in flow.steps if (found := gate_of(flow, step))}
-    ends = (s for s in flow.steps if s.name != "detach" and not any(flow.readers(node) for node in s.outputs))
-    waiting = [node for step in ends for node in step.outputs] + flow.outputs
-    seen = set(waiting)
-    while waiting:
-        step = flow.made_by.get(waiting.pop())
-        if step is None:
-            continue
-        for node in step.inputs:
-            if node not in seen and gates.get(id(step)) is not node:
-                seen.add(node)
-                waiting.append(node)
-    return seen
-
-
-def _shared(flow: Dataflow, layers: Mapping[str, list[Call]]) -> dict[str, str]:
-    found = {}
-    for name, calls in layers.items():
-        readers = (flow.parameter_readers.get(p.data_ptr(), ()) for p in calls[0].module.parameters())
-        others = {other for each in readers for other in each if not f"{other}.".startswith(f"{name}.")}
-        if others:
-            found[name] = min(others) or "the model"
-    return found
-
-
 def layers_to_standardize(
     structure: Structure, removed: Mapping[str, Iterable[str]]
 ) -> tuple[list[str], dict[str, str]]:
@@ -280,6 +231,24 @@ def _in_branches(structure: Structure, removed: set[str]) -> set[str]:
     return wanted
 
 
+def changes_branch(structure: Structure, addition: Addition, removed: set[str]) -> bool:
+    """Whether some norm of a residual branch, or one that takes the sum alone, is removed, and none of it kept."""
+    norms = norms_in(structure, structure.region(addition, addition.branch))
+    if not structure.flow.is_read_twice(addition.output):
+        norms |= {c.name for calls in structure.norms.values() for c in calls if c.input is addition.output}
+    return bool(norms) and norms <= removed
+
+
+def norms_in(structure: Structure, region: set[Node]) -> set[str]:
+    """The norms that made activations of a region."""
+    return {structure.norm_at[node].name for node in region if node in structure.norm_at}
+
+
+def layers_in(structure: Structure, region: set[Node]) -> Iterator[str]:
+    """The layers that made activations of a region."""
+    return (structure.layer_at[node].name for node in region if node in structure.layer_at)
+
+
 def is_fusion(structure: Structure, addition: Addition) -> bool:
     """Whether an addition joins two resolutions, and is no residual one.
 
@@ -323,22 +292,51 @@ def _positions(flow: Dataflow, node: Node) -> int:
     return prod(shape) // max(1, shape[axis]) if shape and axis < len(shape) else 0
 
 
-def changes_branch(structure: Structure, addition: Addition, removed: set[str]) -> bool:
-    """Whether some norm of a residual branch, or one that takes the sum alone, is removed, and none of it kept."""
-    norms = norms_in(structure, structure.region(addition, addition.branch))
-    if not structure.flow.is_read_twice(addition.output):
-        norms |= {c.name for calls in structure.norms.values() for c in calls if c.input is addition.output}
-    return bool(norms) and norms <= removed
+def gate_of(flow: Dataflow, step: Step) -> tuple[Node, Node] | None:
+    """What a product of two activations gates and the gate, the smaller of them; None for any other operation."""
+    if step.name != "mul" or len(step.inputs) != 2:
+        return None
+    sizes = [prod(unexpanded(flow, node)) for node in step.inputs]
+    if sizes[0] == sizes[1]:
+        return None
+    value, gate = (0, 1) if sizes[0] > sizes[1] else (1, 0)
+    return step.inputs[value], step.inputs[gate]
 
 
-def norms_in(structure: Structure, region: set[Node]) -> set[str]:
-    """The norms that made activations of a region."""
-    return {structure.norm_at[node].name for node in region if node in structure.norm_at}
+def unexpanded(flow: Dataflow, node: Node) -> tuple[int, ...]:
+    """The shape of an activation before it was expanded to another's."""
+    step = flow.made_by.get(node)
+    while step is not None and step.name in ("expand", "clone", "alias") and len(step.inputs) == 1:
+        node = step.inputs[0]
+        step = flow.made_by.get(node)
+    return flow.shapes[node]
 
 
-def layers_in(structure: Structure, region: set[Node]) -> Iterator[str]:
-    """The layers that made activations of a region."""
-    return (structure.layer_at[node].name for node in region if node in structure.layer_at)
+def _alive(flow: Dataflow) -> set[Node]:
+    """What reaches an output, or an operation of which nothing is read, not counting ways through a gate."""
+    gates = {id(step): found[1] for step in flow.steps if (found := gate_of(flow, step))}
+    ends = (s for s in flow.steps if s.name != "detach" and not any(flow.readers(node) for node in s.outputs))
+    waiting = [node for step in ends for node in step.outputs] + flow.outputs
+    seen = set(waiting)
+    while waiting:
+        step = flow.made_by.get(waiting.pop())
+        if step is None:
+            continue
+        for node in step.inputs:
+            if node not in seen and gates.get(id(step)) is not node:
+                seen.add(node)
+                waiting.append(node)
+    return seen
+
+
+def _shared(flow: Dataflow, layers: Mapping[str, list[Call]]) -> dict[str, str]:
+    found = {}
+    for name, calls in layers.items():
+        readers = (flow.parameter_readers.get(p.data_ptr(), ()) for p in calls[0].module.parameters())
+        others = {other for each in readers for other in each if not f"{other}.".startswith(f"{name}.")}
+        if others:
+            found[name] = min(others) or "the model"
+    return found
 
 
 def unseen_norms(model: nn.Module, structure: Structure) -> dict[str, nn.Module]:
@@ -371,18 +369,10 @@ def training_structure(model: nn.Module, structure: Structure, batch: Batch) -> 
     )
     for trains in attempts:
         try:
-            return Structure(record(model, batch, state=partial(_training, model, trains)))
+            return Structure(record(model, batch, mode="train", trains=trains))
         except ValueError:
             continue
     return None
-
-
-@contextmanager
-def _training(model: nn.Module, trains: Callable[[nn.Module], bool]) -> Iterator[Preserved]:
-    with untouched(model, "train") as preserved:
-        for module in model.modules():
-            module.training = trains(module)
-        yield preserved
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -502,6 +492,8 @@ class _NoMapError(Exception):
 
 
 _CROPPING = frozenset({"slice", "narrow"})
+
+
 _BIAS_POSITIONS = {"convolution": 2, "_convolution": 2, "addmm": 0, "addmv": 0, "baddbmm": 0, "linear": 2}
 
 

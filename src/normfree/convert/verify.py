@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +13,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normfree.common.text import one_line
-from normfree.convert.dataflow import Dataflow, Step, class_name, is_batch_norm, record, resting
+from normfree.convert.dataflow import Dataflow, Step, Trains, class_name, is_batch_norm, record, run_once
 from normfree.convert.norms import Normalization, Normalizations, reduced_axes
 from normfree.convert.record import AFFINE, Conversion, Kept
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
-from normfree.trace.inputs import Batch, call, copy_of, examples_in, tensors_in
-from normfree.trace.preserve import untouched
+from normfree.trace.inputs import Batch, examples_in
 
 LEAST_ERROR = (1e-2, 0.1)
 """Relative error that is no rounding: TensorFloat-32 makes 1e-3, a norm that was misunderstood 0.1 and more; in half
@@ -89,7 +87,7 @@ def misunderstood(
     conversion: Conversion,
     batch: Batch,
     *,
-    heads: bool,
+    trains: Trains,
 ) -> str | None:
     """The first norm in whose place the same input gives another output than in the original, by more than rounding.
 
@@ -101,9 +99,9 @@ def misunderstood(
         for change in conversion.changes
         if change.into is not None or change.now == AFFINE
     }
-    wanted, outputs = _seen(original, places, batch, heads=heads)
+    wanted, outputs = _seen(original, places, batch, trains=trains)
     with running(conversion, original, converted, replaced):
-        found, now = _seen(converted, places, batch, heads=heads)
+        found, now = _seen(converted, places, batch, trains=trains)
     suspects = []
     for name, pair in wanted.items():
         other = found.get(name)
@@ -113,23 +111,29 @@ def misunderstood(
             suspects.append(name)
     if all(_is_precise(tensor) for tensor in [*outputs, *(tensor for pair in wanted.values() for tensor in pair)]):
         if not suspects:
-            _check_outputs(original, conversion, now, outputs, batch, heads=heads)
+            _check_outputs(original, conversion, now, outputs, batch, trains=trains)
     elif suspects:
         again = {name: places[name] for name in suspects}
-        moved, _ = _seen(original, again, _jittered(batch, HALF_JITTER), heads=heads)
+        moved, _ = _seen(original, again, _jittered(batch, HALF_JITTER), trains=trains)
         by_rounding = {name: _relative(moved[name][1], wanted[name][1]) for name in suspects if name in moved}
         suspects = [n for n in suspects if not _relative(found[n][1], wanted[n][1]) <= 3 * by_rounding.get(n, 0.0)]
     return suspects[0] if suspects else None
 
 
 def _check_outputs(
-    original: nn.Module, conversion: Conversion, now: list[Tensor], outputs: list[Tensor], batch: Batch, *, heads: bool
+    original: nn.Module,
+    conversion: Conversion,
+    now: list[Tensor],
+    outputs: list[Tensor],
+    batch: Batch,
+    *,
+    trains: Trains,
 ) -> None:
     """Raise ``ValueError`` where a model's outputs are not the original's, by more than rounding makes of them."""
     error = _largest(now, outputs)
     if error <= LEAST_ERROR[0]:
         return
-    _, moved = _seen(original, {}, _jittered(batch, JITTER), heads=heads)
+    _, moved = _seen(original, {}, _jittered(batch, JITTER), trains=trains)
     if error > 10 * _largest(moved, outputs):
         raise ValueError(
             f"model: {conversion.model} gives other outputs once converted (relative error {error:.1g}), for something "
@@ -137,7 +141,6 @@ def _check_outputs(
         )
 
 
-@torch.no_grad()
 def change_by_others(model: nn.Module, batch: Batch) -> float | None:
     """The relative change of the first example's output in training mode when the others become copies of it.
 
@@ -156,9 +159,8 @@ def change_by_others(model: nn.Module, batch: Batch) -> float | None:
     outputs = []
     for each in (batch, tree_map(alone, batch)):
         try:
-            with untouched(model, "train"):
-                made = tensors_in(call(model, copy_of(each)))
-                outputs.append([t[:1].clone() for t in made if t.dim() and len(t) == examples])
+            made = run_once(model, each, mode="train")
+            outputs.append([t[:1].clone() for t in made if t.dim() and len(t) == examples])
         except Exception:  # whatever a stranger's forward raises
             return None
     pairs = [(a, b) for a, b in zip(*outputs, strict=False) if a.shape == b.shape]
@@ -166,9 +168,8 @@ def change_by_others(model: nn.Module, batch: Batch) -> float | None:
     return max(changes) if changes else None
 
 
-@torch.no_grad()
 def _seen(
-    model: nn.Module, places: dict[str, str], batch: Batch, *, heads: bool
+    model: nn.Module, places: dict[str, str], batch: Batch, *, trains: Trains
 ) -> tuple[dict[str, Pair], list[Tensor]]:
     """A sample of what went into each norm's place in its first run, and of what came out; and the model's outputs."""
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -179,16 +180,15 @@ def _seen(
         return lambda module, inputs, named: _keep(given, name, (inputs, named))
 
     def after(name: str) -> Any:
-        return lambda module, inputs, output: _keep(made, name, output)
+        return lambda module, inputs, named, output: _keep(made, name, output)
 
-    handles = [modules[p].register_forward_pre_hook(before(name), with_kwargs=True) for name, p in places.items()]
-    handles += [modules[name].register_forward_hook(after(name)) for name in places]
-    try:
-        with resting(model, heads=heads):
-            outputs = tensors_in(call(model, copy_of(batch)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    outputs = run_once(
+        model,
+        batch,
+        trains=trains,
+        before=[(modules[place], before(name)) for name, place in places.items()],
+        after=[(modules[name], after(name)) for name in places],
+    )
     return {name: (given[name], made[name]) for name in places if name in given and name in made}, outputs
 
 
@@ -289,7 +289,7 @@ def noted_leak(converted: nn.Module, conversion: Conversion, batch: Batch) -> Co
 def _in_training(model: nn.Module, batch: Batch) -> Dataflow | None:
     """The dataflow in training mode; None where the model wants something else then, such as targets."""
     try:
-        return record(model, batch, state=partial(untouched, model, "train"))
+        return record(model, batch, mode="train")
     except ValueError:
         return None
 
