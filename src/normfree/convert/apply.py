@@ -51,7 +51,7 @@ from normfree.trace import operations as op
 from normfree.trace.inputs import Batch, call, copy_of
 
 
-def rewritten(model: nn.Module, conversion: Conversion) -> nn.Module:
+def rewrite(model: nn.Module, conversion: Conversion) -> nn.Module:
     """Return a copy of the original with every change of a record made, and the record as its ``conversion``.
 
     Weights that are new are drawn from the record's seed; the caller's random state is left alone.
@@ -59,17 +59,17 @@ def rewritten(model: nn.Module, conversion: Conversion) -> nn.Module:
     Raises:
         ValueError: the record names modules the model does not have, or of another class.
     """
-    return exchanged(model, conversion)[0]
+    return exchange_modules(model, conversion)[0]
 
 
 @torch.inference_mode(False)  # parameters made inside of it would never learn
-def exchanged(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[nn.Module]]:
-    """What :func:`rewritten` gives, and the modules of the copy in whose place others stand now."""
-    converted = _copied(model)
+def exchange_modules(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[nn.Module]]:
+    """What :func:`rewrite` gives, and the modules of the copy in whose place others stand now."""
+    converted = _copy(model)
     modules = dict(converted.named_modules(remove_duplicate=False))
     found: dict[nn.Module, nn.Module] = {}
     options = _options(model)
-    with _drawing(conversion.seed):
+    with _seeded(conversion.seed):
         for change in conversion.changes:
             old = modules.get(change.name)
             if old is None or class_name(old) != change.was:
@@ -86,7 +86,7 @@ def exchanged(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[
                 continue
             if change.within is not None:
                 continue
-            made = _made(found.get(old, old), change, options).train(old.training)
+            made = _make(found.get(old, old), change, options).train(old.training)
             shared = made in found.values()  # an activation of several norms: each place has a module of its own
             found[old] = nn.Sequential(made).train(old.training) if shared else made
     for module in [*converted.modules(), *found.values()]:  # a norm's activation may have been exchanged, too
@@ -98,14 +98,14 @@ def exchanged(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[
         if change.within is not None:  # shared: exchanged in the module that runs it there, and in no other
             parent, attribute = converted.get_submodule(change.within), change.name.rpartition(".")[2]
             old = parent.get_submodule(attribute)
-            parent._modules[attribute] = _made(old, change, options).train(old.training)
+            parent._modules[attribute] = _make(old, change, options).train(old.training)
     keep_frozen(model, converted, conversion.changes)
     _mark_state(model, converted)
     converted.conversion = conversion  # type: ignore[assignment]
     return converted, set(found) - set(converted.modules())
 
 
-def _made(old: nn.Module, change: Change, options: dict[str, Any]) -> nn.Module:
+def _make(old: nn.Module, change: Change, options: dict[str, Any]) -> nn.Module:
     """The module a change puts in the place of an old one; ``options`` are the model's device and precision."""
     factors = _factors(change)
     if change.now in LAYERS:
@@ -202,7 +202,7 @@ def _standardize_in_place(module: nn.Module, change: Change) -> None:
     weight.requires_grad_()
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:  # weight_norm's computed weight is no leaf; a lock cannot be copied
@@ -214,7 +214,7 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _drawing(seed: int) -> Iterator[None]:
+def _seeded(seed: int) -> Iterator[None]:
     """Make modules as if nothing but a seed had been chosen: on the CPU, in float32; the caller's state is kept."""
     precision = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):

@@ -36,7 +36,7 @@ from normfree.convert.dataflow import (
     passes_unchanged,
 )
 from normfree.convert.norms import NOT_FOLLOWED, why_unknown
-from normfree.convert.structure import Structure, changes_branch, gate_of, is_fusion, unexpanded, why_no_map
+from normfree.convert.structure import Structure, changes_branch, gate_of, is_fusion, unexpanded_shape, why_no_map
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
 
@@ -84,7 +84,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Norms:
+class NormPlan:
     """The norms of a model, by what a fresh start makes of them.
 
     Attributes:
@@ -103,14 +103,14 @@ class Norms:
     kept: dict[str, str] = field(default_factory=dict)
 
 
-def sorted_norms(structure: Structure) -> Norms:
+def sort_norms(structure: Structure) -> NormPlan:
     """What becomes of each norm of a model in a fresh start."""
-    ways, norms = Ways(structure), Norms()
+    ways, norms = SignalPaths(structure), NormPlan()
     for name, calls in structure.norms.items():
         if reason := _reason_to_keep(structure, ways, calls):
             norms.kept[name] = reason
             continue
-        answers = [_answer(structure, ways, call) for call in calls]
+        answers = [_carrier_of(structure, ways, call) for call in calls]
         if reason := next((answer.kept for answer in answers if answer.kept), ""):
             norms.kept[name] = reason
         elif reason := next((answer.affine for answer in answers if answer.affine), ""):
@@ -128,7 +128,7 @@ def sorted_norms(structure: Structure) -> Norms:
 
 
 @dataclass(frozen=True)
-class _Answer:
+class _Carrier:
     """What carries the variance at one place of a norm; ``kept`` says why nothing can."""
 
     layers: tuple[str, ...] = ()
@@ -137,30 +137,30 @@ class _Answer:
     kept: str = ""
 
 
-def _answer(structure: Structure, ways: Ways, call: Call) -> _Answer:
+def _carrier_of(structure: Structure, ways: SignalPaths, call: Call) -> _Carrier:
     assert call.input is not None and call.output is not None, "a norm that is not followed stays"
     before = structure.directly_behind(call.input, alone=False)
     if before is not None:
-        return _Answer((before.name,))
+        return _Carrier((before.name,))
     source = ways.source_of(call.input)
     carried = not source.obstacle and not source.past
     if carried and source.settled:
-        return _Answer(source.names, between=True)
+        return _Carrier(source.names, between=True)
     if source.past != INPUT and (behind := ways.directly_before(call.output)):
-        return _Answer(behind)
+        return _Carrier(behind)
     if carried:
-        return _Answer(source.names, between=True)
+        return _Carrier(source.names, between=True)
     reason = f"it takes {source.past}" if source.past else f"{source.obstacle}"
     if is_batch_norm(call.module):
-        return _Answer(affine=reason)
+        return _Carrier(affine=reason)
     if source.past == INPUT and not source.names and not source.obstacle:
         alone = ", each example by itself" if is_norm(call.module) else ""
-        return _Answer(kept=f"it gives the input its units{alone}")
+        return _Carrier(kept=f"it gives the input its units{alone}")
     absorbing = ways.absorbing.get(call.output, ())
-    return _Answer(absorbing) if absorbing else _Answer(kept=f"{reason}, and no layer behind it takes over")
+    return _Carrier(absorbing) if absorbing else _Carrier(kept=f"{reason}, and no layer behind it takes over")
 
 
-def _reason_to_keep(structure: Structure, ways: Ways, calls: list[Call]) -> str:
+def _reason_to_keep(structure: Structure, ways: SignalPaths, calls: list[Call]) -> str:
     """Why a norm stays, whatever else could carry its variance; "" for no reason."""
     if unknown := why_unknown(structure.flow, calls[0]):
         return unknown
@@ -168,7 +168,7 @@ def _reason_to_keep(structure: Structure, ways: Ways, calls: list[Call]) -> str:
         return NOT_FOLLOWED
     behind = [structure.directly_behind(call.input, alone=False) for call in calls]
     by_convolution = all(call is not None and structure.is_convolution(call) for call in behind)
-    if not _is_of_maps(structure, calls) and not by_convolution and any(map(ways.is_near_attention, calls)):
+    if not _is_convolutional(structure, calls) and not by_convolution and any(map(ways.is_near_attention, calls)):
         return "it stands between linear and attention layers, not behind a convolution"
     direct = next((call.name for call in behind if call is not None and structure.obstacles[call.name]), None)
     if direct is not None:
@@ -176,7 +176,7 @@ def _reason_to_keep(structure: Structure, ways: Ways, calls: list[Call]) -> str:
     return next((reason for call in calls if (reason := _unknown_weight(structure, call))), "")
 
 
-def _is_of_maps(structure: Structure, calls: list[Call]) -> bool:
+def _is_convolutional(structure: Structure, calls: list[Call]) -> bool:
     """Whether a norm is one of convolutional networks: of torch's classes, with statistics, or of maps [N, C, …, …]."""
     name, module, node = calls[0].name, calls[0].module, calls[0].input
     if is_norm(module):
@@ -209,7 +209,7 @@ def _unknown(flow: Dataflow, step: Step) -> str:
     return f"{step.module or 'the model'} before it {known or f'computes {step.name} with no weight of its own'}"
 
 
-class Ways:
+class SignalPaths:
     """What lies on the ways through a dataflow, found in one pass over it in each direction.
 
     Args:
@@ -274,7 +274,7 @@ class Ways:
         if len(nodes) > 1 and step.name in _PRODUCTS:
             return [node for node in nodes if self._is_weighted(node)] or nodes
         if len(nodes) > 1 and step.name in ("add", "sub"):  # a side input that is broadcast shifts, and carries nothing
-            sizes = [prod(unexpanded(self.flow, node)) for node in nodes]
+            sizes = [prod(unexpanded_shape(self.flow, node)) for node in nodes]
             return [node for node, size in zip(nodes, sizes, strict=True) if size == max(sizes)]
         return nodes
 
@@ -367,7 +367,7 @@ class Ways:
         return tuple(name for made in used for name in found[made])
 
 
-def unanswered(structure: Structure, norms: Norms, changed: Container[str]) -> list[str]:
+def uncarried_norms(structure: Structure, norms: NormPlan, changed: Container[str]) -> list[str]:
     """The removed norms none of whose answers is among the modules that were changed (or norms that stay)."""
     stays = set(norms.kept)
     return [
@@ -413,11 +413,11 @@ class Ending:
     problem: str = ""
 
 
-class _Blocked(Exception):
+class _BlockedError(Exception):
     """The way back from an addition meets something that no factor passes."""
 
 
-def endings(structure: Structure, model: nn.Module, removed: set[str], chosen: Iterable[str]) -> list[Ending]:
+def find_endings(structure: Structure, model: nn.Module, removed: set[str], chosen: Iterable[str]) -> list[Ending]:
     """The ending of every residual branch that loses its norms, in order; sums of two resolutions are no branches.
 
     A module that runs once ends one branch at most; one that runs several times has to end one each time, or what else
@@ -433,16 +433,16 @@ def endings(structure: Structure, model: nn.Module, removed: set[str], chosen: I
 
     def walked(addition: Addition, avoided: set[str]) -> Ending:
         try:
-            return _Walk(structure, owners, removed, standardized, places, avoided, addition).ending()
-        except _Blocked as blocked:
+            return _BranchWalk(structure, owners, removed, standardized, places, avoided, addition).ending()
+        except _BlockedError as blocked:
             return Ending(addition, problem=str(blocked))
 
-    found = _fitting([walked(addition, set()) for addition in additions], structure, places, standardized)
+    found = _check_endings([walked(addition, set()) for addition in additions], structure, places, standardized)
     avoided = {name for ending in found if ending.problem for name in ending.modules}
     if not avoided:
         return [replace(ending, modules={}) if ending.problem else ending for ending in found]
     again = [walked(ending.addition, avoided) if ending.problem and ending.modules else ending for ending in found]
-    second = _fitting(again, structure, places, standardized)
+    second = _check_endings(again, structure, places, standardized)
     return [
         replace(new, modules={}, problem=old.problem or new.problem) if new.problem else new
         for old, new in zip(found, second, strict=True)
@@ -470,7 +470,7 @@ class Places:
         return call.name if call.name not in self.shared else call.place or None
 
 
-def _fitting(found: list[Ending], structure: Structure, places: Places, standardized: set[str]) -> list[Ending]:
+def _check_endings(found: list[Ending], structure: Structure, places: Places, standardized: set[str]) -> list[Ending]:
     """The endings; with the problem those whose modules cannot carry one more factor, or not the same each time."""
     ends = Counter(name for ending in found for name in ending.modules)
     runs = {name: len(calls) for name, calls in (structure.flow.calls_of | places.calls).items()}
@@ -529,7 +529,7 @@ def _absorbing_layers(
 
 
 @dataclass(frozen=True)
-class _Way:
+class _Path:
     """One of the ways back from an addition, as far as it has been walked.
 
     Attributes:
@@ -547,7 +547,7 @@ class _Way:
     norm: str = ""
 
 
-class _Walk:
+class _BranchWalk:
     """One walk back from an addition, on all ways at once."""
 
     def __init__(
@@ -572,12 +572,12 @@ class _Walk:
 
     def ending(self) -> Ending:
         self._note_learned(self.structure.flow.made_by[self.addition.output])
-        waiting = [_Way(self.addition.branch)]
+        waiting = [_Path(self.addition.branch)]
         while waiting:
             way = waiting.pop()
             try:
                 waiting += self._behind(way)
-            except _Blocked:
+            except _BlockedError:
                 if not way.carrier:
                     raise
                 self._note_source(way)
@@ -593,18 +593,18 @@ class _Walk:
             passed=frozenset(self.passed),
         )
 
-    def _behind(self, way: _Way) -> list[_Way]:
+    def _behind(self, way: _Path) -> list[_Path]:
         """The ways on; none where a layer ends one. A way with a carrier goes on to find the gates before it."""
         node = way.node
         if node is self.addition.ancestor:
-            raise _Blocked("it leads back to its own shortcut")
+            raise _BlockedError("it leads back to its own shortcut")
         self._check_read_once(node)
         call = self.structure.layer_at.get(node)
         if call is not None:
             return self._carried_by(call, way)
         step = self.structure.flow.made_by.get(node)
         if step is None:
-            raise _Blocked("it reads the input itself")
+            raise _BlockedError("it reads the input itself")
         if self.structure.is_plain_norm(node, self.removed):
             norm = self.structure.norm_at[node]
             assert norm.input is not None
@@ -629,28 +629,28 @@ class _Walk:
             if any(made in self.structure.alive for made in step.outputs)
         }
         if len(readers) + (node in self.structure.flow.outputs) > 1:
-            raise _Blocked("what ends it is read elsewhere, too")
+            raise _BlockedError("what ends it is read elsewhere, too")
 
     def _carry(self, module: str, correction: float) -> None:
         """Have a module carry the factor of one way."""
         if self.modules.setdefault(module, correction) != correction:
-            raise _Blocked(f"{module}, which ends it, is read through gates and past them")
+            raise _BlockedError(f"{module}, which ends it, is read through gates and past them")
 
-    def _note_source(self, way: _Way) -> None:
+    def _note_source(self, way: _Path) -> None:
         """Remember what a gate gates."""
         if way.summed:
             self.sources.setdefault(way.node, []).append(way.carrier)
 
-    def _carried_by(self, call: Call, way: _Way) -> list[_Way]:
+    def _carried_by(self, call: Call, way: _Path) -> list[_Path]:
         if way.carrier:
             self._note_source(way)
             return []
         if call.name not in self.standardized:
-            raise _Blocked(f"{call.name}, which ends it, was left alone")
+            raise _BlockedError(f"{call.name}, which ends it, was left alone")
         self._carry(call.name, way.correction)
         return []
 
-    def _gated(self, way: _Way, value: Node, gate: Node) -> _Way:
+    def _gated(self, way: _Path, value: Node, gate: Node) -> _Path:
         """Put the factor on the gate, if a module of its own makes it; else on what is gated."""
         step = self._made_nonlinearly(gate)
         if step is None or step.name not in HALVING:
@@ -670,7 +670,7 @@ class _Walk:
             step = self.structure.flow.made_by.get(step.inputs[0])
         return step
 
-    def _activated(self, step: Step, way: _Way) -> list[_Way]:
+    def _activated(self, step: Step, way: _Path) -> list[_Path]:
         """A branch that ends in an activation has the factor behind it: its module's, or that of a norm's place there.
 
         The factor of a function that is homogeneous can stand before it, but no gain that is learned: the gradient of
@@ -689,7 +689,7 @@ class _Walk:
         if step.name in HOMOGENEOUS and len(step.inputs) == 1:
             self.constant = True
             return [replace(way, node=step.inputs[0])]
-        raise _Blocked(f"it ends in {step.name}, which no weight lies behind")
+        raise _BlockedError(f"it ends in {step.name}, which no weight lies behind")
 
     def _module_of(self, step: Step, node: Node) -> str | None:
         """The leaf module (or removed norm with an activation) that ran an operation and gave what it made."""

@@ -434,7 +434,7 @@ class FollowedWeights(Statics):
 
     Attributes:
         uses: the operations on activations that read a parameter, by its owner.
-        spoilt: another operation that reads a parameter, and makes something else of it, by owner and name.
+        other_reads: another operation that reads a parameter, and makes something else of it, by owner and name.
         runs: how often each module has begun to run.
         returned: the activation that each run of a foreign module returned; None for anything else.
     """
@@ -443,7 +443,7 @@ class FollowedWeights(Statics):
         super().__init__(model)
         self.origins: Any = WeakTensorKeyDictionary()
         self.uses: dict[nn.Module, list[Use]] = {}
-        self.spoilt: dict[tuple[nn.Module, str], str] = {}
+        self.other_reads: dict[tuple[nn.Module, str], str] = {}
         self.runs: dict[nn.Module, int] = {}
         self.returned: dict[nn.Module, list[Node | None]] = {}
         for module in foreign:
@@ -460,7 +460,7 @@ class FollowedWeights(Statics):
         made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
         found = None if op.mutated_arguments(function) or len(read) > 1 else self._after(name, function, args, kwargs)
         if found is None:
-            self.spoilt |= {(origin.owner, origin.name): name for origin in read}
+            self.other_reads |= {(origin.owner, origin.name): name for origin in read}
         else:
             for number, tensor in enumerate(made):
                 if not isinstance(tensor, nn.Parameter):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from normfree.convert.carriers import Ending, Norms, Places, Ways, endings, sorted_norms, unanswered
+from normfree.convert.carriers import Ending, NormPlan, Places, SignalPaths, find_endings, sort_norms, uncarried_norms
 from normfree.convert.dataflow import Call, Dataflow, Step, activation_in, class_name, is_batch_norm, passes_unchanged
 from normfree.convert.record import BARE, SCALED, UNITS, WITH_ACTIVATION, Change, Kept
 from normfree.convert.structure import Structure, WeightedMap, layers_to_standardize
@@ -69,13 +69,13 @@ def fresh_plan(
         beta: "plan" (closed forms where there are any) or "measured".
         uncarried: norms whose variance was measured not to be carried by the layers near them, and how.
     """
-    norms = sorted_norms(structure)
+    norms = sort_norms(structure)
     chosen, layers_kept = layers_to_standardize(structure, norms.removed)
     removed = set(norms.removed)
-    found = endings(structure, model, removed, chosen)
-    variance = planned_variances(structure, set(chosen), removed, found, alpha)
-    restored = _restored(structure, norms, set(chosen), found, variance)
-    restored |= {name: _affine(structure, name, reason) for name, reason in uncarried.items()}
+    found = find_endings(structure, model, removed, chosen)
+    variance = plan_variances(structure, set(chosen), removed, found, alpha)
+    restored = _restore_variance(structure, norms, set(chosen), found, variance)
+    restored |= {name: _affine_change(structure, name, reason) for name, reason in uncarried.items()}
     scales = input_scales(structure, chosen, removed - set(restored), found, alpha)
     for name in {name for ending in found for name in ending.absorbing}:
         scales[name] = InputScale(None, "measured, for what it reads is scaled by the end of a branch, too")
@@ -87,22 +87,22 @@ def fresh_plan(
     changes = []
     for name, layers in norms.removed.items():
         if name in carriers:
-            changes.append(_scaled(modules[name], name, carriers[name], factors, carried_by=layers))
+            changes.append(_scale_change(modules[name], name, carriers[name], factors, carried_by=layers))
         else:
-            changes.append(restored.get(name) or _norm_out(structure, name, layers))
-    changes += [_affine(structure, name, reason) for name, reason in norms.affine.items()]
-    changes += [_layer(structure.maps[n], n, scales[n], carriers, factors) for n in chosen]
+            changes.append(restored.get(name) or _removal(structure, name, layers))
+    changes += [_affine_change(structure, name, reason) for name, reason in norms.affine.items()]
+    changes += [_layer_change(structure.maps[n], n, scales[n], carriers, factors) for n in chosen]
     for name, ending in carriers.items():
         if name not in scales and name not in norms.removed:
             is_shared = places.calls[name][0].name in places.shared
             within = name.rpartition(".")[0] if is_shared else None
-            changes.append(_scaled(modules[name], name, ending, factors, within=within))
+            changes.append(_scale_change(modules[name], name, ending, factors, within=within))
     kept = [Kept(name=n, was=class_name(modules[n]), reason=reason, norm=True) for n, reason in norms.kept.items()]
     kept += [Kept(name=n, was=class_name(modules[n]), reason=reason) for n, reason in layers_kept.items()]
     notes = [
         f"branch added in {e.addition.name or 'the model'} keeps its size: {e.problem}" for e in found if e.problem
     ]
-    without = unanswered(structure, norms, {change.name for change in changes if change.name not in removed})
+    without = uncarried_norms(structure, norms, {change.name for change in changes if change.name not in removed})
     assert not without, f"nothing carries the variance of {without}"
     passed = {name for ending in found if ending.modules for name in ending.passed}
     replaceable = {
@@ -113,8 +113,8 @@ def fresh_plan(
     return Plan(changes=changes, kept=kept, notes=notes, replaceable=frozenset(replaceable))
 
 
-def _restored(
-    structure: Structure, norms: Norms, chosen: set[str], found: list[Ending], variance: dict[Node, float]
+def _restore_variance(
+    structure: Structure, norms: NormPlan, chosen: set[str], found: list[Ending], variance: dict[Node, float]
 ) -> dict[str, Change]:
     """What stands in the place of a norm where the layers before it do not leave a variance near 1 there.
 
@@ -122,7 +122,7 @@ def _restored(
     a branch's end before it has been scaled by alpha. Else it is an affine map, or a factor where a norm is by example.
     """
     passed = {name for ending in found if ending.modules for name in ending.passed}
-    absorbing = Ways(structure, chosen).absorbing if norms.between - passed else {}
+    absorbing = SignalPaths(structure, chosen).absorbing if norms.between - passed else {}
     least, most = NEAR_UNIT
     restored = {}
     for name in norms.between - passed:
@@ -136,7 +136,7 @@ def _restored(
             continue
         layers = ", ".join(norms.removed[name])
         if len(calls) == 1 and is_batch_norm(calls[0].module):
-            restored[name] = _affine(structure, name, f"what lies between it and {layers} changes the variance")
+            restored[name] = _affine_change(structure, name, f"what lies between it and {layers} changes the variance")
         else:
             restored[name] = Change(
                 name=name,
@@ -148,7 +148,7 @@ def _restored(
     return restored
 
 
-def _norm_out(structure: Structure, name: str, layers: tuple[str, ...]) -> Change:
+def _removal(structure: Structure, name: str, layers: tuple[str, ...]) -> Change:
     norm = structure.norms[name][0].module
     fused = activation_in(norm)
     stays = f"; its {', '.join(class_name(part) for _, part in fused)} stays" if fused else ""
@@ -161,7 +161,7 @@ def _norm_out(structure: Structure, name: str, layers: tuple[str, ...]) -> Chang
     )
 
 
-def _affine(structure: Structure, name: str, reason: str) -> Change:
+def _affine_change(structure: Structure, name: str, reason: str) -> Change:
     return Change(
         name=name,
         was=class_name(structure.norms[name][0].module),
@@ -171,7 +171,9 @@ def _affine(structure: Structure, name: str, reason: str) -> Change:
     )
 
 
-def _layer(layer: WeightedMap, name: str, scale: InputScale, carriers: dict[str, Ending], factors: _Factors) -> Change:
+def _layer_change(
+    layer: WeightedMap, name: str, scale: InputScale, carriers: dict[str, Ending], factors: _Factors
+) -> Change:
     ends = name in carriers
     correction = carriers[name].modules[name] if ends else 1.0
     place = _place(carriers[name]) + _correction_reason(correction) if ends else ""
@@ -189,7 +191,7 @@ def _layer(layer: WeightedMap, name: str, scale: InputScale, carriers: dict[str,
     )
 
 
-def _scaled(
+def _scale_change(
     module: nn.Module,
     name: str,
     ending: Ending,
@@ -256,7 +258,7 @@ def input_scales(
     structure: Structure, chosen: Iterable[str], removed: set[str], found: Iterable[Ending], alpha: float
 ) -> dict[str, InputScale]:
     """The input scale of every layer to be standardized."""
-    variance = planned_variances(structure, set(chosen), removed, list(found), alpha)
+    variance = plan_variances(structure, set(chosen), removed, list(found), alpha)
     made_by = structure.flow.made_by  # a multiple of what is Gaussian is a function of it, as any other
     planned = {node: value for node, value in variance.items() if not _is_multiple(made_by.get(node))}
     functions = _Functions(structure, removed, planned)
@@ -313,7 +315,7 @@ class _Functions:
         key = _key(steps, base)
         if key not in self.known:
             try:
-                self.known[key] = gamma(_replayed(steps, base, node))
+                self.known[key] = gamma(_replay(steps, base, node))
             except ValueError:  # not elementwise after all, or constant: there is no gamma
                 self.known[key] = None
         constant = self.known[key]
@@ -375,14 +377,14 @@ def _is_constant(value: Tensor) -> bool:
     return bool((value == value.flatten()[0]).all())
 
 
-def _replayed(steps: list[Step], base: Node, last: Node) -> Callable[[Tensor], Tensor]:
+def _replay(steps: list[Step], base: Node, last: Node) -> Callable[[Tensor], Tensor]:
     """The operations again, as a function of any tensor; layouts and removed norms leave it as it is."""
 
     def function(x: Tensor) -> Tensor:
         values = {base: x}
 
         def given(value: Any) -> Any:
-            return _given(value, values)
+            return _argument(value, values)
 
         for step in steps:
             if step.name in op.VIEW or step.name in op.NORM:
@@ -397,7 +399,7 @@ def _replayed(steps: list[Step], base: Node, last: Node) -> Callable[[Tensor], T
     return function
 
 
-def _given(value: Any, values: Mapping[Node, Tensor]) -> Any:
+def _argument(value: Any, values: Mapping[Node, Tensor]) -> Any:
     """An argument for the replay: a copy, as the operation may work in place; one number for a constant tensor."""
     if isinstance(value, Node):
         return values[value].clone()
@@ -408,7 +410,7 @@ def _given(value: Any, values: Mapping[Node, Tensor]) -> Any:
     return value
 
 
-def planned_variances(
+def plan_variances(
     structure: Structure, chosen: set[str], removed: set[str], found: list[Ending], alpha: float
 ) -> dict[Node, float]:
     """The variance of every activation that is expected to be Gaussian.

@@ -246,35 +246,35 @@ class Normalizations:
         name, args = step.name, step.args
         first = self.related(args[0]) if args else {}
         if name in _REDUCING:
-            return self._reduced(step, first, position)
+            return self._reduce(step, first, position)
         if name in _SCATTERING:
             source = args[_SCATTERING[name]] if len(args) > _SCATTERING[name] else None
-            return self._scattered(self.related(source))
+            return self._scatter(self.related(source))
         if name in op.VIEW or name in _COPIES:
             sources = [self.related(node) for node in step.inputs]
             return sources[-1] if sources and (len(step.inputs) == 1 or name == "copy") else {}
         if name in _GROUPED:
             return _statistics_in(first)
         if name in _POWERS:
-            return _raised(first, _POWERS[name], magnitude=name in ("square", "abs"))
+            return _power(first, _POWERS[name], magnitude=name in ("square", "abs"))
         if name == "pow":
             power = args[1] if len(args) > 1 else None
             if isinstance(power, (int, float)) and len(step.inputs) == 1:
-                return _raised(first, float(power), magnitude=power % 2 == 0)
-            return _bent(first)
+                return _power(first, float(power), magnitude=power % 2 == 0)
+            return _bend(first)
         if name in _BOUNDS:
             return {
                 r: each if each.statistic or each.magnitude else replace(each, bent=True) for r, each in first.items()
             }
         if name in _PRODUCTS or name in _SUMMANDS or name in _LARGER or name == "where":
-            return self._combined(step)
+            return self._combine(step)
         if name in ("bmm", "matmul") and len(step.inputs) == 2 and self.flow.shapes[step.outputs[0]][-2:] == (1, 1):
-            return self._reduced(step, self._product(step, args[0], args[1], divide=False), 0)
-        return _bent(first) if name in _BENDING and len(step.inputs) == 1 else {}
+            return self._reduce(step, self._product(step, args[0], args[1], divide=False), 0)
+        return _bend(first) if name in _BENDING and len(step.inputs) == 1 else {}
 
     # Statistics.
 
-    def _reduced(self, step: Step, relations: Relations, position: int) -> Relations:
+    def _reduce(self, step: Step, relations: Relations, position: int) -> Relations:
         name, made = step.name, {}
         if name in ("max", "min") and position == 1:  # where it is
             return made
@@ -302,7 +302,7 @@ class Normalizations:
             made[root] = Relation(degree, Statistic(what, over_both), magnitude=measures)
         return made
 
-    def _scattered(self, relations: Relations) -> Relations:
+    def _scatter(self, relations: Relations) -> Relations:
         over = frozenset({"nodes"})
         return {
             root: Relation(each.degree, Statistic(_named("mean", each), over), magnitude=each.magnitude)
@@ -351,7 +351,7 @@ class Normalizations:
 
     # Products, quotients and sums.
 
-    def _combined(self, step: Step) -> Relations:
+    def _combine(self, step: Step) -> Relations:
         name, args = step.name, step.args
         if len(args) < 2:
             return {}
@@ -480,11 +480,11 @@ def _statistics_in(relations: Relations) -> Relations:
     return {root: each for root, each in relations.items() if each.statistic is not None}
 
 
-def _bent(relations: Relations) -> Relations:
+def _bend(relations: Relations) -> Relations:
     return {root: replace(each, bent=True) for root, each in relations.items() if each.statistic is None}
 
 
-def _raised(relations: Relations, power: float, *, magnitude: bool) -> Relations:
+def _power(relations: Relations, power: float, *, magnitude: bool) -> Relations:
     """The relations of a power."""
     return {
         root: replace(
@@ -633,7 +633,7 @@ def _map_of(flow: Dataflow, call: Call) -> AffineMap | None:
     for value in (0.0, 1.0):
         x = torch.full(sizes, value, dtype=torch.float64, device="cpu")
         for step in steps:
-            x = _repeated(flow, step, x)
+            x = _repeat(flow, step, x)
         channels = x.transpose(0, 1).flatten(1)
         if x.dim() != len(shape) or len(channels) != shape[1] or not _all_equal(channels):
             return None
@@ -687,7 +687,7 @@ def _is_affine(step: Step) -> bool:
     return len(places) == 1 and places[0] != divides and not any(isinstance(v, Node) for v in step.kwargs.values())
 
 
-def _repeated(flow: Dataflow, step: Step, x: Tensor) -> Tensor:
+def _repeat(flow: Dataflow, step: Step, x: Tensor) -> Tensor:
     """What an operation makes of other values, in float64."""
     if passes_unchanged(step) and step.name not in ("permute", "transpose", "t"):
         shape = flow.shapes[step.outputs[0]]

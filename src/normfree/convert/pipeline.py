@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from normfree.common.checks import check_choice, check_integer, check_number, invalid
-from normfree.convert.apply import Measured, exchanged, is_layer_change, keep_pace, measure
+from normfree.convert.apply import Measured, exchange_modules, is_layer_change, keep_pace, measure
 from normfree.convert.dataflow import (
     Call,
     Dataflow,
@@ -26,7 +26,7 @@ from normfree.convert.dataflow import (
 )
 from normfree.convert.fresh import MEASURED, fresh_plan
 from normfree.convert.norms import LOOKED_FOR, NOT_FOLLOWED, norms_without_module
-from normfree.convert.pretrained import fill, pretrained_plan
+from normfree.convert.pretrained import fill_constants, pretrained_plan
 from normfree.convert.record import (
     BARE,
     COPY,
@@ -40,7 +40,7 @@ from normfree.convert.record import (
     conversion_of,
 )
 from normfree.convert.structure import Structure, training_structure, unseen_norms
-from normfree.convert.verify import misunderstood, noted_leak, running
+from normfree.convert.verify import explain_failures, first_mismatching_norm, note_leak
 from normfree.signal.measure import unwrapped
 from normfree.signal.nonfinite import check_finite, check_present
 from normfree.trace import operations as op
@@ -135,7 +135,7 @@ def convert(
         converted = _pretrained(model, record, structure, training, batch, trains=trains)
     record = conversion_of(converted)
     assert record is not None, "conversion leaves its record"
-    converted.conversion = noted_leak(converted, record, batch)  # type: ignore[assignment]
+    converted.conversion = note_leak(converted, record, batch)  # type: ignore[assignment]
     return converted
 
 
@@ -179,8 +179,8 @@ def _fresh(
             structure, model, alpha=record.alpha, skip_gain=skip_gain, beta=record.beta, uncarried=uncarried
         )
         full = _complete(record, model, structure, training, plan.changes, plan.kept, plan.notes)
-        converted, replaced = exchanged(model, full)
-        with running(full, model, converted, replaced):
+        converted, replaced = exchange_modules(model, full)
+        with explain_failures(full, model, converted, replaced):
             found = _measure(converted, full, structure, batch, trains=trains)
         more = {
             name: f"without it, {share:.1g} of the variance there is within channels, and the rest between their means"
@@ -252,9 +252,9 @@ def _pretrained(
     while True:
         changes, kept = pretrained_plan(model, structure, training, staying)
         full = _complete(record, model, structure, training, changes, kept, [])
-        converted, replaced = exchanged(model, full)
-        fill(model, converted, full.changes, structure.constants)
-        culprit = misunderstood(model, converted, replaced, full, batch, trains=trains)
+        converted, replaced = exchange_modules(model, full)
+        fill_constants(model, converted, full.changes, structure.constants)
+        culprit = first_mismatching_norm(model, converted, replaced, full, batch, trains=trains)
         if culprit is None:
             return converted
         staying[culprit] = "what it, or something before it, does is more than its constants say"
@@ -287,7 +287,7 @@ def _complete(
     left = (*kept, *unseen, *norms_without_module(structure.normalizations, structure.norms))
     made = avoid_overwriting(changes, structure, training)
     if not made:
-        raise _nothing(model, structure, left, record.start)
+        raise _nothing_to_convert(model, structure, left, record.start)
     order: dict[str, int] = {}
     for number, call in enumerate(structure.flow.calls):
         order.setdefault(call.name, number)
@@ -296,7 +296,7 @@ def _complete(
     return replace(record, changes=tuple(made), kept=left, notes=tuple(notes))
 
 
-def _nothing(model: nn.Module, structure: Structure, kept: Iterable[Kept], start: str) -> ValueError:
+def _nothing_to_convert(model: nn.Module, structure: Structure, kept: Iterable[Kept], start: str) -> ValueError:
     norms = [one for one in kept if one.norm]
     if not norms:
         remedy = "if its signal is not healthy, the findings of normfree.spp say what to do"

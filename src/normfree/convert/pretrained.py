@@ -145,7 +145,7 @@ def _read_by_another(structure: Structure, alternatives: Iterable[tuple[str, str
 
 
 @torch.no_grad()
-def fill(
+def fill_constants(
     original: nn.Module, converted: nn.Module, changes: Iterable[Change], constants: Mapping[str, AffineMap]
 ) -> None:
     """Give the converted modules the numbers that keep the function.

@@ -1,6 +1,6 @@
 """The record of a conversion: every change and everything left alone, for people and for machines.
 
-It is also the recipe: :func:`normfree.convert.apply.rewritten` makes the converted model of the original and this.
+It is also the recipe: :func:`normfree.convert.apply.rewrite` makes the converted model of the original and this.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class Conversion:
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """The table's rows: module, before, after, why; what is kept has "kept" for after."""
-        changed = [(one.name, one.was, described(one), one.reason) for one in self.changes]
+        changed = [(one.name, one.was, describe(one), one.reason) for one in self.changes]
         return changed + [(one.name, one.was, "kept", one.reason) for one in self.kept]
 
     def __str__(self) -> str:
@@ -166,7 +166,7 @@ class Conversion:
         return "\n".join([*lines, *(f"note: {note}" for note in self.different_notes())])
 
 
-def described(change: Change) -> str:
+def describe(change: Change) -> str:
     """What stands in a module's place now, with its factors."""
     factors = {name: getattr(change, name) for name in ("input_scale", "correction", "alpha", "skip_gain")}
     shown = [f"{name}={value:.4g}" for name, value in factors.items() if value is not None]

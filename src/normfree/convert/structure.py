@@ -296,14 +296,14 @@ def gate_of(flow: Dataflow, step: Step) -> tuple[Node, Node] | None:
     """What a product of two activations gates and the gate, the smaller of them; None for any other operation."""
     if step.name != "mul" or len(step.inputs) != 2:
         return None
-    sizes = [prod(unexpanded(flow, node)) for node in step.inputs]
+    sizes = [prod(unexpanded_shape(flow, node)) for node in step.inputs]
     if sizes[0] == sizes[1]:
         return None
     value, gate = (0, 1) if sizes[0] > sizes[1] else (1, 0)
     return step.inputs[value], step.inputs[gate]
 
 
-def unexpanded(flow: Dataflow, node: Node) -> tuple[int, ...]:
+def unexpanded_shape(flow: Dataflow, node: Node) -> tuple[int, ...]:
     """The shape of an activation before it was expanded to another's."""
     step = flow.made_by.get(node)
     while step is not None and step.name in ("expand", "clone", "alias") and len(step.inputs) == 1:
@@ -548,7 +548,7 @@ class _Finder:
             return weights.pop()
         if weights:
             raise _NoMapError(f"multiplies by several parameters ({', '.join(sorted(weights))})")
-        spoilt = [(name, by) for (owner, name), by in self.weights.spoilt.items() if owner is self.module]
+        spoilt = [(name, by) for (owner, name), by in self.weights.other_reads.items() if owner is self.module]
         if spoilt:
             name, by = max(spoilt, key=lambda one: self.module._parameters[one[0]].numel())  # type: ignore[union-attr]
             raise _NoMapError(f"computes its weight from {name} ({by}) in its forward")
@@ -557,7 +557,7 @@ class _Finder:
     def _check_alone(self, weight: str, uses: list[Use]) -> None:
         """Every run reads the weight once, for the map."""
         others = [use.name for use in uses if not _is_product(use)]
-        by = self.weights.spoilt.get((self.module, weight)) or next(iter(others), "")
+        by = self.weights.other_reads.get((self.module, weight)) or next(iter(others), "")
         if by:
             raise _NoMapError(f"reads its {weight} elsewhere, too ({by})")
         if not all(use.inside for use in uses):
@@ -587,7 +587,7 @@ class _Finder:
             raise _NoMapError("adds a bias that is no parameter of its own")
         if not torch.equal(origin.elements().flatten(), torch.arange(outputs)):
             raise _NoMapError(f"adds {origin.name}, which is not one number for each output")
-        if (self.module, origin.name) in self.weights.spoilt:
+        if (self.module, origin.name) in self.weights.other_reads:
             raise _NoMapError(f"reads its {origin.name} elsewhere, too")
         return origin.name, origin.factor
 

@@ -40,7 +40,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 @contextmanager
-def running(
+def explain_failures(
     conversion: Conversion, original: nn.Module, converted: nn.Module, replaced: set[nn.Module]
 ) -> Iterator[None]:
     """While a converted model runs: its forward must take what was exchanged, and not call what was there before.
@@ -80,7 +80,7 @@ def running(
         )
 
 
-def misunderstood(
+def first_mismatching_norm(
     original: nn.Module,
     converted: nn.Module,
     replaced: set[nn.Module],
@@ -92,16 +92,16 @@ def misunderstood(
     """The first norm in whose place the same input gives another output than in the original, by more than rounding.
 
     Raises:
-        ValueError: every norm's place gives the same, and yet the model does not; or :func:`running`'s reasons.
+        ValueError: every norm's place gives the same, and yet the model does not; it fails or calls what is gone.
     """
     places = {
         change.name: change.into or change.name
         for change in conversion.changes
         if change.into is not None or change.now == AFFINE
     }
-    wanted, outputs = _seen(original, places, batch, trains=trains)
-    with running(conversion, original, converted, replaced):
-        found, now = _seen(converted, places, batch, trains=trains)
+    wanted, outputs = _sample(original, places, batch, trains=trains)
+    with explain_failures(conversion, original, converted, replaced):
+        found, now = _sample(converted, places, batch, trains=trains)
     suspects = []
     for name, pair in wanted.items():
         other = found.get(name)
@@ -114,7 +114,7 @@ def misunderstood(
             _check_outputs(original, conversion, now, outputs, batch, trains=trains)
     elif suspects:
         again = {name: places[name] for name in suspects}
-        moved, _ = _seen(original, again, _jittered(batch, HALF_JITTER), trains=trains)
+        moved, _ = _sample(original, again, _jitter(batch, HALF_JITTER), trains=trains)
         by_rounding = {name: _relative(moved[name][1], wanted[name][1]) for name in suspects if name in moved}
         suspects = [n for n in suspects if not _relative(found[n][1], wanted[n][1]) <= 3 * by_rounding.get(n, 0.0)]
     return suspects[0] if suspects else None
@@ -133,7 +133,7 @@ def _check_outputs(
     error = _largest(now, outputs)
     if error <= LEAST_ERROR[0]:
         return
-    _, moved = _seen(original, {}, _jittered(batch, JITTER), trains=trains)
+    _, moved = _sample(original, {}, _jitter(batch, JITTER), trains=trains)
     if error > 10 * _largest(moved, outputs):
         raise ValueError(
             f"model: {conversion.model} gives other outputs once converted (relative error {error:.1g}), for something "
@@ -168,7 +168,7 @@ def change_by_others(model: nn.Module, batch: Batch) -> float | None:
     return max(changes) if changes else None
 
 
-def _seen(
+def _sample(
     model: nn.Module, places: dict[str, str], batch: Batch, *, trains: Trains
 ) -> tuple[dict[str, Pair], list[Tensor]]:
     """A sample of what went into each norm's place in its first run, and of what came out; and the model's outputs."""
@@ -200,7 +200,7 @@ def _keep(into: dict[str, Tensor], name: str, value: Any) -> None:
 
 
 @torch.no_grad()
-def _jittered(batch: Batch, size: float) -> Batch:
+def _jitter(batch: Batch, size: float) -> Batch:
     """A batch changed by about as much as rounding of a relative size changes it."""
     generator = torch.Generator().manual_seed(0)
 
@@ -246,7 +246,7 @@ _STATISTICS = frozenset({"mean", "sum", "var", "var_mean", "std", "std_mean", "a
 _OVER_EXAMPLES = frozenset({"examples", "nodes"})
 
 
-def noted_leak(converted: nn.Module, conversion: Conversion, batch: Batch) -> Conversion:
+def note_leak(converted: nn.Module, conversion: Conversion, batch: Batch) -> Conversion:
     """The record with what is seen of a converted model whose examples see each other in training mode.
 
     A normalization over the examples is a normalizer left. Messages along the first axis, as between the nodes of a

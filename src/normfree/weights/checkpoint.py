@@ -16,7 +16,7 @@ from normfree.common.checks import invalid, is_integer
 from normfree.common.files import parse_json
 from normfree.common.safetensors_file import Stored, read
 from normfree.common.text import all_lines, first_line
-from normfree.convert.apply import rewritten
+from normfree.convert.apply import rewrite
 from normfree.convert.record import NOTE as CONVERTED
 from normfree.convert.record import conversion_of, noted_conversion
 from normfree.models import Backbone, create_model
@@ -200,7 +200,7 @@ def _converted(stored: Stored, original: nn.Module | None) -> nn.Module:
         rule = f"{str(stored.path)!r} holds a converted {conversion.model}"
         raise invalid("original", None, rule, "pass the model it was converted from (with any weights)")
     try:
-        model = rewritten(unwrapped(original), conversion)
+        model = rewrite(unwrapped(original), conversion)
         for name, tensor in model.state_dict().items():
             if tensor.numel() == 0:  # of a mark, which files of before it lack
                 stored.tensors.setdefault(name, tensor)
