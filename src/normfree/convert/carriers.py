@@ -1,17 +1,18 @@
-"""Which norms a fresh model can do without, what carries the variance of each instead, and why the others stay.
+"""What carries a variance once the norms are gone: that of each removed norm, and the factor of each branch.
 
 A norm gives its output unit variance, whatever its input has. Without it, one of these has to:
 
 1. the layer directly before it, standardized: its output has unit variance;
 2. the layers directly behind it (``linear(norm(x))``), standardized: the scale of their input is measured;
-3. the nearest layers on every path back to it, standardized, whatever stands in between (rather than 2 where all of
+3. the nearest layers on every path back to it, standardized, whatever is in between (rather than 2 where all of
    them are convolutions or end residual branches, which are standardized in any case);
 4. an affine map in its place, with the mean and variance that the example has there (BatchNorm), where a path leads
    back to the input, a lookup, a recurrence or a weight of no known layer;
 5. the layers behind it, where only what is homogeneous lies in between (a norm that no affine map can stand for).
 
 A norm for which there is none of these stays, and so does one that directly follows a weight that cannot be
-standardized: the reason says what stands in the way.
+standardized; :func:`sort_norms` gives the reason. A residual branch is scaled by what ends it: its last layers, or the
+gate or activation behind them (:func:`find_endings`).
 """
 
 from __future__ import annotations
@@ -43,14 +44,22 @@ from normfree.trace.graph import Node
 MOST_NAMED = 4
 """Names of layers in one entry of a record: a stream has as many behind it as blocks before."""
 
+
 INPUT = "the input itself"
 
-# Functions f with f(c x) = c f(x) for every c > 0.
-_HOMOGENEOUS = frozenset({"relu", "leaky_relu", "_prelu_kernel", "prelu", "abs", "maximum", "minimum"})
-_BENDING = (op.NONLINEAR - _HOMOGENEOUS) | op.NORM | op.ATTENTION | op.EMBEDDING | op.RECURRENT
+
+HOMOGENEOUS = frozenset({"relu", "leaky_relu", "_prelu_kernel", "prelu", "abs"})
+"""Functions f with f(c x) = c f(x) for every c > 0; the maximum of two activations is one of both."""
+
+
+_BENDING = (op.NONLINEAR - HOMOGENEOUS - {"maximum", "minimum"}) | op.NORM | op.ATTENTION | op.EMBEDDING | op.RECURRENT
+
+
 _AGGREGATING = (
     frozenset({"index_add", "scatter_add", "scatter_reduce", "index_reduce", "segment_reduce"}) | op.ATTENTION
 )
+
+
 _PRODUCTS = op.LINEAR | {"mul", "_sparse_mm", "_sparse_addmm"}
 
 
@@ -380,8 +389,6 @@ def uncarried_norms(structure: Structure, norms: NormPlan, changed: Container[st
 HALVING = frozenset({"sigmoid", "hardsigmoid"})
 """Gates that are 1/2 where their input is zero: the factor that restores what they take is 2."""
 
-HOMOGENEOUS = frozenset({"relu", "leaky_relu"})
-"""Functions f with f(c x) = c f(x) for every c > 0."""
 
 # Linear without mixing channels: a factor of the input is a factor of the output.
 _LINEAR = op.VIEW | op.PARTIAL | frozenset({"avg_pool2d", "_adaptive_avg_pool2d", "cat", "constant_pad_nd", "roll"})

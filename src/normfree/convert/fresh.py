@@ -1,4 +1,13 @@
-"""The plan of a fresh start: norms out, standardized layers in, every branch scaled, every input of unit variance."""
+"""The plan of a fresh start: norms out, standardized layers in, every branch scaled, every input of unit variance.
+
+*Input scales.* A layer fed by an elementwise function of a Gaussian activation of variance β² has input scale γ / β.
+Every other input (a pool, a gate's product, a stream that was rectified before) has no closed form and is measured.
+
+*Variances.* The plan knows Gaussian activations: a standardized layer gives variance 1 (alpha² where it ends a branch),
+a sum with constant factors the sum of its independent operands, a concatenation the mean over its channels. So inside a
+stage the residual stream climbs by alpha² a block and a projection shortcut resets it, as in the variance plan of our
+own networks.
+"""
 
 from __future__ import annotations
 

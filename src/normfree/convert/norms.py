@@ -1,6 +1,13 @@
-"""Which operations of a recorded dataflow normalize, whatever class or function they are written in.
+"""What computes a norm, whatever class or function it is written in, and what it computes.
 
-An activation x is normalized where it is divided by a statistic of its own size:
+*Modules.* A norm is a module of torch's classes, or one that is a single normalization of its input, or one that is an
+affine map of statistics in evaluation mode (:func:`norm_calls`).
+
+*Affine maps.* The recorded operations between a module's input and its output are run again in float64, on 0 and on 1:
+of y = scale * x + shift the first gives the shift and the second the sum. That says what any class computes (BatchNorm,
+a frozen one of any library, one with another gain than its weight) without reading an attribute by name.
+
+*Normalizations.* An activation x is normalized where it is divided by a statistic of its own size:
 
     y = f(x) / S(x)        S = root mean square, standard deviation, norm, maximum … of x over some axes
 
@@ -42,30 +49,323 @@ from normfree.trace.graph import Node
 LOOKED_FOR = "modules of torch, and operations that divide an activation by its own variance, norm or maximum"
 """What a model is searched for, for messages."""
 
+
+NOT_FOLLOWED = "no recorded operation leads from the input to it"
+"""Why a norm stays in a model whose forward copies its input piece by piece, as detectors do."""
+
+
+def norm_calls(flow: Dataflow, normalizations: Normalizations) -> tuple[dict[str, list[Call]], dict[str, AffineMap]]:
+    """The modules that are norms by what they compute, with their calls in running order, and the constants of those.
+
+    A norm is a module of torch's normalization classes; any other that is one normalization of its input; and any that
+    is an affine map of statistics in evaluation mode, unless no layer comes before it: then it prepares the input.
+    """
+    by_name: dict[str, list[Call]] = flow.called(lambda module: not is_layer(module))
+    norms, constants = {}, {}
+    for name, calls in by_name.items():
+        known = is_norm(calls[0].module)
+        if not known and any(call.input is None or call.output is None for call in calls):
+            continue
+        found = affine_map(flow, calls) if known or calls[0].module._buffers else None
+        frozen = found is not None and has_statistics(calls[0].module, len(found.scale))
+        if found is not None and (known or frozen):
+            constants[name] = found
+        if known or (frozen and _has_layer_behind(flow, calls)) or all(map(normalizations.is_norm, calls)):
+            norms[name] = calls
+    return norms, constants
+
+
+def _has_layer_behind(flow: Dataflow, calls: list[Call]) -> bool:
+    inputs = [call.input for call in calls if call.input is not None]
+    return any(
+        e.step.weighted for node in inputs for e in flow.backwards(node, stop=lambda each: each.step.weighted > 0)
+    )
+
+
+def has_statistics(module: nn.Module, channels: int) -> bool:
+    """Whether a module has buffers with a number for each channel: statistics, which distinguish a norm from a scale.
+
+    A map of parameters alone (a layer scale, an affine layer) normalizes nothing, also not in training.
+    """
+    buffers = (buffer for buffer in module._buffers.values() if buffer is not None)
+    return any(buffer.is_floating_point() and buffer.numel() == channels for buffer in buffers)
+
+
+_ACTIVATIONS = op.NONLINEAR - {"pow", "square", "sqrt", "rsqrt", "reciprocal", "abs", "clamp", "clamp_min", "maximum"}
+
+
+_LAYOUT = op.VIEW | op.PARTIAL | {"cat"}
+
+
+_SCALE_OR_SHIFT = op.SCALING | op.ADDITION | {"addcmul"}
+
+
+def why_unknown(flow: Dataflow, call: Call) -> str:
+    """Why it is not known what a norm's module does; "" where it normalizes, and runs its own activation at most."""
+    if attached := attached_to(call.module):
+        return f"it has {attached}"
+    if isinstance(call.module, nn.LocalResponseNorm):
+        return "it divides by its neighbouring channels, each position by itself: it keeps no statistics"
+    if not is_removable(call.module):
+        return "what it does beside normalizing is not known"
+    weighted = next((name for name, part in activation_in(call.module) if _has_weights(part)), "")
+    if weighted:
+        return f"its {weighted} has weights, and what it does beside normalizing is not known"
+    more = _beside_normalizing(flow, call)
+    return f"its forward does more than normalize ({more})" if more else ""
+
+
+def _has_weights(part: nn.Module) -> bool:
+    """Whether a part of a norm has weights that mix channels, or is a norm itself; an activation may have slopes."""
+    mixes = any(parameter.dim() > 1 for parameter in part.parameters())
+    return mixes or any(is_norm(module) for module in part.modules())
+
+
+def _beside_normalizing(flow: Dataflow, call: Call) -> str:
+    """An operation of a norm's own forward that has no part in normalizing; "" for none."""
+    own = tuple(f"{call.name}.{part}" for part, _ in activation_in(call.module))
+    leading = set(flow.backwards(call.output, stop=lambda node: node is call.input)) if call.output else set()
+    steps = [
+        step
+        for step in flow.within(call.name)
+        if not step.module.startswith(own) and not leading.isdisjoint(step.outputs)
+    ]
+    at_once = any(step.name in op.NORM for step in steps)
+    for step in steps:
+        is_affine = step.name in _SCALE_OR_SHIFT and len(step.inputs) == 1
+        if step.name in _ACTIVATIONS or (at_once and not (is_affine or step.name in _LAYOUT | op.NORM)):
+            return step.name
+    return ""
+
+
+def norms_without_module(normalizations: Normalizations, modules: Mapping[str, Any]) -> list[Kept]:
+    """The normalizations that no exchangeable module stands for, to be recorded: each place once.
+
+    Args:
+        normalizations: of the model.
+        modules: the norms that are exchanged, or recorded, as modules, by name.
+    """
+    found: dict[tuple[str, str], list[Normalization]] = {}
+    for one in normalizations.found:
+        known = any(name in modules for name in _with_ancestors(one.module))
+        if not known and not one.centres:
+            found.setdefault((one.module, str(one)), []).append(one)
+    return [
+        Kept(name=module, was=places[0].kind, reason=_reason(module, places), norm=True)
+        for (module, _), places in found.items()
+    ]
+
+
+def _reason(module: str, places: list[Normalization]) -> str:
+    first, times = places[0], f", {len(places)} times" if len(places) > 1 else ""
+    where = module or "the model"
+    if first.step.name in _FUNCTIONS:
+        return f"{where} normalizes in its own forward, by a function{times}; write it as a module"
+    if first.keeps_variance:
+        return f"{where} {first} in its own forward{times}; write it as a module that does nothing else"
+    return f"{where} {first}{times}: a {first.kind}, which is part of its function"
+
+
+def _with_ancestors(module: str) -> Iterator[str]:
+    """A module's name and those of the modules it lies in, but for the model's own."""
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
+
+
+_MODE_OF = {
+    "batch_norm": 5,
+    "native_batch_norm": 5,
+    "cudnn_batch_norm": 5,
+    "miopen_batch_norm": 5,
+    "_native_batch_norm_legit": 5,
+    "_native_batch_norm_legit_no_training": None,
+    "_batch_norm_no_update": None,
+}
+"""Where batch normalization is told to use the statistics of the batch; it never does where that is None."""
+
+
+_AFFINE = frozenset({"mul", "div", "add", "sub", "rsub", "addcmul", "addcdiv", "neg"})
+
+
+_READ_OUT = frozenset({"_local_scalar_dense", "item"})
+
+
+@dataclass(frozen=True, eq=False)
+class AffineMap:
+    """``y_c = scale_c * x_c + shift_c`` for the channels c of an activation [N, C, …]; both are [C], in float64."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def equals(self, other: AffineMap) -> bool:
+        """Whether it is the same map."""
+        pairs = ((self.scale, other.scale), (self.shift, other.shift))
+        return all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
+
+
+def affine_map(flow: Dataflow, calls: Iterable[Call]) -> AffineMap | None:
+    """The map that all calls of a module compute, its own activation apart; None where they compute no such map."""
+    maps = [_map_of(flow, call) for call in calls]
+    first = maps[0] if maps else None
+    return first if first is not None and all(each is not None and first.equals(each) for each in maps) else None
+
+
+@torch.no_grad()
+def _map_of(flow: Dataflow, call: Call) -> AffineMap | None:
+    steps = _way(flow, call)
+    if not steps:
+        return None
+    assert call.input is not None
+    shape = flow.shapes[call.input]
+    if len(shape) < 2:
+        return None
+    in_layout = all(flow.shapes[step.inputs[0]] == flow.shapes[step.outputs[0]] for step in steps)
+    sizes = (1, shape[1], *[1] * (len(shape) - 2)) if in_layout else shape
+    ends = []
+    for value in (0.0, 1.0):
+        x = torch.full(sizes, value, dtype=torch.float64, device="cpu")
+        for step in steps:
+            x = _repeat(flow, step, x)
+        channels = x.transpose(0, 1).flatten(1)
+        if x.dim() != len(shape) or len(channels) != shape[1] or not _all_equal(channels):
+            return None
+        ends.append(channels[:, 0])
+    return AffineMap(ends[1] - ends[0], ends[0])
+
+
+def _way(flow: Dataflow, call: Call) -> list[Step] | None:
+    """The operations that lead from a module's input to its output, its own activation apart; None if in no single way.
+
+    An activation that several norms share runs under the name it has in another.
+    """
+    own = [f"{call.name}.{name}" for name, _ in activation_in(call.module)]
+    node, steps = call.output, []
+    while node is not None and node is not call.input:
+        step = flow.made_by.get(node)
+        if step is None or len(step.inputs) != 1:
+            return None
+        outside = not f"{step.module}.".startswith(f"{call.name}.")
+        if not own or not (outside or step.module.startswith(tuple(own))):
+            steps.append(step)
+        elif steps:
+            return None  # what a part does before is none of its activation, as of an embedding before a table is added
+        node = step.inputs[0]
+    if node is None or not all(map(_is_affine, steps)):
+        return None
+    numbers = any(
+        isinstance(leaf, float) for s in steps if s.name in _AFFINE for leaf in tree_leaves((s.args, s.kwargs))
+    )
+    if numbers and any(step.name in _READ_OUT for step in flow.within(call.name)):
+        return None  # a number that was read out of an activation is no constant
+    return steps[::-1]
+
+
+def _is_affine(step: Step) -> bool:
+    """Whether an operation scales and shifts its one input by constants, or only carries it on."""
+    if passes_unchanged(step):
+        return True
+    if step.name in _MODE_OF:
+        mode = _MODE_OF[step.name]
+        return step.args[3] is not None and (mode is None or not step.args[mode])
+    if step.name not in _AFFINE:
+        return False
+    places = [place for place, value in enumerate(step.args) if isinstance(value, Node)]
+    divides = {"div": 1, "addcdiv": 2}.get(step.name)
+    return len(places) == 1 and places[0] != divides and not any(isinstance(v, Node) for v in step.kwargs.values())
+
+
+def _repeat(flow: Dataflow, step: Step, x: Tensor) -> Tensor:
+    """What an operation makes of other values, in float64."""
+    if passes_unchanged(step) and step.name not in ("permute", "transpose", "t"):
+        shape = flow.shapes[step.outputs[0]]
+        return (
+            x
+            if flow.shapes[step.inputs[0]] == shape
+            else x.expand(shape)
+            if step.name == "expand"
+            else x.reshape(shape)
+        )
+    if step.name in _MODE_OF:
+        weight, bias, mean, variance = (None if each is None else _double(each) for each in step.args[1:5])
+        eps = step.args[7 if step.name == "batch_norm" else -1]  # torch's own is not decomposed in inference mode
+        return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, float(eps))
+    args, kwargs = tree_map(
+        lambda value: x.clone() if isinstance(value, Node) else _double(value), (step.args, step.kwargs)
+    )
+    return step.function(*args, **kwargs)
+
+
+def _double(value: Any) -> Any:
+    return value.detach().cpu().double() if isinstance(value, Tensor) else value
+
+
+def _all_equal(rows: Tensor) -> bool:
+    """Whether each row holds one number, or what is none."""
+    return bool(((rows == rows[:, :1]) | rows.isnan()).all())
+
+
 _FUNCTIONS = op.NORM | {"instance_norm"}
 """Operations that normalize as a whole."""
 
+
 _VARIANCES = frozenset({"var", "var_mean"})
+
+
 _DEVIATIONS = frozenset({"std", "std_mean"})
+
+
 _NORMS = frozenset({"linalg_vector_norm", "norm", "_foreach_norm"})
+
+
 _MAXIMA = frozenset({"amax", "amin", "max", "min", "aminmax"})
+
+
 _SUMS = frozenset({"sum", "nansum"})
+
+
 _MEANS = frozenset({"mean", "nanmean", "median"})
+
+
 _LOCAL = frozenset({"avg_pool1d", "avg_pool2d", "avg_pool3d", "cumsum"})
+
+
 _POOLED = frozenset({"_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "mkldnn_adaptive_avg_pool2d"})
+
+
 _REDUCING = _VARIANCES | _DEVIATIONS | _NORMS | _MAXIMA | _SUMS | _MEANS | _LOCAL | _POOLED
+
+
 _SCATTERING = {"index_add": 3, "scatter_add": 3, "scatter_reduce": 3, "index_reduce": 3, "index_put": 2}
 """Sums over groups of rows, and where what they sum is among their arguments."""
 
+
 _POWERS = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0, "abs": 1.0}
+
+
 _BOUNDS = frozenset({"clamp", "clamp_min", "clamp_max", "nan_to_num"})
+
+
 _LARGER = frozenset({"maximum", "minimum", "fmax", "fmin"})
+
+
 _PRODUCTS = frozenset({"mul", "div", "true_divide"})
+
+
 _SUMMANDS = frozenset({"add", "sub", "rsub", "addcmul", "addcdiv"})
+
+
 _COPIES = frozenset({"repeat", "repeat_interleave", "tile", "expand", "neg", "constant_pad_nd"})
+
+
 _GROUPED = op.PARTIAL | {"take", "index"}
+
+
 _NO_FUNCTION = frozenset({"_softmax", "_log_softmax", "_safe_softmax", "glu", "where", "pow"}) | _BOUNDS | _LARGER
+
+
 _BENDING = op.NONLINEAR - _NO_FUNCTION - frozenset(_POWERS)
+
 
 _MOST_ROOTS = 16
 """Roots kept of an activation, the nearest ones: chains of elementwise operations are short."""
@@ -453,6 +753,20 @@ class Normalizations:
         return made
 
 
+def _is_weight(flow: Dataflow, node: Node) -> bool:
+    """Whether an activation is used as the weight of a convolution: computed weights are no signal."""
+    waiting, seen = [node], {node}
+    while waiting:
+        for step in flow.readers(waiting.pop()):
+            if step.name in op.CONVOLUTION and len(step.args) > 1 and step.args[1] in seen:
+                return True
+            for made in step.outputs if step.name in op.VIEW and len(step.inputs) == 1 else ():
+                if made not in seen:
+                    seen.add(made)
+                    waiting.append(made)
+    return False
+
+
 def reduced_axes(step: Step, dimensions: int) -> tuple[int, ...]:
     """The axes that a reduction of one activation is taken over."""
     candidates = [step.kwargs["dim"]] if "dim" in step.kwargs else list(step.args[1:])
@@ -495,264 +809,3 @@ def _power(relations: Relations, power: float, *, magnitude: bool) -> Relations:
         )
         for root, each in relations.items()
     }
-
-
-def _is_weight(flow: Dataflow, node: Node) -> bool:
-    """Whether an activation is used as the weight of a convolution: computed weights are no signal."""
-    waiting, seen = [node], {node}
-    while waiting:
-        for step in flow.readers(waiting.pop()):
-            if step.name in op.CONVOLUTION and len(step.args) > 1 and step.args[1] in seen:
-                return True
-            for made in step.outputs if step.name in op.VIEW and len(step.inputs) == 1 else ():
-                if made not in seen:
-                    seen.add(made)
-                    waiting.append(made)
-    return False
-
-
-def norms_without_module(normalizations: Normalizations, modules: Mapping[str, Any]) -> list[Kept]:
-    """The normalizations that no exchangeable module stands for, to be recorded: each place once.
-
-    Args:
-        normalizations: of the model.
-        modules: the norms that are exchanged, or recorded, as modules, by name.
-    """
-    found: dict[tuple[str, str], list[Normalization]] = {}
-    for one in normalizations.found:
-        known = any(name in modules for name in _with_ancestors(one.module))
-        if not known and not one.centres:
-            found.setdefault((one.module, str(one)), []).append(one)
-    return [
-        Kept(name=module, was=places[0].kind, reason=_reason(module, places), norm=True)
-        for (module, _), places in found.items()
-    ]
-
-
-def _with_ancestors(module: str) -> Iterator[str]:
-    """A module's name and those of the modules it lies in, but for the model's own."""
-    while module:
-        yield module
-        module = module.rpartition(".")[0]
-
-
-def _reason(module: str, places: list[Normalization]) -> str:
-    first, times = places[0], f", {len(places)} times" if len(places) > 1 else ""
-    where = module or "the model"
-    if first.step.name in _FUNCTIONS:
-        return f"{where} normalizes in its own forward, by a function{times}; write it as a module"
-    if first.keeps_variance:
-        return f"{where} {first} in its own forward{times}; write it as a module that does nothing else"
-    return f"{where} {first}{times}: a {first.kind}, which is part of its function"
-
-
-_MODE_OF = {
-    "batch_norm": 5,
-    "native_batch_norm": 5,
-    "cudnn_batch_norm": 5,
-    "miopen_batch_norm": 5,
-    "_native_batch_norm_legit": 5,
-    "_native_batch_norm_legit_no_training": None,
-    "_batch_norm_no_update": None,
-}
-"""Where batch normalization is told to use the statistics of the batch; it never does where that is None."""
-
-_AFFINE = frozenset({"mul", "div", "add", "sub", "rsub", "addcmul", "addcdiv", "neg"})
-_READ_OUT = frozenset({"_local_scalar_dense", "item"})
-
-
-@dataclass(frozen=True, eq=False)
-class AffineMap:
-    """``y_c = scale_c * x_c + shift_c`` for the channels c of an activation [N, C, …]; both are [C], in float64."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def equals(self, other: AffineMap) -> bool:
-        """Whether it is the same map."""
-        pairs = ((self.scale, other.scale), (self.shift, other.shift))
-        return all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
-
-
-def affine_map(flow: Dataflow, calls: Iterable[Call]) -> AffineMap | None:
-    """The map that all calls of a module compute, its own activation apart; None where they compute no such map."""
-    maps = [_map_of(flow, call) for call in calls]
-    first = maps[0] if maps else None
-    return first if first is not None and all(each is not None and first.equals(each) for each in maps) else None
-
-
-def has_statistics(module: nn.Module, channels: int) -> bool:
-    """Whether a module has buffers with a number for each channel: statistics, which distinguish a norm from a scale.
-
-    A map of parameters alone (a layer scale, an affine layer) normalizes nothing, also not in training.
-    """
-    buffers = (buffer for buffer in module._buffers.values() if buffer is not None)
-    return any(buffer.is_floating_point() and buffer.numel() == channels for buffer in buffers)
-
-
-def norm_calls(flow: Dataflow, normalizations: Normalizations) -> tuple[dict[str, list[Call]], dict[str, AffineMap]]:
-    """The modules that are norms by what they compute, with their calls in running order, and the constants of those.
-
-    A norm is a module of torch's normalization classes; any other that is one normalization of its input; and any that
-    is an affine map of statistics in evaluation mode, unless no layer comes before it: then it prepares the input.
-    """
-    by_name: dict[str, list[Call]] = flow.called(lambda module: not is_layer(module))
-    norms, constants = {}, {}
-    for name, calls in by_name.items():
-        known = is_norm(calls[0].module)
-        if not known and any(call.input is None or call.output is None for call in calls):
-            continue
-        found = affine_map(flow, calls) if known or calls[0].module._buffers else None
-        frozen = found is not None and has_statistics(calls[0].module, len(found.scale))
-        if found is not None and (known or frozen):
-            constants[name] = found
-        if known or (frozen and _has_layer_behind(flow, calls)) or all(map(normalizations.is_norm, calls)):
-            norms[name] = calls
-    return norms, constants
-
-
-def _has_layer_behind(flow: Dataflow, calls: list[Call]) -> bool:
-    inputs = [call.input for call in calls if call.input is not None]
-    return any(
-        e.step.weighted for node in inputs for e in flow.backwards(node, stop=lambda each: each.step.weighted > 0)
-    )
-
-
-@torch.no_grad()
-def _map_of(flow: Dataflow, call: Call) -> AffineMap | None:
-    steps = _way(flow, call)
-    if not steps:
-        return None
-    assert call.input is not None
-    shape = flow.shapes[call.input]
-    if len(shape) < 2:
-        return None
-    in_layout = all(flow.shapes[step.inputs[0]] == flow.shapes[step.outputs[0]] for step in steps)
-    sizes = (1, shape[1], *[1] * (len(shape) - 2)) if in_layout else shape
-    ends = []
-    for value in (0.0, 1.0):
-        x = torch.full(sizes, value, dtype=torch.float64, device="cpu")
-        for step in steps:
-            x = _repeat(flow, step, x)
-        channels = x.transpose(0, 1).flatten(1)
-        if x.dim() != len(shape) or len(channels) != shape[1] or not _all_equal(channels):
-            return None
-        ends.append(channels[:, 0])
-    return AffineMap(ends[1] - ends[0], ends[0])
-
-
-def _all_equal(rows: Tensor) -> bool:
-    """Whether each row holds one number, or what is none."""
-    return bool(((rows == rows[:, :1]) | rows.isnan()).all())
-
-
-def _way(flow: Dataflow, call: Call) -> list[Step] | None:
-    """The operations that lead from a module's input to its output, its own activation apart; None if in no single way.
-
-    An activation that several norms share runs under the name it has in another.
-    """
-    own = [f"{call.name}.{name}" for name, _ in activation_in(call.module)]
-    node, steps = call.output, []
-    while node is not None and node is not call.input:
-        step = flow.made_by.get(node)
-        if step is None or len(step.inputs) != 1:
-            return None
-        outside = not f"{step.module}.".startswith(f"{call.name}.")
-        if not own or not (outside or step.module.startswith(tuple(own))):
-            steps.append(step)
-        elif steps:
-            return None  # what a part does before is none of its activation, as of an embedding before a table is added
-        node = step.inputs[0]
-    if node is None or not all(map(_is_affine, steps)):
-        return None
-    numbers = any(
-        isinstance(leaf, float) for s in steps if s.name in _AFFINE for leaf in tree_leaves((s.args, s.kwargs))
-    )
-    if numbers and any(step.name in _READ_OUT for step in flow.within(call.name)):
-        return None  # a number that was read out of an activation is no constant
-    return steps[::-1]
-
-
-def _is_affine(step: Step) -> bool:
-    """Whether an operation scales and shifts its one input by constants, or only carries it on."""
-    if passes_unchanged(step):
-        return True
-    if step.name in _MODE_OF:
-        mode = _MODE_OF[step.name]
-        return step.args[3] is not None and (mode is None or not step.args[mode])
-    if step.name not in _AFFINE:
-        return False
-    places = [place for place, value in enumerate(step.args) if isinstance(value, Node)]
-    divides = {"div": 1, "addcdiv": 2}.get(step.name)
-    return len(places) == 1 and places[0] != divides and not any(isinstance(v, Node) for v in step.kwargs.values())
-
-
-def _repeat(flow: Dataflow, step: Step, x: Tensor) -> Tensor:
-    """What an operation makes of other values, in float64."""
-    if passes_unchanged(step) and step.name not in ("permute", "transpose", "t"):
-        shape = flow.shapes[step.outputs[0]]
-        return (
-            x
-            if flow.shapes[step.inputs[0]] == shape
-            else x.expand(shape)
-            if step.name == "expand"
-            else x.reshape(shape)
-        )
-    if step.name in _MODE_OF:
-        weight, bias, mean, variance = (None if each is None else _double(each) for each in step.args[1:5])
-        eps = step.args[7 if step.name == "batch_norm" else -1]  # torch's own is not decomposed in inference mode
-        return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, float(eps))
-    args, kwargs = tree_map(
-        lambda value: x.clone() if isinstance(value, Node) else _double(value), (step.args, step.kwargs)
-    )
-    return step.function(*args, **kwargs)
-
-
-def _double(value: Any) -> Any:
-    return value.detach().cpu().double() if isinstance(value, Tensor) else value
-
-
-_ACTIVATIONS = op.NONLINEAR - {"pow", "square", "sqrt", "rsqrt", "reciprocal", "abs", "clamp", "clamp_min", "maximum"}
-NOT_FOLLOWED = "no recorded operation leads from the input to it"
-"""Why a norm stays in a model whose forward copies its input piece by piece, as detectors do."""
-
-_LAYOUT = op.VIEW | op.PARTIAL | {"cat"}
-_SCALE_OR_SHIFT = op.SCALING | op.ADDITION | {"addcmul"}
-
-
-def why_unknown(flow: Dataflow, call: Call) -> str:
-    """Why it is not known what a norm's module does; "" where it normalizes, and runs its own activation at most."""
-    if attached := attached_to(call.module):
-        return f"it has {attached}"
-    if isinstance(call.module, nn.LocalResponseNorm):
-        return "it divides by its neighbouring channels, each position by itself: it keeps no statistics"
-    if not is_removable(call.module):
-        return "what it does beside normalizing is not known"
-    weighted = next((name for name, part in activation_in(call.module) if _has_weights(part)), "")
-    if weighted:
-        return f"its {weighted} has weights, and what it does beside normalizing is not known"
-    more = _beside_normalizing(flow, call)
-    return f"its forward does more than normalize ({more})" if more else ""
-
-
-def _has_weights(part: nn.Module) -> bool:
-    """Whether a part of a norm has weights that mix channels, or is a norm itself; an activation may have slopes."""
-    mixes = any(parameter.dim() > 1 for parameter in part.parameters())
-    return mixes or any(is_norm(module) for module in part.modules())
-
-
-def _beside_normalizing(flow: Dataflow, call: Call) -> str:
-    """An operation of a norm's own forward that has no part in normalizing; "" for none."""
-    own = tuple(f"{call.name}.{part}" for part, _ in activation_in(call.module))
-    leading = set(flow.backwards(call.output, stop=lambda node: node is call.input)) if call.output else set()
-    steps = [
-        step
-        for step in flow.within(call.name)
-        if not step.module.startswith(own) and not leading.isdisjoint(step.outputs)
-    ]
-    at_once = any(step.name in op.NORM for step in steps)
-    for step in steps:
-        is_affine = step.name in _SCALE_OR_SHIFT and len(step.inputs) == 1
-        if step.name in _ACTIVATIONS or (at_once and not (is_affine or step.name in _LAYOUT | op.NORM)):
-            return step.name
-    return ""

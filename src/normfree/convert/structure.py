@@ -1,4 +1,9 @@
-"""What in a recorded dataflow conversion is about: the norms, the layers that feed them, the gates, the branches."""
+"""A recorded dataflow, sorted: its norms, its layers and their linear maps, its gates, branches and fusions.
+
+A module each run of which has exactly one convolution or matrix product with its own weight, while nothing else reads
+that weight, is a layer like torch's: its forward is kept, and its weight standardized in place
+(:mod:`normfree.nn.standardized_module`).
+"""
 
 from __future__ import annotations
 

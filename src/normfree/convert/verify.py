@@ -1,4 +1,7 @@
-"""A converted model runs before it is given back: what conversion could not foresee is found out at once."""
+"""A converted model runs before it is given back: it is compared with the original, and searched for leaks.
+
+A leak is a dependence of an example's output on the other examples of its batch, in training mode.
+"""
 
 from __future__ import annotations
 
