@@ -219,13 +219,6 @@ def test_a_norm_behind_a_recurrent_layer_becomes_an_affine_map():
     assert next(change.now for change in changes if change.name == "norm") == "ChannelUnits"
 
 
-def test_weights_made_by_the_old_weight_norm_are_told():
-    with pytest.warns(FutureWarning):
-        layer = nn.utils.weight_norm(nn.Conv2d(3, 4, 3))
-    with pytest.raises(ValueError, match=r"cannot be copied .* torch.nn.utils.parametrizations"):
-        normfree.convert(nn.Sequential(layer, nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), IMAGES)
-
-
 def test_an_input_that_leaves_torch_is_told():
     class Through(nn.Module):
         def __init__(self):

@@ -477,3 +477,26 @@ def test_opacus_accepts_it_and_one_private_step_runs():
     module = opacus.GradSampleModule(private)
     module(batch).square().sum().backward()
     assert all(parameter.grad_sample.shape[0] == len(batch) for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+@pytest.mark.parametrize("reparametrize", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.(weight|spectral)_norm.*is deprecated:FutureWarning")
+def test_a_weight_that_an_old_hook_computes_stays_with_a_reason(reparametrize, start):
+    """Once it has run, the computed weight is an attribute with a graph, which no copy.deepcopy takes."""
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), reparametrize(nn.Conv2d(8, 8, 3)), nn.BatchNorm2d(8)]
+    model, images = nn.Sequential(*layers), torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    model(images).sum().backward()
+    assert not model[3].weight.is_leaf
+    wanted = model.eval()(images)
+    converted = normfree.convert(model, images, start=start)
+    kept = {one.name: one.reason for one in converted.conversion.kept}
+    changed = {one.name: one.reason for one in converted.conversion.changes}
+    assert {"0", "1"} <= changed.keys() and "3" in kept
+    assert (kept | changed)["4"].endswith("3 before it has hooks")
+    found = converted(images)
+    if start == "pretrained":
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(normfree.fold(converted)(images), found)
+    converted.train()(images).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in converted.parameters())

@@ -5,7 +5,6 @@ Exchanging needs the original and the record alone, no dataflow: so a file can b
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree import nn as ours
+from normfree.common.copies import copy_model
 from normfree.common.text import first_line
 from normfree.convert.dataflow import (
     KEPT_TWINS,
@@ -204,12 +204,10 @@ def _standardize_in_place(module: nn.Module, change: Change) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:  # weight_norm's computed weight is no leaf; a lock cannot be copied
+        return copy_model(model)
+    except (RuntimeError, TypeError) as error:  # such as a lock
         raise ValueError(
-            f"model: {class_name(model)} cannot be copied ({first_line(error, 120)}): have "
-            "copy.deepcopy make one (if it uses torch.nn.utils.weight_norm or spectral_norm, use those of "
-            "torch.nn.utils.parametrizations)"
+            f"model: {class_name(model)} cannot be copied ({first_line(error, 120)}): have copy.deepcopy make one"
         ) from error
 
 
