@@ -71,6 +71,7 @@ class Call:
         module: the module.
         input, output: activations it took (the first) and gave; None where it took or gave none.
         place: its name in the module that called it; "" where that module does not hold it.
+        product: of a layer that is none of torch's, what its product makes, and the axis of the outputs in that.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Call:
     input: Node | None
     output: Node | None
     place: str = ""
+    product: tuple[Node, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +171,48 @@ class Dataflow:
                 found.setdefault(one.name, []).append(one)
         return found
 
+    def laid_out(self, step: Step, x: Tensor) -> Tensor:
+        """What an operation that carries its input on unchanged makes of another tensor, of that shape or all ones."""
+        if step.name in ("permute", "transpose", "t"):
+            return step.function(x, *step.args[1:], **step.kwargs)
+        shape = self.shapes[step.outputs[0]]
+        if self.shapes[step.inputs[0]] == shape:
+            return x
+        return x.expand(shape) if step.name == "expand" else x.reshape(shape)
+
+    def outputs_in(self, node: Node, product: tuple[Node, int]) -> Tensor | None:
+        """Which output of a product stands where in an activation behind it: indices, in the activation's shape.
+
+        Args:
+            node: the activation.
+            product: what the product made, and the axis of its outputs.
+
+        Returns:
+            The indices; None if anything but layout, cropping and an added constant lies between the two.
+        """
+        made, axis = product
+        steps, behind = list[Step](), node
+        while behind is not made:
+            step = self.made_by.get(behind)
+            if step is None or len(step.inputs) != 1 or step.name == "as_strided":
+                return None
+            if not (passes_unchanged(step) or step.name in CROPPING or step.name == "add"):
+                return None
+            steps.append(step)
+            behind = step.inputs[0]
+        shape = self.shapes[made]
+        sizes = [1] * len(shape)
+        sizes[axis] = shape[axis]
+        indices = torch.arange(shape[axis]).view(sizes).expand(shape)
+        for step in reversed(steps):
+            if step.name in CROPPING:
+                indices = step.function(indices, *step.args[1:], **step.kwargs)
+            elif step.name == "add":
+                indices = indices.expand(self.shapes[step.outputs[0]])
+            else:
+                indices = self.laid_out(step, indices)
+        return indices
+
     def backwards(self, node: Node, stop: Callable[[Node], bool]) -> Iterator[Node]:
         """``node`` and all it was computed from, not looking behind an activation where ``stop`` holds."""
         seen, waiting = {node}, [node]
@@ -181,6 +225,9 @@ class Dataflow:
                 if parent not in seen and parent.dominator is not None:
                     seen.add(parent)
                     waiting.append(parent)
+
+
+CROPPING = frozenset({"slice", "narrow"})
 
 
 def passes_unchanged(step: Step) -> bool:
@@ -420,12 +467,11 @@ def _is_of_interest(module: nn.Module) -> bool:
     return leaf or is_norm(module) or is_layer(module) or bool(module._buffers)
 
 
-_REARRANGING = frozenset(
-    {"view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unsqueeze", "squeeze", "expand", "permute"}
-    | {"transpose", "t", "slice", "select", "narrow", "flip", "unbind", "split", "split_with_sizes", "chunk"}
+_RESHAPING = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias"})
+_REARRANGING = _RESHAPING | frozenset(
+    {"flatten", "unsqueeze", "squeeze", "expand", "permute", "transpose", "t", "slice", "select", "narrow", "flip"}
+    | {"unbind", "split", "split_with_sizes", "chunk"}
 )
-
-
 _CASTING = frozenset({"alias", "detach", "clone", "contiguous", "_to_copy", "to", "lift_fresh"})
 
 
@@ -475,10 +521,12 @@ class FollowedWeights(Statics):
         first = origins[0] if origins else None
         if name in _CASTING and first is not None:
             return lambda number: first
-        if name in _REARRANGING and first is not None:
+        if name in _REARRANGING and first is not None and not isinstance(args[-1], torch.dtype):
 
             def nth(number: int) -> Origin:
                 def rearrange(elements: Tensor) -> Tensor:
+                    if name in _RESHAPING:  # whose strides fit the parameter's memory, and a copy's in between
+                        return elements.reshape(args[1])
                     return tree_leaves(function(elements, *args[1:], **kwargs))[number]
 
                 return replace(first, rearranged=(*first.rearranged, rearrange))

@@ -277,15 +277,8 @@ def _is_affine(step: Step) -> bool:
 
 def _repeat(flow: Dataflow, step: Step, x: Tensor) -> Tensor:
     """What an operation makes of other values, in float64."""
-    if passes_unchanged(step) and step.name not in ("permute", "transpose", "t"):
-        shape = flow.shapes[step.outputs[0]]
-        return (
-            x
-            if flow.shapes[step.inputs[0]] == shape
-            else x.expand(shape)
-            if step.name == "expand"
-            else x.reshape(shape)
-        )
+    if passes_unchanged(step):
+        return flow.laid_out(step, x)
     if step.name in _MODE_OF:
         weight, bias, mean, variance = (None if each is None else _double(each) for each in step.args[1:5])
         eps = step.args[7 if step.name == "batch_norm" else -1]  # torch's own is not decomposed in inference mode

@@ -92,8 +92,12 @@ def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
         return None, f"{structure.shared[layer]} reads a parameter of {layer} before it, too"
     if problem := structure.maps[layer].why_not(fresh=False):
         return None, f"{layer} before it {problem}"
-    regrouped = any(call.input is not None and call.input.note.axis != 1 for call in calls)
-    if regrouped or channels_of(calls[0].module) != structure.maps[layer].outputs:
+    in_order = all(
+        structure.keeps_order(before, call.input)
+        for before, call in zip(behind, calls, strict=True)
+        if before is not None and call.input is not None
+    )
+    if not in_order or channels_of(calls[0].module) != structure.maps[layer].outputs:
         return None, f"the channels of {layer} before it are regrouped in between"
     if len(structure.layers[layer]) != len(calls):
         return None, f"{layer} before it is used elsewhere, too"

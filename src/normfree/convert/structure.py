@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.convert.dataflow import (
+    CROPPING,
     KEPT_TWINS,
     TWINS,
     Addition,
@@ -151,6 +152,13 @@ class Structure:
                 return None
             node = step.inputs[0]
         return None
+
+    def keeps_order(self, layer: Call, node: Node) -> bool:
+        """Whether channel c of an activation [N, C, …] behind a layer is the layer's output c."""
+        if node.note.axis is not None or layer.product is None:
+            return node.note.axis == 1
+        indices = self.flow.outputs_in(node, layer.product)
+        return indices is not None and 1 in axis_counting(indices)
 
     def is_plain_norm(self, node: Node, removed: set[str]) -> bool:
         """Whether an activation is what a norm to be removed made, without an activation of its own."""
@@ -496,9 +504,6 @@ class _NoMapError(Exception):
     """A module computes no linear map of its own weight, or one that cannot be standardized: why, as a predicate."""
 
 
-_CROPPING = frozenset({"slice", "narrow"})
-
-
 _BIAS_POSITIONS = {"convolution": 2, "_convolution": 2, "addmm": 0, "addmv": 0, "baddbmm": 0, "linear": 2}
 
 
@@ -544,7 +549,9 @@ class _Finder:
             fan_in=rows[0].shape[1],
             convolution=uses[0].name in op.CONVOLUTION,
         )
-        return found, [Call(self.name, self.module, _input(use), end) for use, end in zip(uses, ends, strict=True)]
+        runs = zip(uses, ends, strict=True)
+        calls = [Call(self.name, self.module, _input(use), end, product=self._product(use)) for use, end in runs]
+        return found, calls
 
     def _weight(self) -> str:
         """The name of the one parameter that enters a convolution or a matrix product as its weight."""
@@ -603,27 +610,47 @@ class _Finder:
         """
         axes, found = set[int](), list[Node]()
         for use, end, returned in zip(uses, ends, self.weights.returned.get(self.module, []), strict=False):
-            if returned is None or not self._leads_alone(end, returned) or (_is_first(use) and returned is not end):
+            if returned is None or not self._leads_alone(end, returned):
                 return None
             shape = self.flow.shapes[returned]
-            axis = len(shape) - 2 if _is_first(use) else returned.note.channel_axis % len(shape)
-            if shape[axis] != outputs:
+            axis = returned.note.axis if returned is not end and not _is_first(use) else self._product(use)[1]
+            if axis is None or _is_first(use):
+                indices = self.flow.outputs_in(returned, self._product(use))
+                found_axes = () if indices is None else axis_counting(indices)
+                axis = next((each for each in found_axes if shape[each] == outputs), None)
+            if axis is None or shape[axis % len(shape)] != outputs:
                 return None
+            axis %= len(shape)
             axes.add(axis if use.name in op.CONVOLUTION else axis - len(shape))
             found.append(returned)
         return (axes.pop(), found) if len(axes) == 1 else None
+
+    def _product(self, use: Use) -> tuple[Node, int]:
+        """What a product makes, and the axis of its outputs in that."""
+        assert use.made is not None, "a product makes an activation"
+        dimensions = len(self.flow.shapes[use.made])
+        axis = 1 if use.name in op.CONVOLUTION else dimensions - 2 if _is_first(use) else dimensions - 1
+        return use.made, axis % dimensions
 
     def _leads_alone(self, end: Node, returned: Node) -> bool:
         """Whether an activation is another in another layout or cropped, with nothing in between read elsewhere."""
         node = returned
         while node is not end:
             step = self.flow.made_by.get(node)
-            if step is None or not (passes_unchanged(step) or step.name in _CROPPING):
+            if step is None or not (passes_unchanged(step) or step.name in CROPPING):
                 return False
             node = step.inputs[0]
             if self.flow.is_read_twice(node):
                 return False
         return True
+
+
+def axis_counting(indices: Tensor) -> Iterator[int]:
+    """The axes along which a tensor counts 0, 1, …, and is constant along all others."""
+    for axis, size in enumerate(indices.shape):
+        rows = indices.movedim(axis, 0).reshape(size, -1)
+        if bool((rows == torch.arange(size)[:, None]).all()):
+            yield axis
 
 
 def _is_product(use: Use) -> bool:
