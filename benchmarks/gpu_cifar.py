@@ -115,7 +115,7 @@ def _shown(values: list[float], digits: int) -> str:
 def millions(twin: str) -> float:
     """Parameters of a network, in millions."""
     from normfree.models import create_model
-    from normfree.models.overrides import parse_overrides
+    from normfree.models.registry import parse_overrides
 
     name, _, overrides = MODELS[twin].partition(":")
     network = create_model(name, num_classes=10, **parse_overrides(overrides))

@@ -12,18 +12,18 @@ SOURCE = Path(__file__).parents[1] / "src" / "normfree"
 # What each folder may import of ours: science → models → training → face, never upwards.
 ALLOWED = {
     "common": {"common"},
-    "trace": {"trace", "signal", "common"},
+    "trace": {"trace", "common"},
     "signal": {"signal", "trace", "report", "common"},
     "nn": {"nn", "common"},
     "models": {"models", "nn", "common"},
-    "weights": {"weights", "convert", "models", "nn", "signal", "common"},
+    "weights": {"weights", "convert", "models", "nn", "trace", "common"},
     "optim": {"optim", "nn", "trace", "common"},
     "data": {"data", "nn", "signal", "trace", "common"},
     "convert": {"convert", "nn", "signal", "trace", "common"},
     "export": {"export", "nn", "signal", "trace", "common"},
     "report": {"report", "signal", "train", "common"},
     "benchmark": {"benchmark", "models", "nn", "signal", "trace", "export", "sources", "common"},
-    "paper": {"paper", "models", "nn", "signal", "report", "common"},
+    "paper": {"paper", "models", "nn", "signal", "report", "train", "common"},
     "train": {"train", "data", "models", "nn", "optim", "signal", "trace", "weights", "report", "common"},
 }
 

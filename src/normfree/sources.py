@@ -24,7 +24,7 @@ from normfree.common.safetensors_file import sizes
 from normfree.common.text import first_line, one_line, quoted
 from normfree.convert import stored_conversion
 from normfree.models import create_model, list_models
-from normfree.models.overrides import parse_overrides
+from normfree.models.registry import parse_overrides
 from normfree.siblings import importable
 from normfree.weights import load
 from normfree.weights.checkpoint import check_depths

@@ -13,7 +13,7 @@ from normfree.common.packages import required
 from normfree.data.memory import digits
 from normfree.data.probe import Photographs
 from normfree.export import to_onnx
-from normfree.signal.callbacks import lightning_callback
+from normfree.signal.monitor import lightning_callback
 from normfree.sources import build
 
 USES = {

@@ -10,7 +10,7 @@ from torch import nn
 from watch import MapMultiplications
 
 from normfree.models import accepted_overrides, create_model, list_models
-from normfree.models.grouped_common import GroupedPlace
+from normfree.models.scaffold import GroupedPlace
 
 FREE = ("nf_regnet_b0", "nfnet_f0")
 FAMILIES = (*FREE, "bn_regnet_b0")

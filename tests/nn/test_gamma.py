@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normfree.nn import ACTIVATIONS, OFFICIAL_GAMMA, build_activation, gamma
-from normfree.nn.gamma import OWN_GAMMA
+from normfree.nn.activations import OWN_GAMMA
 
 RELU = math.sqrt(2 / (1 - 1 / math.pi))
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call, jvp
 
 from normfree.nn import ScaledWSConv2d, build_activation, fold, recompute
-from normfree.nn.noted_activations import NOTED, Noted
+from normfree.nn.recompute import NOTED, Noted
 
 
 def doubled(module, inputs, output):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from normfree.models import create_model
 from normfree.nn import AveragePool2x2, ScaledConv2d, ScaledWSConv2d, build_activation, recompute
-from normfree.nn.noted_activations import NOTED, Noted
+from normfree.nn.recompute import NOTED, Noted
 
 SMALL = {"widths": (16, 24, 32, 40), "depths": (1, 2, 1, 1), "stochdepth_rate": 0.0, "drop_rate": 0.0}
 
@@ -182,7 +182,7 @@ def test_no_trace_is_left():
     model = small().train()
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     gc.collect()
-    assert len(recompute._origins) == 0
+    assert len(recompute.ORIGINS) == 0
     torch.save(model.forward_features(torch.randn(2, 3, 32, 32)), io.BytesIO())  # a tensor with an origin
     again = pickle.loads(pickle.dumps(model))
     assert_equal_gradients(again, model, torch.randn(2, 3, 32, 32))
@@ -205,10 +205,10 @@ def test_a_source_that_changed_or_is_overwritten_is_not_trusted():
         convolution(activation(x * 1)).square().sum().backward()
         gradients.append(convolution.weight.grad.clone())
     assert torch.equal(*gradients)
-    assert not recompute._origins
+    assert not recompute.ORIGINS
 
     y = x * 2
-    shifted = recompute.derived(y + 1, torch.add, y, torch.ones(()))
+    shifted = recompute.with_origin(y + 1, torch.add, y, torch.ones(()))
     y.add_(1)
     gradients = []
     for given in (shifted, shifted.detach()):

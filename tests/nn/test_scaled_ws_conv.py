@@ -158,7 +158,7 @@ def ending(kind, alpha, skip_gain, **options):
     """A layer that ends a branch, and its twin that does not."""
     layer = randomised(kind(3, 4, 3, alpha=alpha, skip_gain=skip_gain, **options)).double()
     twin = copy.deepcopy(layer)
-    twin.end_branch(1.0, None)
+    twin.set_branch_scale(1.0, None)
     return layer, twin
 
 

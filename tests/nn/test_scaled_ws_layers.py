@@ -81,7 +81,7 @@ def test_a_kept_mean_makes_any_weight(name):
     factor = torch.randn(len(layer.gain), dtype=torch.float64)
     factor[0], factor[1] = 0, -2
     bias = torch.randn_like(layer.bias)
-    layer.become(weight.detach(), bias, factor)
+    layer.set_effective(weight.detach(), bias, factor)
     made, made_bias = layer.effective()
     torch.testing.assert_close(filters_of(layer, made), factor[:, None] * filters_of(layer, weight))
     assert torch.equal(made_bias, bias)
@@ -94,7 +94,7 @@ def test_a_learning_rate_means_what_it_means_to_a_plain_weight():
     plain = nn.Conv2d(4, 6, 3, padding=1).double()
     nn.init.normal_(plain.weight, 0.1, 0.3)
     layer = ours.KeptMeanConv2d(4, 6, 3).double()
-    layer.become(plain.weight.detach(), plain.bias.detach(), torch.ones(6, dtype=torch.float64))
+    layer.set_effective(plain.weight.detach(), plain.bias.detach(), torch.ones(6, dtype=torch.float64))
     x, rate = torch.randn(2, 4, 9, 9, dtype=torch.float64), 1e-6
     before = layer.effective()[0].detach()
     for one in (plain, layer):

@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, vmap
 
 from normfree import nn as ours
 from normfree.nn import WeightLayout, fold, has_foldable, standardization_of, standardize_module
-from normfree.optim.units import units_of
+from normfree.optim.clipping import units_of
 
 IMAGES = torch.randn(4, 8, 9, 9, generator=torch.Generator().manual_seed(0))
 

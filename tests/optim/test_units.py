@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import SGD
 
 from normfree.optim import AdaptiveGradientClipping, clip_grad_adaptive_
-from normfree.optim.units import units_of
+from normfree.optim.clipping import units_of
 
 
 def names(model, **options):

@@ -10,7 +10,7 @@ from torch import nn
 
 from normfree.models import create_model
 from normfree.signal import KINDS, spp
-from normfree.signal.rules import COLLAPSED, LOST
+from normfree.signal.findings import COLLAPSED, LOST
 
 
 class Block(nn.Module):

@@ -516,12 +516,12 @@ def test_under_inference_mode_outside():
 
 
 def test_too_little_memory_is_seen_before_it_is_full(monkeypatch):
-    from normfree.signal import gradient_places
+    from normfree.signal import gradients as implementation
 
-    monkeypatch.setattr(gradient_places, "CHECK_EVERY", 1)
-    monkeypatch.setattr(gradient_places, "available_memory", lambda: 500)
+    monkeypatch.setattr(implementation, "CHECK_EVERY", 1)
+    monkeypatch.setattr(implementation, "available_memory", lambda: 500)
     assert "does not fit into memory" in spp(Net(), batch()).configuration["gradient"]
-    monkeypatch.setattr(gradient_places, "available_memory", lambda: 2000)
+    monkeypatch.setattr(implementation, "available_memory", lambda: 2000)
     assert spp(Net(), batch()).configuration["gradient"] is True
 
 

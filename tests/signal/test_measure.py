@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from normfree.signal import spp
-from normfree.signal.listening import Listener
+from normfree.signal.measure import Measurement
 from normfree.trace.preserve import untouched
 
 
@@ -293,8 +293,8 @@ def test_no_activation_outlives_its_use(points):
     counts, alive = [], []
     with untouched(model, "eval") as preserved:
         model.watcher.alive, model.watcher.counts = alive, counts
-        listener = Listener(model, preserved, points=points, wake=True, seed=0)
-        listener.hear(torch.randn(3, 4))
+        measurement = Measurement(model, preserved, points=points, wake=True, seed=0)
+        measurement.add(torch.randn(3, 4))
     # While block n is told of, block n − 1 is gone: only the caller's own variable holds one.
     assert counts == [0] * 10
     assert not any(reference() is not None for reference in alive)

@@ -160,7 +160,7 @@ def test_merging_is_concatenating(first, second, offset, seed):
     torch.manual_seed(seed)
     a = torch.randn(first, 3, 4, dtype=torch.float64)
     b = torch.randn(second, 3, 4, dtype=torch.float64) + offset
-    merged, whole = channel_moments(a, 1).merged(channel_moments(b, 1)), channel_moments(torch.cat([a, b]), 1)
+    merged, whole = channel_moments(a, 1).merge(channel_moments(b, 1)), channel_moments(torch.cat([a, b]), 1)
     # One-pass float64: the mean square, of which the variance is what is left, is off by 1e-15 of itself.
     scale = 1 + offset**2
     torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-12, atol=1e-13)
@@ -170,13 +170,13 @@ def test_merging_is_concatenating(first, second, offset, seed):
 
 def test_merging_refuses_another_number_of_channels():
     with pytest.raises(ValueError, match="channels changed from 3 to 4 between batches"):
-        channel_moments(torch.randn(2, 3), 1).merged(channel_moments(torch.randn(2, 4), 1))
+        channel_moments(torch.randn(2, 3), 1).merge(channel_moments(torch.randn(2, 4), 1))
 
 
 def test_merging_keeps_all_pairs():
     a, b = torch.randn(3, 4, 5), torch.randn(4, 4, 5)
     one, other = channel_moments(a, 1, examples=3), channel_moments(b, 1, examples=4)
-    merged = one.merged(other)
+    merged = one.merge(other)
     assert merged.pairs == 3 + 6
     assert merged.correlation == pytest.approx((3 * one.correlation + 6 * other.correlation) / 9)
 
@@ -251,8 +251,8 @@ def test_scaling_and_choice_of_channels():
     x, factor = torch.randn(4, 3, 6, dtype=torch.float64), torch.tensor([1.0, 2.0, -4.0], dtype=torch.float64)
     moments = channel_moments(x, 1)
     divided = channel_moments(x / factor[:, None], 1)
-    torch.testing.assert_close(moments.divided(factor).mean, divided.mean)
-    torch.testing.assert_close(moments.divided(factor).var, divided.var)
+    torch.testing.assert_close(moments.divide(factor).mean, divided.mean)
+    torch.testing.assert_close(moments.divide(factor).var, divided.var)
     kept = moments.channels(torch.tensor([True, False, True]))
     torch.testing.assert_close(kept.var, moments.var[[0, 2]])
 

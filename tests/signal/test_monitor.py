@@ -311,7 +311,7 @@ def test_it_copies_nothing_of_the_model_and_needs_torch_alone():
 
 def test_fabric_callback():
     fabric_module = pytest.importorskip("lightning.fabric")
-    from normfree.signal.callbacks import SignalCallback
+    from normfree.signal.monitor import SignalCallback
 
     model, optimizer = built()
     monitor = SignalMonitor(model, PROBE, every=2)
@@ -327,7 +327,7 @@ def test_fabric_callback():
 @pytest.mark.filterwarnings("ignore")  # of the trainer's own
 def test_lightning_callback_counts_optimizer_steps():
     lightning = pytest.importorskip("lightning.pytorch")
-    from normfree.signal.callbacks import lightning_callback
+    from normfree.signal.monitor import lightning_callback
 
     class Task(lightning.LightningModule):
         def __init__(self):
@@ -357,7 +357,7 @@ def test_lightning_callback_counts_optimizer_steps():
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    from normfree.signal.callbacks import lightning_callback
+    from normfree.signal.monitor import lightning_callback
 
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(ImportError, match="pip install lightning"):

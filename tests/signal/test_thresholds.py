@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from normfree.signal import rules
+from normfree.signal import findings as rules
 from normfree.signal.findings import findings_of
 from normfree.signal.propagation import BlockSignal, Entry, SignalPropagation
 

@@ -143,13 +143,31 @@ class Modulated(nn.Module):
         return x + gate * self.layer(self.norm(x) * (1 + scale) + shift)
 
 
-def test_gates_from_a_layer_of_zeros_are_silent():
+class Transformer(nn.Module):
+    """As many such blocks, and a last layer of zeros."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Modulated() for _ in range(blocks))
+        self.head = nn.Linear(WIDTH, WIDTH)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x, condition):
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("build", [Modulated, lambda: Transformer(4)], ids=["block", "transformer"])
+@pytest.mark.parametrize("wake", [True, False])
+def test_gates_from_a_layer_of_zeros_are_silent_by_design(build, wake):
     torch.manual_seed(0)
-    signal = spp(Modulated(), (X, torch.randn(16, WIDTH)))
-    found = {finding.kind: finding.severity for finding in signal.findings}
-    assert found["silenced_branch"] == "warning"
-    assert signal.blocks[0].residual_avg_channel_var == 0
-    assert "error" not in found.values()
+    signal = spp(build(), (X, torch.randn(16, WIDTH)), wake=wake)
+    found = {(finding.kind, finding.severity) for finding in signal.findings}
+    assert ("silenced_branch", "info") in found
+    assert all(block.residual_avg_channel_var == 0 and block.zero_gate for block in signal.blocks)
+    assert {severity for _, severity in found} == {"info"}
 
 
 def test_a_branch_that_ends_in_zeros_is_silent():
@@ -157,5 +175,7 @@ def test_a_branch_that_ends_in_zeros_is_silent():
     block = ResponseNorm()
     nn.init.zeros_(block.last.weight)
     nn.init.zeros_(block.last.bias)
-    found = {finding.kind: finding.severity for finding in spp(nn.Sequential(block), X).findings}
+    signal = spp(nn.Sequential(block), X)
+    found = {finding.kind: finding.severity for finding in signal.findings}
     assert found["silenced_branch"] == "warning"
+    assert not signal.blocks[0].zero_gate

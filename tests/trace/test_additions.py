@@ -453,3 +453,94 @@ def test_attention_logits_carried_from_layer_to_layer_are_no_stream(returned):
     signal = spp(Carried(), torch.randn(4, 5, 8))
     assert [block.shape for block in signal.blocks] == [(4, 5, 8)] * 3
     assert signal.entry.shape == (4, 5, 8)
+
+
+class Quantizer(nn.Module):
+    """Code words in place of the vectors they are nearest to, as the subclasses let gradients through."""
+
+    def __init__(self, words=32, width=8):
+        super().__init__()
+        self.words = nn.Embedding(words, width)
+
+    def nearest(self, x):
+        return self.words(torch.cdist(x.flatten(0, -2), self.words.weight).argmin(-1)).view_as(x)
+
+    def forward(self, x):
+        """VQ-VAE, Encodec, DAC."""
+        return x + (self.nearest(x) - x).detach()
+
+
+class Reversed(Quantizer):
+    def forward(self, x):
+        return (self.nearest(x) - x).detach() + x
+
+
+class OfTheInput(Quantizer):
+    def forward(self, x):
+        return x - x.detach() + self.nearest(x).detach()
+
+
+class ThroughViews(Quantizer):
+    """VQGAN: rows of all positions, and the sum of maps."""
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        return x.view(rows.shape) + (self.nearest(rows) - rows).detach()
+
+
+class InStages(Quantizer):
+    """Each quantizer takes what the ones before have left over; the code words are added up."""
+
+    def forward(self, x):
+        total = 0.0
+        for _ in range(3):
+            found = x + (self.nearest(x) - x).detach()
+            x, total = x - found, total + found
+        return total
+
+
+class InStagesOfSpaces(InStages):
+    """DAC: each in a space of its own, between two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def nearest(self, x):
+        return self.maps[1](super().nearest(self.maps[0](x)))
+
+
+@pytest.mark.parametrize("kind", [Quantizer, Reversed, OfTheInput, ThroughViews, InStages, InStagesOfSpaces])
+def test_quantizers_are_no_blocks(kind):
+    class Coder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = (nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(2))
+            self.quantizer = kind()
+
+        def forward(self, x):
+            for layer in self.encoder:
+                x = x + layer(x.relu())
+            shape, x = x.shape, self.quantizer(x)
+            x = x.view(shape)
+            for layer in self.decoder:
+                x = x + layer(x.relu())
+            return x
+
+    torch.manual_seed(0)
+    signal = spp(Coder(), torch.randn(4, 5, 8))
+    assert [block.name.split("#")[0] for block in signal.blocks] == [""] * 4
+
+
+def test_a_difference_of_two_other_signals_is_a_branch():
+    class Differential(nn.Module):
+        """The difference of two branches, added; nothing of it cancels with the shortcut."""
+
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + (self.one(x.relu()) - self.other(x.relu()))
+
+    assert len(spp(nn.Sequential(Differential(), Differential()), torch.randn(4, 5, 8)).blocks) == 2

@@ -7,7 +7,7 @@ import weakref
 
 import torch
 
-from normfree.trace.tensor_map import TensorMap
+from normfree.trace.scaling import TensorMap
 
 
 def test_by_identity():

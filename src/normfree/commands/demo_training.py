@@ -11,7 +11,7 @@ import torch
 
 from normfree.data import open_evaluation
 from normfree.models import create_model
-from normfree.models.overrides import parse_overrides
+from normfree.models.registry import parse_overrides
 from normfree.signal import SignalPropagation, spp
 from normfree.train import RECIPES, NonFiniteLossError, TrainConfig, train
 

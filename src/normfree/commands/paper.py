@@ -1,41 +1,88 @@
-"""``normfree paper``: one command for each figure."""
+"""``normfree paper``: one command for each figure and table."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 
 from normfree.commands.outputs import check_folder
-from normfree.paper.figure import Setting, make
+
+FIGURES = ("figure1", "figure2")
+TABLES = ("table1", "table2", "normalizers", "ablation")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """Make a figure of the paper: PNG, JSON, and a note of what was expected and what was measured."""
+    """Make a figure or a table of the paper: what was expected and what was measured, side by side."""
 
-    what: Annotated[Literal["figure1", "figure2"], tyro.conf.Positional]
+    what: Annotated[
+        Literal["figure1", "figure2", "table1", "table2", "normalizers", "ablation", "gamma", "properties"],
+        tyro.conf.Positional,
+    ]
     """figure1: BN-ReLU-Conv, ReLU-BN-Conv and unnormalised at He initialisation. figure2: α/β scaling with
-    plain and with standardized weights, for ReLU, SiLU and identity."""
-    setting: tyro.conf.OmitArgPrefixes[Setting] = field(default_factory=Setting)
-    """How the figure is made."""
+    plain and with standardized weights, for ReLU, SiLU and identity. table1: depth × method × regularisation.
+    table2: batch sizes. normalizers: one network with each. ablation: one part changed at a time. gamma: exact
+    constants beside the official ones. properties: independence of examples and the like, BatchNorm beside."""
+    scale: Literal["quick", "small", "full"] | None = None
+    """Figures: full (600 layers, the default) or quick (72). Tables: quick (digits, minutes, the default), small
+    (CIFAR-10, two cores) or full (CIFAR-10, a GPU)."""
+    image_size: int | None = None
+    """Figures: of the gaussian input, 128 by default."""
+    batch_size: int | None = None
+    """Figures: of the gaussian input, 8 by default."""
+    seeds: int | None = None
+    """Of each network; 3 for figures, the scale's for tables by default."""
+    data: str | None = None
+    """Tables of trainings: CIFAR-10 as a folder of parquet files; hub:uoft-cs/cifar10 by default."""
+    limit_train_steps: int | None = None
+    """Tables of trainings: a rehearsal of so many steps each."""
     out: Path = Path("out/paper")
-    """Folder to write to."""
+    """Folder to write to; finished trainings are kept there and not repeated."""
 
     def __post_init__(self) -> None:
         check_folder(self.out)
+        allowed = {"scale", "image_size", "batch_size", "seeds"} if self.what in FIGURES else set[str]()
+        if self.what in TABLES:
+            allowed = {"scale", "seeds", "data", "limit_train_steps"}
+        for name in ("scale", "image_size", "batch_size", "seeds", "data", "limit_train_steps"):
+            if getattr(self, name) is not None and name not in allowed:
+                raise ValueError(f"{name}: {self.what} takes none; leave it out")
 
     def run(self, console: Console) -> None:
-        """Make the figure."""
-        from normfree.paper import figure1, figure2
-
-        figure = {"figure1": figure1, "figure2": figure2}[self.what].FIGURE
-        blocks = sum(self.setting.depths)
-        with console.status(f"{self.what}: {blocks} blocks") as status:
-            paths = make(figure, self.setting, self.out, lambda text: status.update(f"{self.what}: {text}"))
+        """Make it."""
+        with console.status(self.what) as status:
+            paths = self._make(lambda text: status.update(escape(f"{self.what}: {text}")))
         console.print(Markdown(paths[-1].read_text()))
         console.print("wrote " + " ".join(map(str, paths)), highlight=False, markup=False, soft_wrap=True)
+
+    def _make(self, on_progress: Callable[[str], Any]) -> list[Path]:
+        if self.what == "gamma":
+            from normfree.paper import constants
+
+            return constants.make(self.out)
+        if self.what == "properties":
+            from normfree.paper import properties
+
+            return properties.make(self.out, on_progress)
+        if self.what in FIGURES:
+            from normfree.paper import figure1, figure2
+            from normfree.paper.figure import Setting, make
+
+            figure = {"figure1": figure1, "figure2": figure2}[self.what].FIGURE
+            names = ("scale", "image_size", "batch_size", "seeds")
+            return make(figure, Setting(**self._given(names)), self.out, on_progress)
+        from normfree.benchmark import hardware
+        from normfree.paper import trainings
+
+        setting = trainings.Setting(**self._given(("scale", "seeds", "data")), limit=self.limit_train_steps)
+        return trainings.make(trainings.TABLES[self.what], setting, self.out, hardware(), on_progress)
+
+    def _given(self, names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

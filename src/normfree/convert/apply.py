@@ -44,8 +44,7 @@ from normfree.convert.record import (
     Conversion,
 )
 from normfree.nn import ChannelAffine, ChannelUnits, KeptMean, Standardization, WeightLayout, standardization_of
-from normfree.nn.branch_end import BranchEnd
-from normfree.nn.scaled_ws_conv import StandardizedFilters
+from normfree.nn.scaled_ws import BranchEnd, StandardizedFilters
 from normfree.nn.standardized_module import raw_name
 from normfree.trace import operations as op
 from normfree.trace.inputs import Batch, call, copy_of
@@ -267,10 +266,10 @@ def fold_affine(old: Any, new: Any, scale: Tensor, shift: Tensor) -> None:
     bias = shift / layout.bias_factor if before is None else shift / layout.bias_factor + scale * before.double()
     weight = old.get_parameter(layout.weight)
     if part is not None:
-        part.fit(new.get_parameter(raw_name(layout.weight)), weight, scale)
+        part.set_effective_weight(new.get_parameter(raw_name(layout.weight)), weight, scale)
         new.get_parameter(raw_name(layout.biases[0])).copy_(bias)
     elif isinstance(new, ours.KeptMean):
-        new.become(weight, bias, scale)
+        new.set_effective(weight, bias, scale)
     else:
         new.weight.copy_(weight.double() * scale.view(-1, 1, 1, 1))
         new.bias.copy_(bias)

@@ -26,14 +26,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree import nn as ours
 from normfree.nn.fold import attached_to
-from normfree.signal.listening import run
 from normfree.trace import operations as op
 from normfree.trace.graph import Node, Residual
-from normfree.trace.inputs import Batch, call, copy_of, examples_in, tensors_in, tensors_of
-from normfree.trace.modules import ModuleStack
+from normfree.trace.inputs import Batch, ModuleStack, call, copy_of, examples_in, run_once, tensors_in, tensors_of
 from normfree.trace.preserve import Preserved, untouched
 from normfree.trace.recorder import Recorder
-from normfree.trace.statics import Statics
+from normfree.trace.scaling import Statics
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,7 +292,7 @@ def _record(model: nn.Module, batch: Batch, mode: str, trains: Trains) -> Datafl
         for tensor in tensors:
             recorder.flow.note(recorder.nodes[tensor], tensor)
         with stack.followed(), recorder:
-            outputs = run(model, given, stack)
+            outputs = run_once(model, given, stack)
         recorder.flow.outputs = [recorder.nodes[t] for t in outputs if t in recorder.nodes]
     return recorder.flow
 
@@ -359,7 +357,7 @@ def prepare_run(
                 handle.remove()
 
 
-def run_once(model: nn.Module, batch: Batch, **options: Any) -> list[Tensor]:
+def run_prepared(model: nn.Module, batch: Batch, **options: Any) -> list[Tensor]:
     """Run a model once as :func:`prepare_run` says; the tensors of its output."""
     with prepare_run(model, batch, **options) as (_, given):
         return tensors_in(call(model, given))
@@ -383,9 +381,7 @@ class DataflowRecorder(Recorder):
             self.learned[parameter] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if self.measuring:
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        tensors = list(op.tensors_in(args, kwargs or {}))
+        tensors = op.tensors_in(args, kwargs or {})
         for tensor in tensors:
             if (readers := self.flow.parameter_readers.get(_place(tensor))) is not None:
                 readers.add(self.stack.name)

@@ -41,11 +41,10 @@ from normfree.convert.record import (
 )
 from normfree.convert.structure import Structure, training_structure, unseen_norms
 from normfree.convert.verify import explain_failures, first_mismatching_norm, note_leak
-from normfree.signal.measure import unwrapped
 from normfree.signal.nonfinite import check_finite, check_present
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
-from normfree.trace.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of
+from normfree.trace.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of, unwrapped
 
 ALPHA, SKIP_GAIN = 0.2, 1.0
 """Of residual branches, where nothing else is asked for."""

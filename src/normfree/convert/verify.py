@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normfree.common.text import one_line
-from normfree.convert.dataflow import Dataflow, Step, Trains, class_name, is_batch_norm, record, run_once
+from normfree.convert.dataflow import Dataflow, Step, Trains, class_name, is_batch_norm, record, run_prepared
 from normfree.convert.norms import Normalization, Normalizations, reduced_axes
 from normfree.convert.record import AFFINE, Conversion, Kept
 from normfree.trace import operations as op
@@ -162,7 +162,7 @@ def change_by_others(model: nn.Module, batch: Batch) -> float | None:
     outputs = []
     for each in (batch, tree_map(alone, batch)):
         try:
-            made = run_once(model, each, mode="train")
+            made = run_prepared(model, each, mode="train")
             outputs.append([t[:1].clone() for t in made if t.dim() and len(t) == examples])
         except Exception:  # whatever a stranger's forward raises
             return None
@@ -185,7 +185,7 @@ def _sample(
     def after(name: str) -> Any:
         return lambda module, inputs, named, output: _keep(made, name, output)
 
-    outputs = run_once(
+    outputs = run_prepared(
         model,
         batch,
         trains=trains,

@@ -1,16 +1,14 @@
 """Networks by name: the paper's normalizer-free families and those it compares them with."""
 
-from normfree.models.backbone import Backbone, FeatureInfo
 from normfree.models.bn_regnet import BNRegNet
-from normfree.models.fixup_resnet import FixUpResNet
+from normfree.models.fixup_skipinit import FixUpResNet, SkipInitResNet
 from normfree.models.nf_regnet import NFRegNet
 from normfree.models.nf_resnet import NFResNet
 from normfree.models.nfnet import NFNet
 from normfree.models.pyramid import FeaturePyramidBackbone, PyramidLevel
 from normfree.models.registry import accepted_overrides, create_model, list_models
-from normfree.models.resnet import ResNet
-from normfree.models.resnetv2 import ResNetV2
-from normfree.models.skipinit_resnet import SkipInitResNet
+from normfree.models.resnets import ResNet, ResNetV2
+from normfree.models.scaffold import Backbone, FeatureInfo
 
 __all__ = [
     "BNRegNet",

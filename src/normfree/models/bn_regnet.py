@@ -17,9 +17,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from normfree.common.checks import check_integer
-from normfree.models.backbone import Backbone
-from normfree.models.grouped_common import GroupedPlace, RegNetLayout, regnet_gate, regnet_variants
 from normfree.models.registry import register
+from normfree.models.scaffold import Backbone, GroupedPlace, RegNetLayout, regnet_gate, regnet_variants
 from normfree.nn import Activation, AveragePool2x2, ScaledConv2d, build_activation
 
 

@@ -32,9 +32,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfree.common.checks import check_integer
-from normfree.models.grouped_common import GroupedPlace, RegNetLayout, regnet_gate, regnet_variants
-from normfree.models.nf_common import NFBackbone, NFBlockStyle, nf_style
 from normfree.models.registry import register
+from normfree.models.scaffold import (
+    GroupedPlace,
+    NFBackbone,
+    NFBlockStyle,
+    RegNetLayout,
+    nf_style,
+    regnet_gate,
+    regnet_variants,
+)
 from normfree.nn import Activation, AveragePool2x2, PlannedBlock, ScaledWSConv2d
 
 

@@ -25,10 +25,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfree.common.checks import check_choice, check_flag, check_number
-from normfree.models.layout import BlockPlace
-from normfree.models.nf_common import NFBackbone, NFBlockStyle, nf_style
 from normfree.models.registry import register
-from normfree.models.resnet_common import ResNetLayout, resnet_variants
+from normfree.models.scaffold import BlockPlace, NFBackbone, NFBlockStyle, ResNetLayout, nf_style, resnet_variants
 from normfree.nn import Activation, PlannedBlock, ScaledConv2d, ScaledWSConv2d, SqueezeExcite
 
 CONVOLUTIONS: dict[str, type[ScaledConv2d]] = {"scaled_ws": ScaledWSConv2d, "scaled": ScaledConv2d}

@@ -28,10 +28,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfree.common.checks import check_flag, check_integer, check_number
-from normfree.models.grouped_common import GroupedLayout, GroupedPlace
-from normfree.models.layout import BlockPlace
-from normfree.models.nf_common import NFBackbone, NFBlockStyle, nf_style
 from normfree.models.registry import register
+from normfree.models.scaffold import BlockPlace, GroupedLayout, GroupedPlace, NFBackbone, NFBlockStyle, nf_style
 from normfree.nn import Activation, AveragePool2x2, PlannedBlock, ScaledWSConv2d, SqueezeExcite
 
 # Training and test image size, dropout; F_k has k + 1 times the depths of F0.

@@ -22,10 +22,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from normfree.common.checks import check_flag, invalid, is_integer
-from normfree.models.backbone import Backbone, FeatureInfo
-from normfree.models.nf_common import NFBackbone
-from normfree.models.recognised import check_backbone
-from normfree.models.resnetv2 import PreactivationBlock
+from normfree.models.registry import check_backbone
+from normfree.models.resnets import PreactivationBlock
+from normfree.models.scaffold import Backbone, FeatureInfo, NFBackbone
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import fnmatch
 import inspect
 import re
@@ -9,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from torch import nn
+
 from normfree.common.checks import check_flag, invalid, suggestion
-from normfree.models.backbone import Backbone
+from normfree.models.scaffold import Backbone
 from normfree.nn.centring import centre_weights
 
 Family = TypeVar("Family", bound=type[Backbone])
@@ -124,3 +127,56 @@ def _entry(name: str) -> Entry:
     if not isinstance(name, str) or name not in _ENTRIES:
         raise invalid("name", name, "no such model", suggestion(str(name), _ENTRIES))
     return _ENTRIES[name]
+
+
+# MERGED from models/registry.py
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    """Return ``width=1,activation=silu,depths=(1,1,1,1)`` as keyword arguments.
+
+    Args:
+        text: what stands after the colon of ``nf_resnet50:width=1``; values are Python literals or bare words.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    if not text:
+        return {}
+    wrong = f"model: overrides {text!r} are not NAME=VALUE,…; for example width=1,activation=silu"
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError(wrong)
+        names = [keyword.arg for keyword in call.keywords]
+        if None in names or "name" in names or len(set(names)) < len(names):
+            raise ValueError(wrong)
+        return {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(wrong) from error
+
+
+def _value(node: ast.expr) -> Any:
+    """A literal, or a bare word as a string."""
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+
+# MERGED from models/registry.py
+
+
+def check_backbone(model: object, otherwise: str = "pass a model that normfree.create_model built") -> Backbone:
+    """Return a model of ``create_model``; refuse any other.
+
+    Args:
+        model: of the argument of that name.
+        otherwise: remedy where no part of it is such a model.
+
+    Raises:
+        ValueError: it is another one; the message names the part of it that would do, if there is one.
+    """
+    if isinstance(model, Backbone):
+        return model
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
+    inside = next((name for name, part in parts if isinstance(part, Backbone)), None)
+    remedy = otherwise if inside is None else f"pass the one inside it, model.{inside}"
+    raise invalid("model", type(model).__name__, "was not built by normfree.create_model", remedy)

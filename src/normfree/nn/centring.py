@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from normfree.common.checks import invalid
-from normfree.nn.scaled_ws_conv import Standardized
+from normfree.nn.scaled_ws import Standardized
 
 
 def centre_weights(model: nn.Module) -> int:

@@ -33,6 +33,13 @@ class Refined(nn.Module, ABC):
         """Return the base class that computes the same from the same attributes; None if none does."""
 
 
+def with_class(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """Return a module of another class with the attributes, parameters and hooks of one that is given up for it."""
+    other = kind.__new__(kind)
+    other.__dict__ = module.__dict__
+    return other
+
+
 class Reparametrization(nn.Module, ABC):
     """A child that makes what its parent reads for its own parameters; folding stores that and takes the child away."""
 
@@ -80,25 +87,22 @@ def fold(model: nn.Module) -> nn.Module:
 
 def _folded(module: nn.Module, name: str, known: dict[nn.Module, nn.Module]) -> nn.Module:
     """Return what takes a module's place: itself, with its children folded, unless it folds as a whole."""
-    if module not in known:
-        if isinstance(module, Foldable):
-            _check_bare(module, name)
-            known[module] = module.folded()
-        else:
-            known[module] = module
-            if (child := reparametrization_of(module)) is not None:
-                child.restore(module)
-            _make_plain(module)
-            for child_name, child in module._modules.items():
-                if child is not None:
-                    module._modules[child_name] = _folded(child, f"{name}.{child_name}", known)
-    return known[module]
-
-
-def _make_plain(module: nn.Module) -> None:
-    """Take what training needs off a layer of torch's: the attributes are torch's, so its class is all there is."""
+    if module in known:
+        return known[module]
+    if isinstance(module, Foldable):
+        _check_bare(module, name)
+        known[module] = module.folded()
+        return known[module]
+    if (child := reparametrization_of(module)) is not None:
+        child.restore(module)
+    kept = module
     if isinstance(module, Refined) and _answers_for_its_outputs(type(module)):
-        module.__class__ = module.plain_class() or type(module)  # type: ignore[assignment]
+        kept = with_class(module, module.plain_class() or type(module))
+    known[module] = kept
+    for child_name, child in kept._modules.items():
+        if child is not None:
+            kept._modules[child_name] = _folded(child, f"{name}.{child_name}", known)
+    return kept
 
 
 def attached_to(module: nn.Module) -> str:

@@ -59,7 +59,7 @@ def symmetric_padding(kernel_size: Size2d, dilation: Size2d = 1) -> tuple[int, i
 def pad_same(
     x: Tensor, kernel_size: Size2d, stride: Size2d = 1, dilation: Size2d = 1, value: float = 0.0
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Pad x [N, C, H, W] explicitly where SAME is asymmetric, and say what is left to pad on both sides.
+    """Pad x [N, C, H, W] explicitly where SAME is asymmetric, and return what is left to pad on both sides.
 
     Returns:
         x, with one row below and one column to the right of ``value`` where SAME asks for one more after than
@@ -74,7 +74,7 @@ def pad_same(
 
 
 class PaddedConv2d(nn.Conv2d):
-    """A 2-d convolution that knows the padding styles; ``ScaledConv2d`` adds factors.
+    """A 2-d convolution with the padding styles.
 
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias: as ``nn.Conv2d``'s.
@@ -107,7 +107,7 @@ class PaddedConv2d(nn.Conv2d):
             elif padding_mode == "zeros":
                 padding = 0
             else:
-                self.padding_style = "explicit"  # torch's own "same" knows the mode
+                self.padding_style = "explicit"  # torch's own "same" has the mode
         super().__init__(
             in_channels,
             out_channels,
@@ -128,15 +128,7 @@ class PaddedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve [N, C, H, W] to [N, O, H', W']."""
-        self.observe(input)
-        return self.convolve(input, *self.effective())
-
-    def observe(self, x: Tensor) -> None:
-        """Do what a subclass measures of its input; nothing here."""
-
-    def effective(self) -> tuple[Tensor, Tensor | None]:
-        """Return the weight [O, I/G, kh, kw] and the bias [O] or None to convolve with."""
-        return self.weight, self.bias
+        return self.convolve(input, self.weight, self.bias)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve x [N, C, H, W] with the given weight and bias in this layer's geometry."""
@@ -150,30 +142,6 @@ class PaddedConv2d(nn.Conv2d):
         if origin is None or not weight.requires_grad:
             return F.conv2d(x, weight, bias, *geometry)
         return convolve_recomputing(x, origin, weight, bias, geometry)
-
-    def plain(self, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-        """Return a convolution in this layer's geometry that only has the given weight and bias.
-
-        Returns:
-            An ``nn.Conv2d``; a ``PaddedConv2d`` for TensorFlow's padding, which depends on the input's size.
-        """
-        channels: tuple[int, int] = (self.in_channels, self.out_channels)
-        geometry: dict[str, Any] = {
-            "kernel_size": self.kernel_size,
-            "stride": self.stride,
-            "dilation": self.dilation,
-            "groups": self.groups,
-            "bias": bias is not None,
-            "device": "meta",
-        }
-        if self.padding_style == "same":
-            plain = PaddedConv2d(*channels, padding="same", **geometry)
-        else:
-            geometry |= {"padding": self.padding, "padding_mode": self.padding_mode}
-            plain = nn.Conv2d(*channels, **geometry)
-        plain.weight = nn.Parameter(weight)
-        plain.bias = None if bias is None else nn.Parameter(bias)
-        return plain.train(self.training)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", padding=same" if self.padding_style == "same" else "")

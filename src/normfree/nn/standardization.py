@@ -1,4 +1,4 @@
-"""Scaled weight standardization, as one fused normalisation of the weight.
+"""The rule of scaled weight standardization in torch's own operations: native norms, or the equation as written.
 
     What_i = g_i * c * (W_i - mean(W_i)) * rsqrt(max(N * var(W_i), 1e-4))
 
@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from normfree.nn.gpu_standardization import fused_standardization
+from normfree.common.torch_compat import in_forward_mode, is_jit_tracing
+
+HALF = (torch.float16, torch.bfloat16)
 
 VARIANCE_FLOOR = 1e-4  # of N * var: filters below it are divided by the floor's root instead
 
@@ -31,12 +32,52 @@ _TINY = 1e-30
 _DEMOTION = 2.0**-30
 
 
+def standardize_natively(weight: Tensor, gain: Tensor, scale: float) -> Tensor:
+    """Return the standardised weight from torch's own operations; shapes as :func:`normfree.nn.standardize`'s."""
+    if weight.dtype in HALF:
+        return standardize_natively(weight.float(), gain.float(), scale).to(weight.dtype)
+    if in_forward_mode() or (is_jit_tracing() and torch.onnx.is_in_onnx_export()):
+        return standardize_by_equation(weight, gain, scale)
+    # Moments do not mind the order within a row: reading channels last keeps that layout without a copy.
+    last = weight.dim() == 4 and not weight.is_contiguous()
+    ordered = weight.permute(0, 2, 3, 1) if last else weight
+    rows = ordered.flatten(1)
+    standardized = _standardize_above_floor(rows, gain, scale)
+    if standardized is None:
+        # Without gradients the plain function will do, which saves the custom function's 50 microseconds.
+        function = StandardizeRows.apply if torch.is_grad_enabled() else StandardizeRows.forward
+        standardized = function(rows, gain, scale)[0]  # type: ignore[index]
+    standardized = standardized.view(ordered.shape)
+    return standardized.permute(0, 3, 1, 2) if last else standardized
+
+
+def _standardize_above_floor(rows: Tensor, gain: Tensor, scale: float) -> Tensor | None:
+    """Return the standardised rows from one native operation, or None where that will not do.
+
+    A group norm of one example whose groups are single channels is the equation, but for the floor. It and its
+    gradient take a third of the custom function's time for the small filters of small networks, half for large
+    ones. Whether a row is below the floor is a question to values: an accelerator would have to be waited for, and
+    a trace or a transform has none.
+    """
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    filters, fan_in = rows.shape
+    weight = gain * (scale / math.sqrt(fan_in))
+    sizes = (1, filters, fan_in, filters)
+    try:
+        standardized, _, inverse_deviation = torch.native_group_norm(rows, weight, None, *sizes, _TINY)
+        below = inverse_deviation.detach().amax().item() > math.sqrt(fan_in / VARIANCE_FLOOR)
+    except RuntimeError:  # a batch of weights or of gains under vmap, or weights without values
+        return None
+    return None if below else standardized
+
+
 class StandardizeRows(torch.autograd.Function):
     """Standardise the rows of a matrix, scaling each: the equation above with W [O, N], g [O], c a number.
 
     Two fused native kernels forward (row moments; affine) and one backward. Outputs are the standardised
     matrix [O, N] and, for the backward pass, the rows' means [O] and unfloored inverse deviations [O].
-    Differentiable twice, and transformed by ``torch.func``, but for forward mode: see ``standardize``.
+    Differentiable twice, and transformed by ``torch.func``, but for forward mode: see :func:`standardize_natively`.
     """
 
     generate_vmap_rule = True
@@ -93,70 +134,9 @@ class StandardizeRows(torch.autograd.Function):
         return rows_gradient[0], weight_gradient * constant / demotion, None
 
 
-def standardize(weight: Tensor, gain: Tensor, scale: float = 1.0) -> Tensor:
-    """Return the standardised weight, each filter of unit norm times its gain and ``scale``.
-
-    ``scale * gain_i * (W_i - mean(W_i)) * rsqrt(max(N * var(W_i), 1e-4))``
-
-    Args:
-        weight: [O, I, kh, kw], in any memory format (kept), or filters of any other shape [O, …]; float16 and
-            bfloat16 are computed in float32.
-        gain: [O].
-        scale: a constant.
-
-    Returns:
-        A tensor of the weight's shape and type.
-
-    Source: Brock et al. 2021, equation 1 of section 4.
-    """
-    if (fused := fused_standardization(weight, gain)) is not None:
-        return fused(weight, gain, scale)
-    if weight.dtype in (torch.float16, torch.bfloat16):
-        return standardize(weight.float(), gain.float(), scale).to(weight.dtype)
-    if forward_ad._current_level >= 0 or _is_exporting_to_onnx():  # has no public name; -1 where forward mode is off
-        return standardized_step_by_step(weight, gain, scale)
-    # Moments do not mind the order within a row: reading channels last keeps that layout without a copy.
-    last = weight.dim() == 4 and not weight.is_contiguous()
-    ordered = weight.permute(0, 2, 3, 1) if last else weight
-    rows = ordered.flatten(1)
-    standardized = _standardized_above_floor(rows, gain, scale)
-    if standardized is None:
-        # Without gradients the plain function will do, which saves the custom function's 50 microseconds.
-        function = StandardizeRows.apply if torch.is_grad_enabled() else StandardizeRows.forward
-        standardized = function(rows, gain, scale)[0]  # type: ignore[index]
-    standardized = standardized.view(ordered.shape)
-    return standardized.permute(0, 3, 1, 2) if last else standardized
-
-
-def _is_exporting_to_onnx() -> bool:
-    """Whether ``torch.onnx.export(dynamo=False)`` traces the model."""
-    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()  # pyright: ignore[reportPrivateImportUsage]
-
-
-def standardized_step_by_step(weight: Tensor, gain: Tensor, scale: float) -> Tensor:
+def standardize_by_equation(weight: Tensor, gain: Tensor, scale: float) -> Tensor:
     """Return the equation as it is written: for forward-mode differentiation and ONNX, which lack fused functions."""
     axes = tuple(range(1, weight.dim()))
     centred = weight - weight.mean(axes, keepdim=True)
     squares = centred.square().sum(axes, keepdim=True)
     return centred * squares.clamp_min(VARIANCE_FLOOR).rsqrt() * (gain * scale).view(-1, *[1] * len(axes))
-
-
-def _standardized_above_floor(rows: Tensor, gain: Tensor, scale: float) -> Tensor | None:
-    """Return the standardised rows from one native operation, or None where that will not do.
-
-    A group norm of one example whose groups are single channels is the equation, but for the floor. It and its
-    gradient take a third of the custom function's time for the small filters of small networks, half for large
-    ones. Whether a row is below the floor is a question to values: an accelerator would have to be waited for, and
-    a trace or a transform has none.
-    """
-    if rows.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    filters, fan_in = rows.shape
-    weight = gain * (scale / math.sqrt(fan_in))
-    sizes = (1, filters, fan_in, filters)
-    try:
-        standardized, _, inverse_deviation = torch.native_group_norm(rows, weight, None, *sizes, _TINY)
-        below = inverse_deviation.detach().amax().item() > math.sqrt(fan_in / VARIANCE_FLOOR)
-    except RuntimeError:  # a batch of weights or of gains under vmap, or weights without values
-        return None
-    return None if below else standardized

@@ -7,18 +7,18 @@ are no parameters any longer, but computed when the forward reads them:
     bias        alpha * s * b
 
 W, b    its parameters ``raw_weight`` and ``raw_bias`` (of whatever name they had)
-What    W standardized filter by filter, times a learnable gain, as in :mod:`normfree.nn.standardization`
+What    W standardized filter by filter, times a learnable gain, as in :mod:`normfree.nn.scaled_ws`
 c       input_scale * factor, a constant
-m       learnable mean per filter, where one is kept: see :mod:`normfree.nn.kept_mean`
+m       learnable mean per filter, where one is kept
 
-Gain, mean and skip gain are parameters of a child. This is what ``torch.nn.utils.parametrize`` does, but for two
-things: the raw parameters are the module's own, so that Opacus takes their gradients per example and adaptive gradient
-clipping knows whose they are; and a module can be pickled.
+Gain, mean and skip gain are parameters of a child. The module is given a subclass of its class whose ``weight`` is a
+property, which is what ``torch.nn.utils.parametrize`` does, too: how an attribute is read is for an object's class to
+say. Two things differ: the raw parameters are the module's own, so that Opacus takes their gradients per example and
+adaptive gradient clipping knows whose they are; and a module can be pickled.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -26,63 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from normfree.nn.fold import Reparametrization
-from normfree.nn.scaled_ws_conv import StandardizedFilters
+from normfree.nn.scaled_ws import ADDED_BIAS, StandardizedFilters, WeightLayout
 
 CHILD = "standardization"
 """The child of a standardized module that holds its factors."""
-
-ADDED_BIAS = "added_bias"
-"""The bias of a module whose own forward takes none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightLayout:
-    """Where a module keeps the weight of its one linear map, and how the map reads it.
-
-    A weight is read as filters [O, fan-in …]: its first axis is split into ``groups``, all axes are put in ``order``,
-    and the first ``leading`` of them together count the outputs.
-
-    Attributes:
-        weight: name of the parameter.
-        bias: name of the bias parameter that the forward reads; "" for none.
-        groups: parts of the first axis, of a grouped transposed convolution; otherwise 1.
-        order: of the axes, once split; () for the order they have.
-        leading: number of axes, once ordered, that count the outputs.
-        factor: constant of the standardized weight besides the input scale: what undoes a constant that the forward
-            multiplies its weight by, and the taps that the stride of a transposed convolution leaves out.
-        bias_factor: constant that the forward multiplies its bias by.
-        axis: of the channels in what the forward returns, where a bias is added to that; None where none is.
-    """
-
-    weight: str = "weight"
-    bias: str = "bias"
-    groups: int = 1
-    order: tuple[int, ...] = ()
-    leading: int = 1
-    factor: float = 1.0
-    bias_factor: float = 1.0
-    axis: int | None = None
-
-    @property
-    def biases(self) -> tuple[str, ...]:
-        """The name of the bias parameter of the module once standardized, if it has one."""
-        return (self.bias,) if self.bias else () if self.axis is None else (ADDED_BIAS,)
-
-    def filters(self, weight: Tensor) -> Tensor:
-        """Return a weight as filters [O, fan-in …]."""
-        weight = weight if self.groups == 1 else weight.unflatten(0, (self.groups, -1))
-        weight = weight.permute(self.order) if self.order else weight
-        return weight if self.leading == 1 else weight.flatten(0, self.leading - 1)
-
-    def weight_of(self, filters: Tensor, shape: torch.Size) -> Tensor:
-        """Return filters [O, fan-in …] as a weight of a shape."""
-        split = shape if self.groups == 1 else torch.Size((self.groups, shape[0] // self.groups, *shape[1:]))
-        order = self.order or tuple(range(len(split)))
-        if self.leading > 1:
-            filters = filters.unflatten(0, [split[axis] for axis in order[: self.leading]])
-        if self.order:
-            filters = filters.permute([order.index(axis) for axis in range(len(order))])
-        return filters if self.groups == 1 else filters.flatten(0, 1)
 
 
 class Standardization(StandardizedFilters, Reparametrization):
@@ -115,30 +62,17 @@ class Standardization(StandardizedFilters, Reparametrization):
         kept_mean: bool = False,
     ) -> None:
         super().__init__()
-        self.layout, self.shape = layout, weight.shape
+        self.layout = layout
         self.input_scale = float(input_scale)
         options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        self.end_branch(alpha, skip_gain, **options)
-        self.start_gain(weight, **options)
+        self.set_branch_scale(alpha, skip_gain, **options)
+        self.add_gain(weight, **options)
         if kept_mean:
             self.kept_mean = nn.Parameter(torch.zeros_like(self.gain))
 
-    @property
-    def constant(self) -> float:
-        """The constant factor of the standardised weight."""
-        return self.input_scale * self.layout.factor
-
-    def filters(self, weight: Tensor) -> Tensor:
-        """Return a weight as filters [O, fan-in …]."""
-        return self.layout.filters(weight)
-
-    def weight_of(self, filters: Tensor) -> Tensor:
-        """Return filters [O, fan-in …] as a weight."""
-        return self.layout.weight_of(filters, self.shape)
-
     def weight(self, raw: Tensor) -> Tensor:
         """Return what the forward reads for a raw weight."""
-        return self.made_of(raw, self.branch_scale())
+        return self.standardized(raw, self.branch_scale())
 
     def bias(self, raw: Tensor | None) -> Tensor | None:
         """Return what the forward reads for a raw bias [O]."""

@@ -2,12 +2,9 @@
 
 from normfree.optim.averaging import WeightAverage
 from normfree.optim.centring import InputCentring
-from normfree.optim.clipping import clip_grad_adaptive_
-from normfree.optim.clipping_optimizer import AdaptiveGradientClipping
-from normfree.optim.final_layers import final_layers
-from normfree.optim.groups import nesterov_sgd, parameter_groups
+from normfree.optim.clipping import AdaptiveGradientClipping, clip_grad_adaptive_
+from normfree.optim.groups import final_layers, nesterov_sgd, parameter_groups, warmup_cosine, warmup_cosine_factor
 from normfree.optim.muon import Muon, muon_groups, muon_sgd
-from normfree.optim.schedule import warmup_cosine, warmup_cosine_factor
 
 __all__ = [
     "AdaptiveGradientClipping",

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from normfree.common.checks import check_rate, invalid
 from normfree.common.text import all_lines
-from normfree.optim.units import original
+from normfree.optim.groups import original
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from normfree.common.checks import check_number, invalid
 from normfree.nn.centring import centre_weights, move_input_mean
-from normfree.nn.scaled_ws_conv import Standardized
-from normfree.optim.units import original
+from normfree.nn.scaled_ws import Standardized
+from normfree.optim.groups import original
 
 RATE, SHARE = 0.1, 0.25
 

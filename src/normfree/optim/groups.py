@@ -1,15 +1,118 @@
-"""What is decayed and what is not, and the paper's optimizer."""
+"""The final layers of a network: those that its outputs come from, one for each of its heads."""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-from normfree.common.checks import check_number, check_rate, invalid
-from normfree.optim.final_layers import final_layers
-from normfree.optim.units import original
+from normfree.common.checks import check_integer, check_number, check_rate, invalid
+
+HEAD = re.compile(r"(.*_)?(classifier|fc|logits|heads?\d*|predictor)(_.*)?", re.IGNORECASE)
+"""What networks call the part, or each of the parts, that ends in a final layer."""
+
+_PLAIN = (nn.Linear, nn.modules.conv._ConvNd)
+_SEVERAL = (nn.ModuleList, nn.ModuleDict)
+
+
+def final_layers(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of a network's final linear layers and convolutions, one for each head.
+
+    The structure is looked at, not the dataflow. A head is a child with a name such as "classifier", "fc", "head" or
+    "value_head", and each member of a list or dict of heads, unless a later head takes as many features as it gives;
+    where there is none, the one child that has parameters is looked into (a training wrapper around a network), and
+    failing that the network as a whole is the head. A head ends in its last layer with a weight, and in the layers
+    beside it that take the same input (class scores and boxes).
+
+    Args:
+        model: the network.
+
+    Returns:
+        The names; "" is the model itself. Empty if a head ends in anything but a plain linear layer or convolution:
+        the network is a backbone, whose last layer is not a classifier.
+    """
+    return tuple(sorted(set(_ends(model, "")), key=[name for name, _ in model.named_modules()].index))
+
+
+def _ends(module: nn.Module, name: str) -> Iterator[str]:
+    children = {_joined(name, key): child for key, child in module.named_children()}
+    heads = {key: child for key, child in children.items() if _is_head(key)}
+    if isinstance(module, _SEVERAL) and _is_head(name):
+        heads = children
+    inner = {key: child for key, child in children.items() if any(True for _ in child.parameters())}
+    own = any(True for _ in module.parameters(recurse=False))
+    if not heads and len(inner) == 1 and not own and not isinstance(module, nn.Sequential | nn.Linear):
+        heads = inner
+    if not heads:
+        yield from _last_layers(module, name)
+    taken = set[int]()  # by the heads behind
+    for key, head in reversed(heads.items()):
+        for end in _ends(head, key):
+            if _sizes(module.get_submodule(end[len(name) :].lstrip(".")))[1] not in taken:
+                yield end
+        first = next((layer for _, layer in _weighted(head, key)), None)
+        if isinstance(first, _PLAIN):
+            taken.add(_sizes(first)[0])
+
+
+def _is_head(name: str) -> bool:
+    return HEAD.fullmatch(name.rpartition(".")[2]) is not None
+
+
+def _last_layers(head: nn.Module, name: str) -> Iterator[str]:
+    """The last layer with a weight, and the layers just before it that take the same input and do not feed it."""
+    feeds = None
+    for key, layer in reversed(list(_weighted(head, name))):
+        if not isinstance(layer, _PLAIN) or _is_standardized(layer):
+            return
+        takes, gives = _sizes(layer)
+        if feeds is not None and (takes != feeds or gives == feeds):
+            return
+        feeds = takes
+        yield key
+
+
+def _weighted(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of a module that have a weight of more than one axis, as they were registered."""
+    for key, layer in module.named_modules(prefix=name):
+        if "parametrizations" not in key and any(parameter.dim() > 1 for parameter in _own_parameters(layer)):
+            yield key, layer
+
+
+def _own_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a layer, those behind a parametrization too, and not those of its children."""
+    yield from layer.parameters(recurse=False)
+    parametrizations = layer._modules.get("parametrizations")
+    if parametrizations is not None:
+        yield from parametrizations.parameters()
+
+
+def _is_standardized(layer: nn.Module) -> bool:
+    return type_before_parametrizations(layer).__module__.startswith("normfree.")
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    """Input and output channels or features of a layer."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    assert isinstance(layer, nn.modules.conv._ConvNd)
+    return layer.in_channels, layer.out_channels
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+# MERGED from optim/groups.py
+
 
 # Layers whose weight is a matrix or a stack of filters, also where it has a single row or column.
 _WEIGHTED = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
@@ -122,3 +225,66 @@ def nesterov_sgd(
     groups = parameter_groups(model, weight_decay, classifier_lr_scale=classifier_lr_scale)
     groups = [{**group, "lr": lr * group["lr_scale"]} for group in groups]
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=True, **options)
+
+
+# MERGED from optim/groups.py
+#
+#     lr(t) = peak * t / warmup                                                 t < warmup
+#     lr(t) = final + (peak - final) * (1 + cos(pi * p)) / 2                    p = (t - warmup) / (steps - warmup)
+#
+# t       optimizer steps taken so far, from 0; from t = steps on the rate stays at final
+# peak    the optimizer's
+
+
+def warmup_cosine_factor(step: int, *, steps: int, warmup_steps: int, final_fraction: float) -> float:
+    """Return the learning rate at a step as a fraction of the peak: the equation above, with peak 1."""
+    if step < warmup_steps:
+        return step / warmup_steps
+    if step >= steps:
+        return final_fraction
+    progress = (step - warmup_steps) / (steps - warmup_steps)
+    return final_fraction + (1 - final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def warmup_cosine(optimizer: Optimizer, *, steps: int, warmup_steps: int = 0, final_lr: float = 0.0) -> LambdaLR:
+    """Return the schedule above; call its ``step()`` once after each optimizer step.
+
+    The rate depends on the number of steps alone, and that is all its ``state_dict()`` needs to resume exactly;
+    ``steps`` and the rest come from the call, so that a run can be lengthened.
+
+    Args:
+        optimizer: whose learning rates are the peaks.
+        steps: optimizer steps of the whole run, at least 1.
+        warmup_steps: of them, those of the warm-up; 5 epochs for the paper's ResNets. The first is taken at rate 0.
+        final_lr: learning rate at the end; 0 for the paper's ResNets, 0.001 for NF-RegNets.
+
+    Raises:
+        ValueError: for a warm-up longer than the run, and a final rate above a group's own.
+
+    Source: Brock, De, Smith, ICLR 2021, section 5 and appendix.
+    """
+    check_integer("steps", steps, 1)
+    if check_integer("warmup_steps", warmup_steps, 0) > steps:
+        raise invalid("warmup_steps", warmup_steps, f"must be at most steps={steps}", "warm up for fewer")
+    check_number("final_lr", final_lr, 0.0)
+    factors = []
+    for group in optimizer.param_groups:
+        peak = float(group.get("initial_lr", group["lr"]))
+        if final_lr > peak:
+            rule = f"must be at most the optimizer's learning rate, {peak:g}"
+            raise invalid("final_lr", final_lr, rule, "pass a smaller one")
+        fraction = final_lr / peak if peak else 0.0
+        factor = partial(warmup_cosine_factor, steps=steps, warmup_steps=warmup_steps, final_fraction=fraction)
+        factors.append(factor)
+    return LambdaLR(optimizer, factors)
+
+
+def original(model: nn.Module) -> nn.Module:
+    """Return the module that a compiled, data-parallel or Fabric wrapper holds."""
+    while True:
+        inner = getattr(model, "_orig_mod", getattr(model, "_original_module", None))
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -32,11 +32,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
 from normfree.common.checks import check_choice, check_integer, check_number, check_rate, invalid
-from normfree.nn.scaled_ws_conv import Standardized
-from normfree.optim.final_layers import final_layers
-from normfree.optim.groups import parameter_groups
-from normfree.optim.sharding import placements_of
-from normfree.optim.units import original, owned_parameters
+from normfree.nn.scaled_ws import Standardized
+from normfree.optim.clipping import owned_parameters, placements_of
+from normfree.optim.groups import final_layers, original, parameter_groups
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic a·x + b·x³ + c·x⁵ on the singular values: the steepest at zero that keeps them near one."""

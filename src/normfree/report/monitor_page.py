@@ -24,7 +24,7 @@ from normfree.report.panels import (
     x_label,
 )
 from normfree.report.signal_page import numbers_table, settings_table
-from normfree.signal.history import Episode, SignalHistory
+from normfree.signal.monitor import Episode, SignalHistory
 from normfree.signal.propagation import SignalPropagation
 
 MOST_FRAMES = 200

@@ -2,9 +2,8 @@
 
 from normfree.common.files import write_atomically
 from normfree.signal.findings import KINDS
-from normfree.signal.history import SignalHistory
 from normfree.signal.measure import spp
-from normfree.signal.monitor import SignalMonitor
+from normfree.signal.monitor import SignalCallback, SignalHistory, SignalMonitor, lightning_callback
 from normfree.signal.propagation import BlockSignal, Entry, Finding, SignalPropagation, write_json
 from normfree.trace.inputs import input_shape
 
@@ -13,10 +12,12 @@ __all__ = [
     "BlockSignal",
     "Entry",
     "Finding",
+    "SignalCallback",
     "SignalHistory",
     "SignalMonitor",
     "SignalPropagation",
     "input_shape",
+    "lightning_callback",
     "spp",
     "write_atomically",
     "write_json",

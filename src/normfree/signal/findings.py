@@ -1,14 +1,28 @@
-"""What the numbers of a plot mean, in plain words: what is wrong, where it shows, what to do."""
+"""What the numbers of a plot mean, in plain words: what is wrong, where it shows, what to do.
+
+Each rule is a function of the whole measurement, with its thresholds above it and the reason for each: they separate
+the networks that train from those that do not in the plots of the paper. The rules on gradients are in
+:mod:`normfree.signal.gradient_rules`.
+
+Variances are compared along *stretches* of the signal without a normalizer in between. Every point follows the one that
+its signal came through last: an addition the one on its shortcut, a layer the one on its input. That makes chains, one
+for each end of the network (a head, an output) and each of its streams. A chain is cut where its numbers begin anew: at
+an entry, behind a normalizer, which brings any signal to unit variance, behind a table that numbers are looked up in,
+and behind a global pool.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from math import isfinite
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise, takewhile
+from math import isfinite, prod, sqrt
+from statistics import median
+from typing import Any
 
-from normfree.signal import gradient_rules, rules
-from normfree.signal.comparable import where as where_is
+from normfree.signal.gradient_rules import gradient_explosion, gradient_vanishing
 from normfree.signal.nonfinite import NonFinite
-from normfree.signal.propagation import SEVERITIES, Finding, SignalPropagation
+from normfree.signal.propagation import BESIDE, SEVERITIES, BlockSignal, Entry, Finding, SignalPropagation
 
 KINDS = (
     "explosion",
@@ -35,9 +49,20 @@ def findings_of(signal: SignalPropagation, non_finite: NonFinite | None = None) 
     Returns:
         Findings, ordered by severity.
     """
-    found = list(_non_finite(signal, non_finite))
-    for rule in (*rules.RULES, *gradient_rules.RULES):
-        found += rule(signal)
+    along = stretches(signal)
+    found = [
+        *_non_finite(signal, non_finite),
+        *_explosion(signal, along),
+        *_attenuation(along),
+        *_mean_shift(signal, along),
+        *_branch_variance(signal),
+        *_silenced_branch(signal),
+        *_dead_channels(signal, along),
+        *_zero_layer(signal),
+        *_correlation_collapse(along),
+        *gradient_explosion(signal),
+        *gradient_vanishing(signal),
+    ]
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
@@ -45,7 +70,7 @@ def _non_finite(signal: SignalPropagation, found: NonFinite | None) -> Iterator[
     block = next((b for b in signal.blocks if not isfinite(b.avg_channel_var)), None)
     if block is None and found is None:
         return
-    where = f"first seen at {where_is(block)}" if block is not None else "after the last block"
+    where = f"first seen at {block.place}" if block is not None else "after the last block"
     origin = ""
     if found is not None:
         origin = (
@@ -62,3 +87,600 @@ def _non_finite(signal: SignalPropagation, found: NonFinite | None) -> Iterator[
             "zero, a logarithm or root of a negative number, or a range half precision does not have."
         ),
     )
+
+
+# BatchNorm before the branch grows the variance linearly, by less than 40 over the 50 blocks of a stage;
+# a signal without normalisation doubles per block. A factor of 100 at 1.2 a block is neither luck nor linear.
+EXPLODED, GROWTH_PER_BLOCK = 100.0, 1.2
+
+# Growth that a normalizer takes back before the signal ends leaves the early blocks a share of the last sum: 1 % of its
+# deviation at ten thousand times the variance (CoaT, which trains), 0.1 % at FAR_BURST, where it is an error.
+
+# Two layers may be tuned to each other (a wide one behind a narrow one); three that all grow are a habit.
+FEWEST_LAYERS = 3
+
+# A few layers can do the same at once. A signal that comes back (a normalizer follows) has not exploded; one that
+# ends at ten thousand times the variance has outputs a hundred times as large, at a million times, a thousand. What
+# the model returns may have units of its own (boxes in pixels of a large image: 1e5), and the latter decides.
+BURST, FAR_BURST = 1e4, 1e6
+
+
+def _explosion(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[Finding]:
+    found = [each for stretch in along for each in (_growth(stretch), _burst(stretch)) if each]
+    found += [each for output in signal.outputs if (each := _output_burst(signal, output))]
+    if not found:
+        return
+    # While all branches are silenced the network starts as its shortcuts, which do not explode.
+    silenced = bool(signal.blocks) and all(block.woken for block in signal.blocks)
+    worst = min(found, key=lambda each: (not each.severe, -each.ratio))
+    peak = "" if worst.peak is worst.over else f" to {worst.peak.avg_channel_var:.3g} at {worst.peak.place}"
+    yield Finding(
+        kind="explosion",
+        severity="error" if worst.severe and not (silenced and worst.over.kind == "residual") else "warning",
+        block=worst.over.index_on_plot,
+        message=(
+            f"the variance {worst.how}: from {worst.start:.3g} {worst.at} past {worst.over.avg_channel_var:.3g} at "
+            f"{worst.over.place}{peak}.{worst.cause}"
+        ),
+        remedy=(
+            "Make each branch variance preserving and scale it before the addition: x + α·f(x/β) with scaled weight "
+            "standardization and β from the variance plan"
+            + (
+                "; the zero gains hide it only until they have been trained."
+                if silenced
+                else ", or start them at zero."
+            )
+            if worst.over.kind == "residual"
+            else "Give the layers the gain of their activation, 1/sqrt(E[act(z)²]) (√2 for ReLU, He's initialisation), "
+            "or scaled weight standardization with its γ, or put a normalizer behind them."
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A change of the variance along a stretch: how, from what, where it is first too much, and where it is most."""
+
+    how: str
+    start: float
+    at: str
+    over: BlockSignal
+    peak: BlockSignal
+    severe: bool
+    cause: str
+
+    @property
+    def ratio(self) -> float:
+        return self.peak.avg_channel_var / self.start
+
+
+def _growth(stretch: Stretch) -> _Change | None:
+    """Steady growth over a whole stretch, or over its blocks or its layers alone."""
+    points = [p for p in stretch.points if isfinite(p.avg_channel_var) and not p.last]
+    runs = [list(run) for _, run in groupby(points, key=lambda point: point.kind)]
+    for run in [points, *runs] if len(runs) > 1 else runs:
+        first = points.index(run[0])
+        before = points[first - 1] if first else None
+        base = max(stretch.start, before.avg_channel_var) if before else stretch.start
+        over = next((p for p in run if p.avg_channel_var > EXPLODED * base > 0), None)
+        rising = run if before is None or run[0].kind == "residual" else [before, *run]
+        growth = _growth_per_block(rising)
+        mixed = any(point.kind != run[0].kind for point in run)
+        fewest = 2 * FEWEST_LAYERS if mixed else 0 if run[0].kind == "residual" else FEWEST_LAYERS
+        enough = len(rising) > fewest
+        if over is not None and enough and growth >= GROWTH_PER_BLOCK:
+            at = stretch.at if before is None else f"at {before.place}"
+            unit = "block" if over.kind == "residual" else "layer"
+            peak = max(run, key=_variance)
+            severe = stretch.ends or peak.avg_channel_var > FAR_BURST * base
+            how = f"grows {growth:.3g} times per {unit}"
+            return _Change(how, base, at, over, peak, severe, _cause(stretch, over, 1))
+    return None
+
+
+def _burst(stretch: Stretch) -> _Change | None:
+    """A stretch that ends far above its start, however it got there."""
+    if not stretch.ends or stretch.start <= 0:
+        return None
+    points = [p for p in stretch.points if isfinite(p.avg_channel_var) and not p.renewed]
+    high = [p for p in points if p.last and p.avg_channel_var > BURST * stretch.start]
+    inner = reversed([p for p in points if not p.last])  # a small head is no normalizer: what is before it counts
+    high += takewhile(lambda p: p.avg_channel_var > BURST * stretch.start, inner)
+    if not high:
+        return None
+    high.sort(key=points.index)
+    peak = max(high, key=_variance)
+    severe = peak.avg_channel_var > FAR_BURST * stretch.start
+    cause = _cause(stretch, high[0], 1, jump=True)
+    return _Change("grows in a few steps", stretch.start, stretch.at, high[0], peak, severe, cause)
+
+
+def _output_burst(signal: SignalPropagation, output: BlockSignal) -> _Change | None:
+    start = max(signal.entry.avg_channel_var, 1.0)
+    if not isfinite(output.avg_channel_var) or output.avg_channel_var <= FAR_BURST * start:
+        return None
+    return _Change("of what the model returns is large", start, "at the entry", output, output, True, "")
+
+
+# The gradient fades with the signal: at a thousandth of the variance an update of the early layers is noise.
+# A signal that comes back (a normalizer follows) has not faded.
+FADED, WEAK = 1e-3, 1e-2
+
+# Beside blocks there are heads that are small on purpose: the four layers of RetinaNet's, with weights of 0.01, end
+# at 3.5e-4, and train; an MLP of two layers with PyTorch's default loses a factor of six per layer.
+FADED_LAYERS, WEAK_LAYERS = 1e-4, 1e-3
+
+
+def _attenuation(along: Sequence[Stretch]) -> Iterator[Finding]:
+    found = [each for stretch in along for part in _split_at_mixing(stretch) if (each := _fading(part))]
+    if not found:
+        return
+    worst = min(found, key=lambda each: (not each.severe, each.ratio))
+    low = "" if worst.peak is worst.over else f", down to {worst.peak.avg_channel_var:.3g} at {worst.peak.place}"
+    yield Finding(
+        kind="attenuation",
+        severity="error" if worst.severe else "warning",
+        block=worst.over.index_on_plot,
+        message=(
+            f"the variance falls from {worst.start:.3g} {worst.at} below {worst.over.avg_channel_var:.3g} at "
+            f"{worst.over.place}{low}.{worst.cause}"
+        ),
+        remedy=(
+            "Raise the gain of the weights to 1/sqrt(E[act(z)²]) (He initialisation for ReLU), or use scaled weight "
+            "standardization with the γ of the activation; average pools in shortcuts cut white noise but not images."
+        ),
+    )
+
+
+def _split_at_mixing(stretch: Stretch) -> Iterator[Stretch]:
+    """A stretch cut where a layer reads it beside another signal: that one, coming back, brings nothing else back."""
+    points = list[BlockSignal]()
+    for point in stretch.points:
+        if point.mixed and point.kind == "layer" and points:
+            yield replace(stretch, points=tuple(points), ends=not points[-1].renewed)
+            points = []
+        points.append(point)
+    yield replace(stretch, points=tuple(points))
+
+
+def _fading(stretch: Stretch) -> _Change | None:
+    """A stretch that ends far below its start; a head may be as small as it likes, and a zero layer is a choice."""
+    points = [p for p in stretch.points if isfinite(p.avg_channel_var) and not p.last and p.weight_gain != 0]
+    if not stretch.ends or not points:
+        return None
+
+    def below(point: BlockSignal, plotted: float, beside: float) -> bool:
+        return point.avg_channel_var < (beside if point.index == BESIDE else plotted) * stretch.start
+
+    low = list(takewhile(lambda p: p.avg_channel_var < WEAK * stretch.start, reversed(points)))
+    low = low[: max((i + 1 for i, p in enumerate(low) if below(p, WEAK, WEAK_LAYERS)), default=0)]
+    if not low:
+        return None
+    under, least = low[-1], min(low, key=_variance)
+    severe = any(below(p, FADED, FADED_LAYERS) for p in low)
+    return _Change("falls", stretch.start, stretch.at, under, least, severe, _cause(stretch, under, -1))
+
+
+# A step smaller than this is part of no rise or fall.
+STEP = 1.1
+
+# Drawn by He's initialisation, the gain of a layer of a hundred weights per unit or more is within 5 % of it.
+OFF_GAIN = 1.1
+
+
+def _cause(stretch: Stretch, point: BlockSignal, sign: int, *, jump: bool = False) -> str:
+    """Where the rise (or fall) that leads to a point takes its first step (or its largest), and what that is."""
+    points = list(stretch.points)
+    at = points.index(point)
+
+    def ratio(i: int) -> float:
+        before = points[i - 1].avg_channel_var if i else stretch.start
+        return (points[i].avg_channel_var / before) ** sign if before > 0 < points[i].avg_channel_var else 0.0
+
+    if jump:
+        at = max(range(at + 1), key=ratio)
+    while not jump and at and points[at - 1].kind == point.kind and ratio(at - 1) >= STEP:
+        at -= 1
+    if not jump:  # of the steps of the rise, the first that its weights explain
+        end = points.index(point) + 1
+        at = next((i for i in range(at, end) if _is_off(points[i], sign)), at)
+    step, before = points[at], points[at - 1].avg_channel_var if at else stretch.start
+    gain = None if step.weight_gain is None else step.weight_gain / sqrt(2)
+    if step.kind == "residual" and sign > 0:
+        what = f"a branch that adds {max(step.avg_channel_var - before, 0):.3g} to {before:.3g}"
+    elif step.averaged and sign < 0:
+        what = "an average pool, which cuts what differs from position to position"
+    elif gain is not None and _is_off(step, sign):
+        what = f"a layer whose weights have {gain:.3g} times He's gain"
+    elif step.kind == "residual":
+        what = "a shortcut that is scaled down, or a branch that takes away what the shortcut carries"
+    else:
+        what = "a layer and what acts before it"
+    rank, after = "largest" if jump else "first", step.avg_channel_var
+    return f" The {rank} step is {step.place}: {what} (from {before:.3g} to {after:.3g})."
+
+
+# Pre-activation BatchNorm networks hold a squared mean of about half the variance (1/π against 1 − 1/π); above
+# the variance itself the network mostly tells that there is an input. At 99 times, inputs have a similarity of
+# 0.99 (see COLLAPSED). FixUp starts at up to six, and trains, for its branches are silent; where they are not, an
+# offset feeds itself through them: with plain weights in place of standardized ones the branch variance of 24 blocks
+# of one stage triples from their first quarter to their last, and it stays within a quarter of it in NF-ResNets. Only
+# like blocks compare: of one shape, behind identity shortcuts, two in each quarter at least; a transition, or another
+# resolution, has a variance of its own. Between layers an offset is only worth a note: the normalizer that follows may
+# remove it.
+SHIFTED, LOST, FED, FEWEST_ALIKE = 1.0, 99.0, 2.0, 8
+
+
+def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[Finding]:
+    inherited = _ratio(signal.entry)  # identity shortcuts carry on the offset a max-pool or the image has
+    rated: list[tuple[float, BlockSignal]] = []
+    over: BlockSignal | None = None
+    for block in comparable(signal):
+        if block.entry is not None and block.entry < len(signal.entries):
+            inherited = _ratio(signal.entries[block.entry])
+        if block.transition:
+            inherited = 0.0
+        if not _positive(block):
+            continue
+        rated.append((_ratio(block), block))
+        if over is None and _ratio(block) > max(SHIFTED, 1.5 * inherited):
+            over = block
+    if over is None:
+        return
+    ratio, worst = max(rated, key=lambda pair: pair[0])
+    # A normalizer at the end takes the offset back together with the scale.
+    kept = any(stretch.ends and any(p is worst for p in stretch.points) for stretch in along)
+    severity = "error" if ratio > LOST or (kept and _branch_growth(signal) > FED) else "warning"
+    yield Finding(
+        kind="mean_shift",
+        severity=severity if worst.kind == "residual" else "info",
+        block=over.index,
+        message=(
+            f"the squared channel mean overtakes the variance at {over.place} and reaches {ratio:.3g} times it at "
+            f"{worst.place}: channels carry an offset that is the same for all inputs."
+        ),
+        remedy=(
+            "Standardize the weights, so that each filter sums to zero and the positive mean of the activation cannot "
+            "turn into an offset (convolutions: ScaledWSConv2d), or normalize after the activation."
+        ),
+    )
+
+
+# Zero padding alone takes a 3×3 convolution on a 4×4 map to 0.69, on 2×2 to 0.44; a factor of four is no padding.
+BRANCH_FACTOR = 4.0
+
+
+def _branch_variance(signal: SignalPropagation) -> Iterator[Finding]:
+    # What is added alike at all positions is a mean over them, whose variance is cut by their number.
+    blocks = [b for b in signal.blocks if not b.broadcast]
+    rated = [(b.residual_avg_channel_var, b) for b in blocks if b.residual_avg_channel_var]
+    off = [(v, b) for v, b in rated if isfinite(v) and not 1 / BRANCH_FACTOR <= v <= BRANCH_FACTOR]
+    if not off:
+        return
+    value, worst = max(off, key=lambda pair: max(pair[0], 1 / pair[0]))
+    first = off[0][1]
+    yield Finding(
+        kind="branch_variance",
+        severity="warning" if any(v > 1 for v, _ in off) else "info",
+        block=first.index,
+        message=(
+            f"{len(off)} of {len(rated)} branches are not variance preserving (outside 1/{BRANCH_FACTOR:g} to "
+            f"{BRANCH_FACTOR:g}), first {first.place}; furthest is {worst.place} at {value:.3g}."
+        ),
+        remedy=(
+            "Feed the branch a signal of unit variance (divide by β) and use the gain γ of its activations; a branch "
+            "that is small on purpose (small initialisation, layer scale) may stay."
+        ),
+    )
+
+
+def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
+    woken = [b for b in signal.blocks if b.woken]
+    if woken:
+        names = sorted({name for b in woken for name in b.woken})
+        yield Finding(
+            kind="silenced_branch",
+            severity="info",
+            block=woken[0].index,
+            message=(
+                f"{len(woken)} of {len(signal.blocks)} branches are silenced at initialisation by a zero gain "
+                f"({_some(names)}); they were measured with the gain at one."
+            ),
+            remedy="Nothing, if intended: the network starts as its shortcuts. wake=False draws it as it is.",
+        )
+    blocks = [b for b in signal.blocks if b.kind == "residual" and not b.broadcast]
+    silent = [b for b in blocks if b.residual_avg_channel_var in (0.0, None)]
+    if closed := [b for b in silent if b.zero_gate]:
+        yield Finding(
+            kind="silenced_branch",
+            severity="info",
+            block=closed[0].index,
+            message=(
+                f"{len(closed)} of {len(signal.blocks)} branches are silenced at initialisation by a gate that a layer "
+                f"with weights of zero computes, first {closed[0].place}; the plot says nothing about the branch."
+            ),
+            remedy="Nothing, if intended (adaLN-zero): the network starts as its shortcuts.",
+        )
+    silent = [b for b in silent if not b.zero_gate]
+    if silent:
+        yield Finding(
+            kind="silenced_branch",
+            severity="warning",
+            block=silent[0].index,
+            message=(
+                f"{len(silent)} of {len(signal.blocks)} branches give nothing, first {silent[0].place}: "
+                "a zero weight or gain leaves only the shortcut, and the plot says nothing about the branch."
+            ),
+            remedy="Give the last layer of the branch its training initialisation, unless a zero start is meant.",
+        )
+
+
+def _is_off(point: BlockSignal, sign: int) -> bool:
+    """Whether a layer's weights are off He's gain in the direction of a rise (or fall)."""
+    return bool(point.weight_gain) and ((point.weight_gain or 0.0) / sqrt(2)) ** sign > OFF_GAIN
+
+
+# One dead channel in a hundred costs nothing; a tenth is capacity gone from the start.
+DEAD, MANY_DEAD = 0.01, 0.1
+
+
+def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[Finding]:
+    points = [*comparable(signal), *_inner_layers(along)]  # a class token starts the same for all
+    dead = [p for p in points if p.dead_channels > DEAD and p.weight_gain != 0]
+    if not dead:
+        return
+    worst = max(dead, key=lambda b: b.dead_channels)
+    zero = next((p for p in points if p.weight_gain == 0 and p.number == worst.after is not None), None)
+    cause = f" What it reads is {zero.place}, whose weights are all zero." if zero else ""
+    yield Finding(
+        kind="dead_channels",
+        severity="error" if worst.dead_channels == 1 else "warning" if worst.dead_channels > MANY_DEAD else "info",
+        block=dead[0].index_on_plot,
+        message=(
+            f"channels are constant whatever the input at {len(dead)} of {len(points)} points, first "
+            f"{dead[0].place}; {worst.dead_channels:.0%} of them at {worst.place}.{cause}"
+        ),
+        remedy="Look for zero filters, saturated or clipped activations, biases far below zero, and padded channels.",
+    )
+
+
+def _zero_layer(signal: SignalPropagation) -> Iterator[Finding]:
+    """A layer that starts at zero (a flow's, a value head's, a box regression's) is a choice, and no fault."""
+    layers = [*signal.blocks, *(replace(layer, index=BESIDE) for layer in signal.layers)]
+    zero = [p for p in layers if p.kind == "layer" and p.weight_gain == 0]
+    if zero:
+        yield Finding(
+            kind="zero_layer",
+            severity="info",
+            block=zero[0].index_on_plot,
+            message=(
+                f"{len(zero)} weighted layer{'s start' if len(zero) > 1 else ' starts'} with weights of zero "
+                f"({_some([p.name or 'the model itself' for p in zero])}) and "
+                f"give{'' if len(zero) > 1 else 's'} the same for every input."
+            ),
+            remedy="Nothing, if intended: what is before such a layer gets its first gradient once it has moved.",
+        )
+
+
+# Different examples that have become one direction cannot be told apart by what follows; what was alike to
+# begin with is not the network's doing.
+COLLAPSED, STILL_APART = 0.99, 0.9
+
+# Of one feature the cosine is the sign.
+FEW_FEATURES = 4
+
+
+def _correlation_collapse(along: Sequence[Stretch]) -> Iterator[Finding]:
+    found = [(start, alike) for stretch in along for start, alike in _find_collapse(stretch)]
+    if not found:
+        return
+    start, alike = found[0]
+    value = max(p.input_correlation or 0.0 for _, points in found for p in points)
+    yield Finding(
+        kind="correlation_collapse",
+        severity="error",
+        block=alike[0].index_on_plot,
+        message=(
+            f"different inputs become alike: the mean cosine similarity of their features rises from {start:.3f} at "
+            f"the entry past {COLLAPSED} at {alike[0].place} (highest {value:.4f})."
+        ),
+        remedy=(
+            "Remove the mean shift (standardize the weights), strengthen the shortcut against the branch (α), or use "
+            "an activation closer to linear."
+        ),
+    )
+
+
+def _find_collapse(stretch: Stretch) -> Iterator[tuple[float, list[BlockSignal]]]:
+    """The similarity a stretch begins with and the points that are alike, if it makes different examples so.
+
+    A token of a class, or a learned query, starts the same for all: so its stream is not compared, and of layers beside
+    blocks a single one that reads it is not. Nor is a small head, which starts as its bias.
+    """
+    start = None if stretch.entry is None else stretch.entry.input_correlation
+    if start is None or start > STILL_APART or stretch.pooled:
+        return
+    points = [p for p in stretch.points if not p.last]
+    many = [p for p in points if p.input_correlation is not None and prod(p.shape[1:]) >= FEW_FEATURES]
+    runs = groupby(many, key=lambda point: (point.input_correlation or 0.0) > COLLAPSED)
+    for is_alike, run in runs:
+        alike = list(run)
+        if is_alike and (len(alike) > 1 or alike[0].index != BESIDE):
+            yield start, alike
+
+
+def _inner_layers(along: Sequence[Stretch]) -> list[BlockSignal]:
+    """The layers beside the blocks that are no heads, feed more than gates, and have positions where all do."""
+    found = {p.number: p for each in along if not each.pooled for p in each.points}
+    return [p for p in found.values() if p.index == BESIDE and not p.last]
+
+
+def _growth_per_block(blocks: Sequence[BlockSignal]) -> float:
+    """Median ratio of the variance from one block to the next, where the shortcut is the identity."""
+    ratios = [
+        after.avg_channel_var / before.avg_channel_var
+        for before, after in pairwise(blocks)
+        if before.avg_channel_var > 0 and not after.transition
+    ]
+    return median(ratios) if ratios else 1.0
+
+
+def _branch_growth(signal: SignalPropagation) -> float:
+    """Median branch variance of the last quarter of like blocks over that of the first; the most of all kinds."""
+    alike: dict[tuple[int, ...], list[float]] = {}
+    for block in signal.blocks:
+        if block.residual_avg_channel_var and not block.transition and not block.broadcast:
+            alike.setdefault((block.channel_axis, *block.shape[1:]), []).append(block.residual_avg_channel_var)
+    quarters = [(branches, len(branches) // 4) for branches in alike.values() if len(branches) >= FEWEST_ALIKE]
+    return max((median(branches[-n:]) / median(branches[:n]) for branches, n in quarters), default=1.0)
+
+
+def _variance(point: BlockSignal) -> float:
+    return point.avg_channel_var
+
+
+def _ratio(point: Entry | BlockSignal) -> float:
+    """Squared channel mean over variance."""
+    return point.avg_channel_sq_mean / point.avg_channel_var if point.avg_channel_var > 0 else 0.0
+
+
+def _positive(block: BlockSignal) -> bool:
+    return isfinite(block.avg_channel_var) and isfinite(block.avg_channel_sq_mean) and block.avg_channel_var > 0
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:2])
+    return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
+
+
+# Of unit variance are images standardized, or of half and twice the contrast.
+USUAL = 4.0
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Points one behind the other, whose variances compare.
+
+    Attributes:
+        start: the variance the stretch begins with.
+        at: where that is, in words.
+        points: those of the plot with their index, layers beside the blocks with the index BESIDE.
+        ends: no normalizer is behind it, but outputs, a global pool or what cannot be followed.
+        pooled: its points have one position each, and follow maps.
+        entry: where its stream begins, if that is known.
+    """
+
+    start: float
+    at: str
+    points: tuple[BlockSignal, ...]
+    ends: bool
+    pooled: bool
+    entry: Entry | None
+
+
+def stretches(signal: SignalPropagation) -> list[Stretch]:
+    """All stretches of a measurement, those of its first chain first; what several chains share is one."""
+    found = dict[tuple[Any, ...], Stretch]()
+    for chain in chains(signal):
+        for stretch in _cut(signal, chain):
+            key = (*map(id, stretch.points), stretch.start, stretch.at, stretch.ends, stretch.pooled)
+            found.setdefault(key, stretch)
+    return list(found.values())
+
+
+def chains(signal: SignalPropagation) -> list[tuple[BlockSignal, ...]]:
+    """The points of every path from an entry to an end; what only gates are made of is left out."""
+    points = [*signal.blocks, *(replace(layer, index=BESIDE) for layer in signal.layers)]
+    if any(point.number is None for point in points):  # written by hand, or by an earlier version
+        return [tuple(signal.blocks)]
+    points.sort(key=_number)
+    by_number = {point.number: point for point in points}
+    followed = {point.after for point in points if not point.gate}
+    ends = [point for point in points if point.number not in followed and not point.gate]
+    found = []
+    for point in ends:
+        chain = [point]
+        while (after := chain[-1].after) is not None and after in by_number:
+            chain.append(by_number[after])
+        found.append(tuple(reversed(chain)))
+    return found
+
+
+def _number(point: BlockSignal) -> int:
+    assert point.number is not None, "points without a number make one chain"
+    return point.number
+
+
+def _cut(signal: SignalPropagation, chain: Sequence[BlockSignal]) -> list[Stretch]:
+    """A chain cut where its numbers begin anew."""
+    found = list[Stretch]()
+    entry: Entry | None = None
+    start, at = 0.0, ""
+    points = list[BlockSignal]()
+    has_positions = pooled = False
+
+    def close(ends: bool) -> None:
+        if points:
+            goes_on = points[-1].renewed or points[-1].joined
+            found.append(Stretch(start, at, tuple(points), ends and not goes_on, pooled, entry))
+            points.clear()
+
+    before: BlockSignal | None = None
+    for point in chain:
+        known = point.entry is not None and point.entry < len(signal.entries)
+        began = known or before is None
+        if began:
+            entry = signal.entries[point.entry or 0] if known else signal.entry
+            has_positions = has_positions or positions(entry) > 1
+        anew: tuple[float, str] | None = None
+        if positions(point) == 1 and has_positions and not pooled:
+            anew = point.avg_channel_var, f"at {point.place}"
+        elif point.normalized and not (began and point.kind == "residual"):
+            anew = 1.0, "behind a normalizer"
+        elif began and entry is not None:
+            anew = beginning(entry.avg_channel_var, point)
+        elif before is not None and before.looked_up:
+            anew = beginning(before.avg_channel_var, point)
+        if anew is not None:
+            close(ends=not point.normalized)
+            start, at = anew
+        pooled = has_positions and positions(point) == 1
+        has_positions = has_positions or positions(point) > 1
+        if not point.looked_up:
+            points.append(point)
+        before = point
+    close(ends=True)
+    return found
+
+
+def beginning(variance: float, first: BlockSignal) -> tuple[float, str]:
+    """The variance that a stream begins with, and where that is.
+
+    What comes first brings an input in units of its own (pixels of 0 to 255, numbers of tokens) to one, or nearer to
+    it; that is no change of the signal. So it is the entry's, the first point's or one, whichever lies between.
+    """
+    start = sorted((variance, first.avg_channel_var, 1.0))[1] if variance > 0 else 0.0
+    if start == variance or 1 / USUAL <= variance <= USUAL:
+        return variance, "at the entry"
+    if start == first.avg_channel_var:
+        return start, f"at {first.place}"
+    return start, f"(the entry, {variance:.3g}, has units of its own)"
+
+
+def comparable(signal: SignalPropagation) -> list[BlockSignal]:
+    """The points of the plot whose numbers compare with the entry's: not those behind a global pool or of class tokens.
+
+    A mean over all positions cuts the variance by their number, and tells nothing of how the signal fares.
+    """
+    found, pooled = list[BlockSignal](), positions(signal.entry) > 1
+    for block in signal.blocks:
+        is_map = positions(block) > 1
+        pooled = pooled or is_map  # from here on, what has one position
+        if is_map or not pooled:
+            found.append(block)
+    return found
+
+
+def positions(point: Entry | BlockSignal) -> int:
+    """How many positions an activation has per example."""
+    return prod(point.shape) // (point.shape[0] * point.shape[point.channel_axis])

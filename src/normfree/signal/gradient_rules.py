@@ -19,13 +19,12 @@ Between two points their ratio says the same of what lies between them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import inf, isfinite, log10, prod
 from statistics import median
 
-from normfree.signal.comparable import where
 from normfree.signal.propagation import BlockSignal, Finding, SignalPropagation
 
 
@@ -59,11 +58,11 @@ def gradient_explosion(signal: SignalPropagation) -> Iterator[Finding]:
             kind="gradient_explosion",
             severity="error",
             block=broken.index,
-            message=f"the gradient is not finite at {where(broken)}, though the signal is.",
+            message=f"the gradient is not finite at {broken.place}, though the signal is.",
             remedy="Look for the derivative of a root, norm or logarithm at zero, and for half precision's range.",
         )
         return
-    points = [point for point in _rated(signal) if isfinite(point.power)]
+    points = [point for point in _rate(signal) if isfinite(point.power)]
     if len(points) < 2:
         return
     end = points[-OUTPUTS:]
@@ -81,7 +80,7 @@ def gradient_explosion(signal: SignalPropagation) -> Iterator[Finding]:
         severity="error" if growth >= log10(TOO_ROUGH) else "warning",
         block=early.index,
         message=(
-            f"gradients explode towards the input: from {where(late)} back to {where(early)} their power, relative to "
+            f"gradients explode towards the input: from {late.place} back to {early.place} their power, relative to "
             f"the signal, grows {_times(growth)} times, {_times(growth / steps)} times a point."
         ),
         remedy=(
@@ -103,7 +102,7 @@ def gradient_vanishing(signal: SignalPropagation) -> Iterator[Finding]:
 
     The calls of one module share its weights, which receive the sum: the largest counts.
     """
-    points = _largest_of_each_module(_rated(signal))
+    points = _largest_of_each_module(_rate(signal))
     for values, faint, too_faint, relative in (
         ([p.sensitivity for p in points], FAINT, TOO_FAINT, ", relative to the signal,"),
         ([p.power for p in points], WEAK, TOO_WEAK, ""),
@@ -119,7 +118,7 @@ def gradient_vanishing(signal: SignalPropagation) -> Iterator[Finding]:
             severity="error" if loss >= -log10(too_faint) else "warning",
             block=early.index,
             message=(
-                f"gradients vanish towards the input: from {where(late)} back to {where(early)} their power{relative} "
+                f"gradients vanish towards the input: from {late.place} back to {early.place} their power{relative} "
                 f"falls to {factor}{pace}."
             ),
             remedy=(
@@ -130,10 +129,7 @@ def gradient_vanishing(signal: SignalPropagation) -> Iterator[Finding]:
         return
 
 
-RULES: Sequence[Callable[[SignalPropagation], Iterator[Finding]]] = (gradient_explosion, gradient_vanishing)
-
-
-def _rated(signal: SignalPropagation) -> list[_Rated]:
+def _rate(signal: SignalPropagation) -> list[_Rated]:
     """The points that have a gradient and a signal.
 
     One whose gradient is 0 counts only if one behind it has one, and no weight behind it is 0 throughout: that lets

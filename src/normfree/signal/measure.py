@@ -1,23 +1,34 @@
-"""``spp``: listen to a model and give its signal propagation plot."""
+"""``spp``: measure a model and give its signal propagation plot."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normfree.signal.findings import findings_of
 from normfree.signal.gradients import Gradients, sq_gradients
-from normfree.signal.listening import Listener
 from normfree.signal.nonfinite import check_finite, check_present, first_non_finite
-from normfree.signal.points import Point, Recording
-from normfree.signal.propagation import BlockSignal, Entry, SignalPropagation
-from normfree.trace.inputs import Batch, batches_of, gaussian_like_input_of, placed_like, tensors_of
-from normfree.trace.preserve import untouched
+from normfree.signal.points import Plan, Point, PointRecorder, Recording
+from normfree.signal.propagation import BlockSignal, Entry, Position, SignalPropagation
+from normfree.trace.inputs import (
+    Batch,
+    ModuleStack,
+    batches_of,
+    check_batch,
+    examples_in,
+    gaussian_like_input_of,
+    placed_like,
+    run_once,
+    tensors_of,
+    unwrapped,
+)
+from normfree.trace.preserve import Preserved, untouched
 
 POINTS = ("auto", "residual", "layers")
 
@@ -85,41 +96,43 @@ def spp(
         if batch is None:
             batch = gaussian_like_input_of(model)
             input_description = input_description or {"kind": "gaussian", "shape": list(batch.shape), "seed": seed}
-        listener = Listener(model, preserved, points=points, wake=wake, seed=seed)
+        measurement = Measurement(model, preserved, points=points, wake=wake, seed=seed)
         for one in batches_of(batch):
-            listener.hear(placed_like(model, one))
-        if listener.first is None:
+            measurement.add(placed_like(model, one))
+        if measurement.first is None:
             raise ValueError("batch: the iterable gave no batch; give at least one, and a generator only once")
-        recording = listener.recording
-        expected = _expected(model, expected_var, recording)
+        recording = measurement.recording
+        expected = _expected_variances(model, expected_var, recording)
         gradients = Gradients(None)
         if gradient:
             variances = [point.output.avg_channel_var for point in recording.points]
-            refused = listener.plan.refused if listener.plan is not None and listener.points == "residual" else ()
+            refused = (
+                measurement.plan.refused if measurement.plan is not None and measurement.points == "residual" else ()
+            )
             gradients = sq_gradients(
                 model,
-                listener.first,
+                measurement.first,
                 preserved,
-                points=listener.points,
+                points=measurement.points,
                 seed=seed,
                 variances=variances,
                 refused=refused,
             )
         non_finite = None
-        if listener.suspect is not None:
+        if measurement.suspect is not None:
             check_finite(model)  # a reason to look only now: it reads every weight
-            non_finite = first_non_finite(model, listener.suspect, preserved)
+            non_finite = first_non_finite(model, measurement.suspect, preserved)
     result = SignalPropagation(
         model=name or type(model).__name__,
         mode=mode,
-        input={**(input_description or {"kind": "given"}), **_described(listener)},
+        input={**(input_description or {"kind": "given"}), **_describe(measurement)},
         entry=_entry(recording.entry),
         blocks=_signals(recording.points, gradients.sq_means, expected),
         layers=_signals(recording.layers),
         outputs=_signals(recording.outputs),
         entries=tuple(map(_entry, recording.entries)),
         configuration={
-            "points": listener.points,
+            "points": measurement.points,
             "wake": wake,
             "gradient": gradients.note or gradient,
             "seed": seed,
@@ -151,14 +164,12 @@ def _signals(
     for index, point in enumerate(points):
         seen[point.name] += 1
         number = seen[point.name]
+        position = {field.name: getattr(point, field.name) for field in fields(Position)}
+        position["name"] = point.name if number == 1 else f"{point.name}#{number}"
         blocks.append(
             BlockSignal(
+                **position,
                 index=index,
-                name=point.name if number == 1 else f"{point.name}#{number}",
-                kind=point.kind,
-                shape=point.shape,
-                channel_axis=point.channel_axis,
-                transition=point.transition,
                 avg_channel_sq_mean=point.output.avg_channel_sq_mean,
                 avg_channel_var=point.output.avg_channel_var,
                 residual_avg_channel_var=None if point.branch is None else point.branch.avg_channel_var,
@@ -166,29 +177,14 @@ def _signals(
                 input_correlation=point.output.correlation,
                 avg_sq_gradient=None if gradients is None else gradients[index],
                 dead_channels=point.output.dead_fraction,
-                encloses=point.encloses,
-                woken=point.woken,
                 activated_avg_channel_sq_mean=point.activated.avg_channel_sq_mean if point.activated else None,
                 activated_avg_channel_var=point.activated.avg_channel_var if point.activated else None,
-                number=point.number,
-                after=point.after,
-                entry=point.entry,
-                normalized=point.normalized,
-                renewed=point.renewed,
-                averaged=point.averaged,
-                mixed=point.mixed,
-                looked_up=point.looked_up,
-                last=point.last,
-                joined=point.joined,
-                gate=point.gate,
-                weight_gain=point.gain,
-                broadcast=point.broadcast,
             )
         )
     return tuple(blocks)
 
 
-def _expected(model: nn.Module, given: Sequence[float] | None, recording: Recording) -> list[float] | None:
+def _expected_variances(model: nn.Module, given: Sequence[float] | None, recording: Recording) -> list[float] | None:
     """The predicted variances, if there is one for every point."""
     own = getattr(model, "expected_variances", None)
     predicted: Any = given if given is not None else own() if callable(own) else None
@@ -207,20 +203,145 @@ def _expected(model: nn.Module, given: Sequence[float] | None, recording: Record
     return None
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module that a compiled, data-parallel or Lightning Fabric wrapper holds."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: {type(model).__name__} is no torch.nn.Module")
-    while True:
-        inner = getattr(model, "_orig_mod", getattr(model, "_original_module", None))  # torch.compile, Fabric
-        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def _described(listener: Listener) -> dict[str, Any]:
-    shapes = [list(tensor.shape) for tensor in tensors_of(listener.first)]
+def _describe(measurement: Measurement) -> dict[str, Any]:
+    shapes = [list(tensor.shape) for tensor in tensors_of(measurement.first)]
     shape = shapes[0] if len(shapes) == 1 else shapes
-    return {"shape": shape, "batches": listener.batches, "examples": listener.examples}
+    return {"shape": shape, "batches": measurement.batches, "examples": measurement.examples}
+
+
+class Measurement:
+    """Measures batch after batch, and merges what each gives as if they were one.
+
+    Args:
+        model: the model, in its measuring mode.
+        preserved: keeps its state.
+        points: "auto", "residual" or "layers"; "auto" is settled by the first batch.
+        wake: measure branches silenced by a zero gain as if it were one.
+        seed: of what the model draws, from the first batch on.
+
+    Attributes:
+        first: the first batch; None before.
+        suspect: the first batch with values that are not finite; None without one.
+        plan: what the first batch showed that the others must know.
+        recording: the moments of all batches.
+        batches, examples: how many were measured.
+    """
+
+    def __init__(self, model: nn.Module, preserved: Preserved, *, points: str, wake: bool, seed: int) -> None:
+        self.model, self.preserved, self.wake, self.seed = model, preserved, wake, seed
+        self.points = points
+        self.first: Batch | None = None
+        self.suspect: Batch | None = None
+        self.batches = self.examples = 0
+        self.plan: Plan | None = None
+        self.recording = Recording()
+
+    def add(self, batch: Batch) -> None:
+        """Run one batch; the first decides what is measured, and runs again where that was not known beforehand."""
+        check_batch(batch)
+        if self.first is None:
+            self.preserved.seed(self.seed)
+        recording, finite, plan = self._record(batch)
+        if self.plan is None:
+            if not plan.complete:
+                self.preserved.undo()
+                self._wake(plan.woken)
+                self.preserved.seed(self.seed)
+                self.plan = plan
+                recording, finite, _ = self._record(batch)
+            self.plan = plan
+        if self.points == "auto":
+            self.points = "residual" if recording.points else "layers"
+            if not recording.points:
+                recording.points, recording.layers = recording.layers, []
+                recording.entry = next(iter(recording.entries), None)
+        if not recording.points:
+            raise ValueError(
+                f"points: {self.points!r} leaves nothing to plot, for no {_WHAT[self.points]} was recorded in the "
+                f"forward pass of {type(self.model).__name__}; {_INSTEAD[self.points]}"
+            )
+        if self.first is None:
+            self.first, self.recording = batch, recording
+        else:
+            self.recording = _merge(self.recording, recording)
+        if self.suspect is None and not (finite and _finite(recording)):
+            self.suspect = batch
+        self.batches += 1
+        self.examples += examples_in(batch) or 0
+
+    def _wake(self, names: Sequence[str]) -> None:
+        """Set the zero gains that silence a branch to one; the keeper puts them back."""
+        for name in names:
+            gain = self.model.get_parameter(name)
+            self.preserved.before_writing(gain)
+            gain.detach().fill_(1)
+
+    def _record(self, batch: Batch) -> tuple[Recording, bool, Plan]:
+        """Run one batch under a recorder, without gradients; also whether all outputs were finite, and the plan."""
+        stack = ModuleStack(self.model)
+        recorder = PointRecorder(
+            self.model,
+            tensors_of(batch),
+            points="layers" if self.points == "layers" else "residual",
+            plan=self.plan,
+            stack=stack,
+            before_writing=self.preserved.before_writing,
+            examples=examples_in(batch),
+            wake=self.wake and self.plan is None,
+        )
+        with self.preserved.guarding(tensors_of(batch)):
+            with torch.no_grad(), stack.followed(recorder.begin_module), recorder:
+                outputs = run_once(self.model, batch, stack)
+            finite = all(_is_finite(t) for t in outputs if t.is_floating_point())
+            plan = recorder.finish(outputs)
+        return recorder.recording, finite, plan
+
+
+_WHAT = {"residual": "residual addition", "layers": "weighted operation"}
+_INSTEAD = {
+    "residual": 'choose points="layers" for a point per weighted layer',
+    "layers": "a model needs a convolution, a linear layer or an embedding that its input goes through",
+}
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether all values are finite: so they are if their sum is, which takes one reading; else each is looked at."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
+def _finite(recording: Recording) -> bool:
+    return all(math.isfinite(point.output.avg_channel_var) for point in recording.points)
+
+
+def _merge(first: Recording, second: Recording) -> Recording:
+    """The moments of two batches as if they were one; outputs only where both have the same."""
+    for kind in ("points", "layers"):
+        names = [[point.name for point in getattr(recording, kind)] for recording in (first, second)]
+        if names[0] == names[1]:
+            continue
+        raise ValueError(
+            f"batch: the model took another way through its blocks ({len(names[0])} points in the first batch, "
+            f"{len(names[1])} in a later one); average only over batches that take the same way"
+        )
+    assert first.entry is not None
+    assert second.entry is not None
+    widths = [[len(point.output.mean) for point in recording.outputs] for recording in (first, second)]
+    return Recording(
+        _merge_points(first.entry, second.entry),
+        *(
+            [_merge_points(a, b) for a, b in zip(getattr(first, name), getattr(second, name), strict=True)]
+            if name != "outputs" or widths[0] == widths[1]
+            else []
+            for name in ("points", "layers", "outputs", "entries")
+        ),
+    )
+
+
+def _merge_points(first: Point, second: Point) -> Point:
+    return replace(
+        first,
+        output=first.output.merge(second.output),
+        branch=first.branch.merge(second.branch) if first.branch and second.branch else None,
+        activated=first.activated.merge(second.activated) if first.activated and second.activated else None,
+        woken=first.woken or second.woken,
+    )

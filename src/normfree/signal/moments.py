@@ -97,7 +97,7 @@ class Moments:
         size = self.var + self.mean.square()
         return (self.var <= DEAD * size).double().mean().item()
 
-    def merged(self, other: Moments) -> Moments:
+    def merge(self, other: Moments) -> Moments:
         """The moments of both sets of values together (Chan's update): exact, whatever the split."""
         if self.mean.shape != other.mean.shape:
             raise ValueError(
@@ -114,7 +114,7 @@ class Moments:
             self.pairs + other.pairs,
         )
 
-    def divided(self, factor: Tensor | float) -> Moments:
+    def divide(self, factor: Tensor | float) -> Moments:
         """The moments of the values divided by ``factor`` (a number, or one per channel [C])."""
         return Moments(self.count, self.mean / factor, self.deviation / factor**2)
 
@@ -160,7 +160,7 @@ def _of_few(x: Tensor, axis: int, *, correlated: bool) -> Moments:
     if together is None or together.size + x.numel() > PIECE:
         together = _Together()
         _OPEN.together = ref(together)
-    return together.entered(x, axis, correlated=correlated)
+    return together.enter(x, axis, correlated=correlated)
 
 
 _OPEN = threading.local()
@@ -197,7 +197,7 @@ class _Together:
         self.size = 0
         self.entries: dict[tuple[torch.Size, int, bool], list[tuple[ref[_Later], Tensor]]] = {}
 
-    def entered(self, x: Tensor, axis: int, *, correlated: bool) -> Moments:
+    def enter(self, x: Tensor, axis: int, *, correlated: bool) -> Moments:
         """The moments of an activation, of whose values a copy is kept until they are computed."""
         moments = _Later(x.numel() // x.shape[axis], self)
         values = x.clone() if x.dtype == torch.float64 else x.double()
@@ -325,7 +325,7 @@ def _exact(x: Tensor, axis: int) -> Moments:
         mean = rows.mean(1)
         deviation = (rows - mean.unsqueeze(1)).square().sum(1)
         part = Moments(rows.shape[1], mean.cpu(), deviation.cpu())
-        moments = part if moments is None else moments.merged(part)
+        moments = part if moments is None else moments.merge(part)
     assert moments is not None
     return moments
 

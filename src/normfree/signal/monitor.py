@@ -1,9 +1,12 @@
-"""Listen to a model while it trains: its signal propagation plot every few steps, at a hundredth of the time."""
+"""Measure a model while it trains: its signal propagation plot every few steps, at a hundredth of the time."""
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -13,10 +16,12 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_map
 
-from normfree.signal.history import SignalHistory
-from normfree.signal.measure import spp, unwrapped
-from normfree.signal.propagation import SignalPropagation
-from normfree.trace.inputs import Batch
+from normfree.common.files import read_json, refused, structured, write_atomically
+from normfree.common.packages import required
+from normfree.common.text import first_line, one_line, quoted
+from normfree.signal.measure import spp
+from normfree.signal.propagation import SEVERITIES, Finding, SignalPropagation
+from normfree.trace.inputs import Batch, unwrapped
 from normfree.trace.preserve import MODES
 
 CURVES = ("avg_channel_sq_mean", "avg_channel_var", "residual_avg_channel_var", "avg_sq_gradient")
@@ -34,15 +39,15 @@ class SignalMonitor:
                 monitor.step()
         monitor.to_html("signal.html")  # a slider over the steps
 
-    Only rank 0 listens; other ranks wait for it in their next collective. The model may be compiled or wrapped for
-    data parallelism: the module inside is listened to.
+    Only rank 0 measures; other ranks wait for it in their next collective. The model may be compiled or wrapped for
+    data parallelism: the module inside is measured.
 
     Args:
         model: the model that is trained.
-        batch: what to listen with: a tensor, a tuple of positional or a mapping of keyword arguments, of a few
+        batch: what to measure with: a tensor, a tuple of positional or a mapping of keyword arguments, of a few
             examples (8 to 32); it is copied. None for Gaussian noise of the shape the model suggests.
-        every: steps between records. None (default) listens as often as ``share`` allows.
-        share: without ``every``, the largest part of the time since the start that listening may take. The records
+        every: steps between records. None (default) measures as often as ``share`` allows.
+        share: without ``every``, the largest part of the time since the start that measuring may take. The records
             of the first and of the last step are made in any case.
         writer: a TensorBoard ``SummaryWriter``, or whatever has its ``add_scalar``.
         tag: first part of the names of the scalars.
@@ -87,7 +92,7 @@ class SignalMonitor:
         self.model = unwrapped(model)
         _check_alone(self.model, mode)
         self.every, self.share, self.writer, self.tag = every, share, writer, tag
-        self._batch = _copied(batch)
+        self._batch = _copy(batch)
         self._options: dict[str, Any] = {"mode": mode, "points": points, "gradient": gradient, "wake": wake}
         self._options |= {"seed": seed, "name": name}
         self.history = SignalHistory()
@@ -100,17 +105,17 @@ class SignalMonitor:
     def start(self) -> None:
         """Start the clock and record step 0; after a resumption, only the former."""
         if self._began is None:
-            if self._listens():
+            if self._is_measuring_rank():
                 # The first measurement of a process loads a second or two of Python modules. That is start-up, and
                 # taken for the cost of a record it would put off the next one by minutes.
                 with torch.random.fork_rng(devices=[]):  # for the weight that is drawn
                     spp(nn.Linear(1, 1), torch.zeros(2, 1), gradient=self._options["gradient"])
             self._began = perf_counter()
-            if self._listens() and not self.history:
-                self._record(self._measured())
+            if self._is_measuring_rank() and not self.history:
+                self._record(self._measure())
 
     def step(self, steps: int | None = None) -> SignalPropagation | None:
-        """Note that the optimizer has taken a step, and listen if it is time.
+        """Note that the optimizer has taken a step, and measure if it is time.
 
         Args:
             steps: steps taken so far, where the loop counts them itself; one more than last time by default.
@@ -120,13 +125,13 @@ class SignalMonitor:
         """
         self.start()
         self.steps = self.steps + 1 if steps is None else steps
-        return self._try() if self._listens() and self._due() else None
+        return self._try() if self._is_measuring_rank() and self._due() else None
 
     def stop(self) -> None:
         """Record the last step, unless it has been, and stop the clock."""
         if self._began is None:
             return
-        if self._listens() and self._asked != self.steps:
+        if self._is_measuring_rank() and self._asked != self.steps:
             self._try()
         self._before, self._began = self.elapsed, None
 
@@ -137,10 +142,10 @@ class SignalMonitor:
 
     @property
     def cost(self) -> float:
-        """The part of the time that listening has taken so far."""
+        """The part of the time that measuring has taken so far."""
         return self._spent / self.elapsed if self.elapsed else 0.0
 
-    def _listens(self) -> bool:
+    def _is_measuring_rank(self) -> bool:
         grouped = distributed.is_available() and distributed.is_initialized()
         return not grouped or distributed.get_rank() == 0
 
@@ -153,7 +158,7 @@ class SignalMonitor:
 
     def _try(self) -> SignalPropagation | None:
         try:
-            signal = self._measured()
+            signal = self._measure()
         except (ValueError, RuntimeError, MemoryError) as error:  # out of memory, too: a monitor does not end a run
             self.failures.append((self.steps, str(error)))
             warnings.warn(f"the signal of step {self.steps} could not be measured: {error}", stacklevel=3)
@@ -161,7 +166,7 @@ class SignalMonitor:
         self._record(signal)
         return signal
 
-    def _measured(self) -> SignalPropagation:
+    def _measure(self) -> SignalPropagation:
         if any(parameter.device.type != "cpu" for parameter in self.model.parameters()):
             torch.accelerator.synchronize()  # the training step's time is not ours
         began, self._asked = perf_counter(), self.steps
@@ -225,7 +230,7 @@ class SignalMonitor:
             self.stop()
 
 
-def _copied(batch: Batch | None) -> Batch | None:
+def _copy(batch: Batch | None) -> Batch | None:
     """The batch in memory of its own, so that it stays the same whatever the loop does to it."""
     if batch is None:
         return None
@@ -246,11 +251,200 @@ def _check_alone(model: nn.Module, mode: str) -> None:
 
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError(
-            "model: its parameters are sharded, and one rank cannot listen alone; record an unsharded run, or call "
+            "model: its parameters are sharded, and one rank cannot run it alone; record an unsharded run, or call "
             "normfree.spp on a gathered copy"
         )
     if mode != "eval" and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         raise ValueError(
-            "model: SyncBatchNorm waits for all ranks, and only one listens; choose mode='eval', or give the monitor "
+            "model: SyncBatchNorm waits for all ranks, and only one measures; choose mode='eval', or give the monitor "
             "the model before its conversion"
         )
+
+
+SCHEMA = 1
+
+# Training may shift means, shrink branches and let the signal fade without harm: learnt gains and weights want it
+# so, and the thresholds of those findings are of networks at initialisation. These remain faults at any step.
+TRAINING_KINDS = ("non_finite", "explosion", "dead_channels", "correlation_collapse", "silenced_branch")
+
+_NUMBER = "$float"  # how JSON writes a number that it has no word for
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A finding that lasted over some of the recorded steps.
+
+    Attributes:
+        first: step at which it was first seen.
+        last: last step at which it was seen.
+        ongoing: whether that is the last step recorded.
+        finding: as it was when it was at its most severe.
+    """
+
+    first: int
+    last: int
+    ongoing: bool
+    finding: Finding
+
+
+class SignalHistory(list[tuple[int, SignalPropagation]]):
+    """A list of (step, signal propagation plot), in the order of the steps."""
+
+    @property
+    def steps(self) -> list[int]:
+        """The recorded steps."""
+        return [step for step, _ in self]
+
+    @property
+    def signals(self) -> list[SignalPropagation]:
+        """The plots."""
+        return [signal for _, signal in self]
+
+    def episodes(self) -> list[Episode]:
+        """The findings that matter in training, see ``TRAINING_KINDS``, and the steps they lasted; the worst first.
+
+        A branch that is silent at step 0 starts so on purpose, and counts from the next record on. Infos, and what
+        the plot at initialisation alone tells (mean shift, branch variance, attenuation), are left to the plots.
+        """
+        found: list[Episode] = []
+        for kind in TRAINING_KINDS:
+            open_: Episode | None = None
+            for step, signal in self:
+                finding = next((f for f in signal.findings if f.kind == kind and f.severity != "info"), None)
+                if finding is None or (kind == "silenced_branch" and step == 0):
+                    open_ = None
+                    continue
+                if open_ is None:
+                    found.append(Episode(step, step, False, finding))
+                else:
+                    worst = min(open_.finding, finding, key=lambda f: SEVERITIES.index(f.severity))
+                    found[-1] = Episode(open_.first, step, False, worst)
+                open_ = found[-1]
+            if open_ is not None:
+                found[-1] = Episode(open_.first, open_.last, True, open_.finding)
+        return sorted(found, key=lambda episode: (SEVERITIES.index(episode.finding.severity), episode.first))
+
+    def thinned(self, most: int) -> SignalHistory:
+        """At most so many of the records, evenly spread, the first and the last among them."""
+        if len(self) <= most:
+            return self
+        return SignalHistory(self[round(i * (len(self) - 1) / (most - 1))] for i in range(most))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in dicts, lists, strings and numbers that JSON has; :meth:`from_dict` gives the same back."""
+        records = [{"step": step, "signal": _encode(asdict(signal))} for step, signal in self]
+        return {"schema": SCHEMA, "history": records}
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write :meth:`to_dict`; never leaves a half-written file. Returns the path."""
+        return write_atomically(path, json.dumps(self.to_dict(), allow_nan=False) + "\n")
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> SignalHistory:
+        """Take back what :meth:`to_dict` gave.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        try:
+            if document["schema"] != SCHEMA:
+                raise ValueError(f"schema {quoted(document['schema'])} is not {SCHEMA}")
+            records = [structured(_Record, _decode(record), finite=False) for record in document["history"]]
+            return cls((record.step, record.signal) for record in records)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"document: it is no signal history ({one_line(error)}); give what to_dict returned"
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> SignalHistory:
+        """Read what :meth:`to_json` wrote, exactly.
+
+        Raises:
+            ValueError: if the file is missing or something else.
+        """
+        document = read_json(path)
+        try:
+            return cls.from_dict(document)
+        except ValueError as error:
+            raise refused("path", path, first_line(error), "give a file of to_json") from error
+
+    def figure(self) -> Any:
+        """The plots as one plotly figure with a slider over the steps, to embed in a page of one's own."""
+        from normfree.report.monitor_page import slider_figure
+
+        return slider_figure(self)
+
+    def to_html(self, path: str | Path, *, title: str = "Signal propagation through training") -> Path:
+        """Write the figure, findings and last numbers as one HTML file that opens offline; returns the path."""
+        from normfree.report.monitor_page import write_monitor_report
+
+        return write_monitor_report(self, path, title=title)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One plot, as it is written."""
+
+    step: int
+    signal: SignalPropagation
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_NUMBER: str(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _encode(item) for key, item in value.items()}
+    return [_encode(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return float(value[_NUMBER]) if set(value) == {_NUMBER} else {key: _decode(v) for key, v in value.items()}
+    return [_decode(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class SignalCallback:
+    """Steps a monitor from a loop that calls hooks, as with Fabric's ``fabric.call("on_train_batch_end")``.
+
+    Args:
+        monitor: the monitor; build it on the model itself.
+    """
+
+    def __init__(self, monitor: SignalMonitor) -> None:
+        self.monitor = monitor
+
+    def on_train_start(self, *_: Any, **__: Any) -> None:
+        self.monitor.start()
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        self.monitor.step()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.monitor.stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.monitor.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.monitor.load_state_dict(state_dict)
+
+
+def lightning_callback(monitor: SignalMonitor) -> Any:
+    """Return a ``lightning.pytorch.Callback`` that steps a monitor once per optimizer step.
+
+    Args:
+        monitor: the monitor; build it on the network, or on the LightningModule if its ``forward`` takes the batch.
+
+    Raises:
+        ImportError: if lightning is not installed.
+    """
+    Callback = required("lightning.pytorch", "lightning_callback").Callback
+
+    class LightningSignalCallback(SignalCallback, Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
+            # Batches that only accumulate leave the count of optimizer steps as it is.
+            if trainer.global_step != self.monitor.steps:
+                self.monitor.step(trainer.global_step)
+
+    return LightningSignalCallback(monitor)

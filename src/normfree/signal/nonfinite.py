@@ -13,12 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from normfree.signal.listening import run
 from normfree.trace import operations as op
-from normfree.trace.inputs import Batch, tensors_of
-from normfree.trace.modules import ModuleStack
+from normfree.trace.inputs import Batch, ModuleStack, run_once, tensors_of
+from normfree.trace.operations import written_by
 from normfree.trace.preserve import Preserved
-from normfree.trace.statics import written_by
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,8 @@ def check_finite(model: nn.Module) -> None:
 class _Watch(TorchDispatchMode):
     """Follows values that are not finite from the operation that made them.
 
-    An operation is to blame for a NaN if none of its inputs has one, and for an infinity if all of its
-    inputs are finite; a masking that softmax turns into zeros has no descendants, and is never blamed.
+    An operation is the origin of a NaN if none of its inputs has one, and of an infinity if all of its
+    inputs are finite; a masking that softmax turns into zeros has no descendants, and is never reported.
     """
 
     def __init__(self, stack: ModuleStack, preserved: Preserved) -> None:
@@ -119,12 +117,12 @@ def first_non_finite(model: nn.Module, batch: Batch, preserved: Preserved) -> No
     Args:
         model: the model, in its measuring mode.
         batch: one batch.
-        preserved: told of what is about to be written.
+        preserved: keeps the values of what is about to be written.
     """
     stack = ModuleStack(model)
     watch = _Watch(stack, preserved)
     with preserved.guarding(tensors_of(batch)), torch.no_grad(), stack.followed(), watch:
-        outputs = run(model, batch, stack)
+        outputs = run_once(model, batch, stack)
     origins = sorted(watch.origins[t] for t in outputs if t in watch.origins)
     unmasked = [found for found in watch.found if found.operation not in _MASKING]
     if origins:

@@ -1,6 +1,6 @@
 """Which activations of one forward pass are measured: residual additions, and the weighted layers beside them.
 
-A weighted layer inside a residual block is judged with its block, by the branch and by the sum. All others are points
+A weighted layer inside a residual block is measured with its block, as the branch and the sum. All others are points
 of their own: before the first block, between blocks, behind the last, in heads and in further streams. Whether a
 layer lies inside a block is known once the block's addition has run, when its output is gone. So layers are measured
 unless a running module is of a class that has made a residual addition before; what that leaves out wrongly is named
@@ -14,64 +14,35 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normfree.signal.moments import Moments, channel_moments
+from normfree.signal.propagation import Position
 from normfree.trace import operations as op
-from normfree.trace.channels import likely_axis
-from normfree.trace.flow import ACTIVATION, BOUNDED_GATE, Note
 from normfree.trace.graph import Additions, Node, Path, Residual
-from normfree.trace.recorder import Recorder
+from normfree.trace.operations import likely_axis
+from normfree.trace.recorder import Note, Recorder
+from normfree.trace.scaling import Factor
 
 # A bottleneck passes 3 weighted operations, an inverted one with squeeze-excite 5, attention 2, the longest blocks in
 # use 9 (HGNet). What is longer, or goes back to a higher resolution, is a network of its own beside a long skip
-# (DnCNN's 20 layers, a U-Net), and its layers are judged.
+# (DnCNN's 20 layers, a U-Net), and its layers are points of their own.
 LONGEST_BRANCH = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class Point(Position):
     """One measured point: where a stream begins, a residual addition, a weighted layer, or an output.
 
     Attributes:
-        number: position among all weighted layers and residual additions of the pass.
-        after: number of the measured point that the signal came through last; None where it comes from ``entry``.
-        entry: where its stream begins, as position among the recording's entries; None behind another point.
-        normalized: a normalizer has acted between ``after`` (or the entry) and here.
-        renewed: a normalizer is what reads it.
-        averaged: an average pool has acted between ``after`` and here.
-        mixed: another signal was put beside it between ``after`` and here.
-        looked_up: it was looked up in a table, by numbers.
-        last: no weighted layer follows it.
-        joined: a sum that goes on, but not as the first operand of what joins it with another signal.
-        gate: nothing but gates and weights of attention is made of it.
-        gain: root mean square of the weight times the root of its fan-in; None where there is no such weight.
-        broadcast: the branch has one value for many positions of the sum.
+        output: moments of the activation.
+        branch: moments of the branch before it was scaled and added.
         activated: moments of the sum after the activation that alone reads it.
     """
 
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    channel_axis: int
     output: Moments
     branch: Moments | None = None
-    transition: bool = False
-    encloses: int = 0
-    woken: tuple[str, ...] = ()
-    number: int | None = None
-    after: int | None = None
-    entry: int | None = None
-    normalized: bool = False
-    renewed: bool = False
-    averaged: bool = False
-    mixed: bool = False
-    looked_up: bool = False
-    last: bool = False
-    joined: bool = False
-    gate: bool = False
-    gain: float | None = None
-    broadcast: bool = False
     activated: Moments | None = None
 
 
@@ -113,18 +84,25 @@ class Plan:
 
 @dataclass(eq=False)
 class _Visit:
-    """One weighted layer or residual addition, measured or not."""
+    """One weighted layer or residual addition, measured or not.
+
+    Attributes:
+        number: how many there were before it.
+        node: its place in the graph.
+        source: what was known of the activation that its signal comes from.
+        point: its measurement.
+        sum, layer: its number among the residual additions, or among the weighted layers.
+        branch: of a residual addition, the branch's place.
+        inside: it is a layer inside a block.
+    """
 
     number: int
     node: Node
+    source: Note
     point: Point | None
-    after: int | None
-    normalized: bool
-    averaged: bool
-    mixed: bool
-    stream: int
     sum: int | None = None
     layer: int | None = None
+    branch: Node | None = None
     inside: bool = False
 
 
@@ -153,6 +131,7 @@ class PointRecorder(Recorder):
         self.entry_of: dict[tuple[str, int], int] = {}
         self.summed: dict[Node, _Visit] = {}
         self.activated: dict[int, Moments] = {}
+        self.gains: dict[tuple[Any, ...], float | None] = {}
 
     # Before the first addition: what may turn out to be the input of the first block.
 
@@ -166,9 +145,9 @@ class PointRecorder(Recorder):
                 self.received[module] = self.nodes[x]
                 return
 
-    def on_use(self, x: Tensor) -> None:
+    def on_use(self, x: Tensor, node: Node) -> None:
         """An activation read twice may be the ancestor of the first addition."""
-        note: Note = self.nodes[x].note
+        note: Note = node.note
         note.uses += 1
         if self.residual and note.uses == 2 and not self.additions and x.is_floating_point() and x.dim() > 1:
             self._measure_once(x)
@@ -176,9 +155,22 @@ class PointRecorder(Recorder):
     def _measure_once(self, x: Tensor) -> None:
         note: Note = self.nodes[x].note
         if note.moments is None:
-            self.measuring = True
             note.moments = channel_moments(x, note.channel_axis, examples=self.examples)
-            self.measuring = False
+
+    def on_axis(self, x: Tensor) -> None:
+        """Measure again what was measured along another axis."""
+        note: Note = self.nodes[x].note
+        if note.moments is not None:
+            note.moments = channel_moments(x, note.channel_axis, examples=self.examples)
+
+    def measure_before_scaling(self, x: Tensor) -> Moments | None:
+        """The moments of an activation as it was before the scalings it carries; None of what has no channels."""
+        note: Note = self.nodes[x].note
+        if note.unscaled is not None:
+            return note.unscaled
+        if not -x.dim() <= note.channel_axis < x.dim():  # a sum or a mean of everything has no channels
+            return None
+        return before_scaling(channel_moments(x, note.channel_axis), note.factors)
 
     # Points.
 
@@ -197,7 +189,7 @@ class PointRecorder(Recorder):
         axis = likely_axis(branch.dim()) if axis is None else axis
         entry = self._begin_of_blocks(found, shortcut)
         branch_note.axis = axis
-        before = self.moments_of(branch)
+        before = self.measure_before_scaling(branch)
         encloses = self.additions.enclosed(found.ancestor, shortcut_node)
         self._mark_inside(found.ancestor, nodes)
         self._learn_class()
@@ -218,7 +210,8 @@ class PointRecorder(Recorder):
             entry=entry,
             broadcast=branch.shape != result.shape,
         )
-        self.summed[node] = self._visit(node, shortcut_node.note, point, sum=self.sums - 1)
+        self.summed[node] = visit = self._visit(node, shortcut_node.note, point, sum=self.sums - 1)
+        visit.branch = nodes[found.branch]
         return result
 
     def on_weighted(self, x: Tensor, result: Tensor) -> None:
@@ -230,10 +223,11 @@ class PointRecorder(Recorder):
         self.layers += 1
         point = None
         if self._is_wanted(number):
-            point = replace(
-                self._point(result, "layer"),
+            point = self._point(
+                result,
+                "layer",
                 entry=self._begin_of_layers(x),
-                gain=None if self.operation is None else weight_gain(*self.operation),
+                weight_gain=None if self.operation is None else self._weight_gain(*self.operation),
                 looked_up=self.nodes[result].step.nonlinear > 0 and not x.is_floating_point(),
             )
         self._visit(self.nodes[result], source, point, layer=number)
@@ -247,7 +241,7 @@ class PointRecorder(Recorder):
     def _run(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], active: list[Tensor]) -> Any:
         """Execute an operation; where it is the activation of a sum, measure what it makes."""
         self.operation = name, args
-        sum_ = self.summed.get(self.nodes[active[0]]) if name in ACTIVATION and len(active) == 1 else None
+        sum_ = self.summed.get(self.nodes[active[0]]) if name in op.ACTIVATION and len(active) == 1 else None
         result = super()._run(name, func, args, kwargs, active)
         self.operation = None  # its arguments are activations, and none outlives its use
         if sum_ is not None and sum_.point is not None and self._is_read_once(sum_.number - 1):
@@ -263,18 +257,7 @@ class PointRecorder(Recorder):
     def _visit(
         self, node: Node, source: Note, point: Point | None, *, sum: int | None = None, layer: int | None = None
     ) -> _Visit:
-        visit = _Visit(
-            number=len(self.visits),
-            node=node,
-            point=point,
-            after=source.point,
-            normalized=source.normalized,
-            averaged=source.averaged,
-            mixed=source.mixed,
-            stream=source.stream,
-            sum=sum,
-            layer=layer,
-        )
+        visit = _Visit(len(self.visits), node, source, point, sum, layer)
         self.visits.append(visit)
         note: Note = node.note
         note.stream, note.point = source.stream, visit.number
@@ -293,12 +276,22 @@ class PointRecorder(Recorder):
         if len(self.stack.running) > 1:
             self.block_classes.add(type(self.stack.running[-1]))
 
-    def _point(self, x: Tensor, kind: str) -> Point:
+    def _weight_gain(self, name: str, args: Sequence[Any]) -> float | None:
+        """:func:`weight_gain`, once for each weight of a cell that runs many times."""
+        weight, _ = op.weight_and_bias(name, args)
+        if weight is None or weight.layout != torch.strided:
+            return weight_gain(name, args)
+        key = weight.data_ptr(), weight._version, weight.shape, weight.stride(), name
+        if key not in self.gains:
+            self.gains[key] = weight_gain(name, args)
+        return self.gains[key]
+
+    def _point(self, x: Tensor, kind: str, **position: Any) -> Point:
         note: Note = self.nodes[x].note
         axis = note.channel_axis
         moments = channel_moments(x.float() if not x.is_floating_point() else x, axis, examples=self.examples)
-        shape = tuple(x.shape)
-        return Point(name=self.stack.name, kind=kind, shape=shape, channel_axis=axis, output=moments, woken=note.woken)
+        position = {"name": self.stack.name, "woken": note.woken, **position}
+        return Point(kind=kind, shape=tuple(x.shape), channel_axis=axis, output=moments, **position)
 
     # Where streams begin.
 
@@ -377,7 +370,7 @@ class PointRecorder(Recorder):
             What was found; where it is not complete, a pass that is given it completes the recording.
         """
         ends = [self.nodes[tensor] for tensor in outputs if tensor in self.nodes]
-        carried, logits = _carried(self.made, ends), _attention_logits(self.made)
+        carried, logits = _reaching_ends(self.made, ends), _attention_logits(self.made)
         sums = [visit for visit in self.visits if visit.sum is not None]
         refused = {v.sum for v in sums if v.sum is not None and (v.node not in carried or v.node in logits)}
         outside = [v for v in self.visits if v.layer is not None and (not self.residual or not v.inside)]
@@ -396,17 +389,19 @@ class PointRecorder(Recorder):
         """Give every point that is kept its place, and what is known of it at the end."""
         followed = _behind(visit.node for visit in self.visits if visit.layer is not None and visit.node in carried)
         renewed = set(_back_to_points(self.renewals, self.summed))
+        zero = {v.node for v in self.visits if v.point is not None and v.layer is not None and v.point.weight_gain == 0}
         kept = {v.number: v for v in self.visits if v.point is not None and not (self.residual and v.inside)}
-        first_operands = {self.visits[number].after for number in kept}
+        first_operands = {self.visits[number].source.point for number in kept}
         for visit in kept.values():
-            after, normalized, averaged = visit.after, visit.normalized, visit.averaged
+            source = visit.source
+            after, normalized, averaged = source.point, source.normalized, source.averaged
             while after is not None and after not in kept:
-                gone = self.visits[after]
-                after, normalized, averaged = gone.after, normalized or gone.normalized, averaged or gone.averaged
+                gone = self.visits[after].source
+                after, normalized, averaged = gone.point, normalized or gone.normalized, averaged or gone.averaged
             assert visit.point is not None
             entry = visit.point.entry
             if after is None and entry is None:
-                ways = (("blocks", visit.stream), ("layers", visit.stream))
+                ways = (("blocks", source.stream), ("layers", source.stream))
                 entry = next((self.entry_of[way] for way in ways if way in self.entry_of), None)
             alone, residual = visit.node.note.uses <= 1, visit.sum is not None
             point = replace(
@@ -416,12 +411,13 @@ class PointRecorder(Recorder):
                 entry=entry,
                 normalized=normalized,
                 averaged=averaged,
-                mixed=visit.mixed,
+                mixed=source.mixed,
                 renewed=visit.node in renewed,
                 last=visit.layer is not None and visit.node not in followed,
                 joined=residual and visit.node in followed and visit.number not in first_operands,
                 gate=visit.layer is not None and visit.node not in carried,
                 activated=self.activated.get(visit.number) if alone else None,
+                zero_gate=bool(zero) and _is_zero(visit.point.branch) and _is_gated_by(zero, visit.branch),
             )
             (self.recording.points if residual or not self.residual else self.recording.layers).append(point)
         self._drop_entries_of_none()
@@ -441,7 +437,25 @@ class PointRecorder(Recorder):
         return tensor in self.nodes and tensor.is_floating_point() and tensor.dim() > 1 and tensor.numel() > 0
 
     def _output(self, tensor: Tensor, index: int) -> Point:
-        return replace(self._point(tensor, "output"), name=f"output {index}", after=self.nodes[tensor].note.point)
+        return self._point(tensor, "output", name=f"output {index}", after=self.nodes[tensor].note.point)
+
+
+def before_scaling(moments: Moments, factors: Sequence[Factor]) -> Moments | None:
+    """The moments before the factors were multiplied in; None if they left nothing to see.
+
+    Channels that a vector factor silences have no trace of what they were and are left out.
+    """
+    for factor in factors:
+        value = factor.value
+        if isinstance(value, Tensor):
+            if value.numel() != moments.mean.numel():
+                return None
+            kept = value != 0
+            moments, value = moments.channels(kept), value[kept]
+        if value.numel() == 0 if isinstance(value, Tensor) else value == 0:
+            return None
+        moments = moments.divide(value)
+    return moments
 
 
 def weight_gain(name: str, args: Sequence[Any]) -> float | None:
@@ -487,7 +501,27 @@ def _behind(nodes: Iterable[Node]) -> set[Node]:
     return seen
 
 
-def _carried(made: Sequence[Sequence[Node]], ends: Sequence[Node]) -> set[Node]:
+def _is_zero(branch: Moments | None) -> bool:
+    """Whether all values of a branch are zero, or no scale let anything through."""
+    return branch is None or branch.avg_channel_var == branch.avg_channel_sq_mean == 0
+
+
+def _is_gated_by(layers: Collection[Node], branch: Node | None) -> bool:
+    """Whether the last product of activations in a branch is with a gate that one of some layers computes."""
+    node = branch
+    while node is not None and not node.step.weighted and len(set(node.parents)) == 1:
+        node = node.parents[0]
+    if node is None or node.step.weighted or not node.step.nonlinear:
+        return False
+    for factor in node.parents:
+        while factor not in layers and not factor.step.weighted and len(set(factor.parents)) == 1:
+            factor = factor.parents[0]
+        if factor in layers:
+            return True
+    return False
+
+
+def _reaching_ends(made: Sequence[Sequence[Node]], ends: Sequence[Node]) -> set[Node]:
     """The activations whose values go on to an output (or to an end that is none), and not into gates alone."""
     read = {parent for nodes in made for node in nodes for parent in node.parents}
     waiting = [node for nodes in made if not any(each in read for each in nodes) for node in nodes] + list(ends)
@@ -515,7 +549,7 @@ def _gate_maker(node: Node) -> Node | None:
     """The sigmoid or softmax that made an activation, seen past views, dropout, and sums and products with numbers."""
     while node.step.nonlinear == node.step.mixing == node.step.weighted == 0 and len(set(node.parents)) == 1:
         node = node.parents[0]
-    return node if node.step.nonlinear and node.note.operation in BOUNDED_GATE else None
+    return node if node.step.nonlinear and node.note.operation in op.BOUNDED_GATE else None
 
 
 def _attention_logits(made: Sequence[Sequence[Node]]) -> set[Node]:

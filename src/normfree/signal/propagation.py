@@ -1,4 +1,4 @@
-"""What listening to a model gives: the signal propagation plot as data, and its JSON, PNG and HTML forms."""
+"""What measuring a model gives: the signal propagation plot as data, and its JSON, PNG and HTML forms."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ SCHEMA = 1
 
 SEVERITIES = ("error", "warning", "info")
 """Of findings, the most serious first."""
+
+BESIDE = -1
+"""The index, while findings are looked for, of a layer beside the blocks: it is not on the plot's axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,34 +42,18 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockSignal:
-    """One point: the activation after one residual addition, or after one weighted layer, or an output.
-
-    In post-activation networks the activation that ends a block follows the addition. The plot's numbers are those of
-    the sum, as everywhere; the official definition measures such families after that activation, whose numbers are
-    ``activated_avg_channel_sq_mean`` and ``activated_avg_channel_var`` (20 to 50 % from those of the sum).
+class Position:
+    """Where a point lies in the dataflow.
 
     Attributes:
-        index: position among the points of its kind (``blocks``, ``layers`` or ``outputs``), from 0.
         name: module that performed the addition; a second addition in one module is ``name#2``.
-        kind: "residual", "layer" or "output".
+        kind: "residual", "layer" or "output" (while measuring, "entry" too).
         shape: shape of the activation in the first batch.
         channel_axis: axis whose entries are the channels.
         transition: the shortcut is not the identity: it has weights, or changes the size.
         encloses: how many other residual additions lie inside this one's branch (0 for an ordinary
             block; more for a long skip connection).
-        avg_channel_sq_mean: mean over channels of the squared channel mean.
-        avg_channel_var: mean over channels of the biased channel variance.
-        residual_avg_channel_var: that variance of the branch's output before it is scaled and added;
-            None for a layer, or where the scale is zero and was not woken.
-        expected_var: the variance the model's own plan predicts for ``avg_channel_var``, if it has one.
-        input_correlation: mean cosine similarity between different examples' features, if there are two.
-        avg_sq_gradient: mean squared gradient of a random projection of the output, if it was measured.
-        dead_channels: fraction of channels that are constant over the whole input.
         woken: names of the zero parameters that silenced this branch and were measured as one.
-        activated_avg_channel_sq_mean: the squared mean after the activation function that alone reads the sum; None
-            where there is none (pre-activation).
-        activated_avg_channel_var: the variance there.
         number: position among all weighted layers and residual additions of the model; None where unknown.
         after: number of the point that the signal came through last, by the shortcut or the first operand; None where
             its stream begins.
@@ -79,27 +66,19 @@ class BlockSignal:
         last: no weighted layer follows: a classifier, a head.
         joined: a sum that goes on, but not as the first operand of what joins it with another signal.
         gate: only gates and the weights of attention are computed from it.
-        weight_gain: root mean square of the layer's weight times the root of its fan-in (He's initialisation: √2).
+        weight_gain: root mean square of the layer's weight times the root of its fan-in (He's initialisation: √2);
+            None where there is no such weight.
         broadcast: the branch has one value for many positions of the sum, as a global context.
+        zero_gate: the branch is zero, for a layer with weights of zero computes the gate that multiplies it.
     """
 
-    index: int
     name: str
     kind: str
     shape: tuple[int, ...]
     channel_axis: int
-    transition: bool
-    avg_channel_sq_mean: float
-    avg_channel_var: float
-    residual_avg_channel_var: float | None
-    expected_var: float | None = None
-    input_correlation: float | None = None
-    avg_sq_gradient: float | None = None
-    dead_channels: float = 0.0
+    transition: bool = False
     encloses: int = 0
     woken: tuple[str, ...] = ()
-    activated_avg_channel_sq_mean: float | None = None
-    activated_avg_channel_var: float | None = None
     number: int | None = None
     after: int | None = None
     entry: int | None = None
@@ -113,6 +92,55 @@ class BlockSignal:
     gate: bool = False
     weight_gain: float | None = None
     broadcast: bool = False
+    zero_gate: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSignal(Position):
+    """One point: the activation after one residual addition, or after one weighted layer, or an output.
+
+    In post-activation networks the activation that ends a block follows the addition. The plot's numbers are those of
+    the sum, as everywhere; the official definition measures such families after that activation, whose numbers are
+    ``activated_avg_channel_sq_mean`` and ``activated_avg_channel_var`` (20 to 50 % from those of the sum).
+
+    Attributes:
+        index: position among the points of its kind (``blocks``, ``layers`` or ``outputs``), from 0.
+        avg_channel_sq_mean: mean over channels of the squared channel mean.
+        avg_channel_var: mean over channels of the biased channel variance.
+        residual_avg_channel_var: that variance of the branch's output before it is scaled and added;
+            None for a layer, or where the scale is zero and was not woken.
+        expected_var: the variance the model's own plan predicts for ``avg_channel_var``, if it has one.
+        input_correlation: mean cosine similarity between different examples' features, if there are two.
+        avg_sq_gradient: mean squared gradient of a random projection of the output, if it was measured.
+        dead_channels: fraction of channels that are constant over the whole input.
+        activated_avg_channel_sq_mean: the squared mean after the activation function that alone reads the sum; None
+            where there is none (pre-activation).
+        activated_avg_channel_var: the variance there.
+    """
+
+    index: int
+    avg_channel_sq_mean: float
+    avg_channel_var: float
+    residual_avg_channel_var: float | None
+    expected_var: float | None = None
+    input_correlation: float | None = None
+    avg_sq_gradient: float | None = None
+    dead_channels: float = 0.0
+    activated_avg_channel_sq_mean: float | None = None
+    activated_avg_channel_var: float | None = None
+
+    @property
+    def place(self) -> str:
+        """How a message names the point."""
+        if self.kind == "output":
+            return self.name
+        name = self.name or "the model itself"
+        return f"layer {name}" if self.index == BESIDE else f"block {self.index} ({name})"
+
+    @property
+    def index_on_plot(self) -> int | None:
+        """The index of the point on the plot's axis, None beside it."""
+        return None if self.index == BESIDE or self.kind == "output" else self.index
 
 
 @dataclass(frozen=True, kw_only=True)

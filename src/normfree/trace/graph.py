@@ -123,8 +123,8 @@ class Node:
                 parent.readers += 1
                 dominator = meet(dominator, parent)
                 level = max(level, parent.level)
-                path = _joined(path, parent.path)
-        self.level, self.path = level + 1, path if step is NO_STEP else _passed(path, step)
+                path = _join(path, parent.path)
+        self.level, self.path = level + 1, path if step is NO_STEP else _extend(path, step)
         self.dominator, self.depth, self.jump = dominator, dominator.depth + 1, _jump_from(dominator)
         if single:
             untouched, whole = True, False
@@ -146,7 +146,7 @@ class Node:
         return dominator_at(other, self.depth) is self
 
 
-def _joined(one: Path, other: Path) -> Path:
+def _join(one: Path, other: Path) -> Path:
     """Of two paths to one place, the less of each count, and the more of mixing."""
     return Path(
         min(one.weighted, other.weighted),
@@ -156,7 +156,7 @@ def _joined(one: Path, other: Path) -> Path:
     )
 
 
-def _passed(path: Path, step: Path) -> Path:
+def _extend(path: Path, step: Path) -> Path:
     """A path and one more operation."""
     return Path(
         path.weighted + step.weighted,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
+
+from normfree.common.text import first_line
 
 Batch = Any
 """A tensor (one argument), a tuple (positional arguments) or a mapping (keyword arguments) of tensors."""
@@ -180,3 +184,85 @@ def tensors_in(output: Any) -> list[Tensor]:
     if not found and hasattr(output, "__dict__"):
         found = [value for value in vars(output).values() if isinstance(value, Tensor)]
     return found
+
+
+class ModuleStack:
+    """The modules of one model that are running now, outermost first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
+        self.running: list[nn.Module] = []
+        self.last_running = ""
+
+    @property
+    def name(self) -> str:
+        """Qualified name of the innermost running module; "" is the model itself."""
+        return self.names[self.running[-1]] if self.running else ""
+
+    @contextmanager
+    def followed(self, on_enter: Callable[[nn.Module, tuple[Any, ...]], None] | None = None) -> Iterator[None]:
+        """Keep the stack while the context is open; ``on_enter`` sees each module and its inputs."""
+
+        def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if module in self.names:
+                self.running.append(module)
+                self.last_running = self.name
+                if on_enter is not None:
+                    on_enter(module, inputs)
+
+        def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if module in self.names:
+                while self.running and self.running.pop() is not module:
+                    pass
+
+        handles = [
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.running.clear()
+
+
+def run_once(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]:
+    """Call the model; its output tensors, or one line that says where and why it failed."""
+    try:
+        output = call(model, tree_map(lambda leaf: leaf, batch))  # in containers that a model may write into
+    except Exception as error:
+        shapes = ", ".join(str(list(t.shape)) for t in tensors_of(batch))
+        where = f" in {stack.last_running}" if stack.last_running else ""
+        reason = first_line(error).rstrip(".")
+        remedy = "give a batch that the model's forward takes"
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in reason:
+            remedy = "give a smaller batch or smaller images"
+        if "positional argument" in reason and isinstance(batch, tuple) and not batch[-1].is_floating_point():
+            remedy = "if the last of them are labels, give the inputs alone"
+        if "more than 1 value per channel" in reason:
+            remedy = 'give a batch of two examples or more, or choose mode="eval"'
+        raise ValueError(
+            f"model: {type(model).__name__} failed on an input of shape {shapes}{where}: "
+            f"{type(error).__name__}: {reason}; {remedy}"
+        ) from error
+    tensors = tensors_in(output)
+    if not tensors:
+        raise ValueError(
+            f"model: {type(model).__name__} returned {type(output).__name__}, which holds no tensor; "
+            "its forward must return what it computes"
+        )
+    return tensors
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that a compiled, data-parallel or Lightning Fabric wrapper holds."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: {type(model).__name__} is no torch.nn.Module")
+    while True:
+        inner = getattr(model, "_orig_mod", getattr(model, "_original_module", None))  # torch.compile, Fabric
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normfree.trace.statics import written_by
+from normfree.trace.operations import written_by
 
 MODES = ("batch-statistics", "train", "eval")
 """The first is evaluation mode with normalizers on the statistics of the batch, as in the first training step."""
@@ -112,7 +112,7 @@ class Preserved:
 
 
 class Writes(TorchDispatchMode):
-    """Tells the keeper of what any code writes to, such as a ``train()`` that merges weights."""
+    """Has kept what any code writes to, such as a ``train()`` that merges weights."""
 
     def __init__(self, preserved: Preserved) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def untouched(model: nn.Module, mode: str) -> Iterator[Preserved]:
         mode: one of :data:`MODES`.
 
     Yields:
-        The keeper, to be told of parameters about to be written.
+        What keeps the state; call its ``before_writing`` with parameters about to be written.
     """
     if mode not in MODES:
         raise ValueError(f"mode: {mode!r} is not known; choose one of {', '.join(map(repr, MODES))}")

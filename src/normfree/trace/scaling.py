@@ -1,20 +1,24 @@
-"""Multiplications by something that is not computed from the input, and how to see past them.
+"""What does not depend on the input: parameters, what is computed from them, and what they multiply.
 
-A branch is judged before it is scaled by α, a skip gain, a layer scale or a drop-path mask. Scalings are
-followed wherever they hide: on the activation itself, on a gate, or folded into the weight *and* the bias
-of a convolution, whose output they then scale as a whole (a factor on the weight alone, such as γ or a
-gain, is part of the branch).
+Multiplications matter, for a branch is measured before it is scaled by α, a skip gain, a layer scale or a drop-path
+mask. A scaling (:class:`Factor`) is followed wherever it is: on the activation itself, on a gate, or folded into the
+weight *and* the bias of a convolution, whose output it then scales as a whole (a factor on the weight alone, such as γ
+or a gain, is part of the branch). So factors are followed from parameter to weight. And a gain that starts at zero may
+silence its branch: its name is followed through all that is zero because of it, so that an addition can tell which
+gains its branch is zero by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+from weakref import ref
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from normfree.signal.moments import Moments
+from normfree.trace import operations as op
 
 
 @dataclass(frozen=True)
@@ -91,19 +95,174 @@ def gate_scaling(factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
     return factors[1:] if factors and factors[0].constant else factors
 
 
-def before_scaling(moments: Moments, factors: Sequence[Factor]) -> Moments | None:
-    """The moments before the factors were multiplied in; None if they left nothing to see.
+@dataclass(frozen=True)
+class Static:
+    """What is known of a tensor that does not depend on the input.
 
-    Channels that a vector factor silences have no trace of what they were and are left out.
+    Attributes:
+        factors: scalars multiplied in since it was a parameter.
+        origin: the parameter it is, or is a view or cast of, or a multiple of by those factors.
+        woken: names of zero gains in it that are measured as one.
+        silent: names of the zero gains that make all of it zero.
     """
-    for factor in factors:
-        value = factor.value
-        if isinstance(value, Tensor):
-            if value.numel() != moments.mean.numel():
-                return None
-            kept = value != 0
-            moments, value = moments.channels(kept), value[kept]
-        if value.numel() == 0 if isinstance(value, Tensor) else value == 0:
-            return None
-        moments = moments.divided(value)
-    return moments
+
+    factors: tuple[Factor, ...] = ()
+    origin: nn.Parameter | None = None
+    woken: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
+
+
+class Statics:
+    """Follows every tensor that does not depend on the input.
+
+    Args:
+        model: whose parameters they are.
+        woken: names of zero gains that were set to one.
+    """
+
+    def __init__(self, model: nn.Module, *, woken: Collection[str] = ()) -> None:
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.woken = woken
+        self.known: TensorMap[Static] = TensorMap()
+
+    def of(self, tensor: Tensor) -> Static:
+        """What is known of ``tensor``."""
+        if isinstance(tensor, nn.Parameter):
+            name = self.names.get(id(tensor))
+            return Static(origin=tensor, woken=(name,) if name in self.woken and name is not None else ())
+        return self.known.get(tensor) or Static()
+
+    def owns(self, value: Any) -> bool:
+        """Whether a value is a parameter or was computed from one."""
+        return isinstance(value, Tensor) and (isinstance(value, nn.Parameter) or value in self.known)
+
+    def factor(self, value: Any, *, inverse: bool) -> Factor | None:
+        """The scalar factor that multiplying (or dividing) by ``value`` is.
+
+        A multiple of a parameter is the same factor each time it is computed: in the weight's and in the bias's.
+        """
+        factor = scalar_factor(value, owned=self.owns(value), inverse=inverse)
+        if factor is None or factor.constant or (origin := self.of(value).origin) is None:
+            return factor
+        key = (id(origin), *(one.key for one in self.of(value).factors))
+        return replace(factor, key=("multiple", key, inverse))
+
+    def zero_gain(self, tensor: Tensor) -> tuple[str, ...]:
+        """The name of the gain that ``tensor`` is if all of it is zero; a gain has one axis at most."""
+        static = self.of(tensor)
+        origin = static.origin
+        if origin is None or id(origin) not in self.names:
+            return static.silent
+        if sum(size != 1 for size in origin.shape) > 1 or bool(origin.detach().any()):
+            return static.silent
+        return tuple(dict.fromkeys([*static.silent, self.names[id(origin)]]))
+
+    def run(self, name: str, function: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+        """Execute an operation none of whose arguments depends on the input."""
+        result = function(*args, **kwargs)
+        if tensors and name not in op.FACTORY:
+            static = self._result(name, args, tensors)
+            silent = self._silenced_by(name, args, tensors)
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
+                    zero = bool(silent) and not bool(tensor.any())
+                    self.known[tensor] = replace(static, silent=silent if zero else ())
+        return result
+
+    def _silenced_by(self, name: str, args: Sequence[Any], tensors: Sequence[Tensor]) -> tuple[str, ...]:
+        """The zero gains that may make a result zero: those behind its arguments, and those multiplied in now.
+
+        Of two vectors of one size either may be the gain and the other a bias, so only the smaller of two factors is.
+        """
+        silent = [name for tensor in tensors for name in self.of(tensor).silent]
+        if name in op.SCALING:
+            largest = max(tensor.numel() for tensor in tensors)
+            silent += [name for tensor in tensors if tensor.numel() < largest for name in self.zero_gain(tensor)]
+        elif name in op.NORM and (weight := op.weight_and_bias(name, args)[0]) is not None:
+            silent += self.zero_gain(weight)
+        return tuple(dict.fromkeys(silent))
+
+    def _result(self, name: str, args: Sequence[Any], tensors: list[Tensor]) -> Static:
+        woken = tuple(dict.fromkeys(name for tensor in tensors for name in self.of(tensor).woken))
+        first = self.of(tensors[0])
+        if name in op.VIEW or name in op.PARTIAL:
+            return Static(first.factors, first.origin, woken)
+        if name in op.SCALING and len(args) > 1:
+            return self._scale(args, woken, inverse=name == "div")
+        if name in op.NORM:
+            weight, bias = op.weight_and_bias(name, args)
+            factors = self.of(weight).factors if weight is not None and bias is None else ()
+            return Static(factors, None, woken)
+        return Static((), None, woken)
+
+    def _scale(self, args: Sequence[Any], woken: tuple[str, ...], *, inverse: bool) -> Static:
+        values, other = args[0], args[1]
+        swapped = isinstance(other, Tensor) and (not isinstance(values, Tensor) or values.numel() < other.numel())
+        if swapped and not inverse:
+            values, other = other, values
+        factor = self.factor(other, inverse=inverse)
+        if factor is None:
+            return Static(woken=woken)
+        static = self.of(values)
+        return Static((*static.factors, factor), static.origin, woken)
+
+
+Value = TypeVar("Value")
+
+
+class _Key(ref):
+    """A weak reference that knows where its tensor's value is kept."""
+
+    __slots__ = ("place",)
+    place: int
+
+
+class TensorMap(Generic[Value]):
+    """A mapping from tensors, compared by identity; an entry goes with its tensor.
+
+    As ``torch.utils.weak.WeakTensorKeyDictionary``, at a tenth of its cost: every operation that is recorded asks
+    several times, and a comparison of tensors by a method of a key class in Python was a third of a recording.
+
+    Attributes:
+        by_id: the values by ``id(tensor)``, to look many up at a time.
+    """
+
+    __slots__ = ("__weakref__", "_forget", "_keys", "by_id")
+
+    def __init__(self) -> None:
+        self.by_id: dict[int, Value] = {}
+        self._keys: dict[int, _Key] = {}
+        this = ref(self)
+
+        def forget(key: _Key) -> None:
+            map_ = this()
+            if map_ is not None:
+                map_.by_id.pop(key.place, None)
+                map_._keys.pop(key.place, None)
+
+        self._forget = forget
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self.by_id
+
+    def __getitem__(self, tensor: Tensor) -> Value:
+        return self.by_id[id(tensor)]
+
+    def __setitem__(self, tensor: Tensor, value: Value) -> None:
+        place = id(tensor)
+        if place not in self._keys:
+            self._keys[place] = key = _Key(tensor, self._forget)
+            key.place = place
+        self.by_id[place] = value
+
+    def __len__(self) -> int:
+        return len(self.by_id)
+
+    def get(self, tensor: Tensor) -> Value | None:
+        """The tensor's value, or None."""
+        return self.by_id.get(id(tensor))
+
+    def pop(self, tensor: Tensor) -> Value | None:
+        """Take the tensor's value out."""
+        self._keys.pop(id(tensor), None)
+        return self.by_id.pop(id(tensor), None)

@@ -14,8 +14,7 @@ from normfree.common.checks import check_choice, check_flag, check_integer, chec
 from normfree.common.files import structured
 from normfree.common.text import first_line
 from normfree.data import DataConfig
-from normfree.models.overrides import parse_overrides
-from normfree.models.registry import accepted_overrides
+from normfree.models.registry import accepted_overrides, parse_overrides
 
 Config = TypeVar("Config")
 

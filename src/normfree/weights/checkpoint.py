@@ -20,9 +20,9 @@ from normfree.convert.apply import rewrite
 from normfree.convert.record import NOTE as CONVERTED
 from normfree.convert.record import conversion_of, noted_conversion
 from normfree.models import Backbone, create_model
-from normfree.models.recognised import check_backbone
+from normfree.models.registry import check_backbone
 from normfree.nn.fold import fold, has_foldable
-from normfree.signal.measure import unwrapped
+from normfree.trace.inputs import unwrapped
 from normfree.weights.stored import check_fits, restored, write
 
 NAMED = "normfree"

@@ -16,7 +16,7 @@ from normfree.common.checks import invalid
 from normfree.common.files import write_atomically
 from normfree.common.safetensors_file import Stored, read
 from normfree.models import Backbone, create_model
-from normfree.models.recognised import check_backbone
+from normfree.models.registry import check_backbone
 from normfree.weights.checkpoint import NAMED, checked_config, named, named_note
 from normfree.weights.stored import alike, write
 

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from normfree.models import Backbone
-from normfree.models.recognised import check_backbone
+from normfree.models.registry import check_backbone
 from normfree.weights.folder import PLACEHOLDER, TAGS, save_pretrained
 from normfree.weights.hub import from_pretrained, metadata_card, push_to_hub
 

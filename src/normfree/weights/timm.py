@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from normfree.common.checks import invalid
 from normfree.models import Backbone
-from normfree.models.nf_common import NFBackbone
-from normfree.models.recognised import check_backbone
+from normfree.models.registry import check_backbone
+from normfree.models.scaffold import NFBackbone
 from normfree.nn import ACTIVATIONS, OFFICIAL_GAMMA, VARIANCE_FLOOR, PaddedConv2d
 from normfree.weights.matching import check_names, check_shapes, copy_in, without_wrappers
 from normfree.weights.timm_names import TimmStyle, check_sizes, recognize, timm_names

@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 
-from normfree.nn import gpu_standardization
+from normfree.nn import scaled_ws
 
 pytest.importorskip("triton")
 
 CODE = """
 import torch
-from normfree.nn.fused_standardization import FusedStandardization, takes, try_out
-from normfree.nn.standardization import standardized_step_by_step
+from normfree.nn.gpu_standardization import FusedStandardization, takes, try_out
+from normfree.nn.standardization import standardize_by_equation
 
 def derivatives(function, dtype, shape, layout):
     generator = torch.Generator().manual_seed(0)
@@ -35,7 +35,7 @@ def derivatives(function, dtype, shape, layout):
 for shape in ((5, 3, 3, 3), (7, 1, 3, 3), (4, 30), (3, 8, 1, 1), (3, 4, 5)):
     for layout in (torch.contiguous_format, torch.channels_last)[: 1 + (len(shape) == 4)]:
         found = derivatives(FusedStandardization.apply, torch.float32, shape, layout)
-        wanted = derivatives(standardized_step_by_step, torch.float64, shape, layout)
+        wanted = derivatives(standardize_by_equation, torch.float64, shape, layout)
         errors = []
         for one, other in zip(found, wanted, strict=True):
             errors.append(float((one - other).abs().max() / other.abs().max()))
@@ -44,10 +44,10 @@ for shape in ((5, 3, 3, 3), (7, 1, 3, 3), (4, 30), (3, 8, 1, 1), (3, 4, 5)):
 weight, gain = torch.randn(4, 30), torch.rand(4)
 half = FusedStandardization.apply(weight.bfloat16(), gain, 1.3)
 assert half.dtype == torch.bfloat16
-torch.testing.assert_close(half.float(), standardized_step_by_step(weight, gain, 1.3), rtol=0.02, atol=0.02)
+torch.testing.assert_close(half.float(), standardize_by_equation(weight, gain, 1.3), rtol=0.02, atol=0.02)
 for wide in (torch.rand(1).expand(4), torch.rand(8)[::2]):  # a gain that does not lie in one piece
     found = FusedStandardization.apply(weight, wide, 1.3)
-    torch.testing.assert_close(found, standardized_step_by_step(weight, wide, 1.3))
+    torch.testing.assert_close(found, standardize_by_equation(weight, wide, 1.3))
 assert not takes(weight, torch.ones(1)) and not takes(weight, torch.ones(4, dtype=torch.float64))
 with torch.inference_mode():
     try_out(torch.device("cpu"))
@@ -61,16 +61,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from normfree import create_model, spp
-from normfree.nn import ScaledWSConv2d, ScaledWSConvTranspose2d, gpu_standardization, standardize
-from normfree.nn.standardization import standardized_step_by_step
+from normfree.common.torch_compat import operations_are_followed
+from normfree.nn import ScaledWSConv2d, ScaledWSConvTranspose2d, scaled_ws, standardize
+from normfree.nn.standardization import standardize_by_equation
 
 warnings.simplefilter("error", UserWarning)
 torch.manual_seed(0)
 weight, gain = torch.randn(4, 3, 3, 3).requires_grad_(), torch.rand(4).requires_grad_()
 images = torch.randn(2, 3, 8, 8)
 native = standardize(weight, gain, 1.3)
-gpu_standardization.on_gpu = lambda weight: True
-chosen = lambda: gpu_standardization.fused_standardization(weight, gain) is not None
+scaled_ws.on_gpu = lambda weight: True
+chosen = lambda: scaled_ws.kernels_for(weight, gain) is not None
 
 class Checkpointed(nn.Module):
     def __init__(self):
@@ -98,13 +99,13 @@ assert torch.compile(lambda: chosen(), backend="eager")() is False
 torch.func.vmap(lambda w: standardize(w, gain, 1.3))(weight.detach()[None])
 with torch.autograd.forward_ad.dual_level():
     assert not chosen()
-assert not gpu_standardization.must_be_seen(weight)
+assert not operations_are_followed(weight)
 torch.fx.symbolic_trace(net.branch)
 torch.export.export(net.branch, (torch.randn(2, 8, 8, 8),))
 muted = create_model("nf_resnet50", depths=(1, 1, 1, 1), width=0.25, num_classes=2)
-gpu_standardization.on_gpu = lambda weight: False
+scaled_ws.on_gpu = lambda weight: False
 expected = spp(muted, torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-gpu_standardization.on_gpu = lambda weight: True
+scaled_ws.on_gpu = lambda weight: True
 found = spp(muted, torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
 assert any(block.woken for block in found.blocks)
 for mine, theirs in zip(found.blocks, expected.blocks, strict=True):
@@ -112,12 +113,12 @@ for mine, theirs in zip(found.blocks, expected.blocks, strict=True):
     assert abs(mine.residual_avg_channel_var / theirs.residual_avg_channel_var - 1) < 1e-3
 
 # Gradients in batches, twice, and of a gain that was computed from the weight.
-both = [standardize(weight, gain, 1.3), standardized_step_by_step(weight, gain, 1.3)]
+both = [standardize(weight, gain, 1.3), standardize_by_equation(weight, gain, 1.3)]
 many = torch.randn(5, *weight.shape)
 for one, other in zip(*(torch.autograd.grad(r, (weight, gain), many, is_grads_batched=True) for r in both)):
     torch.testing.assert_close(one, other)
 norm = lambda: weight.square().sum((1, 2, 3)).sqrt()
-results = [f(weight, norm(), 1.3) for f in (standardize, standardized_step_by_step)]
+results = [f(weight, norm(), 1.3) for f in (standardize, standardize_by_equation)]
 firsts = [torch.autograd.grad((r * many[0]).sum(), weight, create_graph=True)[0] for r in results]
 torch.testing.assert_close(*firsts)
 seconds = [torch.autograd.grad(first.square().sum(), weight)[0] for first in firsts]
@@ -128,12 +129,12 @@ up, x = ScaledWSConvTranspose2d(4, 6, 3), torch.randn(2, 4, 5, 5)
 up(x).square().mean().backward()
 gradient = up.weight.grad.clone()
 up.weight.grad = None
-gpu_standardization.on_gpu = lambda weight: False
+scaled_ws.on_gpu = lambda weight: False
 up(x).square().mean().backward()
 torch.testing.assert_close(gradient, up.weight.grad)
-gpu_standardization.on_gpu = lambda weight: True
+scaled_ws.on_gpu = lambda weight: True
 for wrong in (torch.ones(4, 30, dtype=torch.int32), torch.randn(4, 30, dtype=torch.complex64), torch.randn(0, 30)):
-    assert gpu_standardization.fused_standardization(wrong, torch.ones(len(wrong))) is None
+    assert scaled_ws.kernels_for(wrong, torch.ones(len(wrong))) is None
 """
 
 
@@ -158,7 +159,7 @@ def test_they_are_chosen_where_nobody_has_to_see_the_operations():
 
 def test_where_they_cannot_be_built_a_warning_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(gpu_standardization, "_BUILT", {})
+    scaled_ws.gpu_kernels.cache_clear()
     with pytest.warns(UserWarning, match="several calls each: no kernels here"):
-        assert gpu_standardization._kernels(torch.device("cpu")) is None
-    assert gpu_standardization._kernels(torch.device("cpu")) is None  # and is told once
+        assert scaled_ws.gpu_kernels(torch.device("cpu")) is None
+    assert scaled_ws.gpu_kernels(torch.device("cpu")) is None  # and is told once

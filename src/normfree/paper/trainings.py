@@ -1,0 +1,457 @@
+"""The paper's tables of accuracies: sets of trainings, at three scales.
+
+Every table is a list of arms, each a network with its optimizer's settings. An arm is trained with one seed at each
+learning rate of a grid, which is the same number of trials for all; then at its best rate with the other seeds. Runs
+are those of ``normfree.train``: each has a folder, goes on where it was interrupted, and is not repeated.
+
+``quick`` trains on scikit-learn's digits, which tell methods that train from those that do not and no more; ``small``
+and ``full`` on CIFAR-10. The paper's numbers are of ImageNet: what is compared is the claim, not the number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from normfree.common.checks import check_choice, check_integer
+from normfree.paper.report import NOT_AT_HAND, Claim, Grid, Verdict, write_table
+from normfree.train import RECIPES, NonFiniteLossError, TrainConfig, train
+
+FAILS = 0.5
+"""A network fails if it reaches less than this share of what the best arm of its column reaches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much is trained.
+
+    Attributes:
+        recipe: whose data, augmentation, batch and schedule are taken.
+        depths: blocks per stage, by the number of layers.
+        widths: channels of the four stages.
+        epochs: of each run.
+        rates: learning rates tried, as factors of the recipe's.
+        seeds: of each arm at its best rate.
+        batches: of the table of batch sizes.
+        decides: whether accuracies at this scale can decide a claim about them.
+    """
+
+    recipe: str
+    depths: Mapping[int, tuple[int, int, int, int]]
+    widths: tuple[int, int, int, int]
+    epochs: int
+    rates: Sequence[float]
+    seeds: int
+    batches: Sequence[int]
+    decides: bool
+
+
+SCALES = {
+    "quick": Scale(
+        recipe="digits",
+        depths={14: (1, 1, 1, 1), 26: (2, 2, 2, 2)},
+        widths=(16, 32, 32, 32),
+        epochs=10,
+        rates=(1.0, 4.0),
+        seeds=2,
+        batches=(2, 8, 64),
+        decides=False,
+    ),
+    "small": Scale(
+        recipe="cifar",
+        depths={29: (2, 2, 2, 3), 56: (4, 4, 4, 6)},
+        widths=(32, 64, 128, 128),
+        epochs=2,
+        rates=(1.0,),
+        seeds=3,
+        batches=(1, 2, 4, 8, 32, 128, 1024),
+        decides=True,
+    ),
+    "full": Scale(
+        recipe="cifar",
+        depths={29: (2, 2, 2, 3), 56: (4, 4, 4, 6), 110: (9, 9, 9, 9)},
+        widths=(64, 128, 256, 256),
+        epochs=30,
+        rates=(0.5, 1.0, 2.0),
+        seeds=3,
+        batches=(1, 2, 4, 8, 32, 128, 1024),
+        decides=True,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One cell of a table.
+
+    Attributes:
+        row, column: its place.
+        model: a name of ``create_model``.
+        overrides: of the model, beside its layout.
+        depths: blocks per stage.
+        optimizer: fields of the recipe's optimizer that are its own.
+        batch_size: images a step; the recipe's by default. The learning rate grows linearly with it.
+    """
+
+    row: str
+    column: str
+    model: str
+    depths: tuple[int, int, int, int]
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a table is made.
+
+    Attributes:
+        scale: "quick", "small" or "full".
+        data: CIFAR-10 for "small" and "full": a folder of parquet files, or hub:uoft-cs/cifar10.
+        seeds: of each arm; the scale's by default.
+        limit: steps of each run, for a rehearsal; None for all.
+    """
+
+    scale: str = "quick"
+    data: str | None = None
+    seeds: int | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("scale", self.scale, tuple(SCALES))
+        for name in ("seeds", "limit"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
+
+
+PLAIN = {"clip_norm": None, "classifier_lr_scale": 1.0}
+"""What networks with normalizers are better with: no clipping, the classifier as fast as the rest."""
+
+NF = {"alpha": 0.5, "skipinit_gain": 1, "drop_rate": 0, "stochdepth_rate": 0}
+REGULARISED = {"drop_rate": 0.25, "stochdepth_rate": 0.1}
+
+METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "BatchNorm": ("resnetv2_50", {"drop_rate": 0, "stochdepth_rate": 0}, PLAIN),
+    "NF": ("nf_resnet50", NF, {}),
+    "SkipInit": ("skipinit_resnet50", {"drop_rate": 0, "stochdepth_rate": 0}, {}),
+    "FixUp": ("fixup_resnet50", {"drop_rate": 0, "stochdepth_rate": 0}, {}),
+    "unnormalised": ("resnetv2_50", {"norm": None, "drop_rate": 0, "stochdepth_rate": 0}, {}),
+}
+"""Networks by the name of their method: model, overrides, and what of the optimizer is their own."""
+
+NORMALIZERS = {
+    "NF": METHODS["NF"],
+    "BatchNorm": METHODS["BatchNorm"],
+    "GroupNorm": ("resnetv2_50", {"norm": "group"}, PLAIN),
+    "LayerNorm": ("resnetv2_50", {"norm": "layer"}, PLAIN),
+    "InstanceNorm": ("resnetv2_50", {"norm": "instance"}, PLAIN),
+    "none": METHODS["unnormalised"],
+}
+
+
+def _arm(row: str, column: str, method: tuple[str, dict[str, Any], dict[str, Any]], **others: Any) -> Arm:
+    model, overrides, optimizer = method
+    overrides = overrides | others.pop("overrides", {})
+    return Arm(row=row, column=column, model=model, overrides=overrides, optimizer=optimizer, **others)
+
+
+def table1(scale: Scale) -> list[Arm]:
+    """Depth × method × regularisation."""
+    return [
+        _arm(f"{method}{suffix}", f"{layers} layers", METHODS[method], depths=depths, overrides=regularised)
+        for method in METHODS
+        for suffix, regularised in (("", {}), (", regularised", REGULARISED))
+        for layers, depths in scale.depths.items()
+    ]
+
+
+def table2(scale: Scale) -> list[Arm]:
+    """Batch size × method, for as many images each."""
+    depths = next(iter(scale.depths.values()))
+    return [
+        _arm(method, f"batch {batch}", NORMALIZERS[method], depths=depths, batch_size=batch)
+        for method in ("NF", "BatchNorm", "GroupNorm")
+        for batch in scale.batches
+    ]
+
+
+def normalizers(scale: Scale) -> list[Arm]:
+    """One network with each normalizer, and without; the digits' last maps are one pixel, which has no variance."""
+    layers, depths = next(iter(scale.depths.items()))
+    named = {name: one for name, one in NORMALIZERS.items() if scale.recipe == "cifar" or name != "InstanceNorm"}
+    return [_arm(name, f"{layers} layers", method, depths=depths) for name, method in named.items()]
+
+
+def ablation(scale: Scale) -> list[Arm]:
+    """The normalizer-free network with one part changed at a time."""
+    layers, depths = next(iter(scale.depths.items()))
+    changes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "NF": ({}, {}),
+        "α = 0.2": ({"alpha": 0.2}, {}),
+        "α = 1": ({"alpha": 1.0}, {}),
+        "skip gain from 0": ({"skipinit_gain": 0}, {}),
+        "α = 0.2, skip gain from 0 (the paper's start)": ({"alpha": 0.2, "skipinit_gain": 0}, {}),
+        "SiLU": ({"activation": "silu"}, {}),
+        "no clipping, classifier as fast": ({}, PLAIN),
+        "adaptive clipping, λ = 0.01": ({}, {**PLAIN, "clip_factor": 0.01}),
+        "adaptive clipping, λ = 0.04": ({}, {**PLAIN, "clip_factor": 0.04}),
+        "plain weights, no γ, no β (SkipInit's network)": ({}, {}),
+    }
+    arms = []
+    for name, (overrides, optimizer) in changes.items():
+        method = METHODS["SkipInit"] if name.startswith("plain weights") else METHODS["NF"]
+        arms.append(
+            _arm(name, f"{layers} layers", (method[0], method[1] | overrides, method[2] | optimizer), depths=depths)
+        )
+    return arms
+
+
+def config(arm: Arm, scale: Scale, setting: Setting, rate: float, seed: int, folder: Path) -> TrainConfig:
+    """The run of one arm at a factor of the recipe's learning rate and a seed."""
+    recipe = RECIPES[scale.recipe]()
+    layout = {"depths": arm.depths, "widths": scale.widths, "stem": "cifar"}
+    overrides = ",".join(f"{name}={_literal(value)}" for name, value in {**layout, **arm.overrides}.items())
+    name = f"{_word(arm.row)}-{_word(arm.column)}-{rate:g}-{seed}"
+    optimizer = dataclasses.replace(
+        recipe.optimizer,
+        learning_rate=recipe.optimizer.learning_rate * rate,
+        warmup_epochs=min(recipe.optimizer.warmup_epochs, scale.epochs / 4),
+        **arm.optimizer,
+    )
+    batch = arm.batch_size or recipe.batch_size
+    if optimizer.clip_norm is not None and batch < recipe.batch_size:
+        # what is clipped is mostly noise, whose norm grows with one over the root of the batch
+        bound = optimizer.clip_norm * (recipe.batch_size / batch) ** 0.5
+        optimizer = dataclasses.replace(optimizer, clip_norm=bound)
+    source = setting.data if setting.data and scale.recipe == "cifar" else recipe.data.source
+    return dataclasses.replace(
+        recipe,
+        name=name,
+        model=f"{arm.model}:{overrides}",
+        data=dataclasses.replace(recipe.data, source=source),
+        optimizer=optimizer,
+        epochs=scale.epochs,
+        batch_size=batch,
+        evaluate_every=scale.epochs,
+        seed=seed,
+        signal_every=0,
+        limit_train_steps=setting.limit,
+        out=folder / name,
+    )
+
+
+def _literal(value: Any) -> str:
+    return f"({','.join(map(str, value))})" if isinstance(value, tuple) else str(value)
+
+
+def _word(text: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in text)
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Train, or take what a finished run left: accuracy in percent, seconds; 0 where the loss was no longer finite."""
+    found: dict[str, Any] = {"seed": config.seed, "learning_rate": config.optimizer.learning_rate}
+    try:
+        summary = train(config)
+    except NonFiniteLossError as error:
+        return {**found, "accuracy": 0.0, "seconds": None, "failed": str(error)}
+    if not summary.finished and config.limit_train_steps is None:
+        raise KeyboardInterrupt  # stopped as asked; the same command goes on
+    return {**found, "accuracy": 100 * (summary.accuracy or 0.0), "seconds": summary.metrics["seconds"]}
+
+
+def measure(arm: Arm, scale: Scale, setting: Setting, folder: Path) -> dict[str, Any]:
+    """Every run of an arm: its learning rates with the first seed, then the best one with the others."""
+    grid = {rate: run(config(arm, scale, setting, rate, 0, folder)) for rate in scale.rates}
+    best = max(grid, key=lambda rate: grid[rate]["accuracy"])
+    others = [run(config(arm, scale, setting, best, seed, folder)) for seed in range(1, setting.seeds or scale.seeds)]
+    return {
+        "row": arm.row,
+        "column": arm.column,
+        "model": arm.model,
+        "rate": best,
+        "grid": list(grid.values()),
+        "runs": [grid[best], *others],
+    }
+
+
+def accuracy(cells: Sequence[dict[str, Any]], row: str, column: str) -> float:
+    """The mean accuracy of a cell."""
+    found = next(cell for cell in cells if cell["row"] == row and cell["column"] == column)
+    return mean(one["accuracy"] for one in found["runs"])
+
+
+def _columns(cells: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(cell["column"] for cell in cells))
+
+
+def _compared(
+    text: str, paper: str, differences: Sequence[float], at_least: float, scale: Scale, unit: str = "points"
+) -> Claim:
+    """A claim that a difference of accuracies is at least so large in every column."""
+    holds: Verdict = "agrees" if min(differences) >= at_least else "does not agree"
+    ours = ", ".join(f"{difference:+.1f}" for difference in differences) + f" {unit}"
+    return Claim(
+        text=text, paper=paper, ours=ours, verdict=holds if scale.decides else "cannot be tested at this scale"
+    )
+
+
+def claims_of_table1(cells: Sequence[dict[str, Any]], scale: Scale) -> list[Claim]:
+    """NF against BatchNorm, SkipInit and FixUp; the unnormalised network fails."""
+    columns = _columns(cells)
+
+    def best(method: str, column: str) -> float:
+        return max(accuracy(cells, method, column), accuracy(cells, f"{method}, regularised", column))
+
+    def over(other: str) -> list[float]:
+        return [best("NF", column) - best(other, column) for column in columns]
+
+    failing = [accuracy(cells, "unnormalised", column) / max(best("NF", column), 1e-9) for column in columns]
+    return [
+        _compared(
+            "NF reaches BatchNorm's accuracy at every depth (within 0.3 points)",
+            "76.8 78.4 79.1 79.6 79.5 (NF, regularised) beside 76.8 78.0 78.6 79.0 78.8 (BN), 50 to 288 layers",
+            over("BatchNorm"),
+            -0.3,
+            scale,
+        ),
+        _compared(
+            "NF is above SkipInit", "75.8 77.3 78.0 78.2 78.7 (SkipInit, regularised)", over("SkipInit"), 0.0, scale
+        ),
+        _compared("NF is above FixUp", "75.9 77.6 78.4 78.7 78.4 (FixUp)", over("FixUp"), 0.0, scale),
+        Claim(
+            text=f"without a normalizer and without a remedy training fails (below {FAILS:.0%} of NF's accuracy)",
+            paper=NOT_AT_HAND,
+            ours=", ".join(f"{share:.0%}" for share in failing) + " of NF's accuracy",
+            verdict="agrees" if max(failing) < FAILS else "does not agree",
+        ),
+    ]
+
+
+def claims_of_table2(cells: Sequence[dict[str, Any]], scale: Scale) -> list[Claim]:
+    """NF keeps its accuracy as the batch shrinks; BatchNorm does not."""
+    columns = _columns(cells)
+    usual = [column for column in columns if int(column.split()[1]) <= 128]
+    nf = [accuracy(cells, "NF", column) for column in usual]
+    small = "batch 2"
+    fall = max(accuracy(cells, "BatchNorm", column) for column in columns) - accuracy(cells, "BatchNorm", small)
+    falls: Verdict = "agrees" if fall > 10 else "does not agree"
+    return [
+        _compared(
+            "NF keeps its accuracy at any batch up to 128 (within 1 point)",
+            "batch 4, 15 epochs: 69.9 (quoted from secondary notes)",
+            [min(nf) - max(nf)],
+            -1.0,
+            scale,
+        ),
+        Claim(
+            text="BatchNorm loses more than 10 points at batch 2",
+            paper="batch 4, 15 epochs: 55.7 (quoted from secondary notes)",
+            ours=f"{-fall:+.1f} points",
+            verdict=falls if scale.decides else "cannot be tested at this scale",
+        ),
+    ]
+
+
+def claims_of_normalizers(cells: Sequence[dict[str, Any]], scale: Scale) -> list[Claim]:
+    """NF against the best normalizer."""
+    (column,) = _columns(cells)
+    rows = {cell["row"] for cell in cells} - {"NF", "none"}
+    others = {name: accuracy(cells, name, column) for name in sorted(rows)}
+    best = max(others, key=lambda name: others[name])
+    return [
+        _compared(
+            f"NF reaches the best normalizer, here {best} (within 0.3 points)",
+            NOT_AT_HAND,
+            [accuracy(cells, "NF", column) - others[best]],
+            -0.3,
+            scale,
+        )
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One table of the paper.
+
+    Attributes:
+        name: "table1", …
+        title: of its page.
+        arms: of a scale.
+        claims: of the cells that were measured; none for a table that only shows.
+    """
+
+    name: str
+    title: str
+    arms: Callable[[Scale], list[Arm]]
+    claims: Callable[[Sequence[dict[str, Any]], Scale], list[Claim]] = lambda cells, scale: []
+
+
+TABLES = {
+    table.name: table
+    for table in (
+        Table(name="table1", title="Depth, method and regularisation", arms=table1, claims=claims_of_table1),
+        Table(name="table2", title="Batch size", arms=table2, claims=claims_of_table2),
+        Table(name="normalizers", title="One network, each normalizer", arms=normalizers, claims=claims_of_normalizers),
+        Table(name="ablation", title="What each part of the normalizer-free network does", arms=ablation),
+    )
+}
+
+
+def make(
+    table: Table, setting: Setting, out: Path, provenance: Mapping[str, Any], on_progress: Callable[[str], None]
+) -> list[Path]:
+    """Train what is missing of a table and write its page.
+
+    Args:
+        table: which.
+        setting: how.
+        out: folder; its ``runs`` keeps every run, so that an interrupted table goes on.
+        provenance: hardware, versions and commit, for the page.
+        on_progress: told before each cell.
+
+    Returns:
+        The paths written, the page last.
+    """
+    scale = SCALES[setting.scale]
+    folder = out / "runs" / f"{table.name}-{setting.scale}"
+    cells = []
+    for arm in table.arms(scale):
+        on_progress(f"{arm.row}, {arm.column}")
+        cells.append(measure(arm, scale, setting, folder))
+    columns = _columns(cells)
+    rows = list(dict.fromkeys(cell["row"] for cell in cells))
+    by_place = {(cell["row"], cell["column"]): cell for cell in cells}
+    grid = [[row, *(_cell(by_place.get((row, column))) for column in columns)] for row in rows]
+    seeds = setting.seeds or scale.seeds
+    command = f"normfree paper {table.name} --scale {setting.scale}" + (" --data CIFAR10" if scale.decides else "")
+    data = "CIFAR-10" if scale.recipe == "cifar" else "scikit-learn digits"
+    rehearsal = f", at most {setting.limit} steps (a rehearsal)" if setting.limit else ""
+    about = [
+        f"Scale {setting.scale}: {data}, {scale.epochs} epochs, widths {scale.widths}, {len(scale.rates)} learning "
+        f"rate(s) with seed 0, then the best with seeds 0 to {seeds - 1}{rehearsal}. Top-1 of the test images in "
+        "percent, mean and standard deviation over seeds.",
+        "",
+        f"Made by `{command}`; {', '.join(f'{name} {value}' for name, value in provenance.items())}.",
+    ]
+    return write_table(
+        out,
+        f"{table.name}-{setting.scale}",
+        title=table.title,
+        about=about,
+        claims=table.claims(cells, scale),
+        grids=[Grid(title="Accuracy", columns=("", *columns), rows=grid)],
+        data={"setting": dataclasses.asdict(setting), "provenance": dict(provenance), "cells": cells},
+    )
+
+
+def _cell(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "–"
+    values = [one["accuracy"] for one in cell["runs"]]
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
