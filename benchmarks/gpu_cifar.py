@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.cifar import TWINS, run
 from benchmarks.pool import at_once
-from normfree.benchmark.machine import hardware, versions
+from normfree.benchmark.timing import hardware, versions
 from normfree.signal import write_atomically
 from normfree.train.recipes import cifar
 

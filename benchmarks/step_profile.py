@@ -22,7 +22,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.sets import CIFAR_26, CIFAR_50, OURS
 from normfree.benchmark import Contender, hardware
-from normfree.benchmark.contender import Setting
 from normfree.signal import write_atomically
 
 STEPS = 3
@@ -71,7 +70,7 @@ def class_of(operation: str) -> str:
 def profiled(case: Case) -> dict[str, Any]:
     """Return milliseconds a step by class, and the dearest operations of the standardization and of the rest."""
     batch = torch.randn(case.batch_size, 3, case.image_size, case.image_size).to(memory_format=torch.channels_last)
-    step = Contender(case.source).training(Setting(batch=batch, precision=case.precision), seed=0)
+    step = Contender(case.source).training(batch, case.precision, seed=0)
     step()
     with profile(activities=[ProfilerActivity.CPU]) as found:
         for _ in range(STEPS):

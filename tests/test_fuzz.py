@@ -23,7 +23,7 @@ from normfree.common.files import read_json, structured
 from normfree.common.safetensors_file import read, sizes
 from normfree.convert import Conversion
 from normfree.data.decode import decode, header_size
-from normfree.train.checkpoint import verified
+from normfree.train.checkpoint import verify_checkpoint
 from normfree.train.config import TrainConfig, from_dict, to_dict
 from normfree.train.recipes import RECIPES
 from normfree.train.records import read_rows
@@ -182,7 +182,7 @@ def test_manifests(value, name):
     place = folder()
     manifest = {"schema": 1, "step": 1, "score": None, "files": {}, "sha256": ""}
     (place / "manifest.json").write_text(json.dumps({**manifest, name: value}))
-    assert refused_or(lambda: verified(place), "damaged") is None
+    assert refused_or(lambda: verify_checkpoint(place), "damaged") is None
 
 
 @FUZZ

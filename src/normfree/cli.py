@@ -16,7 +16,7 @@ from typing import Any
 import normfree
 from normfree import interrupt
 from normfree.commands import COMMANDS, command_class
-from normfree.common.text import LONGEST, all_lines, one_line
+from normfree.common.text import LONGEST, all_lines, one_line, shortened
 
 WIDTH = 110
 """Columns of what is not read on a terminal."""
@@ -36,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     interrupt.raise_again()
     _open_streams()
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        command = _parsed(arguments)
-        from normfree.commands.terminal import Terminal
+        command = _parse(words)
+        from normfree.commands.shared import Terminal
 
         code = command.run(Terminal(width=None if sys.stdout.isatty() else WIDTH)) or 0
         sys.stdout.flush()
@@ -46,15 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         _drop_output()
         return 1
-    except (ValueError, OSError, ImportError) as error:
-        return _failed(all_lines(error, LONGEST), 2)
+    except ValueError as error:
+        return _fail(shortened(_in_options(all_lines(error, LONGEST), words), LONGEST), 2)
+    except (OSError, ImportError) as error:
+        return _fail(all_lines(error, LONGEST), 2)
     except KeyboardInterrupt:
-        return _failed("interrupted", interrupt.INTERRUPTED)
+        return _fail("interrupted", interrupt.INTERRUPTED)
     except Exception as error:
         if os.environ.get("NORMFREE_TRACEBACK"):
             raise
         said = f"{one_line(error)}; if no argument explains it, report it with what NORMFREE_TRACEBACK=1 prints"
-        return _failed(said, 2 if isinstance(error, (MemoryError, OverflowError)) else 3)
+        return _fail(said, 2 if isinstance(error, (MemoryError, OverflowError)) else 3)
 
 
 def _open_streams() -> None:
@@ -67,7 +70,7 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _failed(said: str, code: int) -> int:
+def _fail(said: str, code: int) -> int:
     try:
         sys.stdout.flush()
     except OSError:
@@ -83,9 +86,17 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parsed(arguments: Sequence[str] | None) -> Any:
+def _in_options(message: str, words: list[str]) -> str:
+    """An error's message with the options of the command that is asked for."""
+    if not words or words[0] not in COMMANDS:
+        return message
+    from normfree.commands.shared import with_option_names
+
+    return with_option_names(message, command_class(words[0]))
+
+
+def _parse(words: list[str]) -> Any:
     """The command the words ask for; a ValueError of one line where they ask for none."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
     if words == ["--version"]:
         print(f"normfree {normfree.__version__}")
         raise SystemExit(0)

@@ -6,26 +6,29 @@ package, torchvision or timm; code is run only from a ``FILE.py`` that the perso
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import FrameType, ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from normfree.common.checks import invalid, suggestion
+from normfree.common.checks import check_memory, invalid, suggestion
 from normfree.common.files import check_file, kind_of
-from normfree.common.memory import check_memory
 from normfree.common.packages import required
 from normfree.common.safetensors_file import sizes
 from normfree.common.text import first_line, one_line, quoted
 from normfree.convert import stored_conversion
 from normfree.models import create_model, list_models
 from normfree.models.registry import parse_overrides
-from normfree.siblings import importable
 from normfree.weights import load
 from normfree.weights.checkpoint import check_depths
 
@@ -38,11 +41,21 @@ DEEPEST = 100_000
 """Blocks of a network of ours at most: a stage's loop over more would run for hours."""
 
 
-class Built(NamedTuple):
-    """A model, and the batch its factory gave with it (None if it gave none)."""
+@dataclass(frozen=True)
+class Built:
+    """A model, and what is known of it.
+
+    Attributes:
+        model: the model.
+        batch: what its factory gave with it, None if it gave none.
+        shape: of one example, as the run that the weights are of has them; None without a run.
+        random: whether its weights are random for certain: those of a name, without a file.
+    """
 
     model: nn.Module
     batch: Any = None
+    shape: tuple[int, ...] | None = None
+    random: bool = False
 
 
 def build(source: str, original: str | None = None) -> Built:
@@ -52,8 +65,8 @@ def build(source: str, original: str | None = None) -> Built:
     a tensor, a tuple of positional or a mapping of keyword arguments.
 
     Args:
-        source: one of :data:`FORMS`. Overrides follow one of our names after a colon:
-            ``nf_resnet50:width=1,activation=silu``.
+        source: one of :data:`FORMS`. Arguments follow a name after a colon: ``nf_resnet50:width=1,activation=silu``,
+            ``torchvision:resnet18:weights=DEFAULT``, ``timm:resnet18:pretrained=True``.
         original: of a converted checkpoint, what builds the model it was converted from, in the same forms. Without
             it, what the checkpoint says is followed where it is a name of ours, torchvision's or timm's alone.
 
@@ -61,20 +74,21 @@ def build(source: str, original: str | None = None) -> Built:
         ValueError: if there is no such model; the message names the nearest.
     """
     if path := _checkpoint_of(source):
-        return _from_checkpoint(path, original)
+        built = _from_checkpoint(path, original)
+        return built if built.batch is not None else replace(built, shape=_run_shape(path))
     if original is not None:
         raise _no_use(original, source)
     if _names_factory(source):
         return _from_file(source)
-    named = _by_name(source, DEEPEST)
-    if source.partition(":")[2] and not source.startswith(("torchvision:", "timm:")):
+    named, pretrained = _by_name(source, DEEPEST)
+    if not pretrained and source.partition(":")[2] and not source.startswith(("torchvision:", "timm:")):
         try:
             with torch.device("meta"):
                 size = sum(parameter.nbytes for parameter in named().parameters())
         except (RuntimeError, OverflowError) as error:  # more numbers than an index counts
             raise invalid("model", source, first_line(error), "pass smaller widths") from error
         check_memory("model", source, size)
-    return Built(named())
+    return Built(named(), random=not pretrained)
 
 
 def takes_original(source: str) -> bool:
@@ -97,7 +111,7 @@ def check_original(original: str | None, sources: Sequence[str]) -> None:
         raise _no_use(original, " ".join(sources))
 
 
-def opened(path: str | Path, original: str | None = None) -> nn.Module:
+def load_checkpoint(path: str | Path, original: str | None = None) -> nn.Module:
     """The model in a checkpoint; a converted one is made of its original.
 
     Args:
@@ -150,7 +164,7 @@ def _from_checkpoint(path: str, original: str | None) -> Built:
     named = None
     if conversion.source is not None:
         try:
-            named = _by_name(conversion.source, tensors)
+            named, _ = _by_name(conversion.source, tensors, weights=False)
         except ValueError:  # a FILE.py, a path, or a name of nothing: the file may not decide what is run
             named = None
     if named is None:
@@ -161,35 +175,57 @@ def _from_checkpoint(path: str, original: str | None) -> Built:
     return Built(load(path, original=named()))
 
 
-def _by_name(source: str, deepest: int) -> Callable[[], nn.Module]:
+def _run_shape(path: str) -> tuple[int, ...] | None:
+    """The shape of an image that the run around a file of weights evaluates on, None where there is no run."""
+    if not any((folder / "config.json").is_file() for folder in Path(path).absolute().parents[:4]):
+        return None  # without the import of what trains, which takes seconds
+    from normfree.train.trained import find_run
+
+    run = find_run(Path(path))
+    return None if run is None else (run.data.channels, run.data.size, run.data.size)
+
+
+def _by_name(source: str, deepest: int, *, weights: bool = True) -> tuple[Callable[[], nn.Module], bool]:
     """What builds a model of this package, torchvision or timm; no file is looked at, nothing is built yet.
 
     Args:
-        source: a name of ours with overrides, torchvision:NAME or timm:NAME.
+        source: a name of ours with overrides, torchvision:NAME or timm:NAME, these with ``:weights=…``.
         deepest: blocks of a network of ours at most.
+        weights: whether pretrained weights that are asked for are had; they may be downloaded.
+
+    Returns:
+        The constructor, and whether its model is a pretrained one.
 
     Raises:
         ValueError: it is none of these names, or deeper.
     """
     prefix, _, rest = source.partition(":")
     if prefix == "torchvision":
-        return _torchvision(rest)
+        return _torchvision(rest, weights)
     if prefix == "timm":
-        return _timm(rest)
+        return _timm(rest, weights)
     overrides = parse_overrides(rest)
     if prefix not in list_models():
         create_model(prefix)  # raises, with the nearest name
     if "depths" in overrides:
         check_depths(overrides["depths"], deepest)
-    return lambda: create_model(prefix, **overrides)
+    return (lambda: create_model(prefix, **overrides)), False
 
 
-def _torchvision(name: str) -> Callable[[], nn.Module]:
+def _torchvision(word: str, weights: bool) -> tuple[Callable[[], nn.Module], bool]:
     import torchvision
 
+    name, _, options = word.partition(":")
     known = torchvision.models.list_models()
     if name not in known:
         raise ValueError(f"model: torchvision has no {quoted(name)}; {suggestion(name, known)}")
+    given = _only_option(word, options, "weights", "DEFAULT")
+    if weights and given is not None:
+        enum = torchvision.models.get_model_weights(name)
+        if given not in enum.__members__:
+            rule = f"torchvision has no weights {quoted(given)} of {name}"
+            raise invalid("model", word, rule, f"choose one of {', '.join(enum.__members__)}")
+        return (lambda: torchvision.models.get_model(name, weights=enum[given])), True
 
     def build_it() -> nn.Module:
         try:
@@ -197,14 +233,27 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
         except (TypeError, ValueError):  # the models without a backbone refuse the argument
             return torchvision.models.get_model(name, weights=None)
 
-    return build_it
+    return build_it, False
 
 
-def _timm(name: str) -> Callable[[], nn.Module]:
-    timm = required("timm", f"timm:{name}", "'normfree[timm]'")
+def _timm(word: str, weights: bool) -> tuple[Callable[[], nn.Module], bool]:
+    timm = required("timm", f"timm:{word}", "'normfree[timm]'")
+    name, _, options = word.partition(":")
     if not timm.is_model(name):
         raise ValueError(f"model: timm has no {quoted(name)}; {suggestion(name, timm.list_models())}")
-    return lambda: timm.create_model(name, pretrained=False)
+    given = _only_option(word, options, "pretrained", "True")
+    if given not in (None, True, False):
+        raise invalid("model", word, f"pretrained={given} is neither True nor False", "write pretrained=True")
+    pretrained = weights and given is True
+    return (lambda: timm.create_model(name, pretrained=pretrained)), pretrained
+
+
+def _only_option(word: str, options: str, option: str, example: str) -> Any:
+    """The value of the one option that may follow somebody else's model; None where nothing follows."""
+    given = parse_overrides(options)
+    if unknown := [name for name in given if name != option]:
+        raise invalid("model", word, f"{unknown[0]} is no option here", f"write NAME, or NAME:{option}={example}")
+    return given.get(option)
 
 
 _ALLOCATING = {torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}
@@ -281,3 +330,90 @@ def _called(file: Path, factory: str) -> Any:
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise _Told(f"model: {file} defines no function {factory!r}; {suggestion(factory, names)}")
     return function()
+
+
+# The modules beside a person's FILE.py are importable from files of its folder, also long after it was run: a model's
+# forward may import a sibling when it first runs. They are therefore found by which file imports: an import made by a
+# file of the folder looks in that folder first, while imports of ours, and of installed packages, never do.
+
+
+class _Siblings(importlib.abc.MetaPathFinder):
+    """Finds top-level modules of a folder for imports that its own files make."""
+
+    def __init__(self) -> None:
+        self.modules: dict[Path, dict[str, ModuleType]] = {}
+        """Of each folder, what was imported from it when its file was run."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        """Find a module for a file that asks from one of the folders; None for all others."""
+        folder = None if path is not None else self._asking(sys._getframe(1))
+        if folder is None:
+            return None
+        if (known := self.modules[folder].get(name)) is not None:
+            return importlib.machinery.ModuleSpec(name, _Again(known))
+        return importlib.machinery.PathFinder.find_spec(name, [str(folder)])
+
+    def _asking(self, frame: FrameType | None) -> Path | None:
+        """The folder of the file whose code imports."""
+        while frame is not None and frame.f_code.co_filename.startswith(_IMPORTING):
+            frame = frame.f_back
+        file = Path("" if frame is None else frame.f_code.co_filename)
+        if "site-packages" in file.parts:
+            return None
+        return max((folder for folder in self.modules if file.is_relative_to(folder)), key=_depth, default=None)
+
+
+class _Again(importlib.abc.Loader):
+    """Gives a module that was imported before."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def create_module(self, spec: Any) -> ModuleType:
+        """Return it."""
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Do nothing: it has run."""
+
+
+_IMPORTING = ("<frozen importlib", importlib.__file__)
+_FINDER = _Siblings()
+
+
+@contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """Run code of a folder: its modules are importable as in a script of it, and later by its own files.
+
+    Its modules do not stay in ``sys.modules``, for another folder may have the same names.
+
+    Args:
+        folder: resolved.
+    """
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+    _FINDER.modules[folder] = {}
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        if str(folder) in sys.path:
+            sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            file = _file_of(sys.modules[name])
+            if file and file.is_relative_to(folder) and "site-packages" not in file.parts:
+                _FINDER.modules[folder][name] = sys.modules.pop(name)
+
+
+def _depth(folder: Path) -> int:
+    return len(folder.parts)
+
+
+def _file_of(module: Any) -> Path | None:
+    """The file of a module, without asking its ``__getattr__``, which may raise anything."""
+    try:
+        file = object.__getattribute__(module, "__dict__").get("__file__")
+        return Path(file).resolve() if isinstance(file, str) else None
+    except (AttributeError, OSError, ValueError):  # not every entry of sys.modules is a module
+        return None

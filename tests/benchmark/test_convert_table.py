@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from normfree.benchmark.machine import hardware
+from normfree.benchmark.timing import hardware
 
 CHECKED = {
     "changes": 1,

@@ -8,8 +8,7 @@ from dataclasses import fields
 import pytest
 
 import normfree
-from normfree.commands.convert import Convert
-from normfree.commands.doctor import Doctor
+from normfree.commands.convert import Convert, Doctor
 
 
 @pytest.mark.parametrize("command", [Convert, Doctor])

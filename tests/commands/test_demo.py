@@ -5,7 +5,7 @@ import json
 import pytest
 
 from normfree.cli import main
-from normfree.commands import demo_training
+from normfree.commands import demo as demo_command
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_the_accuracies_stand_beside_the_plots(demo):
 
 
 def test_divergence_is_told_with_its_step(monkeypatch):
-    monkeypatch.setattr(demo_training, "RATE", 1e20)
-    learned = demo_training.learn("normalizers deleted", 0, epochs=1)
+    monkeypatch.setattr(demo_command, "RATE", 1e20)
+    learned = demo_command.learn("normalizers deleted", 0, epochs=1)
     assert learned.accuracy is None
     assert learned.outcome == f"diverged at step {learned.diverged}"

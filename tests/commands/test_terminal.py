@@ -15,7 +15,7 @@ from rich.table import Table
 
 import normfree
 from normfree.cli import main
-from normfree.commands.terminal import Terminal
+from normfree.commands.shared import Terminal
 from normfree.interrupt import is_command
 
 HOSTILE = {

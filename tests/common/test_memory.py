@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from normfree.common.memory import available_memory
+from normfree.common.checks import available_memory
 
 MACHINE = "MemTotal:       16000000 kB\nMemAvailable:    8000000 kB\n"
 

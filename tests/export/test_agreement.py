@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from normfree.export.agreement import Difference, awake, default_tolerance, difference, silent_parameters
+from normfree.export.comparison import Difference, awake, default_tolerance, difference, silent_parameters
 
 
 def test_a_difference_is_absolute_and_in_units_of_the_output():

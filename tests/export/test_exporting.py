@@ -18,12 +18,12 @@ import pytest
 import torch
 from torch import nn
 
-from normfree.export import Difference, Exported, onnx_file, program_file, to_onnx, to_program
-from normfree.export.exported import Format, export
+from normfree.export import Difference, Exported, formats, to_onnx, to_program
+from normfree.export.exported import export
+from normfree.export.formats import PROGRAM, Format
 from normfree.nn import ScaledConv2d
 
 WRITERS = {"onnx": to_onnx, "pt2": to_program}
-PROGRAM = Format(suffix=".pt2", check=lambda: None, write=program_file._write, read=program_file._read)
 
 
 @pytest.fixture(params=WRITERS)
@@ -156,7 +156,7 @@ def test_folding_is_checked_too(tmp_path, monkeypatch):
 
 def test_what_a_zero_hides_is_checked_in_a_rehearsal(tmp_path):
     def read(path):  # a format that loses all branches: right as long as the gain is zero
-        opened = program_file._read(path)
+        opened = PROGRAM.read(path)
         return dataclasses.replace(opened, answer=lambda arguments: arguments.tensors)
 
     lossy = dataclasses.replace(PROGRAM, read=read)
@@ -230,7 +230,7 @@ def test_other_precisions(tmp_path, linear):
 
 
 def test_large_weights_go_to_a_second_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_file, "ONE_FILE", 16)
+    monkeypatch.setattr(formats, "ONE_FILE", 16)
     model, x, path = nn.Linear(100, 3), torch.randn(2, 100), tmp_path / "m.onnx"
     result = to_onnx(model, x, path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]

@@ -10,7 +10,7 @@ from torch import nn
 from watch import MapMultiplications
 
 from normfree.models import accepted_overrides, create_model, list_models
-from normfree.models.scaffold import GroupedPlace
+from normfree.models.scaffold import grouped_branch
 
 FREE = ("nf_regnet_b0", "nfnet_f0")
 FAMILIES = (*FREE, "bn_regnet_b0")
@@ -93,8 +93,8 @@ def test_group_size_and_expansion_by_stage():
     ("wanted", "group_size", "groups", "channels"), [(81, 8, 10, 80), (8, 8, 1, 8), (7, 8, 1, 7), (15, 8, 1, 8)]
 )
 def test_a_branch_is_rounded_down_to_whole_groups(wanted, group_size, groups, channels):
-    place = GroupedPlace(0, 0, 16, 16, 1, 0.0, wanted, group_size)
-    assert (place.groups, place.bottleneck) == (groups, channels)
+    branch = grouped_branch(lambda index, in_channels, out_channels, factor: factor * in_channels, group_size, wanted)
+    assert branch(0, 0, 1, 1) == (channels, groups)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

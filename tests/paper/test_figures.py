@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from normfree.cli import main
-from normfree.paper import figure1, figure2
-from normfree.paper.figure import Claim, Setting, mean_padding_growth, padding_share
+from normfree.paper.figure import Claim, Setting, make, mean_padding_growth, padding_share
+from normfree.paper.figures import BN_FIRST, FIGURES
 
 SMALL = Setting(scale="quick", image_size=32, batch_size=2, seeds=1)
 
@@ -30,14 +30,14 @@ def test_a_claims_interval_reads_as_what_it_is():
     assert interval(1.9, 2.1) == "1.9 … 2.1"
 
 
-@pytest.mark.parametrize("figure", [figure1.FIGURE, figure2.FIGURE], ids=lambda figure: figure.name)
+@pytest.mark.parametrize("figure", FIGURES.values(), ids=FIGURES)
 def test_every_claim_is_about_a_network_of_its_figure(figure):
     labels = [network.label for network in figure.networks]
     assert len(set(labels)) == len(labels)
     assert {claim.label for claim in figure.claims(Setting())} <= set(labels)
 
 
-@pytest.mark.parametrize("name", ["figure1", "figure2"])
+@pytest.mark.parametrize("name", FIGURES)
 def test_the_command_writes_png_json_and_note_that_agree(name, tmp_path, capsys):
     words = ["paper", name, "--scale", "quick", "--image-size", "128", "--batch-size", "4", "--seeds", "1"]
     assert main([*words, "--out", str(tmp_path)]) == 0
@@ -45,7 +45,7 @@ def test_the_command_writes_png_json_and_note_that_agree(name, tmp_path, capsys)
     apart = {"figure1": ["figure1_unnormalised.png"], "figure2": []}[name]
     assert sorted(path.name for path in tmp_path.glob("*.png")) == [f"{name}.png", *apart]
     document = json.loads((tmp_path / f"{name}.json").read_text())
-    figure = {"figure1": figure1, "figure2": figure2}[name].FIGURE
+    figure = FIGURES[name]
     assert [model["model"] for model in document["models"]] == [network.label for network in figure.networks]
     assert all(len(model["blocks"]) == 24 for model in document["models"])
     note = (tmp_path / f"{name}.md").read_text()
@@ -54,14 +54,12 @@ def test_the_command_writes_png_json_and_note_that_agree(name, tmp_path, capsys)
 
 
 def test_a_wrong_prediction_is_said_to_differ(tmp_path):
-    from normfree.paper.figure import make
-
-    wrong = Claim(text="variance 7", label=figure1.BN_FIRST, low=6.9, high=7.1, measure=lambda s: 0.7)
-    figure = replace(figure1.FIGURE, networks=figure1.FIGURE.networks[:1], claims=lambda setting: [wrong])
+    wrong = Claim(text="variance 7", label=BN_FIRST, low=6.9, high=7.1, measure=lambda s: 0.7)
+    figure = replace(FIGURES["figure1"], networks=FIGURES["figure1"].networks[:1], claims=lambda setting: [wrong])
     paths = make(figure, SMALL, tmp_path, lambda text: None)
     assert "| 0.7 | **differs** |" in paths[-1].read_text()
 
 
 def test_bad_settings_are_one_line(tmp_path, capsys):
     assert main(["paper", "figure1", "--seeds", "0", "--out", str(tmp_path)]) == 2
-    assert "seeds: 0" in capsys.readouterr().err
+    assert "--seeds=0: must be an integer of at least 1" in capsys.readouterr().err

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from normfree.report.page import page_file
 from normfree.report.signal_page import write_report
 from normfree.signal.propagation import BlockSignal, Entry, Finding, SignalPropagation
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
-
-pytest.importorskip("plotly")
 
 EVIL = "<script>alert(1)</script>"
 LONG = "timm:a_model_with_a_name_that_goes_on(width=2,alpha=0.2,activation=silu,depths=[1,2,3],use_se=True)"
@@ -65,10 +64,9 @@ def signal_of(model: str, count: int = 8, *, every: int = 4, sick: bool = False)
 
 def page_of(text: str) -> str:
     """The page without plotly's source."""
-    from plotly.offline import get_plotlyjs
-
-    assert get_plotlyjs() in text
-    return text.replace(get_plotlyjs(), "")
+    plotly = page_file("plotly-cartesian.min.js")
+    assert plotly in text
+    return text.replace(plotly, "")
 
 
 def data_of(text: str) -> dict[str, Any]:
@@ -126,13 +124,46 @@ def test_data_for_the_curves(tmp_path: Path) -> None:
     assert logs["avg_channel_var"] and not logs["residual_avg_channel_var"] and "avg_sq_gradient" not in logs
 
 
-def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="signals"):
         write_report([], tmp_path / "r.html")
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(ImportError, match="pip install plotly"):
-        write_report([signal_of("a")], tmp_path / "r.html")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_is_small_and_needs_no_plotly_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    path = write_report([signal_of("a", 50), signal_of("b", 50), signal_of("c", 50)], tmp_path / "r.html")
+    assert path.stat().st_size < 1.6e6
+
+
+def test_the_title_names_the_models(tmp_path: Path) -> None:
+    signals = [signal_of(name) for name in ("a", "b", "<c>", "d")]
+    page = page_of(write_report(signals, tmp_path / "r.html").read_text())
+    assert "<h1>Signal propagation of a, b, &lt;c&gt; and 1 more</h1>" in page
+    assert "<title>Signal propagation of a, b, &lt;c&gt; and 1 more</title>" in page
+
+
+def test_layers_in_no_block_and_outputs_have_a_table(tmp_path: Path) -> None:
+    signal = signal_of("net")
+    blocks = tuple(replace(block, number=2 * block.index + 2) for block in signal.blocks)
+    stem = replace(blocks[0], index=0, name="stem.conv", kind="layer", number=0, avg_channel_var=0.0625, woken=())
+    head = replace(stem, index=1, name="fc", number=40, avg_channel_var=123.5, last=True)
+    output = replace(stem, name="output 0", kind="output", avg_channel_var=77.25)
+    signal = replace(signal, blocks=blocks, layers=(stem, head), outputs=(output,))
+    page = page_of(write_report([signal], tmp_path / "r.html").read_text())
+    table = page[page.index("weighted layers in no block, and outputs") :]
+    rows = [re.sub(r"<[^>]*>+", "|", row) for row in re.findall(r"<tr>(.*?)</tr>", table)[1:4]]
+    assert "before block 0" in rows[0] and "stem.conv" in rows[0] and "0.0625" in rows[0]
+    assert "after block 7" in rows[1] and "123.5" in rows[1] and "last layer" in rows[1]
+    assert "output" in rows[2] and "77.25" in rows[2]
+
+
+def test_no_page_offers_to_upload_its_figure() -> None:
+    """Plotly's default buttons have one that sends the figure to its cloud; ours are named one by one."""
+    script = page_file("page.js")
+    assert 'modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]]' in script
+    for name in ("signal_page.js", "figures.js"):
+        assert "page.config()" in page_file(name)
 
 
 def missing(what: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from normfree import create_model, load_haiku_weights
-from normfree.weights.haiku_names import haiku_names
+from normfree.weights.haiku import haiku_names
 
 REGNET = {"depths": (1, 2, 1, 1), "widths": (12, 16, 24, 32), "num_classes": 5, "padding": "same"}
 

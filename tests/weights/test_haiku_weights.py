@@ -13,7 +13,7 @@ from torch import nn
 import normfree
 from normfree import create_model, load_haiku_weights
 from normfree.nn import ScaledWSConv2d
-from normfree.weights.haiku_names import haiku_names
+from normfree.weights.haiku import haiku_names
 
 SMALL = {"depths": (1, 2, 1, 1), "num_classes": 5, "padding": "same"}
 REGNET = {**SMALL, "widths": (12, 16, 24, 32)}

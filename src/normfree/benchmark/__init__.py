@@ -1,12 +1,8 @@
 """Models side by side, and beside their limit: time and memory of a training step and of inference."""
 
-from normfree.benchmark.contender import Contender
-from normfree.benchmark.limit import limit
-from normfree.benchmark.machine import hardware, machine_name
-from normfree.benchmark.part import Part, Target
-from normfree.benchmark.running import measure
+from normfree.benchmark.comparison import Contender, Part, Target, limit, measure
 from normfree.benchmark.tables import markdown
-from normfree.benchmark.timing import Clock, interleaved, ratios, seconds, shown, spread
+from normfree.benchmark.timing import Clock, hardware, interleaved, machine_name, ratios, seconds, shown, spread
 
 __all__ = [
     "Clock",

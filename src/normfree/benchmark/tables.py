@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from normfree.benchmark.machine import versions
-from normfree.benchmark.timing import shown
+from normfree.benchmark.timing import shown, versions
 
 
 def markdown(results: Sequence[dict[str, Any]], title: str, remarks: str = "") -> str:
@@ -61,7 +60,8 @@ def comparison(result: dict[str, Any]) -> list[str]:
     """Return the lines of one comparison's table."""
     training = result["task"] == "training"
     head = ["", "milliseconds, median (quartiles)", "first / this"] + ["peak memory, MiB"] * training
-    setting = f"{result['batch_size']}×3×{result['image_size']}×{result['image_size']}, {result['precision']}"
+    size = result["image_size"]
+    setting = f"{result['batch_size']}×{result.get('channels', 3)}×{size}×{size}, {result['precision']}"
     lines = [
         f"{setting}, on {result['device']}; {result['rounds']} interleaved rounds, "
         f"load {result['hardware']['load']:.2f} at the start.",

@@ -1,4 +1,4 @@
-"""The commands of ``normfree``, one a file: what a person types, sees and gets."""
+"""The commands of ``normfree``: what a person types, sees and gets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ COMMANDS = {
 }
 """Every command with the first line of its help, kept here so that a list of them imports none."""
 
+_FILES = {"predict": "evaluate", "doctor": "convert"}
+"""Commands that are in another command's file; all others are in the file of their name."""
+
 
 def command_class(name: str) -> type[Any]:
-    """The class of a command, from the file of its name; only now is imported what it needs."""
-    return getattr(import_module(f"normfree.commands.{name}"), name.capitalize())
+    """The class of a command; only now is imported what it needs."""
+    return getattr(import_module(f"normfree.commands.{_FILES.get(name, name)}"), name.capitalize())

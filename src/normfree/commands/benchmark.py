@@ -5,20 +5,29 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
-from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
 from normfree.benchmark import Contender, Part, markdown, measure
-from normfree.commands.devices import device_named
-from normfree.commands.outputs import check_folder
+from normfree.commands.shared import (
+    Device,
+    Folder,
+    ImageSize,
+    Models,
+    Original,
+    Seed,
+    Terminal,
+    check_folder,
+    check_options,
+)
+from normfree.commands.signals import device_named
+from normfree.common.checks import invalid
 from normfree.nn import has_foldable
 from normfree.signal import input_shape, write_atomically
-from normfree.sources import build, check_original, takes_original
+from normfree.sources import Built, build, check_original, takes_original
 
 TITLES = {"training": "One training step", "inference": "Inference"}
 
@@ -32,18 +41,13 @@ class Benchmark:
     with peers are `make bench` and, on a GPU, `make gpu`.
     """
 
-    models: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """A name of `normfree models` (overrides after a colon: nf_resnet50:width=1), torchvision:NAME,
-    timm:NAME, FILE.py:FACTORY (a classifier of images), or a checkpoint of normfree.save."""
-    original: str | None = None
-    """Of converted checkpoints, what builds the model they were made of: FILE.py:FACTORY, which is run, or another
-    MODEL. Needed where that is no name of ours, torchvision's or timm's."""
+    models: Models
+    original: Original = None
     task: Literal["both", "training", "inference"] = "both"
     """What to time."""
     batch_size: int = 16
     """Images in a batch."""
-    image_size: int | None = None
-    """Height and width; what the first model suggests by default, 224 if it does not."""
+    image_size: ImageSize = None
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast in training; weights and images in inference."""
     compile: bool = False
@@ -54,33 +58,23 @@ class Benchmark:
     """Most rounds of a comparison; each runs every model once."""
     seconds: float = 120.0
     """After which no further round of a comparison starts."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, …; a GPU if there is one by default."""
-    seed: int = 0
-    """Of models and images."""
-    out: Path = Path("out/benchmark")
-    """Folder to write to."""
+    device: Device = None
+    seed: Seed = 0
+    out: Folder = Path("out/benchmark")
 
     def __post_init__(self) -> None:
-        if not self.models:
-            raise ValueError("models: none given; for example: normfree benchmark nf_resnet50 torchvision:resnet50")
-        for name in ("batch_size", "image_size", "rounds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value} is too few; give at least 1")
+        check_options(self)
         if not self.seconds > 0:
-            raise ValueError(f"seconds: {self.seconds} is no time; give more than 0, such as 60")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: {self.seed} is no integer from 0 to 2**63 - 1; give one such as 0")
+            raise invalid("seconds", self.seconds, "must be more than 0", "give 60, for example")
         if self.onnx and (self.precision != "float32" or self.task == "training"):
-            raise ValueError("onnx: ONNX Runtime runs inference in float32 on a CPU; leave --onnx out")
+            raise invalid("onnx", True, "ONNX Runtime runs inference in float32 on a CPU", "leave --onnx out")
         check_folder(self.out)
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         """Measure every comparison first, then print and write."""
         device = device_named(self.device)
         if self.onnx and device.type != "cpu":
-            raise ValueError("onnx: ONNX Runtime is timed on the CPU; give --device cpu, or leave --onnx out")
+            raise invalid("onnx", True, "ONNX Runtime is timed on the CPU", "give --device cpu, or leave --onnx out")
         results = []
         with console.status("starting") as status:
             for part in self.parts():
@@ -93,18 +87,22 @@ class Benchmark:
             write_atomically(self.out / "benchmark.json", json.dumps({"results": results}, indent=1) + "\n"),
             write_atomically(self.out / "benchmark.md", page),
         ]
-        console.print(page, markup=False, highlight=False, soft_wrap=True)
-        console.print("wrote " + " ".join(map(str, written)), highlight=False, markup=False, soft_wrap=True)
+        console.say(page)
+        console.say_written(written)
 
     def parts(self) -> list[Part]:
-        """Return the comparisons asked for."""
+        """Return the comparisons asked for, on images of the shape that the first model takes."""
         check_original(self.original, self.models)
-        models = {source: _built(source, self.original) for source in dict.fromkeys(self.models)}
-        size = self.image_size or _size(next(iter(models.values())))
-        ours = {name for name, model in models.items() if has_foldable(model)}
+        built: dict[str, Built] = {}
+        for source in dict.fromkeys(self.models):
+            with torch.random.fork_rng(devices=[]):
+                built[source] = build(source, self.original if takes_original(source) else None)
+        ours = {name for name, one in built.items() if has_foldable(one.model)}
+        channels, size = _image_shape(next(iter(built.values())))
         shared: dict[str, Any] = {
             "batch_size": self.batch_size,
-            "image_size": size,
+            "channels": channels,
+            "image_size": self.image_size or size,
             "precision": self.precision,
             "rounds": self.rounds,
             "budget": self.seconds,
@@ -132,13 +130,11 @@ class Benchmark:
         return found
 
 
-def _built(source: str, original: str | None) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        return build(source, original if takes_original(source) else None).model
-
-
-def _size(model: nn.Module) -> int:
+def _image_shape(built: Built) -> tuple[int, int]:
+    """Channels and height of the images that a model takes, 3 and 224 where it does not say."""
     try:
-        return input_shape(model)[-1]
+        channels, *_, size = built.shape or input_shape(built.model)
     except ValueError:
-        return 224
+        first = next((part for part in built.model.modules() if isinstance(part, nn.Conv2d)), None)
+        return (3 if first is None else first.in_channels), 224
+    return channels, size

@@ -1,58 +1,66 @@
-"""``normfree evaluate``: how good a trained network is."""
+"""``normfree evaluate`` and ``normfree predict``: how good a trained network is, and what it says of images."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+import torch
 import tyro
-from rich.console import Console
+from torch import Tensor
 
-from normfree.common.files import write_atomically
+from normfree.commands.shared import Original, Terminal, TrainedModel, check_options
+from normfree.common.checks import invalid
+from normfree.common.files import refused, write_atomically
 from normfree.common.text import quoted
 from normfree.data import DataConfig, EvaluationData, open_evaluation
 
 if TYPE_CHECKING:
     from normfree.train.trained import Trained
 
-OVERRIDES = {
-    "source": "source",
-    "split": "evaluation_split",
-    "image_size": "image_size",
-    "batch_size": "batch_size",
-    "workers": "workers",
-    "on_bad_image": "on_bad_image",
-}
-"""Fields of the data that an option changes."""
+
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """What both commands take."""
+
+    model: TrainedModel
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
+    """Run that says how images are prepared and what the classes are; the one the model lies in by default."""
+    original: Original = None
+    trust_code: bool = False
+    """Open a .pt2 file although it can run code of whoever wrote it; an .onnx file cannot."""
+    image_size: int | None = None
+    """Height and width; as in the run by default, 224 without one."""
+
+    def open(self) -> Trained:
+        """Return the network."""
+        from normfree.sources import load_checkpoint
+        from normfree.train.trained import open_trained
+
+        with_original = partial(load_checkpoint, original=self.original)
+        return open_trained(self.model, self.run_folder, opened=with_original, trust_code=self.trust_code)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(_Trained):
     """Measure loss, top-1 and top-5 of a trained network, on the data of its run or on other data.
 
     Under torchrun the images are divided among the processes.
     """
 
-    model: Annotated[str, tyro.conf.Positional]
-    """A run's folder, a checkpoint's folder, or a .safetensors, .onnx or .pt2 file."""
-    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
-    """Run whose data and preparation apply; the one the model lies in by default."""
-    original: str | None = None
-    """Of a converted checkpoint, what builds the model it was made of: FILE.py:FACTORY, which is run, or another
-    MODEL of `normfree spp`. Needed where that is no name of ours, torchvision's or timm's."""
-    trust_code: bool = False
-    """Open a .pt2 file although it can run code of whoever wrote it; an .onnx file cannot."""
+    same_as: ClassVar[dict[str, str]] = {"evaluation_split": "split"}
+    """Options that are called otherwise than the field of the data that they change."""
+
     source: str | None = None
     """Other data: digits, a folder, *.parquet, *.tar, hub:OWNER/NAME."""
     split: str | None = None
     """Split to evaluate on; validation if there is one, else test, by default."""
-    image_size: int | None = None
-    """Height and width; as in the run by default."""
     batch_size: int | None = None
     """Images at once; 256 by default."""
     workers: int | None = None
@@ -69,21 +77,14 @@ class Evaluate:
     """File to write the numbers and the confusion matrix to."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "batch_size", "limit_eval_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value} is too few; give at least 1")
+        check_options(self)
 
-    def run(self, console: Console) -> None:
-        """Evaluate, and say how good it is."""
-        from normfree.sources import opened
+    def run(self, console: Terminal) -> None:
+        """Evaluate, and print how good it is."""
         from normfree.train.evaluation import evaluate
         from normfree.train.precision import launched
-        from normfree.train.trained import open_trained
 
-        trained = open_trained(
-            self.model, self.run_folder, opened=partial(opened, original=self.original), trust_code=self.trust_code
-        )
+        trained = self.open()
         fabric = launched(
             "cpu" if trained.exported else self.accelerator, "fp32" if trained.exported else self.precision
         )
@@ -103,18 +104,18 @@ class Evaluate:
             result: dict[str, Any] = {"model": self.model, "source": data.config.source, **found.to_dict()}
             result |= {"classes": list(data.class_names), "bad_images": data.bad_images}
             line += f"\nwrote {write_atomically(self.json, json.dumps(result) + chr(10))}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.say(line)
 
     def _data(self, trained: Trained, rank: int, world_size: int) -> EvaluationData:
         """The run's data with what the options change."""
         known = trained.data
         if known is None and self.source is None:
-            raise ValueError(
-                f"source: {self.model!r} lies in no run, so its data are not known; pass --source or --run"
-            )
+            rule = f"{quoted(self.model)} lies in no run, so its data are not known"
+            raise invalid("source", None, rule, "pass --source or --run")
         digits = self.source == "digits"  # which say themselves
         config = known or DataConfig(in_channels=None if digits else trained.in_channels)
-        changes = {field: getattr(self, option) for option, field in OVERRIDES.items()}
+        options = ("source", "image_size", "batch_size", "workers", "on_bad_image")
+        changes = {option: getattr(self, option) for option in options} | {"evaluation_split": self.split}
         changes = {field: value for field, value in changes.items() if value is not None}
         if self.source is not None and known is not None and self.source != known.source:
             # What was found in the run's own data does not hold for others.
@@ -126,3 +127,76 @@ class Evaluate:
             world_size=world_size,
             classes=trained.class_names,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(_Trained):
+    """Name the most probable classes of images."""
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files."""
+    top: int = 5
+    """Classes to name."""
+    json: bool = False
+    """Print JSON: a list of {"image", "predictions": [{"class", "index", "probability"}]}."""
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise invalid("images", (), "none given", "for example: normfree predict runs/digits image.png")
+        check_options(self)
+
+    def run(self, console: Terminal) -> None:
+        """Read all images first, then predict and print."""
+        from normfree.train.evaluation import logits_of
+
+        trained = self.open()
+        images = self._images(trained)
+        names = trained.class_names
+        classes = None if names is None else len(names)
+        with torch.no_grad():
+            logits = torch.cat([logits_of(trained.network, part, classes).float() for part in images.split(64)])
+        for path, row in zip(self.images, logits, strict=True):
+            if not row.isfinite().all():
+                raise ValueError(f"model: its outputs for {quoted(str(path))} are not numbers; normfree spp says why")
+        found = [
+            {"image": str(path), "predictions": self._predictions(row, names)}
+            for path, row in zip(self.images, logits.softmax(1), strict=True)
+        ]
+        if self.json:
+            sys.stdout.write(json.dumps(found, indent=1) + "\n")
+            return
+        for one in found:
+            console.say(one["image"])
+            for predicted in one["predictions"]:
+                console.say(f"  {100 * predicted['probability']:6.2f} %  {predicted['class']}")
+
+    def _images(self, trained: Trained) -> Tensor:
+        """All images as one standardized batch; a ValueError names a file that does not decode."""
+        import numpy as np
+
+        from normfree.data import Standardization
+        from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD
+        from normfree.data.crops import CentreCrop
+        from normfree.data.decode import DamagedImage, decode
+
+        data = trained.data
+        if data is None:
+            channels: Any = trained.in_channels or 3
+            mean, std = IMAGENET_MEAN[:channels], IMAGENET_STD[:channels]
+            data = DataConfig(image_size=224, in_channels=channels, mean=mean, std=std)
+        crop = CentreCrop(self.image_size or data.image_size or 224, data.crop_ratio)
+        rows = []
+        for path in self.images:
+            try:
+                image = np.asarray(crop(decode(path, data.in_channels or 3)))
+            except DamagedImage as damage:
+                raise refused("images", path, f"does not decode as an image ({damage})", "give an image") from damage
+            rows.append(torch.from_numpy(image.copy()).reshape(*image.shape[:2], -1).permute(2, 0, 1))
+        return Standardization(*data.statistics)(torch.stack(rows))
+
+    def _predictions(self, probabilities: Tensor, names: tuple[str, ...] | None) -> list[dict[str, Any]]:
+        values, indices = probabilities.topk(min(self.top, len(probabilities)))
+        return [
+            {"class": names[index] if names else str(index), "index": index, "probability": value}
+            for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+        ]

@@ -11,16 +11,15 @@ from typing import Annotated, Any
 import torch
 import tyro
 from rich import filesize
-from rich.console import Console
 from rich.markup import escape
-from torch import nn
 
-from normfree.common.checks import check_choice
-from normfree.common.memory import check_memory
+from normfree.commands.shared import ImageSize, Model, Original, Seed, Terminal, check_options
+from normfree.commands.signals import precision_of
+from normfree.common.checks import check_choice, check_memory, invalid
 from normfree.export import Exported, to_onnx, to_program
-from normfree.export.staging import check_path
+from normfree.export.exported import check_path
 from normfree.signal import input_shape
-from normfree.sources import build
+from normfree.sources import Built, build
 
 WRITERS = {"onnx": to_onnx, "pt2": to_program}
 
@@ -32,73 +31,62 @@ class Export:
     The file is read back, run on random input and compared with the model; one that differs is not kept.
     """
 
-    model: Annotated[str, tyro.conf.Positional]
-    """A checkpoint of normfree.save, a name of `normfree models` (overrides after a colon: nf_resnet50:width=1),
-    torchvision:NAME, timm:NAME, or FILE.py:FACTORY (which may return (model, batch))."""
-    original: str | None = None
-    """Of a converted checkpoint, what builds the model it was made of: FILE.py:FACTORY, which is run, or another MODEL.
-    Needed where that is no name of ours, torchvision's or timm's."""
+    model: Model
+    original: Original = None
     format: Annotated[str | None, tyro.conf.arg(metavar="onnx|pt2")] = None
     """onnx (ONNX Runtime and its like) or pt2 (PyTorch); what --out ends in by default, onnx without it."""
     dynamic_batch: bool = False
     """Let the file take any number of examples instead of --batch-size."""
     batch_size: int | None = None
     """Examples in a batch; 1 by default."""
-    image_size: int | None = None
-    """Height and width; what the model suggests by default, 224 if it does not."""
+    image_size: ImageSize = None
     tolerance: float | None = None
     """Largest difference from the model, relative to its largest output; 3.5e-4 by default in float32."""
-    seed: int = 0
-    """Of initialisation and input."""
+    seed: Seed = 0
     out: Path | None = None
     """File to write; out/export/MODEL.FORMAT by default."""
 
     def __post_init__(self) -> None:
         if self.format is not None:
             check_choice("format", self.format, tuple(WRITERS))
-        for name in ("batch_size", "image_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value} is too few; give at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: {self.seed} is no integer from 0 to 2**63 - 1; give one such as 0")
+        check_options(self)
         self._place()
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         """Export, and say what was written and how far it differs."""
         kind, path = self._place()
         check_path(path, f".{kind}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            model, batch = build(self.model, self.original)
-            batch = self._batch(model) if batch is None else self._own(batch)
+            built = build(self.model, self.original)
+            batch = self._batch(built) if built.batch is None else self._own(built.batch)
         with console.status(f"exporting {escape(self.model)}"):
-            written = WRITERS[kind](model, batch, path, dynamic_batch=self.dynamic_batch, tolerance=self.tolerance)
-        self._tell(console, written)
+            write, options = WRITERS[kind], {"dynamic_batch": self.dynamic_batch, "tolerance": self.tolerance}
+            written = write(built.model, batch, path, **options)
+        self._print(console, written, built)
 
-    def _batch(self, model: nn.Module) -> torch.Tensor:
+    def _batch(self, built: Built) -> torch.Tensor:
         """Unit Gaussian noise in the model's precision, of the shape it suggests or the sizes asked for."""
         try:
-            shape = input_shape(model)
+            shape = built.shape or input_shape(built.model)
         except ValueError as error:
             remedy = "let FACTORY of FILE.py return (model, batch)"
             raise ValueError(f"model: the shape of its input cannot be told; {remedy}") from error
         if self.image_size is not None:
             if len(shape) != 3:
-                raise ValueError(f"image_size: the model takes {list(shape)}, not an image; leave --image-size out")
+                rule = f"the model takes {list(shape)}, not an image"
+                raise invalid("image_size", self.image_size, rule, "leave --image-size out")
             shape = (shape[0], self.image_size, self.image_size)
             check_memory("image_size", self.image_size, 4 * math.prod(shape))
-        parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-        precision = torch.float32 if parameter is None else parameter.dtype
         check_memory("batch_size", self.batch_size, 4 * (self.batch_size or 1) * math.prod(shape))
-        return torch.randn(self.batch_size or 1, *shape).to(precision)
+        return torch.randn(self.batch_size or 1, *shape).to(precision_of(built.model))
 
     def _own(self, batch: Any) -> Any:
         """The factory's own batch, which leaves no size to choose."""
         for name in ("batch_size", "image_size"):
-            if getattr(self, name) is not None:
-                option = "--" + name.replace("_", "-")
-                raise ValueError(f"{name}: the factory gives the batch; leave {option} out, or return the model alone")
+            if (value := getattr(self, name)) is not None:
+                remedy = f"leave --{name.replace('_', '-')} out, or return the model alone"
+                raise invalid(name, value, "the factory gives the batch", remedy)
         return batch
 
     def _place(self) -> tuple[str, Path]:
@@ -110,10 +98,10 @@ class Export:
         kind = self.format or self.out.suffix.removeprefix(".")
         if self.out.suffix != f".{kind}" or kind not in WRITERS:
             ending = f".{self.format}" if self.format else ".onnx or .pt2"
-            raise ValueError(f"out: {str(self.out)!r} does not end in {ending}; rename it")
+            raise invalid("out", str(self.out), f"does not end in {ending}", "rename it")
         return kind, self.out
 
-    def _tell(self, console: Console, written: Exported) -> None:
+    def _print(self, console: Terminal, written: Exported, built: Built) -> None:
         """Print what was written, what it was checked with, and how far it differs."""
         sizes = ", ".join(map(str, written.batch_sizes))
         lines = {
@@ -127,11 +115,11 @@ class Export:
         if written.rehearsal is not None:
             silent = f"{len(written.silent)} all-zero weights and biases"
             lines["rehearsal"] = f"with the {silent} drawn at random, a scratch file differed by {written.rehearsal}"
-        if not Path(self.model).is_file() and ".py:" not in self.model:
+        if built.random:
             lines["note"] = f"these weights are random (seed {self.seed}); give a checkpoint to export trained ones"
         lines["wrote"] = f"{written.path} ({filesize.decimal(written.size)})"
         for name, value in lines.items():
-            console.print(f"{name:<10} {value}", highlight=False, markup=False, soft_wrap=True)
+            console.say(f"{name:<10} {value}")
 
 
 def _shape(shape: tuple[int, ...], dynamic_batch: bool) -> str:

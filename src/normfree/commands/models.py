@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.table import Table
+
+from normfree.commands.shared import Terminal
+from normfree.common.checks import invalid
 
 TABLE = Path(__file__).with_suffix(".csv")
 COLUMNS = ("model", "parameters", "channels", "family")
@@ -28,12 +30,12 @@ class Models:
     pattern: Annotated[str, tyro.conf.Positional] = "*"
     """A shell pattern, such as 'nf_*'."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         """Print a table."""
         with TABLE.open(newline="", encoding="utf-8") as lines:
             rows = [row for row in csv.DictReader(lines) if fnmatchcase(row["model"], self.pattern)]
         if not rows:
-            raise ValueError(f"pattern: {self.pattern!r} matches no model; `normfree models` lists all")
+            raise invalid("pattern", self.pattern, "matches no model", "`normfree models` lists all")
         table = Table("model", pad_edge=False)
         for name in ("parameters", "channels of the stages", "family"):
             table.add_column(name, justify="left" if name == "family" else "right")

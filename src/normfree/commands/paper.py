@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
 
-from normfree.commands.outputs import check_folder
+from normfree.commands.shared import Folder, Terminal, check_folder
 
 FIGURES = ("figure1", "figure2")
 TABLES = ("table1", "table2", "normalizers", "ablation")
@@ -43,7 +42,7 @@ class Paper:
     """Tables of trainings: CIFAR-10 as a folder of parquet files; hub:uoft-cs/cifar10 by default."""
     limit_train_steps: int | None = None
     """Tables of trainings: a rehearsal of so many steps each."""
-    out: Path = Path("out/paper")
+    out: Folder = Path("out/paper")
     """Folder to write to; finished trainings are kept there and not repeated."""
 
     def __post_init__(self) -> None:
@@ -55,12 +54,12 @@ class Paper:
             if getattr(self, name) is not None and name not in allowed:
                 raise ValueError(f"{name}: {self.what} takes none; leave it out")
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         """Make it."""
         with console.status(self.what) as status:
             paths = self._make(lambda text: status.update(escape(f"{self.what}: {text}")))
         console.print(Markdown(paths[-1].read_text()))
-        console.print("wrote " + " ".join(map(str, paths)), highlight=False, markup=False, soft_wrap=True)
+        console.say_written(paths)
 
     def _make(self, on_progress: Callable[[str], Any]) -> list[Path]:
         if self.what == "gamma":
@@ -72,10 +71,10 @@ class Paper:
 
             return properties.make(self.out, on_progress)
         if self.what in FIGURES:
-            from normfree.paper import figure1, figure2
+            from normfree.paper import figures
             from normfree.paper.figure import Setting, make
 
-            figure = {"figure1": figure1, "figure2": figure2}[self.what].FIGURE
+            figure = figures.FIGURES[self.what]
             names = ("scale", "image_size", "batch_size", "seeds")
             return make(figure, Setting(**self._given(names)), self.out, on_progress)
         from normfree.benchmark import hardware

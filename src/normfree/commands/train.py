@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from rich.console import Console
 
-from normfree.commands.outputs import check_folder
+from normfree.commands.shared import Terminal, check_folder
 from normfree.train.config import TrainConfig
 from normfree.train.recipes import RECIPES
 
@@ -50,7 +49,7 @@ class Train:
     def __post_init__(self) -> None:
         check_folder(self.recipe.folder)
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         """Train, and say what came of it."""
         from normfree.train.run import train
 
@@ -58,9 +57,7 @@ class Train:
         metrics = summary.metrics
         if not summary.finished:
             where = f"step {metrics['step']} is in {summary.folder / 'checkpoints'}"
-            console.print(
-                f"stopped as asked: {where}; the same command goes on", highlight=False, markup=False, soft_wrap=True
-            )
+            console.say(f"stopped as asked: {where}; the same command goes on")
             return
         found = metrics["evaluation"]
         top5 = "" if found["top5"] is None else f", top-5 {100 * found['top5']:.2f} %"
@@ -70,7 +67,5 @@ class Train:
             if count
         )
         accuracy = f"accuracy {100 * found['top1']:.2f} %{top5} of {found['examples']:,} images"
-        console.print(
-            f"{accuracy}, {metrics['seconds']:.1f} s of training{counts}", highlight=False, markup=False, soft_wrap=True
-        )
-        console.print(f"wrote {summary.folder}", highlight=False, markup=False, soft_wrap=True)
+        console.say(f"{accuracy}, {metrics['seconds']:.1f} s of training{counts}")
+        console.say_written([summary.folder])

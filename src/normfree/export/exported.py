@@ -2,59 +2,110 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from normfree.common.checks import check_flag, check_number
+from normfree.common.checks import check_flag, check_number, invalid
+from normfree.common.packages import required
 from normfree.common.text import one_line
-from normfree.export.agreement import Answer, Difference, awake, compare, default_tolerance, silent_parameters
-from normfree.export.arguments import Arguments, ExampleInput, arguments_of, output_names
-from normfree.export.capture import capture
-from normfree.export.staging import check_path, staged
+from normfree.export.comparison import (
+    Difference,
+    ExampleInput,
+    arguments_of,
+    awake,
+    compare,
+    default_tolerance,
+    output_names,
+    silent_parameters,
+)
+from normfree.export.formats import ONNX, PROGRAM, Format, Opened, capture, quiet
 from normfree.nn.fold import fold
 
 SEED = 0
 """Of the random inputs that a file is checked with, and of the weights a rehearsal draws."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Opened:
-    """A file, read back.
+def to_onnx(
+    model: nn.Module,
+    example_input: ExampleInput,
+    path: str | Path,
+    *,
+    dynamic_batch: bool = False,
+    tolerance: float | None = None,
+) -> Exported:
+    """Fold a model, write it as an ONNX file, read that back with ONNX Runtime, and compare.
 
-    Attributes:
-        answer: what it does.
-        operators: how often it has each operator, the most frequent first.
-        opset: version of ONNX's operators; None of other formats.
+    The file appears under its name once it has been checked: by ``onnx.checker``, and against the model run by
+    PyTorch on the CPU, on random inputs resampled from the example's values (batches of one example, of the traced
+    size and of one more if the batch is dynamic). Where parameters are zero, as a fresh model's skip gains and
+    biases are, a scratch file with those drawn at random is checked first, for zeros would hide errors.
+
+    Args:
+        model: any module whose forward takes and returns tensors, of float32 for ONNX Runtime to run it on a CPU.
+            It is exported in evaluation mode and left as it is.
+        example_input: what its forward takes, [N, C, H, W] for an image model: a tensor, a tuple of positional or a
+            mapping of keyword arguments. All axes but a dynamic batch keep its sizes.
+        path: where to, ``*.onnx``; a file of that name is replaced at the end. Weights of more than 1.5 GiB go to
+            ``*.onnx.data`` beside it.
+        dynamic_batch: whether the file takes any number of examples, on the leading axis of each input.
+        tolerance: largest difference from the model, relative to the largest absolute output; by default
+            ``sqrt(eps)``, 3.5e-4 in float32.
+
+    Returns:
+        Where the file is, what is in it, and how far it differs.
+
+    Raises:
+        ValueError: an argument that breaks its rule; a model that cannot be traced or has no ONNX form; a
+            difference above the tolerance. No file is left.
+        ImportError: a package is not installed.
+        OSError: the file cannot be written.
     """
-
-    answer: Answer
-    operators: Mapping[str, int]
-    opset: int | None = None
+    return export(ONNX, model, example_input, path, dynamic_batch=dynamic_batch, tolerance=tolerance)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """A kind of file.
+def to_program(
+    model: nn.Module,
+    example_input: ExampleInput,
+    path: str | Path,
+    *,
+    dynamic_batch: bool = False,
+    tolerance: float | None = None,
+) -> Exported:
+    """Fold a model, write it as a torch.export program, read that back, and compare.
 
-    Attributes:
-        suffix: of its name.
-        check: raises ImportError where what it takes is not installed.
-        write: writes a program to a path; the last argument names its outputs.
-        read: opens such a file.
+    ``torch.export.load(path).module()`` is the model again, without its code; it needs PyTorch alone. Checked as
+    :func:`normfree.export.to_onnx` checks, with PyTorch in the place of ONNX Runtime.
+
+    Args:
+        model: any module whose forward takes and returns tensors, in any precision. It is exported in evaluation
+            mode, on the CPU, and left as it is.
+        example_input: what its forward takes, [N, C, H, W] for an image model: a tensor, a tuple of positional or a
+            mapping of keyword arguments. All axes but a dynamic batch keep its sizes.
+        path: where to, ``*.pt2``; a file of that name is replaced at the end.
+        dynamic_batch: whether the file takes any number of examples, on the leading axis of each input.
+        tolerance: largest difference from the model, relative to the largest absolute output; by default
+            ``sqrt(eps)``, 3.5e-4 in float32.
+
+    Returns:
+        Where the file is, what is in it, and how far it differs.
+
+    Raises:
+        ValueError: an argument that breaks its rule; a model that cannot be traced; a difference above the
+            tolerance. No file is left.
+        OSError: the file cannot be written.
     """
-
-    suffix: str
-    check: Callable[[], None]
-    write: Callable[[ExportedProgram, Path, Sequence[str]], None]
-    read: Callable[[Path], Opened]
+    return export(PROGRAM, model, example_input, path, dynamic_batch=dynamic_batch, tolerance=tolerance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,88 +154,70 @@ def export(
     """Do for a kind of file what :func:`normfree.export.to_onnx` and ``to_program`` say they do."""
     path = check_path(path, kind.suffix)
     check_flag("dynamic_batch", dynamic_batch)
-    kind.check()
+    for package in kind.packages:
+        with quiet():
+            required(package, "ONNX", " ".join(kind.packages))
     arguments = arguments_of(example_input, dynamic_batch=dynamic_batch)
     given = _copied(model)
     if tolerance is None:
         tolerance = default_tolerance(chain(given.parameters(), given.buffers(), arguments.tensors))
     check_number("tolerance", tolerance, 0.0)
-    job = _Job(kind, arguments, dynamic_batch, tolerance, output_names(arguments.run(given)))
+    names = output_names(arguments.run(given))
+    generator = torch.Generator().manual_seed(SEED)
+    traced = arguments.batch_size
+    sizes = sorted({1, traced, traced + 1}) if dynamic_batch and traced else [None]
+    batches = [arguments.resampled(size, generator) for size in sizes]
+    # A program keeps the values it was traced with: not the user's.
+    example = arguments.resampled(None, torch.Generator().manual_seed(SEED))
+
+    def trace(module: nn.Module) -> ExportedProgram:
+        return capture(module, example, dynamic_batch=dynamic_batch)
+
+    def write(program: ExportedProgram, module: nn.Module, place: Path, what: str) -> tuple[Opened, Difference]:
+        kind.write(program, place, names)
+        opened = kind.read(place)
+        found = compare(opened.answer, lambda batch: batch.call(module), batches)
+        _check_difference(found, tolerance, what)
+        return opened, found
+
     folded = fold(given).requires_grad_(False)
-    program = job.trace(folded)
-    folding = compare(_answer(folded), _answer(given), job.batches())
-    job.check(folding, "the folded model")
+    program = trace(folded)
+    folding = compare(lambda batch: batch.call(folded), lambda batch: batch.call(given), batches)
+    _check_difference(folding, tolerance, "the folded model")
     silent = silent_parameters(folded)
+    rehearsal = None
     with staged(path) as place:
-        rehearsal = job.rehearse(folded, place) if silent else None
-        opened, file = job.write(program, folded, place)
+        if silent:  # a zero hides whatever is done to what it multiplies
+            woken = awake(folded, torch.Generator().manual_seed(SEED))
+            if all(bool(y.isfinite().all()) for batch in batches for y in batch.call(woken)):
+                what = "a rehearsal's file, its all-zero weights drawn at random,"
+                rehearsal = write(trace(woken), woken, place, what)[1]
+                for part in place.parent.iterdir():
+                    part.unlink()
+        opened, file = write(program, folded, place, "the file, read back,")
         size = sum(part.stat().st_size for part in place.parent.iterdir())
-    facts = job.facts(opened, size)
-    return Exported(path=path, folding=folding, file=file, silent=tuple(silent), rehearsal=rehearsal, **facts)
+    return Exported(
+        path=path,
+        size=size,
+        operators=opened.operators,
+        opset=opened.opset,
+        input_shapes=tuple(tuple(tensor.shape) for tensor in arguments.tensors),
+        batch_sizes=tuple(n for batch in batches if (n := batch.batch_size) is not None),
+        dynamic_batch=dynamic_batch,
+        tolerance=tolerance,
+        folding=folding,
+        file=file,
+        silent=tuple(silent),
+        rehearsal=rehearsal,
+    )
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What all steps of one export share."""
-
-    kind: Format
-    arguments: Arguments
-    dynamic_batch: bool
-    tolerance: float
-    names: Sequence[str]
-
-    def batches(self) -> list[Arguments]:
-        """Random inputs: of the traced size, and of one example and one more example where the size is dynamic."""
-        generator = torch.Generator().manual_seed(SEED)
-        traced = self.arguments.batch_size
-        sizes = sorted({1, traced, traced + 1}) if self.dynamic_batch and traced else [None]
-        return [self.arguments.resampled(size, generator) for size in sizes]
-
-    def trace(self, folded: nn.Module) -> ExportedProgram:
-        """Trace a model, with values that are not the user's, for a program keeps those it was traced with."""
-        arguments = self.arguments.resampled(None, torch.Generator().manual_seed(SEED))
-        return capture(folded, arguments, dynamic_batch=self.dynamic_batch)
-
-    def write(
-        self, program: ExportedProgram, folded: nn.Module, place: Path, what: str = "the file, read back,"
-    ) -> tuple[Opened, Difference]:
-        """Write a traced model, read the file back, and compare it with what was traced."""
-        self.kind.write(program, place, self.names)
-        opened = self.kind.read(place)
-        file = compare(opened.answer, _answer(folded), self.batches())
-        self.check(file, what)
-        return opened, file
-
-    def rehearse(self, folded: nn.Module, place: Path) -> Difference | None:
-        """Export with silent weights drawn at random, for a zero hides whatever is done to what it multiplies."""
-        woken = awake(folded, torch.Generator().manual_seed(SEED))
-        if not all(bool(y.isfinite().all()) for batch in self.batches() for y in batch.call(woken)):
-            return None
-        what = "a rehearsal's file, its all-zero weights drawn at random,"
-        found = self.write(self.trace(woken), woken, place, what)[1]
-        for part in place.parent.iterdir():
-            part.unlink()
-        return found
-
-    def check(self, found: Difference, what: str) -> None:
-        """Refuse a difference beyond the tolerance."""
-        if found.relative > self.tolerance:
-            raise ValueError(
-                f"model: {what} differs from it by {found}, more than tolerance={self.tolerance:.1e}, and was not "
-                "kept; if the model is known to amplify rounding errors so, pass a larger tolerance"
-            )
-
-    def facts(self, opened: Opened, size: int) -> dict[str, Any]:
-        """Return what is not a difference of :class:`Exported`'s attributes."""
-        return {
-            "size": size,
-            "operators": opened.operators,
-            "opset": opened.opset,
-            "input_shapes": tuple(tuple(tensor.shape) for tensor in self.arguments.tensors),
-            "batch_sizes": tuple(n for batch in self.batches() if (n := batch.batch_size) is not None),
-            "dynamic_batch": self.dynamic_batch,
-            "tolerance": self.tolerance,
-        }
+def _check_difference(found: Difference, tolerance: float, what: str) -> None:
+    if found.relative > tolerance:
+        raise ValueError(
+            f"model: {what} differs from it by {found}, more than tolerance={tolerance:.1e}, and was not kept; if the "
+            "model is known to amplify rounding errors so, pass a larger tolerance"
+        )
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -200,5 +233,54 @@ def _copied(model: nn.Module) -> nn.Module:
         raise ValueError(f"model: it cannot be copied: {one_line(error)}; {remedy}") from error
 
 
-def _answer(model: nn.Module) -> Answer:
-    return lambda arguments: arguments.call(model)
+def check_path(path: str | Path, suffix: str) -> Path:
+    """Return where to write to; refuse, before any work is done, what could not be written.
+
+    Raises:
+        ValueError: another suffix, a folder of that name, a file where a folder should be, or no permission.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise invalid("path", path, "must be a path", f"pass one such as 'model{suffix}'")
+    path = Path(path)
+    if path.suffix != suffix:
+        raise invalid("path", str(path), f"must end in {suffix}", f"pass {str(path.with_suffix(suffix))!r}")
+    if path.is_dir():
+        raise invalid("path", str(path), "is a folder", "pass a file's name")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise invalid("path", str(path), f"{str(existing)!r} is a file, not a folder", "pass another place")
+    if existing.is_relative_to("/proc") or not os.access(existing, os.W_OK | os.X_OK):
+        raise invalid("path", str(path), f"{str(existing)!r} cannot be written to", "pass another place")
+    return path
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Give a place to write a file to, in a folder of its own beside ``path``; move it there at the end.
+
+    Whatever else was written into that folder moves along, first: the named file may refer to it. If the body
+    raises, nothing is left, and what had been at ``path`` is as it was.
+
+    Raises:
+        ValueError: if one of the other files already exists, for two files cannot be replaced at once.
+    """
+    made = [parent for parent in path.absolute().parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            yield Path(folder) / path.name
+            files = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
+            for file in files:
+                target = path.parent / file.name
+                if target.exists() and target.name != path.name:
+                    remedy = "remove it, or pass another place"
+                    raise invalid("path", str(path), f"its weights go to {str(target)!r}, which exists", remedy)
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            for file in files:
+                os.replace(file, path.parent / file.name)
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise

@@ -13,16 +13,18 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
 from normfree.common.checks import check_integer
+from normfree.models.nf_regnet import regnet_gate, regnet_head_channels, regnet_places, regnet_variants
 from normfree.models.registry import register
-from normfree.models.scaffold import Backbone, GroupedPlace, RegNetLayout, regnet_gate, regnet_variants
-from normfree.nn import Activation, AveragePool2x2, ScaledConv2d, build_activation
+from normfree.models.scaffold import Backbone, BlockPlace
+from normfree.nn import Activation, AveragePool2x2, ScaledConv2d, StochasticDepth, build_activation
 
 
-def _normalized(
+def _convolution_and_norm(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, *, groups: int = 1, padding: str
 ) -> nn.Sequential:
     """Return a convolution (LeCun normal, no bias) and the batch norm of its output."""
@@ -45,18 +47,18 @@ class BNRegNetBlock(nn.Module):
     """
 
     def __init__(
-        self, place: GroupedPlace, activation: nn.Module, gate: Callable[[int], nn.Module], padding: str
+        self, place: BlockPlace, activation: nn.Module, gate: Callable[[int], nn.Module], padding: str
     ) -> None:
         super().__init__()
-        inner, out = place.bottleneck, place.out_channels
+        inner, out = place.branch_channels, place.out_channels
         self.activation = copy.deepcopy(activation)
-        self.conv0 = _normalized(place.in_channels, inner, 1, padding=padding)
-        self.conv1 = _normalized(inner, inner, 3, place.stride, groups=place.groups, padding=padding)
+        self.conv0 = _convolution_and_norm(place.in_channels, inner, 1, padding=padding)
+        self.conv1 = _convolution_and_norm(inner, inner, 3, place.stride, groups=place.groups, padding=padding)
         self.squeeze_excite = gate(inner)
-        self.conv2 = _normalized(inner, out, 1, padding=padding)
+        self.conv2 = _convolution_and_norm(inner, out, 1, padding=padding)
         self.pool = AveragePool2x2() if place.stride == 2 else nn.Identity()
-        self.shortcut = _normalized(place.in_channels, out, 1, padding=padding) if place.projects else None
-        self.stochastic_depth = place.stochastic_depth()
+        self.shortcut = _convolution_and_norm(place.in_channels, out, 1, padding=padding) if place.projects else None
+        self.stochastic_depth = StochasticDepth(place.drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.activation(x)
@@ -106,21 +108,18 @@ class BNRegNet(Backbone):
         in_channels: int = 3,
         padding: str = "symmetric",
     ) -> None:
-        layout = RegNetLayout(
-            depths, base_widths, width, widths, in_channels, padding, stochdepth_rate, group_size, expansion
-        )
+        network = (depths, base_widths, width, widths, in_channels, padding, stochdepth_rate)
+        places = regnet_places(group_size, expansion, *network)
         act, _ = build_activation(activation)
-        gate = regnet_gate(use_se, se_ratio)
-        head = _normalized(layout.stage_channels[-1], layout.head_channels, 1, padding=padding)
+        head_channels = regnet_head_channels(places)
+        head = _convolution_and_norm(places[-1][-1].out_channels, head_channels, 1, padding=padding)
         super().__init__(
-            stem=_normalized(in_channels, layout.stem_channels, 3, 2, padding=padding),
-            stages=[
-                nn.Sequential(*(BNRegNetBlock(place, act, gate, padding) for place in places))
-                for places in layout.places()
-            ],
+            stem=_convolution_and_norm(in_channels, places[0][0].in_channels, 3, 2, padding=padding),
+            stem_stride=2,
+            places=places,
+            block=partial(BNRegNetBlock, activation=act, gate=regnet_gate(use_se, se_ratio), padding=padding),
             final=nn.Sequential(OrderedDict([*head.named_children(), ("activation", copy.deepcopy(act))])),
-            feature_info=layout.feature_info(),
-            num_features=layout.head_channels,
+            num_features=head_channels,
             num_classes=num_classes,
             drop_rate=drop_rate,
             classifier_std=0.0,

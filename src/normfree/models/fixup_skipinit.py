@@ -1,10 +1,22 @@
-"""SkipInit ResNets: pre-activation, no normalizer, a learnable scalar that starts each branch at zero.
+"""ResNets without a normalizer or standardized weights: SkipInit and FixUp, comparisons of the paper.
+
+SkipInit, pre-activation, with a learnable scalar that starts each branch at zero:
 
     x_{l+1} = shortcut + s * f_l(act(x_l)),   f = conv1x1 . act conv3x3 . act conv1x1
 
 s   skip gain, learnable, one per block, starts at 0; it is in the weights of the branch's last convolution
 
-Source: De, Smith 2020 (arXiv 2002.10444); the comparison of Brock, De, Smith, ICLR 2021.
+FixUp, post-activation, trainable from the initialisation alone:
+
+    x' = x_l + b0
+    x_{l+1} = act(shortcut(x') + s * conv1x1(act(conv3x3(act(conv1x1(x') + b1) + b2) + b3) + b4) + b5)
+
+b   scalar biases, start at 0
+s   scalar scale, one per block, starts at 1; it is in the weight of the branch's last convolution
+L   number of blocks: the first two convolutions of a branch start smaller by L^(-1/4), the last at zero
+
+Sources: De, Smith 2020 (arXiv 2002.10444); Zhang, Dauphin, Ma 2019 (arXiv 1901.09321); the comparison of Brock, De,
+Smith, ICLR 2021.
 """
 
 from __future__ import annotations
@@ -13,20 +25,20 @@ import copy
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normfree.common.checks import check_number
+from normfree.models.nf_resnet import resnet_places, resnet_stem, resnet_variants
 from normfree.models.registry import register
-from normfree.models.scaffold import Backbone, BlockPlace, ResNetLayout, resnet_variants
-from normfree.nn import Activation, ScaledConv2d, build_activation
+from normfree.models.scaffold import Backbone, BlockPlace
+from normfree.nn import Activation, ScaledConv2d, StochasticDepth, build_activation
 from normfree.nn.recompute import with_origin
 
 
 class SkipInitBlock(nn.Module):
-    """A bottleneck block with a skip gain: the equation at the top of this file.
+    """A bottleneck block with a skip gain: the equations at the top of this file.
 
     Args:
         place: channels, stride and stochastic depth.
@@ -39,14 +51,14 @@ class SkipInitBlock(nn.Module):
 
     def __init__(self, place: BlockPlace, activation: nn.Module, skipinit_gain: float, padding: str) -> None:
         super().__init__()
-        options: dict[str, Any] = {"padding": padding, "init_scale": math.sqrt(2)}
-        inner, out = place.bottleneck, place.out_channels
+        convolution = partial(ScaledConv2d, padding=padding, init_scale=math.sqrt(2))
+        inner, out = place.branch_channels, place.out_channels
         self.activation = copy.deepcopy(activation)
-        self.conv0 = ScaledConv2d(place.in_channels, inner, 1, **options)
-        self.conv1 = ScaledConv2d(inner, inner, 3, place.stride, **options)
-        self.conv2 = ScaledConv2d(inner, out, 1, skip_gain=skipinit_gain, **options)
-        self.shortcut = ScaledConv2d(place.in_channels, out, 1, place.stride, **options) if place.projects else None
-        self.stochastic_depth = place.stochastic_depth()
+        self.conv0 = convolution(place.in_channels, inner, 1)
+        self.conv1 = convolution(inner, inner, 3, place.stride)
+        self.conv2 = convolution(inner, out, 1, skip_gain=skipinit_gain)
+        self.shortcut = convolution(place.in_channels, out, 1, place.stride) if place.projects else None
+        self.stochastic_depth = StochasticDepth(place.drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.activation(x)
@@ -61,17 +73,11 @@ class SkipInitResNet(Backbone):
     """A SkipInit ResNet with He-normal (fan-in) convolutions; all but the stem's have a bias.
 
     Args:
-        depths: blocks per stage, four.
-        width: multiplies the stages' 64, 128, 256, 512 channels and the stem's 16.
-        widths: the stages' channels themselves, instead of ``width``.
-        activation: a name, or a module, function or factory.
+        depths, width, widths, activation, stem, in_channels, padding: as ``NFResNet``'s.
         stochdepth_rate: of the last block, nearly; grows linearly from 0. The paper's regularised runs: 0.1.
         drop_rate: dropout before the classifier. The paper's regularised runs: 0.25.
         skipinit_gain: initial value of every skip gain.
-        stem: "imagenet" (7x7 of stride 2 and a max-pool), or "cifar" (3x3 of stride 1) for small images.
         num_classes: outputs of the classifier, which starts at zero; 0 for none.
-        in_channels: channels of the input.
-        padding: "symmetric" or "same".
 
     Raises:
         ValueError: a value that breaks its rule.
@@ -94,33 +100,20 @@ class SkipInitResNet(Backbone):
         in_channels: int = 3,
         padding: str = "symmetric",
     ) -> None:
-        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate, stem)
+        places = resnet_places(depths, width, widths, in_channels, padding, stochdepth_rate)
         act, _ = build_activation(activation)
         gain = check_number("skipinit_gain", skipinit_gain)
         stem_convolution = partial(ScaledConv2d, bias=False, init_scale=math.sqrt(2))
         super().__init__(
-            stem=layout.stem(stem_convolution),
-            stages=[
-                nn.Sequential(*(SkipInitBlock(place, act, gain, padding) for place in places))
-                for places in layout.places()
-            ],
+            **resnet_stem(stem, stem_convolution, in_channels, places, padding),
+            places=places,
+            block=partial(SkipInitBlock, activation=act, skipinit_gain=gain, padding=padding),
             final=copy.deepcopy(act),
-            feature_info=layout.feature_info(),
-            num_features=layout.stage_channels[-1],
+            num_features=places[-1][-1].out_channels,
             num_classes=num_classes,
             drop_rate=drop_rate,
             classifier_std=0.0,
         )
-
-
-# MERGED from models/fixup_skipinit.py
-#
-#     x' = x_l + b0
-#     x_{l+1} = act(shortcut(x') + s * conv1x1(act(conv3x3(act(conv1x1(x') + b1) + b2) + b3) + b4) + b5)
-#
-# b   scalar biases, start at 0
-# s   scalar scale, one per block, starts at 1; it is in the weight of the branch's last convolution
-# L   number of blocks: the first two convolutions of a branch
 
 
 class ScalarBias(nn.Module):
@@ -145,7 +138,7 @@ def _he_fan_out(convolution: ScaledConv2d, factor: float = 1.0) -> ScaledConv2d:
 
 
 class FixUpBlock(nn.Module):
-    """A FixUp bottleneck block: the equation at the top of this file.
+    """A FixUp bottleneck block: the equations at the top of this file.
 
     Args:
         place: channels, stride and stochastic depth.
@@ -158,23 +151,23 @@ class FixUpBlock(nn.Module):
 
     def __init__(self, place: BlockPlace, activation: nn.Module, blocks: int, padding: str) -> None:
         super().__init__()
-        options: dict[str, Any] = {"padding": padding, "bias": False}
-        inner, out = place.bottleneck, place.out_channels
+        convolution = partial(ScaledConv2d, padding=padding, bias=False)
+        inner, out = place.branch_channels, place.out_channels
         shrink = blocks**-0.25
         self.activation = copy.deepcopy(activation)
         self.bias0 = ScalarBias()
-        self.conv0 = _he_fan_out(ScaledConv2d(place.in_channels, inner, 1, **options), shrink)
+        self.conv0 = _he_fan_out(convolution(place.in_channels, inner, 1), shrink)
         self.bias1 = ScalarBias()
         self.bias2 = ScalarBias()
-        self.conv1 = _he_fan_out(ScaledConv2d(inner, inner, 3, place.stride, **options), shrink)
+        self.conv1 = _he_fan_out(convolution(inner, inner, 3, place.stride), shrink)
         self.bias3 = ScalarBias()
         self.bias4 = ScalarBias()
-        self.conv2 = _he_fan_out(ScaledConv2d(inner, out, 1, skip_gain=1.0, **options), 0.0)
+        self.conv2 = _he_fan_out(convolution(inner, out, 1, skip_gain=1.0), 0.0)
         self.bias5 = ScalarBias()
         self.shortcut: nn.Module = nn.Identity()
         if place.projects:
-            self.shortcut = _he_fan_out(ScaledConv2d(place.in_channels, out, 1, place.stride, **options))
-        self.stochastic_depth = place.stochastic_depth()
+            self.shortcut = _he_fan_out(convolution(place.in_channels, out, 1, place.stride))
+        self.stochastic_depth = StochasticDepth(place.drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bias0(x)
@@ -189,16 +182,10 @@ class FixUpResNet(Backbone):
     """A FixUp ResNet; convolutions without bias, scalar biases, one more of them before the classifier.
 
     Args:
-        depths: blocks per stage, four.
-        width: multiplies the stages' 64, 128, 256, 512 channels and the stem's 16.
-        widths: the stages' channels themselves, instead of ``width``.
-        activation: a name, or a module, function or factory.
+        depths, width, widths, activation, stem, in_channels, padding: as ``NFResNet``'s.
         stochdepth_rate: of the last block, nearly; grows linearly from 0. The paper's regularised runs: 0.1.
         drop_rate: dropout before the classifier. The paper's regularised runs: 0.25.
-        stem: "imagenet" (7x7 of stride 2 and a max-pool), or "cifar" (3x3 of stride 1) for small images.
         num_classes: outputs of the classifier, which starts at zero; 0 for none.
-        in_channels: channels of the input.
-        padding: "symmetric" or "same".
 
     Raises:
         ValueError: a value that breaks its rule.
@@ -222,22 +209,19 @@ class FixUpResNet(Backbone):
         in_channels: int = 3,
         padding: str = "symmetric",
     ) -> None:
-        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate, stem)
+        places = resnet_places(depths, width, widths, in_channels, padding, stochdepth_rate)
         act, _ = build_activation(activation)
-        blocks = sum(depths)
+        after = {"bias": ScalarBias(), "activation": copy.deepcopy(act)}
 
         def stem_convolution(*shape: int, padding: str) -> ScaledConv2d:
             return _he_fan_out(ScaledConv2d(*shape, padding=padding, bias=False))  # type: ignore[arg-type]
 
         super().__init__(
-            stem=layout.stem(stem_convolution, bias=ScalarBias(), activation=copy.deepcopy(act)),
-            stages=[
-                nn.Sequential(*(FixUpBlock(place, act, blocks, padding) for place in places))
-                for places in layout.places()
-            ],
+            **resnet_stem(stem, stem_convolution, in_channels, places, padding, **after),
+            places=places,
+            block=partial(FixUpBlock, activation=act, blocks=sum(depths), padding=padding),
             final=nn.Identity(),
-            feature_info=layout.feature_info(),
-            num_features=layout.stage_channels[-1],
+            num_features=places[-1][-1].out_channels,
             num_classes=num_classes,
             drop_rate=drop_rate,
             classifier_std=0.0,

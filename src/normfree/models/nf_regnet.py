@@ -17,32 +17,57 @@ pooled features.
 On white noise the average pool cuts the shortcut's variance by four, which the plan does not know; on
 photographs, whose neighbouring pixels agree, it hardly does.
 
-Source: Brock, De, Smith, *Characterizing signal propagation to close the performance gap in unnormalized
-ResNets*, ICLR 2021, section 5 and appendix.
+Sources: Brock, De, Smith, *Characterizing signal propagation to close the performance gap in unnormalized
+ResNets*, ICLR 2021, section 5 and appendix; the grouped blocks are Radosavovic et al. 2020's (arXiv 2003.13678).
 """
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from normfree.common.checks import check_integer
+from normfree.common.checks import check_flag, check_integer, check_number
 from normfree.models.registry import register
-from normfree.models.scaffold import (
-    GroupedPlace,
-    NFBackbone,
-    NFBlockStyle,
-    RegNetLayout,
-    nf_style,
-    regnet_gate,
-    regnet_variants,
-)
-from normfree.nn import Activation, AveragePool2x2, PlannedBlock, ScaledWSConv2d
+from normfree.models.scaffold import BlockPlace, NFBackbone, NFStyle, block_places, grouped_branch, stage_channels
+from normfree.nn import Activation, AveragePool2x2, ScaledWSConv2d, SqueezeExcite, StochasticDepth
+
+# Widths, to be multiplied by `width`; depths; training and test image size; dropout.
+REGNET_SIZES: dict[int, tuple[tuple[int, ...], tuple[int, ...], int, int, float]] = {
+    0: ((48, 104, 208, 440), (1, 3, 6, 6), 192, 224, 0.2),
+    1: ((48, 104, 208, 440), (2, 4, 7, 7), 224, 256, 0.2),
+    2: ((56, 112, 232, 488), (2, 4, 8, 8), 240, 272, 0.3),
+    3: ((56, 128, 248, 528), (2, 5, 9, 9), 288, 320, 0.3),
+    4: ((64, 144, 288, 616), (2, 6, 11, 11), 320, 384, 0.4),
+    5: ((80, 168, 336, 704), (3, 7, 14, 14), 384, 456, 0.4),
+    6: ((88, 184, 376, 792), (3, 8, 16, 16), 448, 528, 0.5),
+    7: ((96, 208, 416, 880), (4, 10, 19, 19), 512, 600, 0.5),
+    8: ((104, 232, 456, 968), (4, 11, 22, 22), 600, 672, 0.5),
+}
+
+
+def regnet_variants(prefix: str) -> dict[str, Mapping[str, Any]]:
+    """Return the registry's entries of a family: every size under ``<prefix><size>``."""
+    names = ("base_widths", "depths", "train_size", "test_size", "drop_rate")
+    return {f"{prefix}{size}": dict(zip(names, values, strict=True)) for size, values in REGNET_SIZES.items()}
+
+
+def regnet_gate(use_se: bool, se_ratio: float) -> Callable[[int], nn.Module]:
+    """Return a function from channels to the layer in the middle of a RegNet's branch.
+
+    Args:
+        use_se: a squeeze-excite gate; otherwise nothing.
+        se_ratio: hidden units of the gate per channel.
+
+    Raises:
+        ValueError: use_se not a bool; a ratio that is not above 0.
+    """
+    ratio = check_number("se_ratio", se_ratio, 0.0, exclusive=True)
+    return partial(SqueezeExcite, ratio=ratio) if check_flag("use_se", use_se) else lambda channels: nn.Identity()
 
 
 class NFRegNetBlock(nn.Module):
@@ -50,28 +75,26 @@ class NFRegNetBlock(nn.Module):
 
     Args:
         place: channels, groups, stride and stochastic depth.
-        planned: the block's entry of the variance plan.
+        beta: expected standard deviation of the block's input.
         style: what it shares with the network's other blocks.
         gate: makes the layer after the grouped convolution, from its channels.
 
     Source: Brock et al. 2021, appendix.
     """
 
-    def __init__(
-        self, place: GroupedPlace, planned: PlannedBlock, style: NFBlockStyle, gate: Callable[[int], nn.Module]
-    ) -> None:
+    def __init__(self, place: BlockPlace, beta: float, style: NFStyle, gate: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        options: dict[str, Any] = {"padding": style.padding, "input_scale": style.gamma}
-        downscaled = {**options, "input_scale": style.gamma / planned.beta}
-        convolution, inner, out = style.convolution, place.bottleneck, place.out_channels
+        convolution = partial(style.convolution, padding=style.padding)
+        inner, out = place.branch_channels, place.out_channels
+        before, inside = style.gamma / beta, style.gamma
         self.activation = copy.deepcopy(style.activation)
-        self.conv0 = convolution(place.in_channels, inner, 1, **downscaled)
-        self.conv1 = convolution(inner, inner, 3, place.stride, groups=place.groups, **options)
+        self.conv0 = convolution(place.in_channels, inner, 1, input_scale=before)
+        self.conv1 = convolution(inner, inner, 3, place.stride, groups=place.groups, input_scale=inside)
         self.squeeze_excite = gate(inner)
-        self.conv2 = convolution(inner, out, 1, **options, **style.branch_end)
+        self.conv2 = convolution(inner, out, 1, input_scale=inside, **style.branch_scale)
         self.pool = AveragePool2x2() if place.stride == 2 else nn.Identity()
-        self.shortcut = convolution(place.in_channels, out, 1, **downscaled) if place.projects else None
-        self.stochastic_depth = place.stochastic_depth()
+        self.shortcut = convolution(place.in_channels, out, 1, input_scale=before) if place.projects else None
+        self.stochastic_depth = StochasticDepth(place.drop_rate)
 
     def branch(self, activated: Tensor) -> Tensor:
         """Return ``alpha * s * f(activated / beta)``, [N, out_channels, H', W']."""
@@ -83,6 +106,33 @@ class NFRegNetBlock(nn.Module):
         activated = self.activation(x)
         shortcut = x if self.shortcut is None else self.shortcut(self.pool(activated))
         return shortcut + self.stochastic_depth(self.branch(activated))
+
+
+def regnet_places(
+    group_size: int | Sequence[int], expansion: float | Sequence[float], *network: Any
+) -> list[list[BlockPlace]]:
+    """Return the places of a RegNet's blocks: every stage halves, a branch is wider than its block's input.
+
+    Args:
+        group_size: channels of a group, one value or one per stage.
+        expansion: channels of a branch per input channel of its block; the network's first block has 1.
+        network: as :func:`normfree.models.scaffold.stage_channels`'s.
+
+    Raises:
+        ValueError: an argument that breaks its rule.
+    """
+    channels = stage_channels(*network)
+
+    def branch_width(index: int, in_channels: int, out_channels: int, factor: float) -> float:
+        return in_channels * (factor if index > 0 else 1)
+
+    branch = grouped_branch(branch_width, group_size, expansion)
+    return block_places(branch, network[0], channels, channels[0], (2, 2, 2, 2), network[-1])
+
+
+def regnet_head_channels(places: Sequence[Sequence[BlockPlace]]) -> int:
+    """Return the output channels of the convolution after the last stage: 1280 for a last stage of 440."""
+    return int(1280 * places[-1][-1].out_channels // 440)
 
 
 @register(regnet_variants("nf_regnet_b"))
@@ -142,22 +192,21 @@ class NFRegNet(NFBackbone):
         in_channels: int = 3,
         padding: str = "symmetric",
     ) -> None:
-        layout = RegNetLayout(
-            depths, base_widths, width, widths, in_channels, padding, stochdepth_rate, group_size, expansion
-        )
-        style = nf_style(activation, alpha, skipinit_gain, padding)
+        network = (depths, base_widths, width, widths, in_channels, padding, stochdepth_rate)
+        places = regnet_places(group_size, expansion, *network)
+        first, last, head_channels = places[0][0], places[-1][-1], regnet_head_channels(places)
+        style = NFStyle.of(activation, alpha, skipinit_gain, padding=padding)
         block = partial(NFRegNetBlock, gate=regnet_gate(use_se, se_ratio))
         # No activation precedes the head's convolution, nor a beta: its input is the last block's sum as it is.
-        head = ScaledWSConv2d(layout.stage_channels[-1], layout.head_channels, 1, padding=padding)
+        head = ScaledWSConv2d(last.out_channels, head_channels, 1, padding=padding)
         super().__init__(
-            layout=layout,
+            stem=nn.Sequential(OrderedDict(conv=ScaledWSConv2d(in_channels, first.in_channels, 3, 2, padding=padding))),
+            stem_stride=2,
+            places=places,
             block=block,
             style=style,
-            stem=nn.Sequential(
-                OrderedDict(conv=ScaledWSConv2d(in_channels, layout.stem_channels, 3, 2, padding=padding))
-            ),
             final=nn.Sequential(OrderedDict(conv=head, activation=copy.deepcopy(style.activation))),
-            num_features=layout.head_channels,
+            num_features=head_channels,
             num_classes=num_classes,
             drop_rate=drop_rate,
             classifier_std=0.0,

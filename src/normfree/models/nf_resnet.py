@@ -18,7 +18,8 @@ ResNets*, ICLR 2021.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,9 +27,17 @@ from torch import Tensor, nn
 
 from normfree.common.checks import check_choice, check_flag, check_number
 from normfree.models.registry import register
-from normfree.models.scaffold import BlockPlace, NFBackbone, NFBlockStyle, ResNetLayout, nf_style, resnet_variants
-from normfree.nn import Activation, PlannedBlock, ScaledConv2d, ScaledWSConv2d, SqueezeExcite
+from normfree.models.scaffold import BlockPlace, NFBackbone, NFStyle, block_places, stage_channels
+from normfree.nn import Activation, MaxPool2d, ScaledConv2d, ScaledWSConv2d, SqueezeExcite, StochasticDepth
 
+RESNET_DEPTHS: dict[int, tuple[int, int, int, int]] = {
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+    288: (24, 24, 24, 24),
+    600: (50, 50, 50, 50),
+}
 CONVOLUTIONS: dict[str, type[ScaledConv2d]] = {"scaled_ws": ScaledWSConv2d, "scaled": ScaledConv2d}
 
 
@@ -37,23 +46,25 @@ class NFBlock(nn.Module):
 
     Args:
         place: channels, stride and stochastic depth.
-        planned: the block's entry of the variance plan.
+        beta: expected standard deviation of the block's input.
         style: what it shares with the network's other blocks.
 
     Source: Brock et al. 2021, section 3.
     """
 
-    def __init__(self, place: BlockPlace, planned: PlannedBlock, style: NFBlockStyle) -> None:
+    def __init__(self, place: BlockPlace, beta: float, style: NFStyle) -> None:
         super().__init__()
-        options: dict[str, Any] = {"padding": style.padding, "input_scale": style.gamma}
-        downscaled = {**options, "input_scale": style.gamma / planned.beta}
-        convolution, inner, out = style.convolution, place.bottleneck, place.out_channels
+        convolution = partial(style.convolution, padding=style.padding)
+        inner, out = place.branch_channels, place.out_channels
+        before, inside = style.gamma / beta, style.gamma
         self.activation = copy.deepcopy(style.activation)
-        self.conv0 = convolution(place.in_channels, inner, 1, **downscaled)
-        self.conv1 = convolution(inner, inner, 3, place.stride, **options)
-        self.conv2 = convolution(inner, out, 1, **options, **style.branch_end)
-        self.shortcut = convolution(place.in_channels, out, 1, place.stride, **downscaled) if place.projects else None
-        self.stochastic_depth = place.stochastic_depth()
+        self.conv0 = convolution(place.in_channels, inner, 1, input_scale=before)
+        self.conv1 = convolution(inner, inner, 3, place.stride, input_scale=inside)
+        self.conv2 = convolution(inner, out, 1, input_scale=inside, **style.branch_scale)
+        self.shortcut = (
+            convolution(place.in_channels, out, 1, place.stride, input_scale=before) if place.projects else None
+        )
+        self.stochastic_depth = StochasticDepth(place.drop_rate)
 
     def branch(self, activated: Tensor) -> Tensor:
         """Return ``alpha * s * f(activated / beta)``, [N, out_channels, H', W']."""
@@ -71,21 +82,73 @@ class NFSqueezeExciteBlock(NFBlock):
     """A normalizer-free bottleneck block whose branch ends in a squeeze-excite gate, which carries alpha * s.
 
     Args:
-        place, planned, style: as ``NFBlock``'s.
+        place, beta, style: as ``NFBlock``'s.
         se_ratio: hidden units of the gate per output channel.
 
     Source: Brock et al. 2021, section 3 and appendix.
     """
 
-    def __init__(self, place: BlockPlace, planned: PlannedBlock, style: NFBlockStyle, se_ratio: float) -> None:
-        super().__init__(place, planned, style.bare())
-        self.squeeze_excite = SqueezeExcite(place.out_channels, se_ratio, **style.branch_end)
+    def __init__(self, place: BlockPlace, beta: float, style: NFStyle, se_ratio: float) -> None:
+        super().__init__(place, beta, style.without_branch_scale())
+        self.squeeze_excite = SqueezeExcite(place.out_channels, se_ratio, **style.branch_scale)
 
     def branch(self, activated: Tensor) -> Tensor:
         """Return ``alpha * s * f(activated / beta)``, [N, out_channels, H', W']."""
-        hidden = self.activation(self.conv0(activated))
-        hidden = self.activation(self.conv1(hidden))
-        return self.squeeze_excite(self.conv2(hidden))
+        return self.squeeze_excite(super().branch(activated))
+
+
+def resnet_variants(prefix: str) -> dict[str, Mapping[str, Any]]:
+    """Return the registry's entries of a family of ResNets: every depth under ``<prefix><depth>``."""
+    return {f"{prefix}{depth}": {"depths": blocks} for depth, blocks in RESNET_DEPTHS.items()}
+
+
+def resnet_places(
+    depths: Sequence[int],
+    width: float,
+    widths: Sequence[int] | None,
+    in_channels: int,
+    padding: str,
+    stochdepth_rate: float,
+) -> list[list[BlockPlace]]:
+    """Return the places of a ResNet's bottleneck blocks, of 64, 128, 256 and 512 channels times the width multiplier.
+
+    Raises:
+        ValueError: an argument that breaks its rule.
+    """
+    channels = stage_channels(depths, (64, 128, 256, 512), width, widths, in_channels, padding, stochdepth_rate)
+
+    def branch(stage: int, index: int, in_channels: int, out_channels: int) -> tuple[int, int]:
+        return out_channels // 4, 1
+
+    return block_places(branch, depths, channels, channels[0] // 4, (1, 2, 2, 2), stochdepth_rate)
+
+
+def resnet_stem(
+    stem: str,
+    convolution: Callable[..., nn.Module],
+    in_channels: int,
+    places: list[list[BlockPlace]],
+    padding: str,
+    **layers: nn.Module,
+) -> dict[str, Any]:
+    """Return a ResNet's stem and its stride, as ``Backbone``'s arguments.
+
+    Args:
+        stem: "imagenet" (7x7 of stride 2 and a 3x3 max-pool of stride 2), or "cifar" (3x3 of stride 1), as in the
+            CIFAR networks of He et al. 2016: images of 32 pixels would be 8 wide after the former.
+        convolution: makes its convolution of channels in and out, kernel size, stride and ``padding``.
+        in_channels: channels of the input.
+        places: of the blocks, the first of which takes what the stem gives.
+        padding: "symmetric" or "same".
+        layers: follow the convolution, by name.
+
+    Raises:
+        ValueError: another stem.
+    """
+    large = check_choice("stem", stem, ("imagenet", "cifar")) == "imagenet"
+    first = convolution(in_channels, places[0][0].in_channels, *((7, 2) if large else (3, 1)), padding=padding)
+    pool = {"pool": MaxPool2d(3, 2, padding=padding)} if large else {}
+    return {"stem": nn.Sequential(OrderedDict(conv=first, **layers, **pool)), "stem_stride": 4 if large else 1}
 
 
 @register(resnet_variants("nf_resnet"))
@@ -135,19 +198,17 @@ class NFResNet(NFBackbone):
         in_channels: int = 3,
         padding: str = "symmetric",
     ) -> None:
-        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate, stem)
+        places = resnet_places(depths, width, widths, in_channels, padding, stochdepth_rate)
         convolution = CONVOLUTIONS[check_choice("conv", conv, tuple(CONVOLUTIONS))]
-        style = nf_style(activation, alpha, skipinit_gain, padding, convolution)
-        ratio = check_number("se_ratio", se_ratio, 0.0, exclusive=True)
-        gated = partial(NFSqueezeExciteBlock, se_ratio=ratio)
-        block = gated if check_flag("use_se", use_se) else NFBlock
+        style = NFStyle.of(activation, alpha, skipinit_gain, padding=padding, convolution=convolution)
+        gated = partial(NFSqueezeExciteBlock, se_ratio=check_number("se_ratio", se_ratio, 0.0, exclusive=True))
         super().__init__(
-            layout=layout,
-            block=block,
+            **resnet_stem(stem, convolution, in_channels, places, padding),
+            places=places,
+            block=gated if check_flag("use_se", use_se) else NFBlock,
             style=style,
-            stem=layout.stem(style.convolution),
             final=copy.deepcopy(style.activation),
-            num_features=layout.stage_channels[-1],
+            num_features=places[-1][-1].out_channels,
             num_classes=num_classes,
             drop_rate=drop_rate,
             classifier_std=0.01,

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from normfree.common.checks import check_flag, check_integer, check_number
 from normfree.models.registry import register
-from normfree.models.scaffold import BlockPlace, GroupedLayout, GroupedPlace, NFBackbone, NFBlockStyle, nf_style
-from normfree.nn import Activation, AveragePool2x2, PlannedBlock, ScaledWSConv2d, SqueezeExcite
+from normfree.models.scaffold import BlockPlace, NFBackbone, NFStyle, block_places, grouped_branch, stage_channels
+from normfree.nn import Activation, AveragePool2x2, ScaledWSConv2d, SqueezeExcite, StochasticDepth
 
 # Training and test image size, dropout; F_k has k + 1 times the depths of F0.
 NFNET_SIZES: dict[int, tuple[int, int, float]] = {
@@ -62,68 +62,37 @@ def nfnet_variants() -> dict[str, Mapping[str, Any]]:
     }
 
 
-class NFNetLayout(GroupedLayout):
-    """The geometry of an NFNet: a branch has a share of the block's output channels.
-
-    Args: as ``GroupedLayout``'s; ``expansion`` is that share.
-    """
-
-    stage_strides = (1, 2, 2, 2)
-
-    @property
-    def stem_stride(self) -> int:
-        """Pixels of the input per cell after the stem."""
-        return 4
-
-    @property
-    def stem_channels(self) -> int:
-        """Output channels of the stem, which the width multiplier does not scale."""
-        return (self.widths or self.base_widths)[0] // 2
-
-    @property
-    def head_channels(self) -> int:
-        """Output channels of the convolution after the last stage."""
-        return 2 * self.stage_channels[-1]
-
-    def branch_width(self, place: BlockPlace, expansion: float) -> float:
-        """Return the channels that the branch of the block at ``place`` asks for."""
-        return place.out_channels * expansion
-
-
 class NFNetBlock(nn.Module):
     """A normalizer-free block with two grouped convolutions and no gate: alpha * s is in the last convolution.
 
     Args:
         place: channels, groups, stride and stochastic depth.
-        planned: the block's entry of the variance plan.
+        beta: expected standard deviation of the block's input.
         style: what it shares with the network's other blocks.
 
     Source: Brock et al. 2021b, section 4.
     """
 
-    def __init__(self, place: GroupedPlace, planned: PlannedBlock, style: NFBlockStyle) -> None:
+    def __init__(self, place: BlockPlace, beta: float, style: NFStyle) -> None:
         super().__init__()
-        options: dict[str, Any] = {"padding": style.padding, "input_scale": style.gamma}
-        downscaled = {**options, "input_scale": style.gamma / planned.beta}
-        convolution, inner, out = style.convolution, place.bottleneck, place.out_channels
+        convolution = partial(style.convolution, padding=style.padding)
+        inner, out = place.branch_channels, place.out_channels
+        before, inside = style.gamma / beta, style.gamma
         self.activation = copy.deepcopy(style.activation)
-        self.conv0 = convolution(place.in_channels, inner, 1, **downscaled)
-        self.conv1 = convolution(inner, inner, 3, place.stride, groups=place.groups, **options)
-        self.conv1b = convolution(inner, inner, 3, groups=place.groups, **options)
-        self.conv2 = convolution(inner, out, 1, **options, **style.branch_end)
+        self.conv0 = convolution(place.in_channels, inner, 1, input_scale=before)
+        self.conv1 = convolution(inner, inner, 3, place.stride, groups=place.groups, input_scale=inside)
+        self.conv1b = convolution(inner, inner, 3, groups=place.groups, input_scale=inside)
+        self.conv2 = convolution(inner, out, 1, input_scale=inside, **style.branch_scale)
         self.pool = AveragePool2x2() if place.stride == 2 else nn.Identity()
-        self.shortcut = convolution(place.in_channels, out, 1, **downscaled) if place.projects else None
-        self.stochastic_depth = place.stochastic_depth()
-
-    def hidden(self, activated: Tensor) -> Tensor:
-        """Return what the branch's last convolution takes, [N, branch channels, H', W']."""
-        hidden = self.activation(self.conv0(activated))
-        hidden = self.activation(self.conv1(hidden))
-        return self.activation(self.conv1b(hidden))
+        self.shortcut = convolution(place.in_channels, out, 1, input_scale=before) if place.projects else None
+        self.stochastic_depth = StochasticDepth(place.drop_rate)
 
     def branch(self, activated: Tensor) -> Tensor:
         """Return ``alpha * s * f(activated / beta)``, [N, out_channels, H', W']."""
-        return self.conv2(self.hidden(activated))
+        hidden = self.activation(self.conv0(activated))
+        hidden = self.activation(self.conv1(hidden))
+        hidden = self.activation(self.conv1b(hidden))
+        return self.conv2(hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.activation(x)
@@ -135,22 +104,22 @@ class NFNetSqueezeExciteBlock(NFNetBlock):
     """An NFNet block: the equation at the top of this file, its gate carries alpha * s.
 
     Args:
-        place, planned, style: as ``NFNetBlock``'s.
+        place, beta, style: as ``NFNetBlock``'s.
         se_ratio: hidden units of the gate per output channel.
 
     Source: Brock et al. 2021b, section 4.
     """
 
-    def __init__(self, place: GroupedPlace, planned: PlannedBlock, style: NFBlockStyle, se_ratio: float) -> None:
-        super().__init__(place, planned, style.bare())
-        self.squeeze_excite = SqueezeExcite(place.out_channels, se_ratio, **style.branch_end)
+    def __init__(self, place: BlockPlace, beta: float, style: NFStyle, se_ratio: float) -> None:
+        super().__init__(place, beta, style.without_branch_scale())
+        self.squeeze_excite = SqueezeExcite(place.out_channels, se_ratio, **style.branch_scale)
 
     def branch(self, activated: Tensor) -> Tensor:
         """Return ``alpha * s * f(activated / beta)``, [N, out_channels, H', W']."""
-        return self.squeeze_excite(self.conv2(self.hidden(activated)))
+        return self.squeeze_excite(super().branch(activated))
 
 
-def nfnet_stem(in_channels: int, out_channels: int, style: NFBlockStyle) -> nn.Sequential:
+def nfnet_stem(in_channels: int, out_channels: int, style: NFStyle) -> nn.Sequential:
     """Return the stem: four 3x3 convolutions to 16, 32, 64 and ``out_channels``, a quarter of the input's size.
 
     Args:
@@ -167,6 +136,11 @@ def nfnet_stem(in_channels: int, out_channels: int, style: NFBlockStyle) -> nn.S
         layers[f"conv{index}"] = convolution
         channels, scale = out, style.gamma
     return nn.Sequential(layers)
+
+
+def nfnet_branch_width(index: int, in_channels: int, out_channels: int, share: float) -> float:
+    """Return the channels that a branch asks for: a share of the block's output."""
+    return out_channels * share
 
 
 @register(nfnet_variants())
@@ -225,22 +199,23 @@ class NFNet(NFBackbone):
         in_channels: int = 3,
         padding: str = "symmetric",
     ) -> None:
-        layout = NFNetLayout(
-            depths, base_widths, width, widths, in_channels, padding, stochdepth_rate, group_size, expansion
-        )
-        style = nf_style(activation, alpha, skipinit_gain, padding)
+        channels = stage_channels(depths, base_widths, width, widths, in_channels, padding, stochdepth_rate)
+        stem_channels = (widths or base_widths)[0] // 2  # the width multiplier does not scale it
+        branch = grouped_branch(nfnet_branch_width, group_size, expansion)
+        places = block_places(branch, depths, channels, stem_channels, (1, 2, 2, 2), stochdepth_rate)
+        style = NFStyle.of(activation, alpha, skipinit_gain, padding=padding)
         ratio = check_number("se_ratio", se_ratio, 0.0, exclusive=True)
         gated = partial(NFNetSqueezeExciteBlock, se_ratio=ratio)
-        block = gated if check_flag("use_se", use_se) else NFNetBlock
         # No activation precedes the head's convolution, nor a beta: its input is the last block's sum as it is.
-        head = ScaledWSConv2d(layout.stage_channels[-1], layout.head_channels, 1, padding=padding)
+        head = ScaledWSConv2d(channels[-1], 2 * channels[-1], 1, padding=padding)
         super().__init__(
-            layout=layout,
-            block=block,
+            stem=nfnet_stem(in_channels, stem_channels, style),
+            stem_stride=4,
+            places=places,
+            block=gated if check_flag("use_se", use_se) else NFNetBlock,
             style=style,
-            stem=nfnet_stem(in_channels, layout.stem_channels, style),
             final=nn.Sequential(OrderedDict(conv=head, activation=copy.deepcopy(style.activation))),
-            num_features=layout.head_channels,
+            num_features=2 * channels[-1],
             num_classes=num_classes,
             drop_rate=drop_rate,
             classifier_std=0.01,

@@ -75,14 +75,16 @@ class FeaturePyramidBackbone(nn.Module):
     ) -> None:
         super().__init__()
         model = check_backbone(model)
-        self.out_indices = _checked_indices(out_indices, len(model.stages))
+        self.out_indices = _check_indices(out_indices, len(model.stages))
         check_flag("activated", activated)
-        keys = _checked_names(names, len(self.out_indices))
+        keys = _check_names(names, len(self.out_indices))
         last = self.out_indices[-1] + 1
         self.stem = model.stem
         self.stages = model.stages[:last]
         # A list: a dict of modules takes no name that is an attribute of its own, such as "type".
-        self.activations = nn.ModuleList(_after(model, i) if activated else nn.Identity() for i in self.out_indices)
+        self.activations = nn.ModuleList(
+            _next_activation(model, i) if activated else nn.Identity() for i in self.out_indices
+        )
         scales = _input_scales(model) if activated else [1.0] * len(model.stages)
         self.levels = tuple(
             PyramidLevel(key, model.feature_info[index].channels, model.feature_info[index].stride, scales[index])
@@ -100,7 +102,7 @@ class FeaturePyramidBackbone(nn.Module):
         return OrderedDict((level.name, activation(maps[index])) for level, activation, index in chosen)
 
 
-def _checked_indices(indices: Sequence[int], stages: int) -> tuple[int, ...]:
+def _check_indices(indices: Sequence[int], stages: int) -> tuple[int, ...]:
     listed = isinstance(indices, (tuple, list)) and len(indices) > 0
     valid = listed and all(is_integer(index) and 0 <= index < stages for index in indices)
     if not valid or sorted(set(indices)) != list(indices):
@@ -109,7 +111,7 @@ def _checked_indices(indices: Sequence[int], stages: int) -> tuple[int, ...]:
     return tuple(indices)
 
 
-def _checked_names(names: Sequence[str] | None, count: int) -> list[str]:
+def _check_names(names: Sequence[str] | None, count: int) -> list[str]:
     if names is None:
         return [str(position) for position in range(count)]
     listed = isinstance(names, (tuple, list)) and all(isinstance(name, str) and name for name in names)
@@ -119,7 +121,7 @@ def _checked_names(names: Sequence[str] | None, count: int) -> list[str]:
     return list(names)
 
 
-def _after(model: Backbone, stage: int) -> nn.Module:
+def _next_activation(model: Backbone, stage: int) -> nn.Module:
     """Return a copy of what is done to the map of a stage before the next convolution sees it."""
     if model.post_activation:
         return nn.Identity()

@@ -1,4 +1,4 @@
-"""Models by name: the table that families enter themselves into, and the function that builds from it."""
+"""Models by name: the table of the families' variants, and the function that builds from it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CENTRED = "centred"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A name's family and the variant: arguments that differ from the family's defaults."""
+class Variant:
+    """A named variant of a family: the arguments that differ from the family's defaults."""
 
     family: type[Backbone]
-    variant: Mapping[str, Any]
+    arguments: Mapping[str, Any]
 
 
-_ENTRIES: dict[str, Entry] = {}
+_VARIANTS: dict[str, Variant] = {}
 
 
 def register(variants: Mapping[str, Mapping[str, Any]]) -> Callable[[Family], Family]:
@@ -44,9 +44,9 @@ def register(variants: Mapping[str, Mapping[str, Any]]) -> Callable[[Family], Fa
     """
 
     def enter(family: Family) -> Family:
-        for name, variant in variants.items():
-            assert name not in _ENTRIES, f"{name} is registered twice"
-            _ENTRIES[name] = Entry(family, variant)
+        for name, arguments in variants.items():
+            assert name not in _VARIANTS, f"{name} is registered twice"
+            _VARIANTS[name] = Variant(family, arguments)
         return family
 
     return enter
@@ -58,7 +58,7 @@ def list_models(pattern: str = "*") -> list[str]:
     Args:
         pattern: a shell pattern such as ``"nf_resnet*"``.
     """
-    return sorted(fnmatch.filter(_ENTRIES, pattern), key=_natural)
+    return sorted(fnmatch.filter(_VARIANTS, pattern), key=_natural)
 
 
 def _natural(name: str) -> list[tuple[int, str, int]]:
@@ -73,7 +73,7 @@ def accepted_overrides(name: str) -> list[str]:
     Raises:
         ValueError: unknown name.
     """
-    family = _entry(name).family
+    family = _variant(name).family
     parameters = inspect.signature(family).parameters.values()
     keywords = (parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
     return [*(keyword for keyword in keywords if keyword not in _COMMON), *([CENTRED] if family.standardized else [])]
@@ -105,7 +105,7 @@ def create_model(
     Raises:
         ValueError: unknown name or override, or a value that breaks its rule.
     """
-    entry = _entry(name)
+    variant = _variant(name)
     accepted = accepted_overrides(name)
     for override, value in overrides.items():
         if override not in accepted:
@@ -115,7 +115,7 @@ def create_model(
         raise invalid("width", overrides["width"], rule, "pass one of the two")
     common = {"num_classes": num_classes, "in_channels": in_channels, "padding": padding}
     own = {override: value for override, value in overrides.items() if override != CENTRED}
-    model = entry.family(**common, **{**entry.variant, **own})
+    model = variant.family(**common, **{**variant.arguments, **own})
     if check_flag(CENTRED, overrides.get(CENTRED, False)):
         centre_weights(model)
     model.name = name
@@ -123,13 +123,10 @@ def create_model(
     return model
 
 
-def _entry(name: str) -> Entry:
-    if not isinstance(name, str) or name not in _ENTRIES:
-        raise invalid("name", name, "no such model", suggestion(str(name), _ENTRIES))
-    return _ENTRIES[name]
-
-
-# MERGED from models/registry.py
+def _variant(name: str) -> Variant:
+    if not isinstance(name, str) or name not in _VARIANTS:
+        raise invalid("name", name, "no such model", suggestion(str(name), _VARIANTS))
+    return _VARIANTS[name]
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
@@ -159,9 +156,6 @@ def parse_overrides(text: str) -> dict[str, Any]:
 def _value(node: ast.expr) -> Any:
     """A literal, or a bare word as a string."""
     return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
-
-
-# MERGED from models/registry.py
 
 
 def check_backbone(model: object, otherwise: str = "pass a model that normfree.create_model built") -> Backbone:

@@ -1,8 +1,16 @@
-"""Batch-normalised ResNets, post-activation (version 1): one of the paper's comparisons.
+"""Batch-normalised ResNets, and those with other normalizers: the paper's main comparisons.
+
+Version 1, post-activation:
 
     x_{l+1} = act(shortcut(x_l) + f_l(x_l)),   f = norm conv1x1 . act norm conv3x3 . act norm conv1x1
 
-Source: He et al. 2016 (arXiv 1512.03385), with the stride in the 3x3 convolution.
+Version 2, pre-activation, where pre is normalizer then activation, or the reverse, and the shortcut is x_l, or a 1x1
+convolution of pre(x_l) where the shape changes:
+
+    x_{l+1} = shortcut + f_l(x_l),   f = conv1x1 pre . conv3x3 pre . conv1x1 pre
+
+Sources: He et al. 2016 (arXiv 1512.03385), with the stride in the 3x3 convolution; He et al. 2016 (arXiv 1603.05027);
+Brock, De, Smith, ICLR 2021, section 3 (both orders are plotted).
 """
 
 from __future__ import annotations
@@ -13,18 +21,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
 from normfree.common.checks import check_choice
+from normfree.models.nf_resnet import resnet_places, resnet_stem, resnet_variants
 from normfree.models.registry import register
-from normfree.models.scaffold import Backbone, BlockPlace, ResNetLayout, resnet_variants
-from normfree.nn import Activation, ScaledConv2d, build_activation
+from normfree.models.scaffold import Backbone, BlockPlace
+from normfree.nn import Activation, ScaledConv2d, StochasticDepth, build_activation
+
+he_convolution = partial(ScaledConv2d, bias=False, init_scale=math.sqrt(2))
+"""A convolution without bias, of He-normal (fan-in) weights."""
 
 
 class PostActivationBlock(nn.Module):
-    """A bottleneck block with a batch norm after each convolution: the equation at the top of this file.
+    """A bottleneck block with a batch norm after each convolution: the equations at the top of this file.
 
     Args:
         place: channels, stride and stochastic depth.
@@ -36,20 +47,20 @@ class PostActivationBlock(nn.Module):
 
     def __init__(self, place: BlockPlace, activation: nn.Module, padding: str) -> None:
         super().__init__()
-        options: dict[str, Any] = {"padding": padding, "bias": False, "init_scale": math.sqrt(2)}
-        inner, out = place.bottleneck, place.out_channels
+        convolution = partial(he_convolution, padding=padding)
+        inner, out = place.branch_channels, place.out_channels
         self.activation = copy.deepcopy(activation)
-        self.conv0 = ScaledConv2d(place.in_channels, inner, 1, **options)
+        self.conv0 = convolution(place.in_channels, inner, 1)
         self.norm0 = nn.BatchNorm2d(inner)
-        self.conv1 = ScaledConv2d(inner, inner, 3, place.stride, **options)
+        self.conv1 = convolution(inner, inner, 3, place.stride)
         self.norm1 = nn.BatchNorm2d(inner)
-        self.conv2 = ScaledConv2d(inner, out, 1, **options)
+        self.conv2 = convolution(inner, out, 1)
         self.norm2 = nn.BatchNorm2d(out)
         self.shortcut: nn.Module = nn.Identity()
         if place.projects:
-            projection = ScaledConv2d(place.in_channels, out, 1, place.stride, **options)
+            projection = convolution(place.in_channels, out, 1, place.stride)
             self.shortcut = nn.Sequential(OrderedDict(conv=projection, norm=nn.BatchNorm2d(out)))
-        self.stochastic_depth = place.stochastic_depth()
+        self.stochastic_depth = StochasticDepth(place.drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.activation(self.norm0(self.conv0(x)))
@@ -63,15 +74,9 @@ class ResNet(Backbone):
     """A batch-normalised ResNet, post-activation, with He-normal (fan-in) convolutions without bias.
 
     Args:
-        depths: blocks per stage, four.
-        width: multiplies the stages' 64, 128, 256, 512 channels and the stem's 16.
-        widths: the stages' channels themselves, instead of ``width``.
-        activation: a name, or a module, function or factory.
+        depths, width, widths, activation, stem, in_channels, padding: as ``NFResNet``'s.
         stochdepth_rate, drop_rate: 0, as in the paper's unregularised runs, which batch norm does best in.
-        stem: "imagenet" (7x7 of stride 2 and a max-pool), or "cifar" (3x3 of stride 1) for small images.
         num_classes: outputs of the classifier; 0 for none.
-        in_channels: channels of the input.
-        padding: "symmetric" or "same".
 
     Raises:
         ValueError: a value that breaks its rule.
@@ -95,34 +100,19 @@ class ResNet(Backbone):
         in_channels: int = 3,
         padding: str = "symmetric",
     ) -> None:
-        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate, stem)
+        places = resnet_places(depths, width, widths, in_channels, padding, stochdepth_rate)
         act, _ = build_activation(activation)
-        stem_convolution = partial(ScaledConv2d, bias=False, init_scale=math.sqrt(2))
+        norm = nn.BatchNorm2d(places[0][0].in_channels)
         super().__init__(
-            stem=layout.stem(
-                stem_convolution, norm=nn.BatchNorm2d(layout.stem_channels), activation=copy.deepcopy(act)
-            ),
-            stages=[
-                nn.Sequential(*(PostActivationBlock(place, act, padding) for place in places))
-                for places in layout.places()
-            ],
+            **resnet_stem(stem, he_convolution, in_channels, places, padding, norm=norm, activation=copy.deepcopy(act)),
+            places=places,
+            block=partial(PostActivationBlock, activation=act, padding=padding),
             final=nn.Identity(),
-            feature_info=layout.feature_info(),
-            num_features=layout.stage_channels[-1],
+            num_features=places[-1][-1].out_channels,
             num_classes=num_classes,
             drop_rate=drop_rate,
             classifier_std=0.01,
         )
-
-
-# MERGED from models/resnets.py
-#
-#     x_{l+1} = shortcut + f_l(x_l),   f = conv1x1 pre . conv3x3 pre . conv1x1 pre
-#
-# pre is normalizer then activation, or the reverse; the shortcut is x_l, or a 1x1 convolution of pre(x_l) where
-# the shape changes.
-#
-# Source: He et al. 2016 (arXiv 1603.05027); Brock, De, Smith, ICLR 2021, section 3 (b
 
 
 def _group_norm(channels: int) -> nn.Module:
@@ -158,7 +148,7 @@ class Preactivation:
 
 
 class PreactivationBlock(nn.Module):
-    """A pre-activation bottleneck block: the equation at the top of this file.
+    """A pre-activation bottleneck block: the equations at the top of this file.
 
     Args:
         place: channels, stride and stochastic depth.
@@ -170,16 +160,16 @@ class PreactivationBlock(nn.Module):
 
     def __init__(self, place: BlockPlace, preactivation: Preactivation, padding: str) -> None:
         super().__init__()
-        options: dict[str, Any] = {"padding": padding, "bias": False, "init_scale": math.sqrt(2)}
-        inner, out = place.bottleneck, place.out_channels
+        convolution = partial(he_convolution, padding=padding)
+        inner, out = place.branch_channels, place.out_channels
         self.pre0 = preactivation(place.in_channels)
-        self.conv0 = ScaledConv2d(place.in_channels, inner, 1, **options)
+        self.conv0 = convolution(place.in_channels, inner, 1)
         self.pre1 = preactivation(inner)
-        self.conv1 = ScaledConv2d(inner, inner, 3, place.stride, **options)
+        self.conv1 = convolution(inner, inner, 3, place.stride)
         self.pre2 = preactivation(inner)
-        self.conv2 = ScaledConv2d(inner, out, 1, **options)
-        self.shortcut = ScaledConv2d(place.in_channels, out, 1, place.stride, **options) if place.projects else None
-        self.stochastic_depth = place.stochastic_depth()
+        self.conv2 = convolution(inner, out, 1)
+        self.shortcut = convolution(place.in_channels, out, 1, place.stride) if place.projects else None
+        self.stochastic_depth = StochasticDepth(place.drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.pre0(x)
@@ -193,17 +183,11 @@ class ResNetV2(Backbone):
     """A pre-activation ResNet with He-normal (fan-in) convolutions without bias.
 
     Args:
-        depths: blocks per stage, four.
-        width: multiplies the stages' 64, 128, 256, 512 channels and the stem's 16.
-        widths: the stages' channels themselves, instead of ``width``.
-        activation: a name, or a module, function or factory.
+        depths, width, widths, activation, stem, in_channels, padding: as ``NFResNet``'s.
         norm: "batch", "group" (32 groups), "layer" (over channels and space), "instance" (affine) or None.
         order: "norm-act" (BN-ReLU-Conv) or "act-norm" (ReLU-BN-Conv).
         stochdepth_rate, drop_rate: 0, as in the paper's unregularised runs, which batch norm does best in.
-        stem: "imagenet" (7x7 of stride 2 and a max-pool), or "cifar" (3x3 of stride 1) for small images.
         num_classes: outputs of the classifier; 0 for none.
-        in_channels: channels of the input.
-        padding: "symmetric" or "same".
 
     Raises:
         ValueError: a value that breaks its rule.
@@ -227,20 +211,16 @@ class ResNetV2(Backbone):
         in_channels: int = 3,
         padding: str = "symmetric",
     ) -> None:
-        layout = ResNetLayout(depths, width, widths, in_channels, padding, stochdepth_rate, stem)
+        places = resnet_places(depths, width, widths, in_channels, padding, stochdepth_rate)
         check_choice("norm", norm, tuple(NORMS))
         check_choice("order", order, ORDERS)
         preactivation = Preactivation(norm, order, build_activation(activation)[0])
-        stem_convolution = partial(ScaledConv2d, bias=False, init_scale=math.sqrt(2))
         super().__init__(
-            stem=layout.stem(stem_convolution),
-            stages=[
-                nn.Sequential(*(PreactivationBlock(place, preactivation, padding) for place in places))
-                for places in layout.places()
-            ],
-            final=preactivation(layout.stage_channels[-1]),
-            feature_info=layout.feature_info(),
-            num_features=layout.stage_channels[-1],
+            **resnet_stem(stem, he_convolution, in_channels, places, padding),
+            places=places,
+            block=partial(PreactivationBlock, preactivation=preactivation, padding=padding),
+            final=preactivation(places[-1][-1].out_channels),
+            num_features=places[-1][-1].out_channels,
             num_classes=num_classes,
             drop_rate=drop_rate,
             classifier_std=0.01,

@@ -90,23 +90,27 @@ class BlockPlace:
         return self.stride > 1 or self.in_channels != self.out_channels
 
 
+Branch = Callable[[int, int, int, int], tuple[int, int]]
+"""Returns the channels and groups of a branch for its block's stage, index, in_channels and out_channels."""
+
+
 def block_places(
+    branch: Branch,
     depths: Sequence[int],
     channels: Sequence[int],
     stem_channels: int,
     stage_strides: Sequence[int],
     stochdepth_rate: float,
-    branch: Callable[[int, int, int, int], tuple[int, int]],
 ) -> list[list[BlockPlace]]:
     """Return the places of all blocks, stage by stage.
 
     Args:
+        branch: says what a block's branch has inside.
         depths: blocks per stage.
         channels: of the stages.
         stem_channels: of the first block's input.
         stage_strides: of the first block of each stage.
         stochdepth_rate: block i of L is skipped in training with probability ``stochdepth_rate * i / L``.
-        branch: returns the channels and groups of a branch for its stage, index, in_channels and out_channels.
     """
     places: list[list[BlockPlace]] = []
     in_channels, index = stem_channels, 0
@@ -120,7 +124,37 @@ def block_places(
     return places
 
 
-def per_stage(argument: str, value: Any) -> tuple[Any, ...]:
+def grouped_branch(
+    branch_width: Callable[[int, int, int, float], float],
+    group_size: int | Sequence[int],
+    expansion: float | Sequence[float],
+) -> Branch:
+    """Return what says the channels and groups of branches with a grouped convolution: whole groups, at least one.
+
+    Args:
+        branch_width: returns the channels a branch asks for, given its block's index, in_channels, out_channels and
+            the stage's expansion. They are rounded down to whole groups; fewer than a group are one narrower group.
+        group_size: channels of a group, one value or one per stage.
+        expansion: factor of the branches' width, one value or one per stage.
+
+    Raises:
+        ValueError: a value that breaks its rule, now or where it leaves a branch a single channel.
+    """
+    sizes = [check_integer("group_size", size, 1) for size in _per_stage("group_size", group_size)]
+    factors = [check_number("expansion", each, 0.0, exclusive=True) for each in _per_stage("expansion", expansion)]
+
+    def branch(stage: int, index: int, in_channels: int, out_channels: int) -> tuple[int, int]:
+        width = int(branch_width(index, in_channels, out_channels, factors[stage]))
+        groups = max(1, width // sizes[stage])
+        channels = groups * min(sizes[stage], width)
+        if channels < 2:  # one channel would be all mean to the standardised 1x1 convolution that ends the branch
+            raise invalid("expansion", expansion, "leaves a branch fewer than 2 channels", "pass a larger one")
+        return channels, groups
+
+    return branch
+
+
+def _per_stage(argument: str, value: Any) -> tuple[Any, ...]:
     """Return one value per stage of an argument that is one value, or one per stage."""
     if not isinstance(value, (tuple, list)):
         return (value,) * STAGES
@@ -128,43 +162,6 @@ def per_stage(argument: str, value: Any) -> tuple[Any, ...]:
         rule = f"must be one value or one for each of the {STAGES} stages"
         raise invalid(argument, value, rule, f"pass {STAGES} of them, or one")
     return tuple(value)
-
-
-def whole_groups(branch_channels: int, group_size: int) -> tuple[int, int]:
-    """Return the channels and groups of a grouped branch: rounded down to whole groups, at least one, which may be narrower."""
-    groups = max(1, branch_channels // group_size)
-    return groups * min(group_size, branch_channels), groups
-
-
-def grouped_places(
-    branch_width: Callable[[int, int, int, float], float],
-    group_size: int | Sequence[int],
-    expansion: float | Sequence[float],
-    **geometry: Any,
-) -> list[list[BlockPlace]]:
-    """Return the places of blocks with a grouped convolution.
-
-    Args:
-        branch_width: returns the channels a branch asks for, given its block's index, in_channels, out_channels and
-            the stage's expansion; they are rounded down to whole groups.
-        group_size: channels of a group, one value or one per stage.
-        expansion: factor of the branches' width, one value or one per stage.
-        geometry: as :func:`block_places`'s.
-
-    Raises:
-        ValueError: a value that breaks its rule; an expansion that leaves a branch a single channel.
-    """
-    sizes = [check_integer("group_size", size, 1) for size in per_stage("group_size", group_size)]
-    factors = [check_number("expansion", each, 0.0, exclusive=True) for each in per_stage("expansion", expansion)]
-
-    def branch(stage: int, index: int, in_channels: int, out_channels: int) -> tuple[int, int]:
-        return whole_groups(int(branch_width(index, in_channels, out_channels, factors[stage])), sizes[stage])
-
-    places = block_places(branch=branch, **geometry)
-    if any(place.branch_channels < 2 for stage in places for place in stage):
-        # One channel would be all mean to the standardised 1x1 convolution that ends the branch.
-        raise invalid("expansion", expansion, "leaves a branch fewer than 2 channels", "pass a larger one")
-    return places
 
 
 @dataclass(frozen=True)

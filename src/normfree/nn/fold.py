@@ -9,8 +9,8 @@ from torch import nn
 from normfree.common.checks import invalid
 from normfree.common.copies import copy_model
 
-_COMPUTING = ("forward", "convolve", "_conv_forward", "__call__")
-_ANSWERING = ("folded", "plain", "plain_class")
+_COMPUTE = ("forward", "convolve", "_conv_forward", "__call__")
+_DESCRIBE = ("folded", "plain", "plain_class")
 _REMEDIES = {
     "hooks": "remove them first, add them afterwards",
     "parametrizations": "remove them first (torch.nn.utils.parametrize.remove_parametrizations)",
@@ -18,7 +18,7 @@ _REMEDIES = {
 
 
 class Foldable(nn.Module, ABC):
-    """A layer that knows a plainer one of the same outputs."""
+    """A layer for which there is a plainer one of the same outputs."""
 
     @abstractmethod
     def folded(self) -> nn.Module:
@@ -96,7 +96,7 @@ def _folded(module: nn.Module, name: str, known: dict[nn.Module, nn.Module]) -> 
     if (child := reparametrization_of(module)) is not None:
         child.restore(module)
     kept = module
-    if isinstance(module, Refined) and _answers_for_its_outputs(type(module)):
+    if isinstance(module, Refined) and _describes_its_outputs(type(module)):
         kept = with_class(module, module.plain_class() or type(module))
     known[module] = kept
     for child_name, child in kept._modules.items():
@@ -110,7 +110,7 @@ def attached_to(module: nn.Module) -> str:
     kept = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(module, hooks) for hooks in kept):
         return "hooks"
-    if method := next((method for method in _COMPUTING if method in vars(module)), ""):
+    if method := next((method for method in _COMPUTE if method in vars(module)), ""):
         return f"a {method} put on it"
     return "parametrizations" if hasattr(module, "parametrizations") else ""
 
@@ -119,7 +119,7 @@ def _check_bare(module: nn.Module, name: str) -> None:
     if attached := attached_to(module):
         remedy = _REMEDIES.get(attached, "remove it first")
         raise ValueError(f"model: {name} has {attached}, which folding would lose; {remedy}")
-    if not _answers_for_its_outputs(type(module)):
+    if not _describes_its_outputs(type(module)):
         kind = type(module).__name__
         raise ValueError(
             f"model: {name} is a {kind}, whose forward is not that of the layer it extends, so that folding would "
@@ -127,8 +127,8 @@ def _check_bare(module: nn.Module, name: str) -> None:
         )
 
 
-def _answers_for_its_outputs(kind: type[nn.Module]) -> bool:
-    """Tell whether the method that names the plain layer was written for, or after, the one that computes.
+def _describes_its_outputs(kind: type[nn.Module]) -> bool:
+    """Return whether the method that names the plain layer belongs to the class whose method computes, or a later one.
 
     A weight made in another way needs nothing: the plain layer has whatever ``effective`` returns.
     """
@@ -136,4 +136,4 @@ def _answers_for_its_outputs(kind: type[nn.Module]) -> bool:
     def first(names: tuple[str, ...]) -> int:
         return next(depth for depth, base in enumerate(kind.__mro__) if any(name in vars(base) for name in names))
 
-    return first(_ANSWERING) <= first(_COMPUTING)
+    return first(_DESCRIBE) <= first(_COMPUTE)

@@ -649,7 +649,7 @@ def transposed_layout(axes: int, groups: int, stride: tuple[int, ...]) -> Weight
 class _ScaledWSConvTransposeNd(_ScaledWSConvNd):
     @property
     def layout(self: Any) -> WeightLayout:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return transposed_layout(self.weight.dim(), self.groups, self.stride)
+        return transposed_layout(2 + len(self.kernel_size), self.groups, self.stride)
 
     @property
     def strided_taps(self: Any) -> int:

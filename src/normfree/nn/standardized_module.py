@@ -120,8 +120,8 @@ def standardize_module(module: nn.Module, layout: WeightLayout, **factors: Any) 
         raw = module._parameters.pop(name, None)
         module.register_parameter(raw_name(name), nn.Parameter(torch.zeros_like(part.gain)) if raw is None else raw)
     module.add_module(CHILD, part.train(module.training))
-    kind = type(module) if layout.axis is None else _biased(type(module), layout.axis)
-    module.__class__ = _standardized(kind, layout.weight, layout.biases)
+    kind = type(module) if layout.axis is None else _with_bias(type(module), layout.axis)
+    module.__class__ = _with_standardized_weight(kind, layout.weight, layout.biases)
     return part
 
 
@@ -142,21 +142,21 @@ def names_needed(layout: WeightLayout) -> list[str]:
 
 
 @cache
-def _standardized(kind: type[nn.Module], weight: str, biases: tuple[str, ...]) -> type[nn.Module]:
+def _with_standardized_weight(kind: type[nn.Module], weight: str, biases: tuple[str, ...]) -> type[nn.Module]:
     """Return the subclass of a module's class whose weight and bias are what its factors make of them."""
-    namespace: dict[str, Any] = {weight: _computed(weight, "weight"), "restored_class": kind}
-    namespace |= {name: _computed(name, "bias") for name in biases}
-    return _subclass(kind, f"Standardized{kind.__name__}", namespace, (_standardized, weight, biases))
+    namespace: dict[str, Any] = {weight: _computed_attribute(weight, "weight"), "restored_class": kind}
+    namespace |= {name: _computed_attribute(name, "bias") for name in biases}
+    return _subclass(kind, f"Standardized{kind.__name__}", namespace, (_with_standardized_weight, weight, biases))
 
 
-def _computed(name: str, method: str) -> property:
+def _computed_attribute(name: str, method: str) -> property:
     """What a method of a module's factors makes of its raw parameter of a name."""
     raw = raw_name(name)
     return property(lambda self: getattr(getattr(self, CHILD), method)(getattr(self, raw)))
 
 
 @cache
-def _biased(kind: type[nn.Module], axis: int) -> type[nn.Module]:
+def _with_bias(kind: type[nn.Module], axis: int) -> type[nn.Module]:
     """Return the subclass of a module's class that adds a bias to what the forward returns, along an axis."""
 
     def forward(self: Any, *inputs: Any, **named: Any) -> Tensor:
@@ -164,7 +164,7 @@ def _biased(kind: type[nn.Module], axis: int) -> type[nn.Module]:
         behind = output.dim() - 1 - axis % output.dim()
         return output + getattr(self, ADDED_BIAS).view(-1, *[1] * behind)
 
-    return _subclass(kind, f"Biased{kind.__name__}", {"forward": forward}, (_biased, axis))
+    return _subclass(kind, f"Biased{kind.__name__}", {"forward": forward}, (_with_bias, axis))
 
 
 def _subclass(kind: type[nn.Module], name: str, namespace: dict[str, Any], recipe: tuple[Any, ...]) -> type[nn.Module]:
@@ -177,13 +177,13 @@ def _subclass(kind: type[nn.Module], name: str, namespace: dict[str, Any], recip
 
 def _instance(*recipe: Any) -> nn.Module:
     """An instance without state of the class that a recipe makes."""
-    kind = _made(recipe)
+    kind = _class_of(recipe)
     return kind.__new__(kind)
 
 
-def _made(recipe: Any) -> type[nn.Module]:
+def _class_of(recipe: Any) -> type[nn.Module]:
     """The class of a recipe: what makes it, of which class or recipe, and its other arguments."""
     if isinstance(recipe, type):
         return recipe
     make, kind, *arguments = recipe
-    return make(_made(kind), *arguments)
+    return make(_class_of(kind), *arguments)

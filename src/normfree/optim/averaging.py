@@ -52,7 +52,7 @@ class WeightAverage:
         self.decay = check_rate("decay", decay)
         self.model = original(model)
         self.updates = 0
-        copied = _copied(self.model) if module is None else original(module)
+        copied = _copy(self.model) if module is None else original(module)
         self.module = copied.eval().requires_grad_(False)
         for tensor in self._tensors(self.module):
             tensor.grad = None
@@ -130,7 +130,7 @@ class WeightAverage:
         yield from model.buffers()
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except (AssertionError, RuntimeError) as error:  # fully_shard's, and that of tensors inside a graph

@@ -2,8 +2,20 @@
 
     if |G_i| > clip_factor * max(|W_i|, eps):   G_i <- G_i * clip_factor * max(|W_i|, eps) / |G_i|
 
-i       a unit: what one output of a layer owns of its weight; a vector or scalar is one unit (``units.py``)
+i       a unit: what one output of a layer owns of the layer's weight
 |.|     Frobenius norm of a unit
+
+Which axis of a parameter its units are on depends on the layer:
+
+    linear, embedding               [out, in]              axis 0
+    convolution, grouped too        [out, in/G, ...]       axis 0
+    transposed convolution          [in, out, ...]         axis 1
+    ... of G groups                 [in, out/G, ...]       seen as [G, in/G, out/G, ...], axes 0 and 2
+    standardized in place           any layout             the axes that count its outputs
+    vectors, scalars, and all with one axis longer than 1: the whole parameter is one unit
+
+In this order: the clipping itself, as a function and as a wrapper of an optimizer; the units of a network; sharded
+parameters.
 
 Source: Brock, De, Smith, Simonyan, *High-Performance Large-Scale Image Recognition Without Normalization*,
 ICML 2021 (arXiv 2102.06171), section 4.
@@ -21,16 +33,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from normfree.common.checks import check_number, invalid, suggestion
+from normfree.common.torch_compat import ConvTransposeNd
 from normfree.nn import standardization_of
 from normfree.nn.standardized_module import raw_name
 from normfree.optim.groups import final_layers, original
 
-Bucket = tuple[torch.device, torch.dtype, "Split"]
+Parameters = nn.Module | Iterable[tuple[str, Tensor]]
 
 
 def clip_grad_adaptive_(
@@ -75,7 +87,7 @@ def clip_grad_adaptive_(
 @torch.no_grad()
 def clip_units_(units: Sequence[Units], clip_factor: float, eps: float) -> Tensor:
     """Clip the gradients of these parameters in place; what :func:`clip_grad_adaptive_` does after its checks."""
-    buckets: defaultdict[Bucket, list[Units]] = defaultdict(list)
+    buckets: defaultdict[tuple[torch.device, torch.dtype, Split], list[Units]] = defaultdict(list)
     for one in units:
         if (gradient := one.parameter.grad) is None or one.parameter.numel() == 0:
             continue
@@ -98,8 +110,8 @@ def _clip_bucket_(bucket: Sequence[Units], dtype: torch.dtype, split: Split, cli
 
     Only norms and products touch the parameters. All that lies between runs on one vector of all units.
     """
-    weights = [one.arranged(local(one.parameter)) for one in bucket]
-    gradients = [one.arranged(local(_gradient(one))) for one in bucket]
+    weights = [one.arrange(local(one.parameter)) for one in bucket]
+    gradients = [one.arrange(local(_gradient(one))) for one in bucket]
     shapes, norms = _norms(bucket, weights + gradients, dtype)
     if split.within:
         norms = sum_over(norms.square(), split.mesh, split.within).sqrt()
@@ -133,9 +145,6 @@ def _norms(bucket: Sequence[Units], tensors: Sequence[Tensor], dtype: torch.dtyp
 def _gradient(units: Units) -> Tensor:
     assert units.parameter.grad is not None, "only parameters with a gradient are put into buckets"
     return units.parameter.grad
-
-
-# MERGED from optim/clipping.py
 
 
 class AdaptiveGradientClipping(Optimizer):
@@ -175,7 +184,7 @@ class AdaptiveGradientClipping(Optimizer):
         self.optimizer = optimizer
         self.clip_factor = check_number("clip_factor", clip_factor, 0.0, exclusive=True)
         self.eps = check_number("eps", eps, 0.0, exclusive=True)
-        self.parameters = parameters if isinstance(parameters, torch.nn.Module) else list(checked_pairs(parameters))
+        self.parameters = parameters if isinstance(parameters, torch.nn.Module) else list(check_pairs(parameters))
         self.exclude = exclude if exclude is None or isinstance(exclude, str) else tuple(exclude)
         self.clip_fraction = torch.zeros(())
         # Hooks and profiling as Optimizer's constructor sets them up, but no parameters of its own.
@@ -183,12 +192,12 @@ class AdaptiveGradientClipping(Optimizer):
         self._find_units()
 
     def _find_units(self) -> None:
-        """Keep the units of what the optimizer steps; frozen parameters and other optimizers' are not its business."""
+        """Keep the units of what the optimizer steps; others are frozen or another optimizer's."""
         stepped = {id(parameter) for group in self.param_groups for parameter in group["params"]}
         self._stepped = stepped
         known = {id(one.parameter) for one in units_of(self.parameters, ())}
-        if strangers := len(stepped - known):
-            rule = f"has {strangers} parameters that the model does not have"
+        if unknown := len(stepped - known):
+            rule = f"has {unknown} parameters that the model does not have"
             remedy = "pass the model whose parameters it steps (after moving or sharding it)"
             raise invalid("optimizer", type(self.optimizer).__name__, rule, remedy)
         clipped = units_of(self.parameters, self.exclude)
@@ -248,18 +257,6 @@ class AdaptiveGradientClipping(Optimizer):
         return f"{type(self).__name__}(clip_factor={self.clip_factor}, eps={self.eps}, {self.optimizer!r})"
 
 
-# MERGED from optim/clipping.py
-#
-# A unit is what one output of a layer owns of the layer's weight. Which axis that is depends on the layer:
-#
-#     linear, embedding               [out, in]              axis 0
-#     convolution, grouped too        [out, in/G, ...]       axis 0
-#     transposed convolution          [in, out, ...]
-
-
-Parameters = nn.Module | Iterable[tuple[str, Tensor]]
-
-
 @dataclass(frozen=True)
 class Units:
     """One parameter and how it divides into units.
@@ -283,7 +280,7 @@ class Units:
         shape = shape if self.groups == 1 else (self.groups, shape[0] // self.groups, *shape[1:])
         return math.prod(shape[axis] for axis in self.kept)
 
-    def arranged(self, tensor: Tensor) -> Tensor:
+    def arrange(self, tensor: Tensor) -> Tensor:
         """Return the parameter's values or gradient, or a shard of them, as a view whose axes ``kept`` are units."""
         tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         return tensor if self.groups == 1 else tensor.unflatten(0, (self.groups, -1))
@@ -295,7 +292,7 @@ class Units:
 
 
 def units_of(parameters: Parameters, exclude: Iterable[str] | None = None) -> list[Units]:
-    """Say how every parameter divides into units, those excluded left out.
+    """Return how every parameter divides into units, those excluded left out.
 
     Args:
         parameters: a module; or pairs (name, parameter), which do not say what layer a parameter belongs to: axis 0
@@ -315,13 +312,13 @@ def units_of(parameters: Parameters, exclude: Iterable[str] | None = None) -> li
     if isinstance(parameters, nn.Module):
         model = original(parameters)
         owned = list(owned_parameters(model))
-        excluded = _final_weights(model) if exclude is None else _named((n for n, *_ in owned), exclude)
+        excluded = _final_weights(model) if exclude is None else _matching_names((n for n, *_ in owned), exclude)
     else:
-        owned = [(name, parameter, None) for name, parameter in checked_pairs(parameters)]
+        owned = [(name, parameter, None) for name, parameter in check_pairs(parameters)]
         if exclude is None:
             rule = "bare parameters do not tell which of them are the final layers' weights"
             raise invalid("exclude", None, rule, "pass the model, or name what to leave alone; exclude=() clips all")
-        excluded = _named((n for n, *_ in owned), exclude)
+        excluded = _matching_names((n for n, *_ in owned), exclude)
     # By identity: a tied weight has two names, and is left alone if either is excluded.
     left_out = {id(parameter) for name, parameter, _ in owned if name in excluded}
     found: dict[int, Units] = {}
@@ -356,7 +353,7 @@ def _final_weights(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters(remove_duplicate=False) if starts and name.startswith(starts)}
 
 
-def _named(names: Iterable[str], exclude: Iterable[str]) -> set[str]:
+def _matching_names(names: Iterable[str], exclude: Iterable[str]) -> set[str]:
     known, excluded = list(names), set[str]()
     for wanted in exclude:
         matching = {name for name in known if name == wanted or name.startswith(f"{wanted}.")}
@@ -366,8 +363,12 @@ def _named(names: Iterable[str], exclude: Iterable[str]) -> set[str]:
     return excluded
 
 
-def checked_pairs(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Give the pairs (name, parameter); a ValueError says what is none."""
+def check_pairs(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Give the pairs (name, parameter).
+
+    Raises:
+        ValueError: an item that is none.
+    """
     if isinstance(parameters, Optimizer) or not isinstance(parameters, Iterable):
         rule = "must be a module, or give pairs (name, parameter)"
         remedy = "pass the model; AdaptiveGradientClipping takes the optimizer first and the model second"
@@ -390,12 +391,9 @@ def _units(name: str, parameter: Tensor, owner: nn.Module | None) -> Units:
         layout = part.layout
         order = layout.order or range(parameter.dim() + (layout.groups > 1))
         return Units(name, parameter, layout.groups, tuple(sorted(order[: layout.leading])))
-    if isinstance(owner, _ConvTransposeNd) and parameter.dim() > 2:
+    if isinstance(owner, ConvTransposeNd) and parameter.dim() > 2:
         return Units(name, parameter, owner.groups, (1,) if owner.groups == 1 else (0, 2))
     return Units(name, parameter, kept=(0,))
-
-
-# MERGED from optim/clipping.py
 
 
 @dataclass(frozen=True)
@@ -414,7 +412,7 @@ class Split:
 
 
 def split_of(units: Units) -> Split:
-    """Say how a parameter's units are sharded.
+    """Return how a parameter's units are sharded.
 
     Raises:
         ValueError: for a placement that has no units on any rank.

@@ -1,4 +1,4 @@
-"""The final layers of a network: those that its outputs come from, one for each of its heads."""
+"""What is decayed and what is not, which layers are a network's last, and the paper's optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -15,108 +15,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from normfree.common.checks import check_integer, check_number, check_rate, invalid
-
-HEAD = re.compile(r"(.*_)?(classifier|fc|logits|heads?\d*|predictor)(_.*)?", re.IGNORECASE)
-"""What networks call the part, or each of the parts, that ends in a final layer."""
-
-_PLAIN = (nn.Linear, nn.modules.conv._ConvNd)
-_SEVERAL = (nn.ModuleList, nn.ModuleDict)
-
-
-def final_layers(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of a network's final linear layers and convolutions, one for each head.
-
-    The structure is looked at, not the dataflow. A head is a child with a name such as "classifier", "fc", "head" or
-    "value_head", and each member of a list or dict of heads, unless a later head takes as many features as it gives;
-    where there is none, the one child that has parameters is looked into (a training wrapper around a network), and
-    failing that the network as a whole is the head. A head ends in its last layer with a weight, and in the layers
-    beside it that take the same input (class scores and boxes).
-
-    Args:
-        model: the network.
-
-    Returns:
-        The names; "" is the model itself. Empty if a head ends in anything but a plain linear layer or convolution:
-        the network is a backbone, whose last layer is not a classifier.
-    """
-    return tuple(sorted(set(_ends(model, "")), key=[name for name, _ in model.named_modules()].index))
-
-
-def _ends(module: nn.Module, name: str) -> Iterator[str]:
-    children = {_joined(name, key): child for key, child in module.named_children()}
-    heads = {key: child for key, child in children.items() if _is_head(key)}
-    if isinstance(module, _SEVERAL) and _is_head(name):
-        heads = children
-    inner = {key: child for key, child in children.items() if any(True for _ in child.parameters())}
-    own = any(True for _ in module.parameters(recurse=False))
-    if not heads and len(inner) == 1 and not own and not isinstance(module, nn.Sequential | nn.Linear):
-        heads = inner
-    if not heads:
-        yield from _last_layers(module, name)
-    taken = set[int]()  # by the heads behind
-    for key, head in reversed(heads.items()):
-        for end in _ends(head, key):
-            if _sizes(module.get_submodule(end[len(name) :].lstrip(".")))[1] not in taken:
-                yield end
-        first = next((layer for _, layer in _weighted(head, key)), None)
-        if isinstance(first, _PLAIN):
-            taken.add(_sizes(first)[0])
-
-
-def _is_head(name: str) -> bool:
-    return HEAD.fullmatch(name.rpartition(".")[2]) is not None
-
-
-def _last_layers(head: nn.Module, name: str) -> Iterator[str]:
-    """The last layer with a weight, and the layers just before it that take the same input and do not feed it."""
-    feeds = None
-    for key, layer in reversed(list(_weighted(head, name))):
-        if not isinstance(layer, _PLAIN) or _is_standardized(layer):
-            return
-        takes, gives = _sizes(layer)
-        if feeds is not None and (takes != feeds or gives == feeds):
-            return
-        feeds = takes
-        yield key
-
-
-def _weighted(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The layers of a module that have a weight of more than one axis, as they were registered."""
-    for key, layer in module.named_modules(prefix=name):
-        if "parametrizations" not in key and any(parameter.dim() > 1 for parameter in _own_parameters(layer)):
-            yield key, layer
-
-
-def _own_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a layer, those behind a parametrization too, and not those of its children."""
-    yield from layer.parameters(recurse=False)
-    parametrizations = layer._modules.get("parametrizations")
-    if parametrizations is not None:
-        yield from parametrizations.parameters()
-
-
-def _is_standardized(layer: nn.Module) -> bool:
-    return type_before_parametrizations(layer).__module__.startswith("normfree.")
-
-
-def _sizes(layer: nn.Module) -> tuple[int, int]:
-    """Input and output channels or features of a layer."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    assert isinstance(layer, nn.modules.conv._ConvNd)
-    return layer.in_channels, layer.out_channels
-
-
-def _joined(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
-# MERGED from optim/groups.py
-
+from normfree.common.torch_compat import ConvNd, NormBase
 
 # Layers whose weight is a matrix or a stack of filters, also where it has a single row or column.
-_WEIGHTED = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
-_NORMALIZERS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_WEIGHTED = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, ConvNd)
+_NORMALIZERS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, NormBase)
 
 
 def parameter_groups(
@@ -227,17 +130,8 @@ def nesterov_sgd(
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=True, **options)
 
 
-# MERGED from optim/groups.py
-#
-#     lr(t) = peak * t / warmup                                                 t < warmup
-#     lr(t) = final + (peak - final) * (1 + cos(pi * p)) / 2                    p = (t - warmup) / (steps - warmup)
-#
-# t       optimizer steps taken so far, from 0; from t = steps on the rate stays at final
-# peak    the optimizer's
-
-
 def warmup_cosine_factor(step: int, *, steps: int, warmup_steps: int, final_fraction: float) -> float:
-    """Return the learning rate at a step as a fraction of the peak: the equation above, with peak 1."""
+    """Return the learning rate at a step as a fraction of the peak: the equation of :func:`warmup_cosine`, peak 1."""
     if step < warmup_steps:
         return step / warmup_steps
     if step >= steps:
@@ -247,7 +141,11 @@ def warmup_cosine_factor(step: int, *, steps: int, warmup_steps: int, final_frac
 
 
 def warmup_cosine(optimizer: Optimizer, *, steps: int, warmup_steps: int = 0, final_lr: float = 0.0) -> LambdaLR:
-    """Return the schedule above; call its ``step()`` once after each optimizer step.
+    """Return the paper's schedule, a linear warm-up from zero, then half a cosine; ``step()`` it after the optimizer.
+
+    ``lr(t) = peak * t / warmup`` for t < warmup, and then ``final + (peak - final) * (1 + cos(pi * p)) / 2``, where
+    ``p = (t - warmup) / (steps - warmup)``: t optimizer steps taken so far, from 0; from t = steps on the rate stays at
+    final; the peak is the optimizer's own learning rate, of each parameter group.
 
     The rate depends on the number of steps alone, and that is all its ``state_dict()`` needs to resume exactly;
     ``steps`` and the rest come from the call, so that a run can be lengthened.
@@ -288,3 +186,98 @@ def original(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+HEAD = re.compile(r"(.*_)?(classifier|fc|logits|heads?\d*|predictor)(_.*)?", re.IGNORECASE)
+"""What networks call the part, or each of the parts, that ends in a final layer."""
+
+_PLAIN = (nn.Linear, ConvNd)
+_SEVERAL = (nn.ModuleList, nn.ModuleDict)
+
+
+def final_layers(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of a network's final linear layers and convolutions, one for each head.
+
+    The structure is looked at, not the dataflow. A head is a child with a name such as "classifier", "fc", "head" or
+    "value_head", and each member of a list or dict of heads, unless a later head takes as many features as it gives;
+    where there is none, the one child that has parameters is looked into (a training wrapper around a network), and
+    failing that the network as a whole is the head. A head ends in its last layer with a weight, and in the layers
+    beside it that take the same input (class scores and boxes).
+
+    Args:
+        model: the network.
+
+    Returns:
+        The names; "" is the model itself. Empty if a head ends in anything but a plain linear layer or convolution:
+        the network is a backbone, whose last layer is not a classifier.
+    """
+    return tuple(sorted(set(_ends(model, "")), key=[name for name, _ in model.named_modules()].index))
+
+
+def _ends(module: nn.Module, name: str) -> Iterator[str]:
+    children = {_joined(name, key): child for key, child in module.named_children()}
+    heads = {key: child for key, child in children.items() if _is_head(key)}
+    if isinstance(module, _SEVERAL) and _is_head(name):
+        heads = children
+    inner = {key: child for key, child in children.items() if any(True for _ in child.parameters())}
+    own = any(True for _ in module.parameters(recurse=False))
+    if not heads and len(inner) == 1 and not own and not isinstance(module, nn.Sequential | nn.Linear):
+        heads = inner
+    if not heads:
+        yield from _last_layers(module, name)
+    taken = set[int]()  # by the heads behind
+    for key, head in reversed(heads.items()):
+        for end in _ends(head, key):
+            if _sizes(module.get_submodule(end[len(name) :].lstrip(".")))[1] not in taken:
+                yield end
+        first = next((layer for _, layer in _weighted(head, key)), None)
+        if isinstance(first, _PLAIN):
+            taken.add(_sizes(first)[0])
+
+
+def _is_head(name: str) -> bool:
+    return HEAD.fullmatch(name.rpartition(".")[2]) is not None
+
+
+def _last_layers(head: nn.Module, name: str) -> Iterator[str]:
+    """The last layer with a weight, and the layers just before it that take the same input and do not feed it."""
+    feeds = None
+    for key, layer in reversed(list(_weighted(head, name))):
+        if not isinstance(layer, _PLAIN) or _is_standardized(layer):
+            return
+        takes, gives = _sizes(layer)
+        if feeds is not None and (takes != feeds or gives == feeds):
+            return
+        feeds = takes
+        yield key
+
+
+def _weighted(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of a module that have a weight of more than one axis, as they were registered."""
+    for key, layer in module.named_modules(prefix=name):
+        if "parametrizations" not in key and any(parameter.dim() > 1 for parameter in _own_parameters(layer)):
+            yield key, layer
+
+
+def _own_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a layer, those behind a parametrization too, and not those of its children."""
+    yield from layer.parameters(recurse=False)
+    parametrizations = layer._modules.get("parametrizations")
+    if parametrizations is not None:
+        yield from parametrizations.parameters()
+
+
+def _is_standardized(layer: nn.Module) -> bool:
+    return type_before_parametrizations(layer).__module__.startswith("normfree.")
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    """Input and output channels or features of a layer."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    assert isinstance(layer, ConvNd)
+    return layer.in_channels, layer.out_channels
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
 from normfree.common.checks import check_choice, check_integer, check_number, check_rate, invalid
+from normfree.common.torch_compat import ConvNd, ConvTransposeNd
 from normfree.nn.scaled_ws import Standardized
 from normfree.optim.clipping import owned_parameters, placements_of
 from normfree.optim.groups import final_layers, original, parameter_groups
@@ -304,7 +304,7 @@ def muon_groups(
     layouts = {
         id(parameter): _layout(owner)
         for _, parameter, owner in owned_parameters(network)
-        if isinstance(owner, (nn.Linear, _ConvNd)) and parameter.dim() >= 2 and id(parameter) not in heads
+        if isinstance(owner, (nn.Linear, ConvNd)) and parameter.dim() >= 2 and id(parameter) not in heads
     }
     matrices: defaultdict[tuple[bool, int, bool], list[Tensor]] = defaultdict(list)
     others = []
@@ -334,10 +334,10 @@ def muon_groups(
     return [*made, *others]
 
 
-def _layout(layer: nn.Linear | _ConvNd) -> tuple[bool, int, bool]:
+def _layout(layer: nn.Linear | ConvNd) -> tuple[bool, int, bool]:
     """Whether a layer's weight is transposed, its groups, and whether it is standardized."""
-    groups = layer.groups if isinstance(layer, _ConvNd) else 1
-    return isinstance(layer, _ConvTransposeNd), groups, isinstance(layer, Standardized)
+    groups = layer.groups if isinstance(layer, ConvNd) else 1
+    return isinstance(layer, ConvTransposeNd), groups, isinstance(layer, Standardized)
 
 
 def muon_sgd(

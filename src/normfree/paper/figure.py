@@ -1,4 +1,4 @@
-"""What every figure has: networks to listen to, predictions to hold them against, a note to write."""
+"""What every figure has: networks to measure, predictions to hold them against, a note to write."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from normfree.common.checks import check_choice, check_integer
 from normfree.models import create_model
 from normfree.report.plot import plot_signals
 from normfree.signal import SignalPropagation, spp, write_atomically, write_json
@@ -79,11 +80,9 @@ class Setting:
     seeds: int = 3
 
     def __post_init__(self) -> None:
-        if self.scale not in DEPTHS:
-            raise ValueError(f"scale: {self.scale!r} is not known; choose one of {', '.join(DEPTHS)}")
+        check_choice("scale", self.scale, tuple(DEPTHS))
         for name, least in (("image_size", 32), ("batch_size", 2), ("seeds", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)} is too few; give at least {least}")
+            check_integer(name, getattr(self, name), least)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -113,7 +112,7 @@ class Figure:
     claims: Callable[[Setting], Sequence[Claim]]
 
 
-def listen(network: Network, setting: Setting, seed: int) -> SignalPropagation:
+def measure_network(network: Network, setting: Setting, seed: int) -> SignalPropagation:
     """Build one network from a seed and measure it on gaussian noise."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -147,7 +146,7 @@ def make(figure: Figure, setting: Setting, out: Path, on_progress: Callable[[str
     for network in figure.networks:
         for seed in range(setting.seeds):
             on_progress(f"{network.label}, seed {seed}")
-            measured.setdefault(network.label, []).append(listen(network, setting, seed))
+            measured.setdefault(network.label, []).append(measure_network(network, setting, seed))
     pictures = []
     for apart in dict.fromkeys(network.apart for network in figure.networks):
         drawn = [measured[network.label][0] for network in figure.networks if network.apart == apart]

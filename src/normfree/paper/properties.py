@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from normfree.models import create_model
@@ -125,7 +126,7 @@ def of_ranks(model: nn.Module, twins: Twins) -> float:
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "gradient.safetensors"
-        multiprocessing.spawn(_rank, args=(address, model, twins, file), nprocs=2)
+        spawn(_rank, args=(address, model, twins, file), nprocs=2)
         gradient = load_file(file)["gradient"]
     return difference(gradient, _gradient(model, [(twins.images, twins.labels)]))
 

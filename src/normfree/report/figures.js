@@ -1,17 +1,9 @@
-"use strict";
-// Draws each figure in the element of its name, in the page's colours, and again when those change.
+// Draws each figure of the data in the element of its name, in the page's colours, and again when those change.
 (() => {
-  const figures = JSON.parse(document.getElementById("data").textContent);
-  const narrow = matchMedia("(max-width: 700px)");
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const config = { responsive: true, displaylogo: false, displayModeBar: narrow.matches ? false : "hover" };
+  const { css, narrow } = page;
 
   function dress(layout) {
-    layout.font = { ...layout.font, color: css("--muted"), family: getComputedStyle(document.body).fontFamily };
-    layout.dragmode = narrow.matches ? false : "zoom"; // a finger scrolls the page, a mouse zooms
-    layout.hoverlabel = { bgcolor: css("--card"), bordercolor: css("--muted"), font: { color: css("--ink") } };
-    layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: css("--muted"), activecolor: css("--ink") };
+    Object.assign(layout, page.style());
     if (layout.sliders) Object.assign(layout.margin, narrow.matches ? { l: 46, r: 8 } : { l: 64, r: 16 });
     (layout.annotations ?? []).forEach((it) => { it.font = { ...it.font, color: css("--ink") }; });
     const bar = { bgcolor: css("--line"), bordercolor: css("--muted"), activebgcolor: css("--accent") };
@@ -20,14 +12,12 @@
     return layout;
   }
 
-  const drawn = Object.entries(figures).map(([name, figure]) => {
+  const drawn = Object.entries(page.data).map(([name, figure]) => {
     const place = document.getElementById(name);
-    const redress = () => Plotly.relayout(place, dress(structuredClone(place.layout)));
-    narrow.addEventListener("change", redress);
-    dark.addEventListener("change", redress);
+    page.onChange(() => Plotly.relayout(place, dress(structuredClone(place.layout))));
     const frames = figure.frames ?? [];
-    return Plotly.newPlot(place, figure.data, dress(figure.layout), config)
+    return Plotly.newPlot(place, figure.data, dress(figure.layout), page.config())
       .then(() => (frames.length ? Plotly.addFrames(place, frames) : null));
   });
-  Promise.all(drawn).then(() => { document.body.dataset.ready = "true"; });
+  Promise.all(drawn).then(page.ready);
 })();

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from html import escape
@@ -10,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from normfree.common.packages import required
-from normfree.report.page import filled, page_file, write_page
+from normfree.report.page import (
+    filled,
+    finding_item,
+    findings_list,
+    heading_of,
+    numbers_tables,
+    page_file,
+    settings_table,
+    write_page,
+)
 from normfree.report.panels import (
     COLORS,
     ENTRY_X,
@@ -23,7 +31,6 @@ from normfree.report.panels import (
     panels_of,
     x_label,
 )
-from normfree.report.signal_page import numbers_table, settings_table
 from normfree.signal.monitor import Episode, SignalHistory
 from normfree.signal.propagation import SignalPropagation
 
@@ -38,7 +45,18 @@ _PANEL_HEIGHT, _TITLES, _SLIDER = 185, 34, 130  # pixels
 
 
 def slider_figure(history: SignalHistory) -> Any:
-    """Draw a history as a ``plotly.graph_objects.Figure``.
+    """Draw a history as a ``plotly.graph_objects.Figure``, of :func:`slider_spec`.
+
+    Raises:
+        ValueError: for a history without records.
+        ImportError: if plotly is not installed.
+    """
+    spec = slider_spec(history)
+    return required("plotly.graph_objects", "the figure").Figure(**spec)
+
+
+def slider_spec(history: SignalHistory) -> dict[str, Any]:
+    """Return a history's figure as plotly's JSON has it: ``data``, ``layout`` and ``frames``.
 
     One panel for each curve, with axes that hold for all steps, so that what moves is the signal. The plot of the
     first record stays behind as a grey line; the slider and the play button go through the records.
@@ -48,22 +66,19 @@ def slider_figure(history: SignalHistory) -> Any:
 
     Raises:
         ValueError: for a history without records.
-        ImportError: if plotly is not installed.
     """
     if not history:
         raise ValueError("history: it has no records; start the monitor first")
-    graph_objects = required("plotly.graph_objects", "the figure")
     history = history.thinned(MOST_FRAMES)
     signals, panels = history.signals, panels_of(history.signals)
     still, moving = _still_traces(signals, panels), _moving_traces(signals[-1], panels)
-    # The slider starts at the last record, which is what one asks about first.
-    figure = graph_objects.Figure(data=[*still, *moving], layout=_layout(history, panels))
     numbers = list(range(len(still), len(still) + len(moving)))
-    figure.frames = [
-        graph_objects.Frame(name=str(step), data=_moving_traces(signal, panels, bare=True), traces=numbers)
+    frames = [
+        {"name": str(step), "data": _moving_traces(signal, panels, bare=True), "traces": numbers}
         for step, signal in history
     ]
-    return figure
+    # The slider starts at the last record, which is what one asks about first.
+    return {"data": [*still, *moving], "layout": _layout(history, panels), "frames": frames}
 
 
 def _still_traces(signals: Sequence[SignalPropagation], panels: Sequence[Panel]) -> list[dict[str, Any]]:
@@ -74,7 +89,7 @@ def _still_traces(signals: Sequence[SignalPropagation], panels: Sequence[Panel])
         y = _shown(drawn_curve(signals[0], panel.curve), needs_log(panel, signals))
         first = {"name": "first record", "legendgroup": "first", "showlegend": row == 0}
         traces.append({**common, **first, "x": _xs(y), "y": y, "line": {"color": _FAINT, "width": 2}})
-        expected = signals[0].curve("expected_var")
+        expected = _shown(signals[0].curve("expected_var"), log=False)
         if panel.curve == "avg_channel_var" and any(value is not None for value in expected):
             line = {"color": _FAINT, "dash": "5px,4px", "width": 1.3}
             named = {"name": "expected at initialisation", "showlegend": True}
@@ -197,35 +212,34 @@ def _safe(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def write_monitor_report(history: SignalHistory, path: str | Path, *, title: str) -> Path:
-    """Write the page of a history as one HTML file of about 5 MB that opens without a network.
+def write_monitor_report(history: SignalHistory, path: str | Path, *, title: str | None = None) -> Path:
+    """Write the page of a history as one HTML file of about 1.6 MB that opens without a network.
 
     Args:
         history: at least one record.
         path: where to write it; an earlier page is replaced as a whole or not at all.
-        title: heading of the page.
+        title: heading of the page; by default it names the model.
 
     Returns:
         The path.
 
     Raises:
         ValueError: for a history without records.
-        ImportError: if plotly is not installed.
     """
-    figure = slider_figure(history)
+    spec = slider_spec(history)
     last = history.signals[-1]
+    title = f"{heading_of('Signal', [last])} through training" if title is None else title
     parts = {
         "title": escape(title),
         "measured": "\n  ".join(f'<p class="measured">{escape(line)}</p>' for line in caption_of([last])),
         "records": escape(_records(history)),
-        "findings": _findings(history),
-        "tables": numbers_table(last),
+        "findings": findings_list([finding_item(one.finding, escape(_when(one))) for one in history.episodes()]),
+        "tables": numbers_tables(last),
         "step": str(history.steps[-1]),
         "configuration": settings_table([last]),
     }
     body = filled(page_file("monitor_page.html"), parts)
-    data = {"chart": json.loads(figure.to_json())}
-    return write_page(path, title=title, body=body, data=data, script=page_file("figures.js"))
+    return write_page(path, title=title, body=body, data={"chart": spec}, script=page_file("figures.js"))
 
 
 def _records(history: SignalHistory) -> str:
@@ -234,18 +248,6 @@ def _records(history: SignalHistory) -> str:
     return told if count <= MOST_FRAMES else f"{told}; {MOST_FRAMES} of them, evenly spread, are on the slider"
 
 
-def _findings(history: SignalHistory) -> str:
-    items = "".join(_finding(episode) for episode in history.episodes())
-    return f'<ol class="findings-list">{items}</ol>' if items else '<p class="no-finding">Nothing to report.</p>'
-
-
-def _finding(episode: Episode) -> str:
-    found = episode.finding
+def _when(episode: Episode) -> str:
     span = f"step {episode.first}" if episode.first == episode.last else f"steps {episode.first} to {episode.last}"
-    when = f"{span}, the last record" if episode.ongoing else f"{span}, then gone"
-    return (
-        f'<li class="finding {escape(found.severity)}"><div class="finding-head">'
-        f'<span class="severity">{escape(found.severity)}: {escape(found.kind.replace("_", " "))}</span>'
-        f"<span>{escape(when)}</span></div>"
-        f'<p>{escape(found.message)}</p><p class="remedy">{escape(found.remedy)}</p></li>'
-    )
+    return f"{span}, the last record" if episode.ongoing else f"{span}, then gone"

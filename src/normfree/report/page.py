@@ -1,20 +1,24 @@
-"""Pages that open offline, with plotly's source inside.
+"""The frame of all pages: files that open offline with plotly's source inside, and the tables and findings they share.
 
-``page.html`` and ``page.css`` are the frame of all pages; ``figures.js`` draws figures that plotly knows as they are.
+``page.html``, ``page.css`` and ``page.js`` are the frame; ``figures.js`` draws figures that are given as plotly takes
+them. ``plotly-cartesian.min.js`` is plotly.js 4.1.1 as npm's ``plotly.js-cartesian-dist-min`` has it: what draws lines
+and heatmaps, a third of the whole. It is MIT-licensed, as its first lines say.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from normfree.common.files import write_atomically
-from normfree.common.packages import required
+from normfree.report.panels import is_layerwise, panels_of, shape_text, shorten
+from normfree.signal.propagation import SEVERITIES, BlockSignal, Entry, Finding, SignalPropagation
 
 
 def write_page(path: str | Path, *, title: str, body: str, data: Any, script: str, style: str = "") -> Path:
@@ -25,22 +29,19 @@ def write_page(path: str | Path, *, title: str, body: str, data: Any, script: st
         title: of the window, as text.
         body: the page's own HTML.
         data: what ``script`` draws, as JSON.
-        script: JavaScript that reads ``data`` and draws with plotly.
+        script: JavaScript that reads ``data`` and draws with plotly and ``page.js``.
         style: CSS of the page's own, beside that of all pages.
 
     Returns:
         The path.
-
-    Raises:
-        ImportError: if plotly is not installed.
     """
     parts = {
         "title": escape(title),
         "style": page_file("page.css") + ("\n" + style if style else ""),
         "body": body,
         "data": inert(data),
-        "plotly": _plotly_source(),
-        "script": script,
+        "plotly": page_file("plotly-cartesian.min.js").replace("</script", "<\\/script"),
+        "script": page_file("page.js") + "\n" + script,
     }
     return write_atomically(path, filled(page_file("page.html"), parts))
 
@@ -54,16 +55,157 @@ def filled(template: str, parts: Mapping[str, str]) -> str:
 
 
 def page_file(name: str) -> str:
-    """The text of a template, style sheet or script of ours."""
+    """The text of a template, style sheet or script of this folder."""
     return resources.files("normfree.report").joinpath(name).read_text(encoding="utf-8").rstrip()
-
-
-def _plotly_source() -> str:
-    """Plotly's source, for a script element."""
-    return required("plotly.offline", "the report").get_plotlyjs().replace("</script", "<\\/script")
 
 
 def inert(value: Any) -> str:
     """JSON that no HTML parser can mistake for markup, inside a script element."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def finding_item(finding: Finding, place: str) -> str:
+    """One finding as an item of a list.
+
+    Args:
+        finding: what was found.
+        place: where, or when, as HTML.
+    """
+    severity = finding.severity if finding.severity in SEVERITIES else "info"
+    kind = escape(finding.kind.replace("_", " "))
+    return (
+        f'<li class="finding {severity}"><div class="finding-head">'
+        f'<span class="severity">{escape(finding.severity)}: {kind}</span><span>{place}</span></div>'
+        f'<p>{escape(finding.message)}</p><p class="remedy">{escape(finding.remedy)}</p></li>'
+    )
+
+
+def findings_list(items: Sequence[str]) -> str:
+    """The items of :func:`finding_item` as a list, or that there are none."""
+    listed = f'<ol class="findings-list">{"".join(items)}</ol>'
+    return listed if items else '<p class="no-finding">Nothing to report.</p>'
+
+
+CURVES = {
+    "avg_channel_sq_mean": "squared mean",
+    "avg_channel_var": "variance",
+    "expected_var": "expected variance",
+    "residual_avg_channel_var": "residual variance",
+    "input_correlation": "input correlation",
+    "avg_sq_gradient": "squared gradient",
+}
+"""Numbers of a point, and the heads of their columns."""
+
+_ALWAYS = ("avg_channel_sq_mean", "avg_channel_var", "expected_var")
+
+
+def numbers_tables(signal: SignalPropagation) -> str:
+    """Every number of one model, folded away until it is asked for: a row a block, then a row a layer beside them."""
+    present = {*_ALWAYS, *(panel.curve for panel in panels_of([signal]))}
+    unit = "weighted layer" if is_layerwise(signal) else "block"
+    points = [("entry", signal.entry), *((str(block.index), block) for block in signal.blocks)]
+    columns = [name for name in CURVES if name in present]
+    tables = _table(f"{signal.model}: numbers of each {unit}", unit, points, columns)
+    beside = [(_place(layer, signal), layer) for layer in signal.layers]
+    beside += [("output", output) for output in signal.outputs]
+    columns = [name for name in CURVES if any(getattr(point, name) is not None for _, point in beside)]
+    if beside:
+        tables += _table(f"{signal.model}: weighted layers in no block, and outputs", "where", beside, columns)
+    return tables
+
+
+def _table(summary: str, first: str, points: Sequence[tuple[str, Entry | BlockSignal]], columns: Sequence[str]) -> str:
+    heads = [first.removeprefix("weighted "), "module", "shape", "channel axis", *(CURVES[name] for name in columns)]
+    heads += ["dead channels", "remarks"]
+    text = {"where", "module", "shape", "remarks"}
+    cells = "".join(f"<th scope=col{' class=text' if head in text else ''}>{head}</th>" for head in heads)
+    rows = ""
+    for place, point in points:
+        dead = f"{100 * dead_fraction(point):.3g} %" if isinstance(point, BlockSignal) else ""
+        values = [getattr(point, name, None) for name in columns]
+        numbers = "".join(f"<td{' class=bad' if json_number(v) == str(v) else ''}>{_number(v)}</td>" for v in values)
+        rows += (
+            f"<tr><td{' class=text' if first == 'where' else ''}>{escape(place)}</td>"
+            f"<td class=text>{escape(point.name) or '(the model)'}</td>"
+            f"<td class=text>{shape_text(point.shape)}</td><td>{point.channel_axis}</td>{numbers}"
+            f"<td>{dead}</td><td class=text>{escape(remarks(point))}</td></tr>"
+        )
+    table = f"<table><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table>"
+    scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(summary)}">{table}</div>'
+    return f"<details><summary>{escape(summary)}</summary>{scroll}</details>"
+
+
+def _place(layer: BlockSignal, signal: SignalPropagation) -> str:
+    """Where a layer that is in no block lies among the blocks, in the order of the forward pass."""
+    before = [block.index for block in signal.blocks if (block.number or 0) < (layer.number or 0)]
+    return f"after block {max(before)}" if before else "before block 0"
+
+
+def remarks(point: Entry | BlockSignal, transition: bool = True) -> str:
+    """What is special about a point, in words; the transition only where nothing else shows it."""
+    if isinstance(point, Entry):
+        return "input of the first block" if transition else ""
+    words = ["transition"] if point.transition and transition else []
+    if point.encloses:
+        words.append(f"encloses {point.encloses} residual addition{'s' if point.encloses > 1 else ''}")
+    if point.woken:
+        words.append(f"woken: {', '.join(point.woken)}")
+    if point.kind == "layer" and point.last:
+        words.append("last layer")
+    if point.gate:
+        words.append("gate")
+    return "; ".join(words)
+
+
+def settings_table(signals: Sequence[SignalPropagation]) -> str:
+    """How the models were measured, side by side, folded away: mode, input, entry, configuration."""
+    columns = [_settings(signal) for signal in signals]
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    heads = "".join(f"<th scope=col>{escape(shorten(signal.model, 48))}</th>" for signal in signals)
+    body = ""
+    for key in keys:
+        cells = "".join(f"<td>{escape(column.get(key, ''))}</td>" for column in columns)
+        body += f"<tr><th scope=row>{escape(key)}</th>{cells}</tr>"
+    table = f"<table><thead><tr><td></td>{heads}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll settings" tabindex="0" role="region" aria-label="Configuration">{table}</div>'
+
+
+def _settings(signal: SignalPropagation) -> dict[str, str]:
+    entry = f"{signal.entry.name or '(the model)'}, shape {shape_text(signal.entry.shape)}"
+    rows = {"mode": signal.mode, **_flat(signal.input, "input"), "entry": entry}
+    return rows | {"blocks": str(len(signal.blocks))} | _flat(signal.configuration, "")
+
+
+def _flat(value: Any, name: str) -> dict[str, str]:
+    """Nested settings as rows: ``{"a": {"b": 1}}`` becomes ``{"a b": "1"}``."""
+    if isinstance(value, Mapping) and value:
+        rows: dict[str, str] = {}
+        for key, item in value.items():
+            rows |= _flat(item, f"{name} {key}".strip())
+        return rows
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, int) for item in value):
+        return {name: shape_text(value)} if "shape" in name else {name: ", ".join(map(str, value))}
+    return {} if isinstance(value, Mapping) and not name else {name: str(value)}
+
+
+def json_number(value: float | None) -> float | str | None:
+    """The number, or its name where JSON has none."""
+    return value if value is None or math.isfinite(value) else str(value)
+
+
+def _number(value: float | None) -> str:
+    return "\N{EN DASH}" if value is None else f"{value:.4g}"
+
+
+def dead_fraction(point: Entry | BlockSignal) -> float:
+    """The fraction of dead channels; 0 where it was not measured."""
+    fraction = point.dead_channels if isinstance(point, BlockSignal) else 0.0
+    return fraction if math.isfinite(fraction) else 0.0
+
+
+def heading_of(what: str, signals: Sequence[SignalPropagation], most: int = 3) -> str:
+    """A page's title that names the models: "``what`` of a, b and 2 more"."""
+    names = [shorten(signal.model, 48) for signal in signals]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{what} of {', '.join(names[:most])}{more}"

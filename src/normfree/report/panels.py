@@ -196,6 +196,11 @@ def edge_note(panel: Panel, signals: Sequence[SignalPropagation], log: bool) -> 
     return "   ".join(notes)
 
 
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape with multiplication signs."""
+    return f" {TIMES} ".join(map(str, shape))
+
+
 def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, int) for item in value):
         return TIMES.join(map(str, value))

@@ -1,16 +1,12 @@
-"use strict";
 // The curves of the report: drawn anew from `state` after every click, so that no click depends on another.
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
+  const { data, css, narrow } = page;
   const chart = document.getElementById("chart");
   const all = (selector) => [...document.querySelectorAll(selector)];
   const state = { scale: "auto", hidden: new Set(), selected: null, view: 0, range: null };
-  const narrow = matchMedia("(max-width: 700px)");
-  const dark = matchMedia("(prefers-color-scheme: dark)");
   // Everything is listed from the entry on, which stands one before block 0.
   const ENTRY = -1;
   const last = Math.max(1, ...data.models.map((model) => model.names.length + ENTRY - 1));
-  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   // Plotly reads its own small HTML in hover text; names must show as they are.
   const escape = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const finite = (value) => (typeof value === "number" ? value : null);
@@ -115,16 +111,12 @@
   function layout() {
     const rows = data.panels.length, title = 34, plot = narrow.matches ? 150 : 175, bottom = 48;
     const inner = rows * (plot + title), at = (pixels) => 1 - pixels / inner;
-    const family = getComputedStyle(document.body).fontFamily;
     const ticked = last <= 20 && !narrow.matches;
     const told = narrow.matches ? "" : ` (${ticked ? "entry" : "leftmost point"}: input of the first)`;
     const made = {
-      height: inner + bottom + 6, margin: { l: narrow.matches ? 50 : 62, r: 14, t: 6, b: bottom },
+      ...page.style(), height: inner + bottom + 6, margin: { l: narrow.matches ? 50 : 62, r: 14, t: 6, b: bottom },
       paper_bgcolor: css("--paper"), plot_bgcolor: css("--paper"), hovermode: "closest", hoverdistance: 30,
-      font: { family, size: 12, color: css("--muted") },
-      hoverlabel: { bgcolor: css("--card"), bordercolor: css("--muted"), align: "left", font: { color: css("--ink"), family, size: 12 } },
-      // A finger that drags over the chart scrolls the page; a mouse zooms.
-      dragmode: narrow.matches ? false : "zoom", annotations: [], shapes: [],
+      annotations: [], shapes: [],
       xaxis: {
         anchor: `y${axis(rows - 1)}`, title: { text: data.x_label + told, standoff: 8 }, range: state.range ?? home(),
         uirevision: state.view, tickformat: "d", labelalias: { "-1": "entry", "\u22121": "entry" }, dtick: ticked ? 1 : undefined, zeroline: false,
@@ -174,15 +166,10 @@
   }
 
   function draw() {
-    const config = {
-      responsive: true, displaylogo: false, displayModeBar: narrow.matches ? false : "hover",
-      modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
-      toImageButtonOptions: { filename: "spp", scale: 2 },
-    };
     all("[data-scale]").forEach((it) => it.setAttribute("aria-pressed", String(it.dataset.scale === state.scale)));
     all("#legend button").forEach((it) => it.setAttribute("aria-pressed", String(!state.hidden.has(+it.dataset.model))));
     all(".model-findings").forEach((it) => it.classList.toggle("hidden-model", state.hidden.has(+it.dataset.model)));
-    return Plotly.react(chart, traces(), layout(), config);
+    return Plotly.react(chart, traces(), layout(), page.config());
   }
 
   function look(selected, range) {
@@ -218,7 +205,6 @@
   });
   all(".locate").forEach((it) => it.addEventListener("click", () => locate(it)));
   document.getElementById("reset-view").addEventListener("click", () => { look(null, null); draw(); });
-  narrow.addEventListener("change", draw);
-  dark.addEventListener("change", draw);
-  draw().then(() => { document.body.dataset.ready = "true"; });
+  page.onChange(draw);
+  draw().then(page.ready);
 })();

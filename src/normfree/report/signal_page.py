@@ -7,18 +7,29 @@ The page's content security policy forbids it to request anything.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from normfree.report.page import filled, page_file, write_page
+from normfree.report.page import (
+    CURVES,
+    dead_fraction,
+    filled,
+    finding_item,
+    findings_list,
+    heading_of,
+    json_number,
+    numbers_tables,
+    page_file,
+    remarks,
+    settings_table,
+    write_page,
+)
 from normfree.report.panels import (
     COLORS,
     ENTRY_X,
     ROUNDING,
-    TIMES,
     caption_of,
     color_of,
     is_layerwise,
@@ -26,10 +37,11 @@ from normfree.report.panels import (
     non_finite_from,
     panels_of,
     place_of,
+    shape_text,
     shorten,
     x_label,
 )
-from normfree.signal.propagation import SEVERITIES, BlockSignal, Entry, Finding, SignalPropagation
+from normfree.signal.propagation import SEVERITIES, BlockSignal, Finding, SignalPropagation
 
 # For plotly and for the swatches in the legend (an SVG line), in pixels.
 _DASHES = ("solid", "9px,3px", "7px,2px,2px,2px", "2px,2px", "4px,3px", "12px,3px,3px,3px")
@@ -39,10 +51,10 @@ def write_report(
     signals: Sequence[SignalPropagation],
     path: str | Path,
     *,
-    title: str = "Signal propagation report",
+    title: str | None = None,
     appendix: str = "",
 ) -> Path:
-    """Write the interactive report of one or several models as one HTML file of about 5 MB.
+    """Write the interactive report of one or several models as one HTML file of about 1.6 MB.
 
     Stacked, linked curves with a logarithmic or linear scale; findings with remedies; every number; and
     the configuration of the measurement. The file opens without a network.
@@ -50,7 +62,7 @@ def write_report(
     Args:
         signals: the models, in the order of the legend.
         path: where to write it; an earlier report is replaced as a whole or not at all.
-        title: heading of the page.
+        title: heading of the page; by default it names the models.
         appendix: HTML of one's own (escaped by whoever gives it), put before the numbers.
 
     Returns:
@@ -58,10 +70,10 @@ def write_report(
 
     Raises:
         ValueError: if there is no model to report.
-        ImportError: if plotly is not installed.
     """
     if not signals:
         raise ValueError("signals: got an empty sequence; give at least one SignalPropagation to report")
+    title = heading_of("Signal propagation", signals) if title is None else title
     layers = "Where a model has no residual additions, a point is the output of a weighted layer."
     planned = "The thin dashed line is the variance that the model's plan expects; the curve should lie on it."
     parts = {
@@ -75,7 +87,7 @@ def write_report(
         "layerwise": layers if any(is_layerwise(signal) for signal in signals) else "",
         "planned": planned if _has_plan(signals) else "",
         "appendix": appendix,
-        "tables": "".join(numbers_table(signal) for signal in signals),
+        "tables": "".join(numbers_tables(signal) for signal in signals),
         "configuration": settings_table(signals),
     }
     body = filled(page_file("signal_page.html"), parts)
@@ -99,8 +111,8 @@ def _page_data(signals: Sequence[SignalPropagation]) -> dict[str, Any]:
 
 
 def _model_data(signal: SignalPropagation, number: int) -> dict[str, Any]:
-    points = points_of(signal)
-    known = {name: signal.curve(name) for name in CURVES}
+    points = [signal.entry, *signal.blocks]
+    known = {name: signal.curve(name) for name in CURVES if name != "expected_var"}
     return {
         "name": signal.model,
         "unit": "weighted layer" if is_layerwise(signal) else "block",
@@ -174,7 +186,7 @@ def _gaps(signals: Sequence[SignalPropagation]) -> str:
             if (start := non_finite_from(signal.curve(panel.curve))) is not None:
                 starts.setdefault(start, []).append(panel.title.lower())
         for start, titles in sorted(starts.items()):
-            place = f"{place_of(start)} ({points_of(signal)[start - ENTRY_X].name or 'the model'})"
+            place = f"{place_of(start)} ({[signal.entry, *signal.blocks][start - ENTRY_X].name or 'the model'})"
             lines.append(f"{signal.model}: {', '.join(titles)} non-finite from {place}; the curve has a gap there.")
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return f'<ul class="gaps" id="gaps">{items}</ul>' if lines else ""
@@ -183,14 +195,12 @@ def _gaps(signals: Sequence[SignalPropagation]) -> str:
 def _findings(signal: SignalPropagation, number: int) -> str:
     order = {severity: rank for rank, severity in enumerate(SEVERITIES)}
     found = sorted(signal.findings, key=lambda finding: order.get(finding.severity, len(order)))
-    items = "".join(_finding(finding, signal, number) for finding in found)
-    listed = f'<ol class="findings-list">{items}</ol>' if items else '<p class="no-finding">Nothing to report.</p>'
+    listed = findings_list([_finding(finding, signal, number) for finding in found])
     heading = f'<div class="model-heading">{_swatch(number)}<h3>{escape(shorten(signal.model, 64))}</h3></div>'
     return f'<div class="model-findings" data-model="{number}">{heading}{listed}</div>'
 
 
 def _finding(finding: Finding, signal: SignalPropagation, number: int) -> str:
-    severity = finding.severity if finding.severity in SEVERITIES else "info"
     place = "whole model"
     if finding.block is not None:
         name = next((f": {escape(b.name)}" for b in signal.blocks if b.index == finding.block and b.name), "")
@@ -198,122 +208,8 @@ def _finding(finding: Finding, signal: SignalPropagation, number: int) -> str:
             f'<button type="button" class="locate" data-model="{number}" data-block="{finding.block:d}" '
             f'title="show in the curves">block {finding.block}{name}</button>'
         )
-    kind = escape(finding.kind.replace("_", " "))
-    return (
-        f'<li class="finding {severity}"><div class="finding-head">'
-        f'<span class="severity">{escape(finding.severity)}: {kind}</span><span>{place}</span></div>'
-        f'<p>{escape(finding.message)}</p><p class="remedy">{escape(finding.remedy)}</p></li>'
-    )
+    return finding_item(finding, place)
 
 
 def _dash(number: int) -> str:
     return _DASHES[(number + number // len(COLORS)) % len(_DASHES)]
-
-
-CURVES = (
-    "avg_channel_sq_mean",
-    "avg_channel_var",
-    "residual_avg_channel_var",
-    "input_correlation",
-    "avg_sq_gradient",
-)
-
-
-def points_of(signal: SignalPropagation) -> list[Entry | BlockSignal]:
-    """The entry, then the blocks."""
-    return [signal.entry, *signal.blocks]
-
-
-def numbers_table(signal: SignalPropagation) -> str:
-    """Every number of one model, a row for each block, folded away until it is asked for."""
-    present = {panel.curve for panel in panels_of([signal])}
-    heads = ["block", "module", "shape", "channel axis", "squared mean", "variance", "expected variance"]
-    names = ["avg_channel_sq_mean", "avg_channel_var", "expected_var"]
-    for curve, head in zip(CURVES[2:], ("residual variance", "input correlation", "squared gradient"), strict=True):
-        if curve in present:
-            names.append(curve)
-            heads.append(head)
-    heads += ["dead channels", "remarks"]
-    text = {"module", "shape", "remarks"}
-    cells = "".join(f"<th{' class=text' if head in text else ''}>{head}</th>" for head in heads)
-    curves = [signal.curve(name) for name in names]
-    rows = "".join(
-        _row(x, point, [curve[x - ENTRY_X] for curve in curves]) for x, point in enumerate(points_of(signal), ENTRY_X)
-    )
-    table = f"<table><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table>"
-    summary = f"<summary>{escape(signal.model)}: numbers of each block</summary>"
-    return f'<details>{summary}<div class="scroll">{table}</div></details>'
-
-
-def _row(x: int, point: Entry | BlockSignal, values: list[float | None]) -> str:
-    dead = f"{100 * dead_fraction(point):.3g} %" if isinstance(point, BlockSignal) else ""
-    numbers = "".join(f"<td{' class=bad' if json_number(v) == str(v) else ''}>{_number(v)}</td>" for v in values)
-    return (
-        f"<tr><td>{'entry' if x == ENTRY_X else x}</td>"
-        f"<td class=text>{escape(point.name) or '(the model)'}</td>"
-        f"<td class=text>{shape_text(point.shape)}</td><td>{point.channel_axis}</td>{numbers}"
-        f"<td>{dead}</td><td class=text>{escape(remarks(point))}</td></tr>"
-    )
-
-
-def remarks(point: Entry | BlockSignal, transition: bool = True) -> str:
-    """What is special about a point, in words; the transition only where nothing else shows it."""
-    if isinstance(point, Entry):
-        return "input of the first block" if transition else ""
-    words = ["transition"] if point.transition and transition else []
-    if point.encloses:
-        words.append(f"encloses {point.encloses} residual addition{'s' if point.encloses > 1 else ''}")
-    if point.woken:
-        words.append(f"woken: {', '.join(point.woken)}")
-    return "; ".join(words)
-
-
-def settings_table(signals: Sequence[SignalPropagation]) -> str:
-    """How the models were measured, side by side: mode, input, entry, configuration."""
-    columns = [_settings(signal) for signal in signals]
-    keys = list(dict.fromkeys(key for column in columns for key in column))
-    heads = "".join(f"<th scope=col>{escape(shorten(signal.model, 48))}</th>" for signal in signals)
-    body = ""
-    for key in keys:
-        cells = "".join(f"<td>{escape(column.get(key, ''))}</td>" for column in columns)
-        body += f"<tr><th scope=row>{escape(key)}</th>{cells}</tr>"
-    table = f"<table><thead><tr><td></td>{heads}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll settings">{table}</div>'
-
-
-def _settings(signal: SignalPropagation) -> dict[str, str]:
-    entry = f"{signal.entry.name or '(the model)'}, shape {shape_text(signal.entry.shape)}"
-    rows = {"mode": signal.mode, **_flat(signal.input, "input"), "entry": entry}
-    return rows | {"blocks": str(len(signal.blocks))} | _flat(signal.configuration, "")
-
-
-def _flat(value: Any, name: str) -> dict[str, str]:
-    """Nested settings as rows: ``{"a": {"b": 1}}`` becomes ``{"a b": "1"}``."""
-    if isinstance(value, Mapping) and value:
-        rows: dict[str, str] = {}
-        for key, item in value.items():
-            rows |= _flat(item, f"{name} {key}".strip())
-        return rows
-    if isinstance(value, (list, tuple)) and value and all(isinstance(item, int) for item in value):
-        return {name: shape_text(value)} if "shape" in name else {name: ", ".join(map(str, value))}
-    return {} if isinstance(value, Mapping) and not name else {name: str(value)}
-
-
-def json_number(value: float | None) -> float | str | None:
-    """The number, or its name where JSON has none."""
-    return value if value is None or math.isfinite(value) else str(value)
-
-
-def _number(value: float | None) -> str:
-    return "\N{EN DASH}" if value is None else f"{value:.4g}"
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    """A shape with multiplication signs."""
-    return f" {TIMES} ".join(map(str, shape))
-
-
-def dead_fraction(point: Entry | BlockSignal) -> float:
-    """The fraction of dead channels; 0 where it was not measured."""
-    fraction = point.dead_channels if isinstance(point, BlockSignal) else 0.0
-    return fraction if math.isfinite(fraction) else 0.0

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from normfree.report.monitor_page import slider_figure
+from normfree.report.monitor_page import slider_spec
 from normfree.report.page import filled, page_file, write_page
 from normfree.signal import SignalHistory
 from normfree.train.records import Row, read_rows
@@ -48,7 +48,7 @@ def write_training_report(
     training, evaluation = read_rows(folder / "train.csv"), read_rows(folder / "eval.csv")
     figures = curve_figures(training, evaluation)
     if history:
-        figures["signal"] = json.loads(slider_figure(history).to_json())
+        figures["signal"] = slider_spec(history)
     found = metrics["evaluation"]
     if found is not None:
         figures["confusion"] = confusion_figure(found["confusion"], config["derived"]["classes"])
@@ -82,7 +82,9 @@ def curve_figures(training: Sequence[Row], evaluation: Sequence[Row]) -> dict[st
         rate.append(_line("clipped fraction", training, "clip_fraction", COLORS[1]))
     speed = [_line("images / s", training, "images_per_second", COLORS[0])]
     speed.append({**_line("gradient norm", training, "gradient_norm", COLORS[1]), "yaxis": "y2"})
-    second = {"overlaying": "y", "side": "right", "type": "log", "showgrid": False, "title": {"text": "gradient norm"}}
+    # Without a format plotly labels what lies between decades by its first digit alone: 6 for 0.006.
+    second = {"overlaying": "y", "side": "right", "type": "log", "tickformat": "~g", "nticks": 8, "showgrid": False}
+    second["title"] = {"text": "gradient norm"}
     return {
         "loss": {"data": loss, "layout": _layout("Loss, nats")},
         "accuracy": {"data": accuracy, "layout": _layout("Accuracy, %")},

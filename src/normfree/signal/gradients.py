@@ -20,7 +20,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
-from normfree.common.memory import available_memory
+from normfree.common.checks import available_memory
 from normfree.trace.graph import Residual
 from normfree.trace.inputs import Batch, ModuleStack, run_once, tensors_of
 from normfree.trace.preserve import Preserved

@@ -195,7 +195,7 @@ class SignalMonitor:
         """Write the history, which ``SignalHistory.load`` reads back exactly; returns the path."""
         return self.history.to_json(path)
 
-    def to_html(self, path: str | Path, *, title: str = "Signal propagation through training") -> Path:
+    def to_html(self, path: str | Path, *, title: str | None = None) -> Path:
         """Write the page with the slider: one file that opens offline; returns the path."""
         return self.history.to_html(path, title=title)
 
@@ -375,7 +375,7 @@ class SignalHistory(list[tuple[int, SignalPropagation]]):
 
         return slider_figure(self)
 
-    def to_html(self, path: str | Path, *, title: str = "Signal propagation through training") -> Path:
+    def to_html(self, path: str | Path, *, title: str | None = None) -> Path:
         """Write the figure, findings and last numbers as one HTML file that opens offline; returns the path."""
         from normfree.report.monitor_page import write_monitor_report
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from normfree.data import AugmentationConfig, DataConfig
+from normfree.models.nf_regnet import REGNET_SIZES
 from normfree.models.nfnet import NFNET_SIZES
-from normfree.models.scaffold import REGNET_SIZES
 from normfree.train.config import OptimizerConfig, TrainConfig
 
 IMAGENET = "hub:ILSVRC/imagenet-1k"

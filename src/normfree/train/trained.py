@@ -77,10 +77,8 @@ def open_trained(
         raise invalid("model", str(path), rule, remedy)
     if not path.exists():
         raise ValueError(f"model: there is no {quoted(str(path))}; give {FORMS}")
-    described = _described(path if run is None else Path(run), required=run is not None)
-    data = names = None
-    if described is not None:
-        data, names = described
+    found = find_run(path if run is None else Path(run), required=run is not None)
+    data, names = (None, None) if found is None else (found.data, found.classes)
     if opener := {".onnx": OnnxNetwork, ".pt2": ProgramNetwork}.get(path.suffix):
         network = opener(path)
         if data is not None and network.size is not None:
@@ -131,15 +129,24 @@ def weights_of(path: str | Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Derived:
-    """What a run's config.json says that its data and network have."""
+class RunData:
+    """What a run's config.json says that its data and network have.
+
+    Attributes:
+        data: as the run resolved them, in the size the network is evaluated at.
+        classes: names of the logits.
+    """
 
     data: DataConfig
     classes: tuple[str, ...]
 
 
-def _described(path: Path, *, required: bool) -> tuple[DataConfig, tuple[str, ...]] | None:
-    """The data, in the size that is evaluated, and the classes of the run in the nearest folder above."""
+def find_run(path: Path, *, required: bool = False) -> RunData | None:
+    """Return the data and the classes of the run in the nearest of a path and three folders above.
+
+    Raises:
+        ValueError: the run's config is damaged, or there is none and one is required.
+    """
     for folder in (path, *path.absolute().parents)[:4]:
         file = folder / CONFIG
         if kind_of(file) == "nothing" or (kind_of(folder) != "a folder"):
@@ -149,10 +156,10 @@ def _described(path: Path, *, required: bool) -> tuple[DataConfig, tuple[str, ..
         if not isinstance(config, dict) or not isinstance(described.get("derived"), dict):
             continue  # a file of that name of something else
         try:
-            known = {field.name: described["derived"].get(field.name) for field in dataclasses.fields(_Derived)}
-            derived = structured(_Derived, known)
+            known = {field.name: described["derived"].get(field.name) for field in dataclasses.fields(RunData)}
+            derived = structured(RunData, known)
             size = config.get("evaluation_size") or derived.data.image_size
-            return dataclasses.replace(derived.data, image_size=size), derived.classes
+            return dataclasses.replace(derived, data=dataclasses.replace(derived.data, image_size=size))
         except ValueError as error:
             raise refused("run", file, f"is damaged ({first_line(error)})", "restore it from a copy") from error
     if required:

@@ -1,9 +1,8 @@
 """Weights in and out, safely."""
 
 from normfree.weights.checkpoint import load, save
-from normfree.weights.folder import save_pretrained
 from normfree.weights.haiku import load_haiku_weights
-from normfree.weights.hub import from_pretrained, push_to_hub
+from normfree.weights.hub import from_pretrained, push_to_hub, save_pretrained
 from normfree.weights.timm import load_timm_weights
 
 __all__ = [

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from normfree.common.checks import invalid
+from normfree.common.files import check_file
+from normfree.common.safetensors_file import read
+from normfree.common.text import first_line
 
 _SHOWN = 3
 # The block in one of timm's names, and in an official one.
@@ -23,6 +28,36 @@ def without_wrappers(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     while state_dict and (prefix := next((one for one in _WRAPPERS if all(k.startswith(one) for k in state_dict)), "")):
         state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
     return state_dict
+
+
+def read_state_dict(path: str | Path, argument: str = "path") -> Mapping[str, Tensor]:
+    """Read a state dict: a safetensors file, or one of ``torch.save``, of which nothing but tensors is taken.
+
+    Args:
+        path: the file. One of ``torch.save`` may hold the state dict under ``state_dict``, ``model`` or
+            ``model_state_dict``, as training scripts write it.
+        argument: what named it, for messages.
+
+    Returns:
+        The tensors, by the names of what wrappers wrap.
+
+    Raises:
+        ValueError: no such file, a damaged one, or one that holds anything but tensors in plain containers.
+    """
+    path = check_file(path, argument, "give a .safetensors file, or one of torch.save")
+    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+        return without_wrappers(read(path, argument).tensors)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive raises almost anything
+        rule = f"cannot be read as tensors alone ({first_line(error)})"
+        raise invalid(argument, str(path), rule, "write torch.save(model.state_dict(), …) anew") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        found = found[key] if isinstance(found, Mapping) and isinstance(found.get(key), Mapping) else found
+    if not isinstance(found, Mapping) or not all(isinstance(one, Tensor) for one in found.values()):
+        rule = "holds no state dict"
+        raise invalid(argument, str(path), rule, "write torch.save(model.state_dict(), …)")
+    return without_wrappers({str(name): tensor for name, tensor in found.items()})
 
 
 def listed(names: Sequence[str]) -> str:

@@ -1,0 +1,299 @@
+"""A comparison: models that take turns at a training step or at inference, and the ratios promised of them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normfree.benchmark.timing import Clock, hardware, interleaved, peak_bytes, ratios, spread
+from normfree.common.checks import check_choice, check_integer, check_number, invalid
+from normfree.common.packages import required
+from normfree.common.text import first_line, one_line
+from normfree.nn import fold, has_foldable
+from normfree.sources import build
+
+TASKS = ("training", "inference")
+PRECISIONS = ("float32", "bfloat16")
+ONLY_INFERENCE = ("folded", "onnx")
+
+WARM_UP = 2
+"""Calls before anything is measured: compilers, allocators and caches do their work in the first."""
+
+LEARNING_RATE = 1e-4
+"""Of the timed steps: small enough that the weights stay about where they start."""
+
+Call = Callable[[], Any]
+
+
+def measure(
+    part: Part,
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    lenient: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure one comparison, all contenders in this process.
+
+    The rounds are A B C, A B C, …; ratios are taken within a round. In training the peak memory of one more step is
+    taken of each. Gaussian images, channels last; every model is drawn with the same seed.
+
+    Args:
+        part: the comparison.
+        device: where to run it.
+        seed: of models and images.
+        lenient: note a contender that cannot be had or fails under ``"failed"`` instead of raising.
+        say: called with a line of progress.
+
+    Returns:
+        JSON's types: ``part``'s fields; where it was measured; per contender ``source``, ``steps``, ``seconds`` (a
+        spread), ``raw_seconds`` and in training ``peak_bytes``; and ``targets`` as they were met.
+
+    Raises:
+        ValueError: a model that there is not.
+    """
+    device = torch.device(device)
+    load = os.getloadavg()[0]
+    contenders: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Call] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        shape = (part.batch_size, part.channels, part.image_size, part.image_size)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        batch = images.to(device, memory_format=torch.channels_last)
+        for contender in part.contenders:
+            say(f"{part.name}: {contender.label}")
+            result = contenders[contender.label] = {"source": contender.source, "steps": list(contender.steps)}
+            prepare = contender.training if part.task == "training" else contender.inference
+            try:
+                call = prepare(batch, getattr(torch, part.precision), seed)
+                for _ in range(WARM_UP):
+                    call()
+            except Exception as error:
+                if not lenient:
+                    raise
+                result["failed"] = first_line(error) if isinstance(error, ValueError) else one_line(error)
+            else:
+                calls[contender.label] = call
+            gc.collect()
+        say(f"{part.name}: rounds")
+        times = interleaved(calls, rounds=part.rounds, budget=part.budget, clock=Clock(device))
+        for label, values in times.items():
+            contenders[label] |= {"seconds": spread(values), "raw_seconds": values}
+            if part.task == "training":
+                contenders[label]["peak_bytes"] = peak_bytes(calls[label], device)
+    fields = ("name", "title", "task", "batch_size", "channels", "image_size", "precision")
+    return {
+        "schema": 1,
+        **{name: getattr(part, name) for name in fields},
+        "device": str(device),
+        "seed": seed,
+        "rounds": len(next(iter(times.values()), [])),
+        "hardware": {**hardware(), "load": load},
+        "contenders": contenders,
+        "targets": [target.compare(contenders) for target in part.targets],
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One comparison, as data.
+
+    Args:
+        name: of its file.
+        title: of its table.
+        task: "training" (one step, and its peak memory) or "inference".
+        contenders: who takes turns; names are unique.
+        batch_size, channels, image_size: of the images [batch_size, channels, image_size, image_size].
+        precision: "float32", or "bfloat16": autocast in training, the weights' own in inference.
+        rounds: most to run.
+        budget: seconds for all rounds.
+        targets: ratios promised.
+
+    Raises:
+        ValueError: a value that breaks its rule.
+    """
+
+    name: str
+    title: str
+    task: str
+    contenders: Sequence[Contender]
+    batch_size: int
+    image_size: int
+    channels: int = 3
+    precision: str = "float32"
+    rounds: int = 21
+    budget: float = 60.0
+    targets: Sequence[Target] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("task", self.task, TASKS)
+        check_choice("precision", self.precision, PRECISIONS)
+        for name in ("batch_size", "channels", "image_size", "rounds"):
+            check_integer(name, getattr(self, name), 1)
+        check_number("budget", self.budget, 0.0)
+        labels = [contender.label for contender in self.contenders]
+        if not labels or len(set(labels)) < len(labels):
+            raise invalid("contenders", labels, "must be at least one, each once", "leave the repeated one out")
+        if self.task == "training":
+            for step in (step for contender in self.contenders for step in contender.steps if step in ONLY_INFERENCE):
+                raise invalid("steps", step, "has no training step", 'compare it with task="inference"')
+        unknown = {name for target in self.targets for name in (target.of, target.over)} - set(labels)
+        assert not unknown, f"{self.name}: targets name {unknown}, who take no part"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A promise: the ratio of two contenders, in time or in memory.
+
+    Attributes:
+        of, over: names of the contenders, numerator and denominator.
+        at_most: the ratio promised.
+        quantity: "time" or "memory".
+    """
+
+    of: str
+    over: str
+    at_most: float
+    quantity: Literal["time", "memory"] = "time"
+
+    def compare(self, contenders: dict[str, Any]) -> dict[str, Any]:
+        """Return the promise, the spread of what was measured and whether it is kept; None where one is missing."""
+        above, below = (contenders.get(name, {}) for name in (self.of, self.over))
+        measured = None
+        if self.quantity == "time" and "raw_seconds" in above and "raw_seconds" in below:
+            measured = spread(ratios(above["raw_seconds"], below["raw_seconds"]))
+        elif self.quantity == "memory" and "peak_bytes" in above and "peak_bytes" in below:
+            measured = spread([above["peak_bytes"] / below["peak_bytes"]])
+        met = None if measured is None else measured["median"] <= self.at_most
+        return {**vars(self), "measured": measured, "met": met}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model and what is done to it before it is timed.
+
+    Args:
+        source: as ``normfree.sources.build`` takes it.
+        steps: names of ``STEPS``, in order.
+        name: what to call it; made of both by default.
+
+    Raises:
+        ValueError: an unknown step.
+    """
+
+    source: str
+    steps: tuple[str, ...] = ()
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for step in self.steps:
+            check_choice("steps", step, tuple(STEPS))
+
+    @property
+    def label(self) -> str:
+        """Its name in tables."""
+        return self.name or ", ".join((self.source, *self.steps))
+
+    def training(self, batch: Tensor, precision: torch.dtype, seed: int) -> Call:
+        """Return a call that is one training step: forward pass, cross-entropy, backward pass, SGD with momentum.
+
+        Args:
+            batch: images [N, C, H, W], where the model is to run and in the memory format to be used.
+            precision: float32, or that of autocast.
+            seed: of the model.
+        """
+        model = self._model(batch.device, seed, training=True)
+        optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9, nesterov=True)
+        labels = torch.zeros(len(batch), dtype=torch.long, device=batch.device)
+
+        def step() -> None:
+            with torch.autocast(batch.device.type, precision, enabled=precision != torch.float32):
+                logits = model(batch)
+            F.cross_entropy(logits.float(), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def inference(self, batch: Tensor, precision: torch.dtype, seed: int) -> Call:
+        """Return a call that is one forward pass in evaluation mode, without gradients; arguments of ``training``."""
+        model = self._model(batch.device, seed, training=False).to(precision)
+        batch = batch.to(precision)
+        if "onnx" in self.steps:
+            return _onnx_call(model, batch)
+
+        def forward() -> Tensor:
+            with torch.inference_mode():
+                return model(batch)
+
+        return forward
+
+    def _model(self, device: torch.device, seed: int, *, training: bool) -> nn.Module:
+        """The model, drawn with ``seed``, channels last, all steps done but ``onnx``."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = build(self.source).model
+        model = model.to(device, memory_format=torch.channels_last).train(training)  # type: ignore[call-overload]
+        for step in self.steps:
+            model = STEPS[step](model)
+        return model
+
+
+def limit(model: nn.Module) -> nn.Module:
+    """Return the same graph with plain convolutions and activations only, to be trained.
+
+    What a network would cost whose convolutions came with their weights ready: no normalizer, no standardization and
+    no factor; every layer that folds is the plain convolution it folds to, with the same bias. It is made of the model
+    itself, so that it cannot drift from it, and starts as the same function.
+
+    Args:
+        model: of our layers; it is left as it is.
+
+    Returns:
+        The copy, in the model's mode, every parameter of its own trainable.
+
+    Raises:
+        ValueError: nothing in it folds, so there is no standardization to compare with.
+    """
+    if not has_foldable(model):
+        raise ValueError(f"model: {type(model).__name__} has no layer that folds, so its limit is itself")
+    modes = {name: module.training for name, module in model.named_modules()}
+    plain = fold(copy.deepcopy(model)).requires_grad_()
+    for name, module in plain.named_modules():
+        module.training = modes[name]
+    return plain
+
+
+STEPS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "limit": limit,
+    "folded": fold,
+    "compiled": lambda model: torch.compile(model),  # type: ignore[dict-item,return-value]
+    "onnx": lambda model: model,  # exported when its batch is known
+}
+"""What may be done to a model, by name."""
+
+
+def _onnx_call(model: nn.Module, batch: Tensor) -> Call:
+    """Return a call of ONNX Runtime on the CPU, with as many threads as PyTorch has."""
+    from normfree.export import to_onnx
+
+    onnxruntime = required("onnxruntime", "timing an ONNX file")
+    with tempfile.TemporaryDirectory() as folder:
+        written = to_onnx(model, batch, Path(folder) / "model.onnx")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(written.path, options, providers=["CPUExecutionProvider"])
+    inputs = {session.get_inputs()[0].name: batch.contiguous().numpy()}
+    return lambda: session.run(None, inputs)

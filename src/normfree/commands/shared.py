@@ -1,0 +1,170 @@
+"""What all commands share: the options they have in common, checks of values, and the terminal they print to.
+
+Imports no torch: ``normfree models`` and every ``--help`` come here first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import tyro
+from rich.console import Console, ConsoleOptions
+from rich.segment import Segment
+
+from normfree.common.checks import check_integer, invalid
+from normfree.common.text import printable
+
+_MODEL = (
+    "A name of `normfree models` (overrides after a colon: nf_resnet50:width=1), torchvision:NAME, timm:NAME, "
+    "FILE.py:FACTORY (which may return (model, batch)), a checkpoint of normfree.save, or a run's folder."
+)
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=_MODEL)]
+Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help=_MODEL)]
+TrainedModel = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(help="A run's folder, a checkpoint's folder, or a .safetensors, .onnx or .pt2 file."),
+]
+Original = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="Of a converted checkpoint, what builds the model it was made of: FILE.py:FACTORY, which is run, or "
+        "another MODEL. Needed where that is no name of ours, torchvision's or timm's."
+    ),
+]
+Device = Annotated[
+    str | None, tyro.conf.arg(help="cpu, cuda, cuda:1, …; a GPU if there is one by default.", metavar="NAME")
+]
+ImageSize = Annotated[
+    int | None,
+    tyro.conf.arg(help="Height and width; that of a run's images, else what the model suggests, else 224, by default."),
+]
+Seed = Annotated[int, tyro.conf.arg(help="Of initialisation and input.")]
+Folder = Annotated[Path, tyro.conf.arg(help="Folder to write to.")]
+
+_AT_LEAST_ONE = ("batch_size", "batches", "image_size", "rounds", "limit_eval_steps", "top")
+
+
+def check_options(options: Any) -> None:
+    """Refuse values that no command takes: no model, a count below one, a seed that is none.
+
+    Args:
+        options: a command, a dataclass.
+
+    Raises:
+        ValueError: naming which, and why.
+    """
+    name = type(options).__name__.lower()
+    for field in fields(options):
+        value: Any = getattr(options, field.name)
+        if field.name == "models" and not value:
+            raise invalid(
+                "models", value, "none given", f"for example: normfree {name} nf_resnet50 torchvision:resnet50"
+            )
+        if field.name == "seed" and not 0 <= value < 2**63:
+            raise invalid("seed", value, "must be an integer from 0 to 2**63 - 1", "give one such as 0")
+        if field.name in _AT_LEAST_ONE and value is not None:
+            check_integer(field.name, value, 1)
+
+
+def with_option_names(message: str, command: type[Any]) -> str:
+    """Return an error's message with options of the command line in the place of arguments of Python.
+
+    ``evaluation_split='x': …; pass evaluation_split='y'`` becomes ``--data.evaluation-split='x': …; pass
+    --data.evaluation-split='y'``. Arguments that the command has no option for stay.
+
+    Args:
+        message: begins with the argument, then ``=`` or ``:``.
+        command: the class of the command, a dataclass.
+    """
+    options = _options(command)
+    begin = re.match(r"(\w+)(?==|: )", message)
+    if begin is None or begin[1] not in options:
+        return message
+    head, remedy = message[begin.end() :].partition("; ")[::2]
+    remedy = re.sub(r"\b(\w+)=(?=\S)", lambda match: f"{options.get(match[1], match[1])}=", remedy)
+    return options[begin[1]] + head + (f"; {remedy}" if remedy else "")
+
+
+def _options(command: type[Any]) -> dict[str, str]:
+    """Options by the names of their fields; of fields of one name the outermost, and none that are positional."""
+    found: dict[str, str] = {}
+    level: list[tuple[type[Any], str]] = [(command, "")]
+    while level:
+        nested: list[tuple[type[Any], str]] = []
+        for kind, prefix in level:
+            hints = get_type_hints(kind, include_extras=True)
+            for field in fields(kind):
+                hint, marks = _unwrapped(hints[field.name])
+                name = next((m.name for m in marks if getattr(m, "name", None) is not None), field.name)
+                inner = [one for one, _ in map(_unwrapped, (hint, *get_args(hint))) if isinstance(one, type)]
+                inner = [one for one in inner if is_dataclass(one)]
+                if inner:
+                    omitted = name == "" or tyro.conf.OmitArgPrefixes in marks
+                    nested.append((inner[0], prefix if omitted else f"{prefix}{name}."))
+                elif tyro.conf.Positional not in marks:
+                    found.setdefault(field.name, "--" + (prefix + name).replace("_", "-"))
+        level = nested
+    return {**found, **{field: found[option] for field, option in getattr(command, "same_as", {}).items()}}
+
+
+def _unwrapped(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type and what it is annotated with."""
+    return (hint.__origin__, hint.__metadata__) if hasattr(hint, "__metadata__") else (hint, ())
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that could not be written to, before any work is done; nothing is made yet.
+
+    Raises:
+        ValueError: naming the folder and why.
+    """
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise invalid("out", str(out), f"{str(existing)!r} is a file", "give a folder")
+    if existing.is_relative_to("/proc") or not os.access(existing, os.W_OK | os.X_OK):
+        raise invalid("out", str(out), f"{str(existing)!r} cannot be written to", "give another folder")
+
+
+def command_line(name: str, options: Any, positional: Sequence[str], *, without: Sequence[str]) -> str:
+    """A command's line in a shell, with the options that are not at their defaults, for the records it writes.
+
+    Args:
+        name: of the command.
+        options: the command, a dataclass.
+        positional: its words that need no name.
+        without: fields to leave out: those of the positional words, and where results go.
+    """
+    words = ["normfree", name, *positional]
+    for field in fields(options):
+        value, option = getattr(options, field.name), "--" + field.name.replace("_", "-")
+        if field.name in without or value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(option if value else "--no-" + option[2:])
+        else:
+            words += [option, str(value)]
+    return shlex.join(words)
+
+
+class Terminal(Console):
+    """A console of rich's whose own control codes are the only ones: those in texts are written as escapes."""
+
+    def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as rich does, with printable text."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text, keep="\n"))
+
+    def say(self, text: str) -> None:
+        """Print text as it is: no markup, no colours, no line breaks of the terminal's."""
+        self.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def say_written(self, paths: Iterable[Path]) -> None:
+        """Print which files were written."""
+        self.say("wrote " + " ".join(map(str, paths)))

@@ -1,0 +1,208 @@
+"""Measurements and conversions for commands: what a model is run with, the files that are written, tables to print."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from normfree.commands.shared import Terminal
+from normfree.common.checks import check_memory, invalid
+from normfree.common.text import first_line
+from normfree.convert import Conversion
+from normfree.data import GaussianNoise, Probe
+from normfree.report.plot import plot_signals
+from normfree.report.signal_page import write_report
+from normfree.signal import BlockSignal, SignalPropagation, input_shape, write_json
+from normfree.sources import Built
+
+ROWS = 24
+"""Points shown in full; of deeper networks every stage's edges and an even selection."""
+
+COLOURS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+
+
+def device_named(name: str | None) -> torch.device:
+    """Return a device by name; by default a GPU if there is one.
+
+    Raises:
+        ValueError: it is not to be had here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise invalid("device", name, f"is not to be had here ({first_line(error)})", "use cpu") from error
+    return device
+
+
+def precision_of(model: nn.Module) -> torch.dtype:
+    """Return the precision of a model's parameters."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return torch.float32 if parameter is None else parameter.dtype
+
+
+def batch_shape(built: Built, probe: Probe, *, image_size: int | None, batch_size: int) -> tuple[int, ...]:
+    """Return the shape of a batch [N, ...]: that of a run's images, or as the model suggests, in the size asked for.
+
+    Args:
+        built: the model.
+        probe: what the batch is drawn from; images suggest 3 × 224 × 224 where the model suggests nothing.
+        image_size: height and width, None for what is suggested.
+        batch_size: examples.
+
+    Raises:
+        ValueError: the shape cannot be told, or the batch is larger than the machine's memory.
+    """
+    try:
+        shape = built.shape or input_shape(built.model)
+    except ValueError:
+        if isinstance(probe, GaussianNoise) and image_size is None:
+            raise ValueError(
+                "model: its input shape cannot be told; let FACTORY of FILE.py return (model, batch)"
+            ) from None
+        shape = (3, 224, 224)
+    if image_size is not None:
+        first = next((module for module in built.model.modules() if isinstance(module, nn.Conv2d)), None)
+        images = (3 if first is None else first.in_channels, 0, 0)
+        shape = (*(shape if len(shape) >= 3 else images)[:-2], image_size, image_size)
+    for argument, value, size in (("image_size", image_size, math.prod(shape)), ("batch_size", batch_size, batch_size)):
+        check_memory(argument, value, 4 * size)
+    check_memory("batch_size", batch_size, 4 * batch_size * math.prod(shape))
+    return (batch_size, *shape)
+
+
+def write_signals(
+    signals: Sequence[SignalPropagation],
+    out: Path,
+    *,
+    title: str | None = None,
+    appendix: str = "",
+) -> list[Path]:
+    """Write spp.json, spp.png and report.html, each whole or not at all; returns their paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    plot_signals(signals, out / "spp.png")
+    page = write_report(signals, out / "report.html", title=title, appendix=appendix)
+    return [write_json(out / "spp.json", signals), out / "spp.png", page]
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of numbers.
+
+    Attributes:
+        title: above it.
+        curve: of the signal.
+        cosine: whether the numbers lie in -1 … 1.
+    """
+
+    title: str
+    curve: str
+    cosine: bool = False
+
+
+_COLUMNS = (
+    _Column("sq. mean", "avg_channel_sq_mean"),
+    _Column("variance", "avg_channel_var"),
+    _Column("expected", "expected_var"),
+    _Column("branch", "residual_avg_channel_var"),
+    _Column("correl.", "input_correlation", cosine=True),
+    _Column("gradient", "avg_sq_gradient"),
+)
+
+
+def print_signal(console: Terminal, signal: SignalPropagation) -> None:
+    """Print a measurement's table and its findings."""
+    table = Table(
+        title=escape(signal.model),
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("block", overflow="fold", min_width=12)
+    optional = {"expected_var", "avg_sq_gradient"}
+    curves = {column: signal.curve(column.curve) for column in _COLUMNS}
+    shown = {c: v for c, v in curves.items() if c.curve not in optional or any(x is not None for x in v)}
+    for title in ("shape", *(column.title for column in shown)):
+        table.add_column(title, justify="right", no_wrap=True)
+    rows = selected(signal.blocks)
+    entry = signal.entry
+    places = [("", escape(entry.name or "(the model)") + " [dim]in[/dim]", entry.shape)]
+    places += [(str(block.index), escape(block.name or "(the model)"), block.shape) for block in signal.blocks]
+    for index, (number, name, shape) in enumerate(places):
+        if index == 0 or index - 1 in rows:
+            numbers = [_number(values[index], column, is_entry=index == 0) for column, values in shown.items()]
+            table.add_row(number, name, "×".join(map(str, shape[1:])), *numbers)
+    console.print(table)
+    if len(rows) < len(signal.blocks):
+        console.print(f"[dim]{len(rows)} of {len(signal.blocks)} points; all are in spp.json[/dim]")
+    note = signal.configuration.get("gradient")
+    if isinstance(note, str):
+        console.print(f"[cyan]gradient[/cyan] {escape(note)}", highlight=False)
+    for finding in signal.findings:
+        colour = COLOURS[finding.severity]
+        kind = finding.kind.replace("_", " ")
+        console.print(f"[{colour}]{finding.severity}: {kind}[/{colour}] — {escape(finding.message)}", highlight=False)
+        console.print(f"    [dim]{escape(finding.remedy)}[/dim]", highlight=False)
+    if is_healthy(signal):
+        console.print("[green]healthy[/green]: no finding is an error", highlight=False)
+    console.print()
+
+
+def is_healthy(signal: SignalPropagation) -> bool:
+    """Whether no finding is an error."""
+    return not any(finding.severity == "error" for finding in signal.findings)
+
+
+def selected(blocks: tuple[BlockSignal, ...]) -> set[int]:
+    """Indices of the points to show: all of few, else transitions, the ends and an even selection."""
+    if len(blocks) <= ROWS:
+        return {block.index for block in blocks}
+    ends = {0, len(blocks) - 1}
+    turns = {index for block in blocks if block.transition for index in (block.index - 1, block.index) if index >= 0}
+    chosen = ends | turns if len(ends | turns) < ROWS // 2 else ends
+    return chosen | set(range(0, len(blocks), max(1, len(blocks) // (ROWS - len(chosen)))))
+
+
+def _number(value: float | None, column: _Column, *, is_entry: bool) -> str:
+    if value is None:
+        return "" if is_entry and not column.cosine else "–"
+    if column.cosine:
+        return f"{value:.3f}"
+    if not math.isfinite(value):
+        return "[red]non-finite[/red]"
+    if value == 0:
+        return "0"
+    return f"{value:.3f}" if 0.01 <= abs(value) < 1000 else f"{value:.2e}"
+
+
+def print_conversion(console: Terminal, conversion: Conversion) -> None:
+    """Print what a conversion changed, as a table; of many changes the first of each kind."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for head in ("module", "before", "after", "why"):
+        table.add_column(head, overflow="fold")
+    rows = shown = conversion.rows()
+    if len(rows) > ROWS:
+        firsts = {(row[1], row[2].partition("(")[0]): row for row in rows[::-1]}
+        shown = sorted(firsts.values(), key=rows.index)
+    for row in shown:
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
+    if len(shown) < len(rows):
+        console.print(f"[dim]one of each kind; all {len(rows)} are in the record[/dim]")
+    for note in conversion.different_notes():
+        console.print(f"note: {note}", highlight=False, markup=False)
+    console.print(conversion.summary(), highlight=False, markup=False)
+    console.print()
