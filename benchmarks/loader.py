@@ -34,7 +34,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from normfree.benchmark import hardware, interleaved, ratios, shown, spread
 from normfree.data import Augmentation, AugmentationConfig, DataConfig, TrainingData, open_training
-from normfree.data.memory import Pixels
+from normfree.data.pipeline import Pixels
 from normfree.signal import write_atomically
 
 FOLDER = Path("../shared/data/imagenet-sample")

@@ -26,7 +26,7 @@ import torch
 
 from normfree.benchmark import hardware, spread
 from normfree.optim import nesterov_sgd, warmup_cosine
-from normfree.signal import SignalMonitor, write_atomically
+from normfree.signal import write_atomically
 
 ROUNDS, STEPS = 15, 20
 TARGET = 1.02
@@ -36,22 +36,16 @@ def ours(config: Any, folder: Path) -> Iterator[None]:
     """Train by the loop, one step for each turn."""
     from rich.console import Console
 
-    from normfree.train.precision import launch
-    from normfree.train.session import Session
-    from normfree.train.stepping import take_step
-    from normfree.train.watching import Watcher
+    from normfree.train.distributed import launch
+    from normfree.train.trainer import Trainer
 
-    session = Session(config, launch(config))
-    images, _ = next(iter(session.data))
-    probe = session.augmentation.standardization(images[:16])
-    session.data.set_epoch(1), session.data.set_epoch(0)
-    session.monitor = SignalMonitor(session.network, probe)
-    watcher = Watcher(session, folder, Console(quiet=True))
-    with watcher.watching():
-        watcher.begin()
+    fabric = launch(config.accelerator, config.precision, config.strategy)
+    trainer = Trainer(dataclasses.replace(config, out=folder), fabric, Console(quiet=True))
+    with trainer.recording():
+        trainer.start_clock()
         while True:
-            for batches in session.rest_of_epoch():
-                watcher.stepped(take_step(session, batches))
+            for batches in trainer.rest_of_epoch():
+                trainer.log_step(trainer.train_step(batches))
                 yield
 
 
@@ -59,7 +53,7 @@ def bare(config: Any) -> Iterator[None]:
     """Train by hand, one step for each turn."""
     from normfree.data import open_training
     from normfree.models import create_model
-    from normfree.train.precision import chosen_precision
+    from normfree.train.distributed import resolve_precision
 
     data = open_training(config.rank_data(1))
     augmentation = data.augmentation()
@@ -72,7 +66,7 @@ def bare(config: Any) -> Iterator[None]:
     steps = config.epochs * data.steps_per_epoch
     schedule = warmup_cosine(optimizer, steps=steps, warmup_steps=data.steps_per_epoch)
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    mixed = chosen_precision(config.precision, "cpu") == "bf16"
+    mixed = resolve_precision(config.precision, "cpu") == "bf16"
     network.train()
     step, total = 0, 0.0
     while True:

@@ -20,11 +20,19 @@ ALLOWED = {
     "optim": {"optim", "nn", "common"},
     "data": {"data", "nn", "signal", "trace", "common"},
     "convert": {"convert", "nn", "signal", "trace", "common"},
-    "export": {"export", "nn", "signal", "trace", "common"},
+    "export": {"export", "nn", "common"},
     "report": {"report", "signal", "common"},
-    "benchmark": {"benchmark", "models", "nn", "signal", "trace", "export", "sources", "common"},
+    "benchmark": {"benchmark", "nn", "export", "sources", "common"},
     "paper": {"paper", "models", "nn", "signal", "report", "train", "common"},
     "train": {"train", "data", "models", "nn", "optim", "signal", "trace", "weights", "report", "common"},
+}
+
+# Files that belong to no folder.
+ALLOWED_FILES = {
+    "interrupt": set(),
+    "sources": {"convert", "models", "train", "weights", "common"},
+    "cli": {"commands", "interrupt", "common"},
+    "__main__": {"cli"},
 }
 
 # Wanted by the command line alone; a bare machine has none of them.
@@ -51,7 +59,20 @@ def test_imports_run_one_way(folder):
         assert imports_of(file) <= ALLOWED[folder], file.name
 
 
-def test_every_folder_has_its_rule():
+@pytest.mark.parametrize("name", ALLOWED_FILES)
+def test_imports_of_files_run_one_way(name):
+    assert imports_of(SOURCE / f"{name}.py") <= ALLOWED_FILES[name]
+
+
+def test_nothing_below_imports_the_command_line():
+    for folder in ALLOWED:
+        for file in (SOURCE / folder).glob("*.py"):
+            assert not imports_of(file) & {"commands", "cli"}, file
+
+
+def test_every_file_and_folder_has_its_rule():
+    files = {path.stem for path in SOURCE.glob("*.py")}
+    assert files == {"__init__", *ALLOWED_FILES}
     folders = {path.name for path in SOURCE.iterdir() if (path / "__init__.py").exists()}
     assert folders == {*ALLOWED, "commands"}
 

@@ -72,8 +72,8 @@ print(summary.metrics["status"])
 """
 
 
-def start(out, launcher=(), **changes):
-    """A process that runs :func:`tiny`."""
+def start(out, launcher=(), *, own_group=False, **changes):
+    """A process that runs :func:`tiny`, in a group with its children alone where asked."""
     code = CODE.format(tests=str(Path(__file__).parent), out=str(out), changes=changes)
     script = Path(out).parent / f"{Path(out).name}.py"
     script.write_text(code)
@@ -82,6 +82,7 @@ def start(out, launcher=(), **changes):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=own_group,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -92,12 +93,15 @@ def rows(out):
     return max(0, file.read_text().count("\n") - 1) if file.is_file() else 0
 
 
-def kill_after(process, out, step, how=signal.SIGKILL):
-    """Send a signal as soon as a step is noted; the process must still be running then."""
+def kill_after(process, out, step, how=signal.SIGKILL, *, group=False):
+    """Send a signal, to the process or its group, once a step is noted; the process must still be running then."""
     deadline = time.monotonic() + 120
     while rows(out) < step:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(how)
+    if group:
+        os.killpg(process.pid, how)
+    else:
+        process.send_signal(how)
     return process.communicate(timeout=120)

@@ -142,11 +142,21 @@ def _help() -> str:
 
 
 def _first_sentence(framed: str) -> str:
-    """What a framed message of the parser says, without the frame and the repetition of the help below it."""
-    lines = [re.sub(r"[^\x00-\u24ff\u2600-\uffff]", "", line).strip() for line in framed.splitlines()[1:]]
-    first = " ".join(lines[: lines.index("")] if "" in lines else lines).rstrip(".")
+    """What a framed message of the parser says, with the options it suggests, without frame and help."""
+    sections: list[list[str]] = [[]]
+    for line in framed.splitlines()[1:]:  # the first is a title
+        text = re.sub(r"[^\x00-\u24ff\u2600-\uffff]", "", line).strip()
+        if text.strip("-"):
+            sections[-1].append(text)
+        elif sections[-1]:  # a rule, drawn or of hyphens
+            sections.append([])
+    first = " ".join(sections[0]).rstrip(".")
     own = re.sub(r"^Error parsing (?!--)[\w.-]+: ", "", first)  # a command's own check says its remedy itself
-    return own if own != first else f"{first}; see normfree --help"
+    if own != first:
+        return own
+    meant = [line.split()[0] for section in sections if section[:1] == ["Perhaps you meant:"] for line in section[1:]]
+    options = ", ".join(dict.fromkeys(word.rstrip(",") for word in meant if word.startswith("--")))
+    return f"{first}; {f'perhaps you meant {options}' if options else 'see normfree --help'}"
 
 
 if __name__ == "__main__":

@@ -301,8 +301,8 @@ def _from_file(source: str) -> Built:
     file = check_file(path, "model", "write FILE.py:FACTORY").resolve()
     try:
         with importable(file.parent):
-            made = _called(file, factory)
-    except _Told:
+            made = _call_factory(file, factory)
+    except _Explained:
         raise
     except (Exception, SystemExit) as error:
         raise ValueError(f"model: {quoted(source)} failed with {one_line(error)}") from error
@@ -313,11 +313,11 @@ def _from_file(source: str) -> Built:
     return Built(model, batch)
 
 
-class _Told(ValueError):
+class _Explained(ValueError):
     """An error that already says all there is to say."""
 
 
-def _called(file: Path, factory: str) -> Any:
+def _call_factory(file: Path, factory: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"_normfree_source_{file.stem}", file)
     assert spec is not None and spec.loader is not None, "check_file has found a file that ends in .py"
     module = importlib.util.module_from_spec(spec)
@@ -328,7 +328,7 @@ def _called(file: Path, factory: str) -> Any:
         return function
     if not callable(function):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise _Told(f"model: {file} defines no function {factory!r}; {suggestion(factory, names)}")
+        raise _Explained(f"model: {file} defines no function {factory!r}; {suggestion(factory, names)}")
     return function()
 
 

@@ -202,6 +202,20 @@ def test_errors_name_the_options_of_the_command_line(case, tmp_path, monkeypatch
     assert told.startswith(f"normfree: {message}"), told
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_parser_s_frame_is_no_part_of_an_error(encoding):
+    """Its lines are hyphens where the terminal has no others."""
+    code = "import sys; from normfree.cli import main; [main(['spp', 'x', *words]) for words in {words}]"
+    words = [["--sed", "1"], ["--batch-size", "0"]]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", code.format(words=words)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert run.stderr.splitlines() == [
+        "normfree: Unrecognized options: --sed, 1; perhaps you meant --seed",
+        "normfree: --batch-size=0: must be an integer of at least 1; pass --batch-size=1 or more",
+    ]
+
+
 def test_a_remedy_names_them_too():
     train, evaluate = command_class("train"), command_class("evaluate")
     told = "evaluation_split=None: none is there; pass evaluation_split='train' to evaluate on that"

@@ -10,7 +10,7 @@ import torch
 import normfree
 from normfree.cli import main
 from normfree.common.packages import required
-from normfree.data.memory import digits
+from normfree.data.pipeline import read_digits
 from normfree.data.probe import Photographs
 from normfree.export import to_onnx
 from normfree.signal.monitor import lightning_callback
@@ -22,7 +22,7 @@ USES = {
     "onnxruntime": lambda: to_onnx(torch.nn.Linear(2, 2), torch.randn(4, 2), "never_written.onnx"),
     "huggingface_hub": lambda: normfree.from_pretrained("no/folder"),
     "timm": lambda: build("timm:nf_resnet50"),
-    "sklearn": lambda: (digits(training=True), Photographs(32).load(0)),
+    "sklearn": lambda: (read_digits(training=True), Photographs(32).load(0)),
     "datasets": lambda: build_source(),
 }
 

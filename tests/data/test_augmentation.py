@@ -7,9 +7,18 @@ from torch.nn import functional
 from torchvision.transforms import v2
 
 from normfree.data import Augmentation, AugmentationConfig, Standardization
-from normfree.data.augmentation import boxes, flipped, shifted, zoomed
-from normfree.data.crops import CentreCrop, TrainingCrop, rand_augment, seed_of
-from normfree.data.mixing import cutmix, mixup
+from normfree.data.augmentation import (
+    CentreCrop,
+    TrainingCrop,
+    cutmix,
+    draw_boxes,
+    flip,
+    mixup,
+    rand_augment,
+    seed_of,
+    shift,
+    zoom,
+)
 from normfree.data.order import generator
 
 PLAIN = AugmentationConfig(crop="none", flip=False)
@@ -29,7 +38,7 @@ def augmentation(config, classes=5, **options):
 def test_a_shift_is_a_crop_of_the_padded_image(layout):
     images = batch().contiguous(memory_format=layout)
     offsets = torch.tensor([[0, 1, 2, 3, 4, 3], [4, 3, 2, 1, 0, 0]])
-    moved = shifted(images, offsets, 2)
+    moved = shift(images, offsets, 2)
     padded = functional.pad(images, (2, 2, 2, 2))
     for n, (row, column) in enumerate(offsets.T.tolist()):
         assert torch.equal(moved[n], padded[n, :, row : row + 10, column : column + 10])
@@ -39,7 +48,7 @@ def test_a_shift_is_a_crop_of_the_padded_image(layout):
 def test_a_flip_mirrors_the_chosen_ones():
     images = batch()
     which = torch.tensor([True, False, True, False, False, True])
-    mirrored = flipped(images, which)
+    mirrored = flip(images, which)
     for n in range(6):
         assert torch.equal(mirrored[n], images[n].flip(2) if which[n] else images[n])
     assert torch.equal(images, batch())  # the caller's images are untouched
@@ -56,16 +65,16 @@ def test_standardization_is_torchvisions():
 def test_a_box_is_zoomed_as_by_interpolation():
     """A box of whole pixels in the middle, against torch's own resize of it (borders of the box aside)."""
     images = batch(size=16) / 255
-    found = zoomed(images, torch.full((6, 2), 0.5), torch.full((6, 2), 0.5))
+    found = zoom(images, torch.full((6, 2), 0.5), torch.full((6, 2), 0.5))
     wanted = functional.interpolate(images[:, :, 4:12, 4:12], size=16, mode="bilinear", align_corners=False)
     assert torch.allclose(found[:, :, 1:-1, 1:-1], wanted[:, :, 1:-1, 1:-1], atol=1e-5)
-    whole = zoomed(images, torch.full((6, 2), 0.5), torch.ones(6, 2))
+    whole = zoom(images, torch.full((6, 2), 0.5), torch.ones(6, 2))
     assert torch.allclose(whole, images, atol=1e-5)
 
 
 def test_boxes_lie_inside_and_have_the_areas_asked_for():
     config = AugmentationConfig(area=(0.25, 0.81))
-    centre, size = boxes(torch.zeros(2000, 1, 20, 30), config, generator(1))
+    centre, size = draw_boxes(torch.zeros(2000, 1, 20, 30), config, generator(1))
     assert ((centre - size / 2) >= -1e-6).all() and ((centre + size / 2) <= 1 + 1e-6).all()
     area = size.prod(1)
     assert area.max() <= 0.81 + 1e-6

@@ -6,9 +6,7 @@ import torch
 from image_sets import CLASSES, encoded, write_folder, write_parquet, write_shards
 
 from normfree.data import DataConfig, open_evaluation, open_training
-from normfree.data.shards import count_rows, scan_shards
-from normfree.data.sources import expanded
-from normfree.data.splits import split_of
+from normfree.data.sources import count_rows, expand_braces, scan_shards, split_of
 
 
 def everything(data):
@@ -87,8 +85,8 @@ def test_globs_and_braces(parquet, tmp_path):
     one = open_training(DataConfig(source=f"{parquet}/train-*.parquet", batch_size=2))
     two = open_training(DataConfig(source=f"{parquet}/train-{{0,1}}.parquet", batch_size=2))
     assert one.examples == two.examples == 26
-    assert expanded("a-{08..11}-{x,y}") == [f"a-{n}-{w}" for n in ("08", "09", "10", "11") for w in "xy"]
-    assert expanded("plain") == ["plain"]
+    assert expand_braces("a-{08..11}-{x,y}") == [f"a-{n}-{w}" for n in ("08", "09", "10", "11") for w in "xy"]
+    assert expand_braces("plain") == ["plain"]
 
 
 def test_words_that_name_splits():
@@ -174,7 +172,7 @@ def test_grey_images_stay_grey_where_asked(folder):
 
 def test_files_are_counted_from_their_headers(parquet, shards):
     assert count_rows([str(parquet / "train-0.parquet"), str(parquet / "test.parquet")]) == [13, 5]
-    assert scan_shards(expanded(shards)) == (21, 3)
+    assert scan_shards(expand_braces(shards)) == (21, 3)
 
 
 WRONG = {

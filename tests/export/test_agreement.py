@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from normfree.export.comparison import Difference, awake, default_tolerance, difference, silent_parameters
+from normfree.export.comparison import Difference, default_tolerance, difference, silent_parameters, wake_silent
 
 
 def test_a_difference_is_absolute_and_in_units_of_the_output():
@@ -64,7 +64,7 @@ def test_only_zeros_are_woken_and_in_a_copy():
     nn.init.zeros_(model[0].weight)
     nn.init.zeros_(model[1].weight)
     assert silent_parameters(model) == ["0.weight", "1.weight", "1.bias"]
-    woken = awake(model, torch.Generator().manual_seed(0))
+    woken = wake_silent(model, torch.Generator().manual_seed(0))
     assert silent_parameters(woken) == []
     assert len(silent_parameters(model)) == 3
     assert torch.equal(woken[0].bias, model[0].bias)

@@ -1,13 +1,15 @@
 """Checkpoints: whole or not there, checked before they are believed, and only the newest and the best kept."""
 
+import errno
 import json
+import shutil
 import warnings
 
 import pytest
 import torch
 
 import normfree
-from normfree.train.checkpoint import MANIFEST, STATE, WEIGHTS, CheckpointStore, verified
+from normfree.train.checkpoint import MANIFEST, STATE, WEIGHTS, CheckpointStore, verify_checkpoint
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def write(store, step, score=None):
 
 
 def steps(store):
-    return [verified(folder).step for folder in store.folders()]
+    return [verify_checkpoint(folder).step for folder in store.folders()]
 
 
 def test_what_was_written_comes_back(store):
@@ -56,7 +58,7 @@ def test_without_scores_only_the_newest_are_kept(store):
 def test_a_step_written_again_replaces_the_first(store):
     write(store, 3, 0.1)
     write(store, 3, 0.2)
-    assert [(found.step, found.score) for found in map(verified, store.folders())] == [(3, 0.2)]
+    assert [(found.step, found.score) for found in map(verify_checkpoint, store.folders())] == [(3, 0.2)]
     assert [path.name for path in store.folder.iterdir()] == ["step_0000000003"]
 
 
@@ -102,7 +104,7 @@ def test_every_bit_of_a_manifest_counts(store):
             data[position] ^= bit
             (folder / MANIFEST).write_bytes(bytes(data))
             try:
-                found = verified(folder)
+                found = verify_checkpoint(folder)
             except ValueError:
                 continue
             assert (found.step, found.score) == (2, 0.25)  # white space, or the case of an escape
@@ -125,6 +127,47 @@ def test_when_all_are_damaged_nothing_is_believed(store):
     with pytest.raises(ValueError, match=r"step_0000000002' is damaged: .*and so are all 2 in .*start anew"):
         store.newest()
     assert CheckpointStore(store.folder / "none").newest() is None
+
+
+def test_damaged_ones_are_no_reason_to_start_anew_however_often_one_asks(store):
+    for step in (1, 2):
+        flip(write(store, step).folder / WEIGHTS)
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"all 2 in .*remove that folder to start anew"):
+            store.newest(set_aside=True)
+    assert [folder.name for folder in store.folders()] == ["step_0000000001", "step_0000000002"]
+    for folder in store.folders():  # as a run of before 0.2 has set them aside
+        folder.rename(folder.with_name(f"damaged_{folder.name}"))
+    with pytest.raises(ValueError, match=r"damaged_step_0000000002' is damaged, and so are all 2"):
+        store.newest()
+    shutil.rmtree(store.folder)
+    assert store.newest() is None
+
+
+def test_a_full_disk_names_the_checkpoint_and_spares_those_before(store, monkeypatch):
+    write(store, 1)
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*/step_0000000002'"):
+            write(store, 2)
+    assert [path.name for path in store.folder.iterdir()] == ["step_0000000001"]
+    assert store.newest().step == 1
+
+
+def test_a_checkpoint_in_writing_is_not_removed_by_another_store(store):
+    """Two processes that write at once: each has a place of its own."""
+    other = CheckpointStore(store.folder)
+
+    def meanwhile(path):
+        path.write_bytes(b"weights")
+        write(other, 5)
+
+    store.write(4, {}, {WEIGHTS: meanwhile}, None)
+    assert steps(store) == [4, 5]
 
 
 def test_a_state_that_would_execute_code_is_refused(store):

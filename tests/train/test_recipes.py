@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from normfree.data import DataConfig
 from normfree.models import create_model
 from normfree.train import RECIPES, OptimizerConfig, TrainConfig
 from normfree.train.config import FREE, from_dict, to_dict
@@ -111,4 +112,6 @@ def test_an_unknown_field_of_a_saved_config_is_told():
 
 
 def test_free_fields_are_fields():
-    assert {field.name for field in dataclasses.fields(TrainConfig)} >= FREE
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    fields |= {f"data.{field.name}" for field in dataclasses.fields(DataConfig)}
+    assert fields >= FREE

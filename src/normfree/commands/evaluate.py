@@ -81,13 +81,11 @@ class Evaluate(_Trained):
 
     def run(self, console: Terminal) -> None:
         """Evaluate, and print how good it is."""
+        from normfree.train.distributed import launch
         from normfree.train.evaluation import evaluate
-        from normfree.train.precision import launched
 
         trained = self.open()
-        fabric = launched(
-            "cpu" if trained.exported else self.accelerator, "fp32" if trained.exported else self.precision
-        )
+        fabric = launch("cpu" if trained.exported else self.accelerator, "fp32" if trained.exported else self.precision)
         data = self._data(trained, fabric.global_rank, fabric.world_size)
         network = trained.network.to(fabric.device)
         found = evaluate(network, data, fabric, limit=self.limit_eval_steps)
@@ -175,8 +173,8 @@ class Predict(_Trained):
         import numpy as np
 
         from normfree.data import Standardization
+        from normfree.data.augmentation import CentreCrop
         from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD
-        from normfree.data.crops import CentreCrop
         from normfree.data.decode import DamagedImage, decode
 
         data = trained.data

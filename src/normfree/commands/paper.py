@@ -12,6 +12,7 @@ from rich.markdown import Markdown
 from rich.markup import escape
 
 from normfree.commands.shared import Folder, Terminal, check_folder
+from normfree.common.checks import invalid
 
 FIGURES = ("figure1", "figure2")
 TABLES = ("table1", "table2", "normalizers", "ablation")
@@ -52,7 +53,7 @@ class Paper:
             allowed = {"scale", "seeds", "data", "limit_train_steps"}
         for name in ("scale", "image_size", "batch_size", "seeds", "data", "limit_train_steps"):
             if getattr(self, name) is not None and name not in allowed:
-                raise ValueError(f"{name}: {self.what} takes none; leave it out")
+                raise invalid(name, getattr(self, name), f"{self.what} takes none", "leave it out")
 
     def run(self, console: Terminal) -> None:
         """Make it."""

@@ -137,7 +137,7 @@ def print_signal(console: Terminal, signal: SignalPropagation) -> None:
     shown = {c: v for c, v in curves.items() if c.curve not in optional or any(x is not None for x in v)}
     for title in ("shape", *(column.title for column in shown)):
         table.add_column(title, justify="right", no_wrap=True)
-    rows = selected(signal.blocks)
+    rows = select_points(signal.blocks)
     entry = signal.entry
     places = [("", escape(entry.name or "(the model)") + " [dim]in[/dim]", entry.shape)]
     places += [(str(block.index), escape(block.name or "(the model)"), block.shape) for block in signal.blocks]
@@ -166,7 +166,7 @@ def is_healthy(signal: SignalPropagation) -> bool:
     return not any(finding.severity == "error" for finding in signal.findings)
 
 
-def selected(blocks: tuple[BlockSignal, ...]) -> set[int]:
+def select_points(blocks: tuple[BlockSignal, ...]) -> set[int]:
     """Indices of the points to show: all of few, else transitions, the ends and an even selection."""
     if len(blocks) <= ROWS:
         return {block.index for block in blocks}

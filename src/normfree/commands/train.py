@@ -51,7 +51,7 @@ class Train:
 
     def run(self, console: Terminal) -> None:
         """Train, and say what came of it."""
-        from normfree.train.run import train
+        from normfree.train.trainer import train
 
         summary = train(self.recipe, console)
         metrics = summary.metrics

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
+import hashlib
 import json
 import os
+import platform
+import re
+import secrets
+import shutil
 import stat
 import sys
-import tempfile
 import types
 import typing
 from collections.abc import Mapping
@@ -20,7 +25,8 @@ from normfree.common.text import LONGEST, first_line, quoted, shortened
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
     """Write a file so that no reader, and no crash, ever sees half of it.
 
-    The content goes to a temporary file in the same folder, is flushed to disk and renamed.
+    The content goes to a temporary file in the same folder, is flushed to disk and renamed. A symbolic link stays, and
+    the file it leads to is replaced. Temporary files that killed processes have left beside it are removed.
 
     Args:
         path: where to write; missing parent folders are made.
@@ -28,28 +34,78 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
 
     Returns:
         The path.
+
+    Raises:
+        OSError: naming the path, such as of a full disk.
+        ValueError: the path is that of a folder, a device or a named pipe.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    target = Path(os.path.realpath(path))
+    if (kind := kind_of(target)) not in ("file", "nothing"):
+        raise refused("path", path, f"is {kind}, no file", "give another path")
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = temporary_path(target)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(target.parent, target.name)
+        try:
+            with open(temporary, "xb") as file:  # of the permissions that the process's umask leaves
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise file_error(error, path) from error
+    return Path(path)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def file_error(error: OSError, path: str | Path) -> OSError:
+    """Return an error of writing as one that names the file that was to be written."""
+    return type(error)(error.errno, f"could not be written: {error.strerror or first_line(error)}", str(path))
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a new name beside a path, for a file or folder of this process that will be renamed to it."""
+    return path.with_name(f".{path.name[:100]}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def remove_stale(folder: Path, name: str | None = None, *, locked: bool = False) -> None:
+    """Remove the temporary files and folders that processes have left in a folder and that are dead.
+
+    Args:
+        folder: where to look.
+        name: of the file that was to be written; any by default.
+        locked: whether the folder is this process's alone, so that all that is there is stale, of other machines too.
+    """
+    for path in folder.glob(f".{'*' if name is None else glob.escape(name[:100])}.*-*.tmp"):
+        match = re.fullmatch(r"\..+\.(\w+)-(\d+)-[0-9a-f]{8}\.tmp", path.name)
+        if match is None or not (locked or (match[1] == _machine() and not _is_alive(int(match[2])))):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    """What tells the machine, or the container, apart by whose numbers of processes go."""
+    try:
+        processes = os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        processes = ""
+    return hashlib.blake2b(f"{platform.node()} {processes}".encode(), digest_size=4).hexdigest()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
 
 
 Dataclass = TypeVar("Dataclass")

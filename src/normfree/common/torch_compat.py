@@ -5,25 +5,43 @@ All are in torch 2.9 to 2.12.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter as preserve_version_counters
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "ConvNd",
     "ConvTransposeNd",
     "NormBase",
+    "TorchDispatchMode",
+    "argument_name",
+    "base_of_view",
+    "cpu_multiplies_bf16",
+    "current_autograd_node",
+    "end_workers",
     "in_forward_mode",
     "in_function_transform",
     "is_jit_tracing",
+    "next_sequence_number",
     "operations_are_followed",
+    "preserve_version_counters",
+    "sequence_number",
+    "tree_leaves",
+    "tree_map",
+    "without_gradient_hooks",
+    "written_positions",
 ]
 
 
@@ -67,3 +85,68 @@ def _is_plain(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, nn.Parameter):
         return False
     return not (_functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor))
+
+
+def written_positions(function: Any) -> tuple[int, ...]:
+    """Return the positions of the arguments that an ATen operator writes to."""
+    if not function._schema.is_mutable:
+        return ()
+    arguments = enumerate(function._schema.arguments)
+    return tuple(i for i, each in arguments if each.alias_info is not None and each.alias_info.is_write)
+
+
+def argument_name(function: Any, position: int) -> str:
+    """Return the name of an ATen operator's argument."""
+    return function._schema.arguments[position].name
+
+
+def base_of_view(tensor: Tensor) -> Tensor | None:
+    """Return the tensor that a view looks at, None for one that is no view."""
+    return tensor._base if tensor._is_view() else None
+
+
+def current_autograd_node() -> Any:
+    """Return the autograd node whose backward is running in this thread; None outside a backward pass."""
+    return torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def next_sequence_number() -> int:
+    """Return the number that the next autograd node will have; they rise in the order of the forward pass."""
+    return torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateImportUsage]
+
+
+def sequence_number(node: Any) -> int:
+    """Return the number of an autograd node."""
+    return node._sequence_nr()
+
+
+@contextmanager
+def without_gradient_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Leave no gradient on leaf tensors, and run none of the hooks they have, while the context is open."""
+    kept = [(t, t.grad, t._backward_hooks, t._post_accumulate_grad_hooks) for t in leaves]
+    for leaf in leaves:
+        leaf.grad = leaf._backward_hooks = None
+        leaf._post_accumulate_grad_hooks = OrderedDict()  # None would leave those that are there
+    try:
+        yield
+    finally:
+        for leaf, gradient, hooks, accumulated in kept:
+            leaf.grad, leaf._backward_hooks, leaf._post_accumulate_grad_hooks = gradient, hooks, accumulated
+
+
+def end_workers(batches: Any) -> None:
+    """End the worker processes of a ``DataLoader``'s iterator; does nothing to one without workers, or ended."""
+    if not hasattr(batches, "_shutdown_workers"):
+        return
+    batches._shutdown_workers()
+    for worker in batches._workers:
+        if worker.is_alive():  # stuck; it may ignore the SIGTERM that torch has sent
+            worker.kill()
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Return whether the CPU multiplies bf16 natively: AVX512-BF16, AMX, or ARM's BF16 extension."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities:
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,10 +1,9 @@
-"""Images: to listen with, to train on and to evaluate on, from folders, parquet, shards, the hub or the package."""
+"""Images to measure with, to train on and to evaluate on, from folders, parquet, shards, the hub or the package."""
 
 from normfree.data.augmentation import Augmentation, Standardization
 from normfree.data.config import AugmentationConfig, DataConfig
-from normfree.data.evaluation import EvaluationData, open_evaluation
+from normfree.data.pipeline import EvaluationData, TrainingData, open_evaluation, open_training
 from normfree.data.probe import GaussianNoise, ImageFolder, Photographs, Probe, probe_named
-from normfree.data.training import TrainingData, open_training
 
 __all__ = [
     "Augmentation",

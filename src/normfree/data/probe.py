@@ -1,4 +1,4 @@
-"""What a model is listened to with: batches of noise or of real images, drawn from one seed.
+"""Inputs to measure a model with: batches of noise or of real images, drawn from one seed.
 
 Photographs are cropped at random (a random area of 30 to 100 % of the image, a random flip) and
 standardized with ImageNet's channel means and deviations, as in training.
@@ -34,7 +34,7 @@ class Probe(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What to note of the input."""
+        """Return what a record says of the input."""
         ...
 
 
@@ -48,7 +48,7 @@ class GaussianNoise:
             yield torch.randn(*shape, generator=generator)
 
     def describe(self) -> dict[str, Any]:
-        """What to note of the input."""
+        """Return what a record says of the input."""
         return {"kind": "gaussian"}
 
 
@@ -106,7 +106,7 @@ class Photographs(_Cropped):
         return 2
 
     def describe(self) -> dict[str, Any]:
-        """What to note of the input."""
+        """Return what a record says of the input."""
         return {"kind": "photos", "images": "scikit-learn's china.jpg and flower.jpg, random crops"}
 
 
@@ -142,12 +142,12 @@ class ImageFolder(_Cropped):
         return len(self.files)
 
     def describe(self) -> dict[str, Any]:
-        """What to note of the input."""
+        """Return what a record says of the input."""
         return {"kind": "folder", "folder": self.folder.name, "images": len(self.files)}
 
 
 def probe_named(name: str) -> Probe:
-    """The probe a command line asks for: "gaussian", "photos", or a folder."""
+    """Return the probe of that name: "gaussian", "photos", or a folder."""
     if name == "gaussian":
         return GaussianNoise()
     if name == "photos":

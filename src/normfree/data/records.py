@@ -1,27 +1,206 @@
-"""One example before it is decoded, and how it is read from a row of a table."""
+"""A split, opened: its classes, its size and shape, and how an example is read from a row before it is decoded."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, NamedTuple
 
 from normfree.common.checks import invalid, suggestion
 from normfree.common.text import printable, shortened
-from normfree.data.config import DataConfig
+from normfree.data.config import MOST_CLASSES, DataConfig
+from normfree.data.decode import header_size
+from normfree.data.sources import Namer, Source, choose_split, find_source, read_rows
 
-LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
+
+def open_split(config: DataConfig, *, training: bool, classes: Sequence[str] | None = None) -> OpenSplit:
+    """Open the split to train or to evaluate on.
+
+    Args:
+        config: what to open.
+        training: which split.
+        classes: of the network to evaluate, by their numbers; those of the data must be the same.
+
+    Raises:
+        ValueError: if the source, the split or a column is not there, labels are missing, or the classes are others.
+    """
+    source = find_source(config)
+    split = choose_split(source.splits, config, training=training)
+    streamed = source.streams if config.streaming == "auto" else config.streaming
+    rows = source.rows(split, streaming=streamed)
+    columns = find_columns(rows.features, config)
+    numbered = split  # the training labels number the classes, or those of the split itself where there are none
+    if not training:
+        with contextlib.suppress(ValueError):
+            numbered = choose_split(source.splits, config, training=True)
+    class_names = _find_class_names(source, numbered, columns, config, streamed, classes)
+    check_classes(class_names, classes, config.source)
+    reader = RecordReader(columns, class_names, source.namer(split), config.source)
+    given = config.examples if training else config.evaluation_examples
+    if streamed:
+        return OpenSplit(source, split, rows, reader, given or source.count(split)[0], True)
+    if not len(rows):
+        raise invalid("source", config.source, f"its split {split!r} holds no example", "pass other data")
+    _check_labels(rows, reader)
+    return OpenSplit(source, split, rows, reader, len(rows), False)
 
 
-class Record(NamedTuple):
-    """An encoded image with its class."""
+@dataclass
+class OpenSplit:
+    """One split of a source.
 
-    image: bytes | str
-    """The file's bytes, or its path."""
-    label: int
-    name: str
-    """What an error message calls it: a path, or a file and a row."""
+    Args:
+        source: of which.
+        split: its name there.
+        rows: a Hugging Face data set, or an iterable one.
+        reader: of its rows.
+        examples: how many there are; None where only reading everything would tell.
+        streamed: whether the rows come in order only.
+    """
+
+    source: Source
+    split: str
+    rows: Any
+    reader: RecordReader
+    examples: int | None
+    streamed: bool
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes, in the order of their numbers."""
+        return self.reader.class_names
+
+    def find(self, indices: Sequence[int]) -> list[Record]:
+        """Return the examples of those numbers, of what is not streamed."""
+        columns = self.rows[list(indices)]
+        rows = ({name: values[i] for name, values in columns.items()} for i in range(len(indices)))
+        return [self.reader(row, number) for row, number in zip(rows, indices, strict=True)]
+
+    def records(self) -> Iterator[Record]:
+        """Yield the examples in order, of all ranks."""
+        for number, row in enumerate(read_rows(self.rows, self.reader.source)):
+            yield self.reader(row, number)
+
+    def sample(self) -> list[Record]:
+        """Return a few examples: evenly spread ones, or the first of a stream."""
+        if self.streamed:
+            return list(islice(self.records(), SAMPLED))
+        count = len(self.rows)
+        return self.find(sorted({count * i // SAMPLED for i in range(SAMPLED)}))
+
+
+SAMPLED = 16
+"""Images whose size is looked at."""
+USUAL_SIZE = 224
+MEMORY = 2**30
+"""Bytes that are held in memory without being asked to."""
+
+
+def resolve(config: DataConfig, opened: OpenSplit) -> DataConfig:
+    """Return the config with classes, channels, size and place (memory or not) as the data say."""
+    sizes = {size for record in opened.sample() if (size := header_size(record.image)) is not None}
+    (width, height) = next(iter(sizes)) if len(sizes) == 1 else (0, 1)
+    size = config.image_size or (width if width == height else USUAL_SIZE)
+    channels = config.in_channels or (len(config.mean) if config.mean else 3)
+    in_memory = config.in_memory
+    if in_memory == "auto":
+        small = opened.examples is not None and opened.examples * size * size * channels <= MEMORY
+        in_memory = small and sizes == {(size, size)} and config.streaming is not True
+    return replace(
+        config,
+        num_classes=len(opened.class_names),
+        in_channels=1 if channels == 1 else 3,
+        image_size=size,
+        in_memory=in_memory,
+    )
+
+
+# Classes
+
+FEW_CLASSES = 1000
+"""Classes up to which labels are taken as classes, however few examples each has."""
+
+
+def check_classes(names: Sequence[str], wanted: Sequence[str] | None, source: str) -> None:
+    """Raise if a network's classes are known, and the data have others or another order.
+
+    Raises:
+        ValueError: naming some of both.
+    """
+    if wanted is not None and tuple(names) != tuple(wanted):
+        rule = f"its classes ({list_names(names)}) are not the model's ({list_names(wanted)})"
+        raise invalid("source", source, rule, "give data with the model's classes")
+
+
+def list_names(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names and how many more there are, as a message has them."""
+    more = f", … {len(names)} in all" if len(names) > most else ""
+    return printable(", ".join(shortened(name, 30) for name in names[:most]) + more)
+
+
+def _find_class_names(
+    source: Source, split: str, columns: Columns, config: DataConfig, streamed: bool, known: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Names as declared; else the network's; else the distinct words of the training labels; else their numbers."""
+    if columns.class_names is not None:
+        if config.num_classes not in (None, len(columns.class_names)):
+            rule = f"the data declare {len(columns.class_names)} classes"
+            raise invalid("num_classes", config.num_classes, rule, "leave it out")
+        return columns.class_names
+    if known is not None:
+        return tuple(known)
+    found = source.labels(split, columns.label) if streamed else source.rows(split, streaming=False)[columns.label]
+    if found is None:
+        examples, count = source.count(split) if config.num_classes is None else (None, config.num_classes)
+        if count is None:
+            raise invalid("num_classes", None, "the streamed data do not say how many classes there are", "pass it")
+        _check_count(columns.label, count, count, examples)
+        return tuple(map(str, range(count)))
+    labels = [label for label in found if label is not None]
+    distinct = set(labels) if all(isinstance(label, (str, int)) for label in labels) else set()
+    if distinct and all(isinstance(label, str) for label in distinct):
+        if config.num_classes not in (None, len(distinct)):
+            rule = f"the column {columns.label!r} holds {len(distinct)} names of classes"
+            raise invalid("num_classes", config.num_classes, rule, "leave it out")
+        _check_count(columns.label, len(distinct), len(distinct), len(labels))
+        return tuple(sorted(distinct))
+    if config.num_classes is not None:
+        return tuple(map(str, range(config.num_classes)))
+    if distinct and all(isinstance(label, int) for label in distinct) and max(distinct) >= 0:
+        _check_count(columns.label, max(distinct) + 1, len(distinct), len(labels))
+        return tuple(map(str, range(max(distinct) + 1)))
+    raise invalid("label_column", columns.label, "holds neither numbers nor names of classes", "pass another")
+
+
+def _check_count(column: str, classes: int, distinct: int, examples: int | None) -> None:
+    """Raise where labels are identifiers: more numbers than examples, or hardly one that comes twice.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    identifiers = classes > MOST_CLASSES
+    if examples is not None and classes > FEW_CLASSES:
+        identifiers |= classes > examples or 2 * distinct > examples
+    if identifiers:
+        of = "" if examples is None else f" of {examples:,} examples"
+        rule = f"its labels{of} number {classes:,} classes, so they are identifiers"
+        raise invalid("label_column", column, rule, "name the column of the classes")
+
+
+def _check_labels(rows: Any, reader: RecordReader) -> None:
+    """Read every label now: a missing one is found before the first step, not after the last."""
+    labels = list(rows[reader.columns.label])
+    count = len(reader.class_names)
+    for index, label in enumerate(labels):
+        number = isinstance(label, int) and 0 <= label < count
+        if not (number or (isinstance(label, str) and label in reader.numbers)):
+            reader(rows[index], index)  # raises, with the example's name
+
+
+# Rows
 
 
 class Columns(NamedTuple):
@@ -31,6 +210,9 @@ class Columns(NamedTuple):
     label: str
     class_names: tuple[str, ...] | None
     """As the table declares them."""
+
+
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
 
 
 def find_columns(features: Any, config: DataConfig) -> Columns:
@@ -51,30 +233,24 @@ def find_columns(features: Any, config: DataConfig) -> Columns:
         images = ["image"]
     classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     classes += [name for name in LABEL_COLUMNS if name in features and name not in classes]
-    image = _chosen("image_column", config.image_column, images, features)
-    if not _holds_images(features[image]):
+    image = _choose_column("image_column", config.image_column, images, features)
+    if not (isinstance(features[image], Image) or _holds_bytes(features[image])):
         rule = "the column holds no encoded images"
         raise invalid("image_column", image, rule, "name one of bytes, or of {bytes, path} as datasets writes it")
-    label = _chosen("label_column", config.label_column, [name for name in classes if name != image], features)
+    label = _choose_column("label_column", config.label_column, [name for name in classes if name != image], features)
     names = features[label].names if isinstance(features[label], ClassLabel) else None
     return Columns(image, label, tuple(names) if names else None)
 
 
-def _chosen(argument: str, wanted: str | None, candidates: Sequence[str], features: Any) -> str:
+def _choose_column(argument: str, wanted: str | None, candidates: Sequence[str], features: Any) -> str:
     if wanted is not None and wanted not in features:
         raise invalid(argument, wanted, "the data have no such column", suggestion(wanted, features))
     if wanted is None and not candidates:
-        listed = ", ".join(features) or "none"
+        known = ", ".join(features) or "none"
         kind = "images" if argument == "image_column" else "labels"
-        rule = f"no column is seen to hold {kind} (columns: {listed})"
+        rule = f"no column is seen to hold {kind} (columns: {known})"
         raise invalid(argument, None, rule, f"pass {argument}, or other data")
     return candidates[0] if wanted is None else wanted
-
-
-def _holds_images(feature: Any) -> bool:
-    from datasets import Image
-
-    return isinstance(feature, Image) or _holds_bytes(feature)
 
 
 def _holds_bytes(feature: Any) -> bool:
@@ -82,18 +258,14 @@ def _holds_bytes(feature: Any) -> bool:
     return getattr(inner, "dtype", None) in ("binary", "large_binary")
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """Return the first names and how many more there are, as a message has them."""
-    more = f", … {len(names)} in all" if len(names) > most else ""
-    return printable(", ".join(shortened(name, 30) for name in names[:most]) + more)
+class Record(NamedTuple):
+    """An encoded image with its class."""
 
-
-class Namer(Protocol):
-    """What error messages call a row."""
-
-    def __call__(self, number: int, path: str | None, shard: int | None = None) -> str:
-        """Name row ``number`` of a shard, or of the whole split, whose image has ``path`` (or None)."""
-        ...
+    image: bytes | str
+    """The file's bytes, or its path."""
+    label: int
+    name: str
+    """What an error message calls it: a path, or a file and a row."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +308,8 @@ class RecordReader:
         if isinstance(value, str) and value in self.numbers:
             return self.numbers[value]
         if isinstance(value, str):
-            rule = (
-                f"{shortened(name, 120)} is of none of the {len(self.class_names)} classes ({listed(self.class_names)})"
-            )
+            classes = f"{len(self.class_names)} classes ({list_names(self.class_names)})"
+            rule = f"{shortened(name, 120)} is of none of the {classes}"
             raise invalid(column, value, rule, "pass data of these classes")
         if value is None or value == -1 or not isinstance(value, int):
             rule = f"{name} has no class there" if value in (None, -1) else f"{name} has another kind of value there"
@@ -147,29 +318,3 @@ class RecordReader:
             rule = f"{name} is of none of the {len(self.class_names)} classes"
             raise invalid(column, value, rule, "mend it, or pass a larger num_classes")
         return int(value)
-
-
-class Table:
-    """Examples that can be reached by number.
-
-    Args:
-        rows: a Hugging Face data set.
-        reader: of its rows.
-    """
-
-    def __init__(self, rows: Any, reader: RecordReader) -> None:
-        self.rows, self.reader = rows, reader
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes, in the order of their numbers."""
-        return self.reader.class_names
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def records(self, indices: Sequence[int]) -> list[Record]:
-        """The examples of those numbers."""
-        columns = self.rows[list(indices)]
-        rows = ({name: values[i] for name, values in columns.items()} for i in range(len(indices)))
-        return [self.reader(row, number) for row, number in zip(rows, indices, strict=True)]

@@ -9,26 +9,34 @@ import bisect
 import contextlib
 import functools
 import glob
+import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from normfree.common.checks import invalid
+from normfree.common.files import check_file
 from normfree.common.packages import required
 from normfree.common.text import first_line
 from normfree.data.config import DataConfig
-from normfree.data.records import Namer
-from normfree.data.shards import check_files, count_rows, scan_shards
-from normfree.data.splits import grouped, split_of
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
-
 SMALL = 2**30
 """Bytes of parquet that are read into memory as they are."""
+
+
+class Namer(Protocol):
+    """What error messages call a row."""
+
+    def __call__(self, number: int, path: str | None, shard: int | None = None) -> str:
+        """Name row ``number`` of a shard, or of the whole split, whose image has ``path`` (or None)."""
+        ...
 
 
 class Source(Protocol):
@@ -40,24 +48,28 @@ class Source(Protocol):
     """Whether it is better read in order than copied."""
 
     def rows(self, split: str, *, streaming: bool) -> Any:
-        """The rows of a split, as a Hugging Face data set with images left encoded (or an iterable one)."""
+        """Return the rows of a split, as a Hugging Face data set with images left encoded (or an iterable one)."""
         ...
 
     def labels(self, split: str, column: str) -> list[Any] | None:
-        """The labels of a split, read without its images; None where that takes reading everything."""
+        """Return the labels of a split, read without its images; None where that takes reading everything."""
         ...
 
-    def counted(self, split: str) -> tuple[int | None, int | None]:
-        """Examples and classes of a split, each None where only reading everything would tell."""
+    def count(self, split: str) -> tuple[int | None, int | None]:
+        """Return examples and classes of a split, each None where only reading everything would tell."""
         ...
 
     def namer(self, split: str) -> Namer:
-        """What to call a row."""
+        """Return what names a row."""
+        ...
+
+    def files(self, split: str) -> dict[str, str]:
+        """Return the files of a split, paths or addresses, by the names they have within it; none of the hub's."""
         ...
 
 
-def source_named(config: DataConfig) -> Source:
-    """The source a config names.
+def find_source(config: DataConfig) -> Source:
+    """Return the source a config names.
 
     Raises:
         ValueError: if there is none of that name, or nothing in it.
@@ -67,51 +79,31 @@ def source_named(config: DataConfig) -> Source:
         return HubSource(config)
     if Path(name).is_dir():
         if files := sorted(str(file) for file in Path(name).rglob("*.parquet")):
-            return FileSource("parquet", grouped(files), config)
+            return FileSource("parquet", group_by_split(files), config)
         return FolderSource(Path(name))
-    files = list(itertools.chain.from_iterable(_matching(pattern) for pattern in expanded(name)))
+    patterns = expand_braces(name)
+    files = [file for one in patterns for file in ([one] if "://" in one else sorted(glob.glob(one, recursive=True)))]
     if not files:
         rule = "there is no such folder or file"
         raise invalid("source", name, rule, "pass digits, a folder, *.parquet or *.tar files, or hub:OWNER/NAME")
     for suffix, kind in ((".parquet", "parquet"), (".tar", "webdataset")):
         if all(file.endswith(suffix) for file in files):
-            return FileSource(kind, grouped(files), config)
+            return FileSource(kind, group_by_split(files), config)
     raise invalid("source", name, "files must all be .parquet or all be .tar", "pass a folder to read image files")
 
 
-def expanded(pattern: str) -> list[str]:
-    """Braces written out: ``a-{08..10}`` is a-08, a-09, a-10, and ``{x,y}`` is x, y."""
+def expand_braces(pattern: str) -> list[str]:
+    """Return a pattern with its braces written out: ``a-{08..10}`` is a-08, a-09, a-10, and ``{x,y}`` is x, y."""
     match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if match is None:
         return [pattern]
-    first, last, listed = match.groups()
-    if listed is not None:
-        parts = listed.split(",")
+    first, last, words = match.groups()
+    if words is not None:
+        parts = words.split(",")
     else:
         parts = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [word for part in parts for word in expanded(f"{head}{part}{tail}")]
-
-
-def _matching(pattern: str) -> list[str]:
-    return [pattern] if "://" in pattern else sorted(glob.glob(pattern, recursive=True))
-
-
-@contextlib.contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """Keep ``datasets`` from counting downloads over the network, and from drawing bars."""
-    datasets = required("datasets", "a data source")
-    from datasets import config
-
-    counts, bars = config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.is_progress_bar_enabled()
-    config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        config.HF_UPDATE_DOWNLOAD_COUNTS = counts
-        if bars:
-            datasets.enable_progress_bars()
+    return [word for part in parts for word in expand_braces(f"{head}{part}{tail}")]
 
 
 class FolderSource:
@@ -139,11 +131,11 @@ class FolderSource:
             raise invalid("source", str(folder), "the folder holds no class folders", remedy)
 
     def rows(self, split: str, *, streaming: bool) -> Any:
-        rows = self._listed(split)
+        rows = self._table(split)
         return rows.to_iterable_dataset(num_shards=min(len(rows), 64)) if streaming else rows
 
     @functools.cache  # noqa: B019 (a source lives as long as its data)
-    def _listed(self, split: str) -> Any:
+    def _table(self, split: str) -> Any:
         datasets = required("datasets", "a data source")
 
         folder = self.folders[split]
@@ -164,11 +156,16 @@ class FolderSource:
     def labels(self, split: str, column: str) -> list[Any] | None:
         return self.rows(split, streaming=False)[column]
 
-    def counted(self, split: str) -> tuple[int | None, int | None]:
-        return len(self.rows(split, streaming=False)), len(self.class_names)
+    def count(self, split: str) -> tuple[int | None, int | None]:
+        return len(self._table(split)), len(self.class_names)
 
     def namer(self, split: str) -> Namer:
-        return _by_path
+        return _name_by_path
+
+    def files(self, split: str) -> dict[str, str]:
+        paths = self._table(split).data.column("image").combine_chunks().field("path").to_pylist()
+        start = len(str(self.folders[split])) + 1
+        return {path[start:]: path for path in paths}
 
 
 class FileSource:
@@ -181,65 +178,75 @@ class FileSource:
     """
 
     def __init__(self, kind: str, files: dict[str, list[str]], config: DataConfig) -> None:
-        for group in files.values():
-            check_files(group)
-        self.kind, self.files, self.config = kind, files, config
+        for file in itertools.chain.from_iterable(files.values()):
+            if "://" not in file:
+                check_file(file, "source", "give .parquet or .tar files")
+        self.kind, self.paths, self.config = kind, files, config
         self.splits = tuple(files)
         self.streams = kind == "webdataset"
 
+    def _is_local(self, split: str) -> bool:
+        return not any("://" in file for file in self.paths[split])
+
     def rows(self, split: str, *, streaming: bool) -> Any:
-        if self.kind == "parquet" and not streaming and self._is_small(split):
-            return self._read(split)
+        files = self.paths[split]
+        whole = self.kind == "parquet" and not streaming and self._is_local(split)
+        if whole and sum(map(os.path.getsize, files)) <= SMALL:
+            return self._read(files)
         if self.kind == "webdataset" and None in (self.config.examples, self.config.num_classes):
-            self.counted(split)  # names the shard that is damaged
-        files = {"train": self.files[split]}
-        return _loaded(self.config, self.kind, data_files=files, split="train", streaming=streaming)
+            self.count(split)  # names the shard that is damaged
+        return _load(self.config, self.kind, data_files={"train": files}, split="train", streaming=streaming)
 
-    def _is_small(self, split: str) -> bool:
-        files = self.files[split]
-        return not any("://" in file for file in files) and sum(map(os.path.getsize, files)) <= SMALL
-
-    def _read(self, split: str) -> Any:
+    def _read(self, files: list[str]) -> Any:
         """The encoded rows of small parquet files, in memory: ``datasets`` would write a copy of them first."""
         datasets = required("datasets", "a data source")
         from datasets.table import InMemoryTable
         from pyarrow import parquet
 
-        count_rows(self.files[split])  # names the file that is damaged
-        with explained(self.config.source):
-            tables = [datasets.Dataset(InMemoryTable(parquet.read_table(file))) for file in self.files[split]]
-            return _encoded(datasets.concatenate_datasets(tables))
+        count_rows(files)  # names the file that is damaged
+        with one_line_errors(self.config.source):
+            tables = [datasets.Dataset(InMemoryTable(parquet.read_table(file))) for file in files]
+            return _leave_encoded(datasets.concatenate_datasets(tables))
 
     def labels(self, split: str, column: str) -> list[Any] | None:
         from pyarrow import parquet
 
-        files = self.files[split]
-        if self.kind != "parquet" or any("://" in file for file in files):
+        if self.kind != "parquet" or not self._is_local(split):
             return None
-        count_rows(files)
-        with explained(self.config.source):
-            tables = (parquet.read_table(file, columns=[column]) for file in files)
+        count_rows(self.paths[split])
+        with one_line_errors(self.config.source):
+            tables = (parquet.read_table(file, columns=[column]) for file in self.paths[split])
             return list(itertools.chain.from_iterable(table.column(column).to_pylist() for table in tables))
 
     @functools.cache  # noqa: B019 (a source lives as long as its data)
-    def counted(self, split: str) -> tuple[int | None, int | None]:
-        files = self.files[split]
-        if any("://" in file for file in files):
+    def count(self, split: str) -> tuple[int | None, int | None]:
+        if not self._is_local(split):
             return None, None
         if self.kind == "parquet":
-            return sum(count_rows(files)), None
-        return scan_shards(files)
+            return sum(count_rows(self.paths[split])), None
+        return scan_shards(self.paths[split])
 
     def namer(self, split: str) -> Namer:
-        files = self.files[split]
-        if self.kind != "parquet" or any("://" in file for file in files):
-            return _by_path
-        ends = list(itertools.accumulate(count_rows(files)))
-        return ParquetNames(files, ends)
+        if self.kind != "parquet" or not self._is_local(split):
+            return _name_by_path
+        files = self.paths[split]
+        return ParquetNamer(files, list(itertools.accumulate(count_rows(files))))
+
+    def files(self, split: str) -> dict[str, str]:
+        if not self._is_local(split):
+            return {file: file for file in self.paths[split]}
+        paths = [os.path.abspath(file) for file in self.paths[split]]
+        root = os.path.commonpath([os.path.dirname(path) for path in paths])
+        return {os.path.relpath(path, root): path for path in paths}
 
 
-class ParquetNames:
-    """Names rows by file and row, counted from zero; the row's own path is added where there is one."""
+class ParquetNamer:
+    """Names rows by file and row, counted from zero; the row's own path is added where there is one.
+
+    Args:
+        files: of the split.
+        ends: rows up to the end of each.
+    """
 
     def __init__(self, files: list[str], ends: list[int]) -> None:
         self.files, self.ends = files, ends
@@ -248,6 +255,10 @@ class ParquetNames:
         file = bisect.bisect_right(self.ends, number) if shard is None else shard
         row = number - (self.ends[file - 1] if file and shard is None else 0)
         return f"{self.files[file]} row {row}" + (f" ({path})" if path else "")
+
+
+def _name_by_path(number: int, path: str | None, shard: int | None = None) -> str:
+    return path or (f"example {number}" if shard is None else f"example {number} of shard {shard}")
 
 
 class HubSource:
@@ -261,38 +272,56 @@ class HubSource:
         _, self.name, *rest = config.source.split(":", 2)
         self.configuration = rest[0] if rest else None
         self.config = config
-        with quiet_datasets(), explained(config.source):
+        with quiet_datasets(), one_line_errors(config.source):
             self.splits = tuple(datasets.get_dataset_split_names(self.name, self.configuration))
 
     def rows(self, split: str, *, streaming: bool) -> Any:
-        return _loaded(self.config, self.name, self.configuration, split=split, streaming=streaming)
+        return _load(self.config, self.name, self.configuration, split=split, streaming=streaming)
 
     def labels(self, split: str, column: str) -> list[Any] | None:
         return None
 
-    def counted(self, split: str) -> tuple[int | None, int | None]:
+    def count(self, split: str) -> tuple[int | None, int | None]:
         info = self.rows(split, streaming=True).info
         known = (info.splits or {}).get(split)
         return (known.num_examples or None) if known else None, None
 
     def namer(self, split: str) -> Namer:
-        return _by_path
+        return _name_by_path
+
+    def files(self, split: str) -> dict[str, str]:
+        return {}
 
 
-def _by_path(number: int, path: str | None, shard: int | None = None) -> str:
-    return path or (f"example {number}" if shard is None else f"example {number} of shard {shard}")
+def fingerprint(source: Source, split: str) -> dict[str, Any]:
+    """Return the number of a split's files, their bytes in all, and a hash of their names and sizes.
+
+    Sizes of files at addresses are not asked for.
+    """
+    files = sorted(source.files(split).items())
+    parts = [files[first : first + 4096] for first in range(0, len(files), 4096)]
+
+    def size_all(part: list[tuple[str, str]]) -> list[int]:
+        return [0 if "://" in path else os.path.getsize(path) for _, path in part]
+
+    with ThreadPoolExecutor(16) as pool:  # a network's file system takes a millisecond for each
+        sizes = list(itertools.chain.from_iterable(pool.map(size_all, parts)))
+    digest = hashlib.sha256()
+    for (name, _), size in zip(files, sizes, strict=True):
+        digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+    return {"files": len(files), "bytes": sum(sizes), "sha256": digest.hexdigest()}
 
 
-def _loaded(config: DataConfig, *words: Any, **options: Any) -> Any:
+def _load(config: DataConfig, *words: Any, **options: Any) -> Any:
     """``datasets.load_dataset``, silent, off the network for files, its errors in one line."""
     datasets = required("datasets", "a data source")
 
     cache = str(config.cache_folder) if config.cache_folder else None
-    with quiet_datasets(), explained(config.source):
-        return _encoded(datasets.load_dataset(*words, **options, cache_dir=cache))
+    with quiet_datasets(), one_line_errors(config.source):
+        return _leave_encoded(datasets.load_dataset(*words, **options, cache_dir=cache))
 
 
-def _encoded(rows: Any) -> Any:
+def _leave_encoded(rows: Any) -> Any:
     """The same rows, their images left encoded."""
     datasets = required("datasets", "a data source")
 
@@ -303,8 +332,25 @@ def _encoded(rows: Any) -> Any:
 
 
 @contextlib.contextmanager
-def explained(source: str) -> Iterator[None]:
-    """Tell in one line what reading a source ran into."""
+def quiet_datasets() -> Iterator[None]:
+    """Keep ``datasets`` from counting downloads over the network, and from drawing bars."""
+    datasets = required("datasets", "a data source")
+    from datasets import config
+
+    counts, bars = config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.is_progress_bar_enabled()
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        if bars:
+            datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def one_line_errors(source: str) -> Iterator[None]:
+    """Raise what reading a source runs into as a ``ValueError`` of one line that names the source."""
     try:
         yield
     except Exception as error:  # datasets, pyarrow and the hub's client have no common one
@@ -315,7 +361,106 @@ def explained(source: str) -> Iterator[None]:
         raise invalid("source", source, rule, "mend the files or the name") from error
 
 
-def readable(rows: Iterable[dict[str, Any]], source: str) -> Iterator[dict[str, Any]]:
-    """The same rows; what reading them runs into is one line that names the source."""
-    with explained(source):
+def read_rows(rows: Iterable[dict[str, Any]], source: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows; raises as :func:`one_line_errors`."""
+    with one_line_errors(source):
         yield from rows
+
+
+# How many examples are in files, without reading the images
+
+
+def count_rows(files: Sequence[str]) -> list[int]:
+    """Return the rows of each parquet file, from its footer.
+
+    Raises:
+        ValueError: naming the file that is not parquet.
+    """
+    from pyarrow import ArrowException, parquet
+
+    counts = []
+    for file in files:
+        try:
+            counts.append(parquet.read_metadata(file).num_rows)
+        except (ArrowException, OSError) as error:
+            raise invalid("source", file, f"is no whole parquet file ({first_line(error)})", "write it anew") from error
+    return counts
+
+
+LONGEST_NUMBER = 32
+"""Characters of a .cls file that are read: it holds one number."""
+
+
+def scan_shards(files: Sequence[str]) -> tuple[int, int | None]:
+    """Return examples of WebDataset shards, and classes (one above the largest number in a .cls file).
+
+    Raises:
+        ValueError: naming the shard that is damaged, or if there is no example at all.
+    """
+    examples, largest = 0, -1
+    for file in files:
+        keys = set()
+        try:
+            with tarfile.open(file) as shard:
+                for member in shard:
+                    path = PurePosixPath(member.name)
+                    if not member.isfile() or path.name.startswith("."):
+                        continue
+                    stem, _, kind = path.name.partition(".")
+                    keys.add(str(path.parent / stem))
+                    if kind.lower() == "cls" and (content := shard.extractfile(member)):
+                        largest = max(largest, int(content.read(LONGEST_NUMBER)))
+        except (tarfile.TarError, OSError, ValueError) as error:
+            raise invalid("source", file, f"is no whole shard ({first_line(error)})", "write it anew") from error
+        examples += len(keys)
+    if not examples:
+        raise invalid("source", next(iter(files)), "the shards hold no example", "pass shards with images in them")
+    return examples, largest + 1 if largest >= 0 else None
+
+
+# Names of splits: what a folder or file name says, and which split a config means
+
+WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+EVALUATION = ("validation", "test")
+"""Splits to evaluate on where none is named, the first there is."""
+
+
+def split_of(name: str) -> str | None:
+    """Return the split a file or folder name speaks of, or None: ``"cifar-val.parquet"`` is of validation."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((split for word in words for split, known in WORDS.items() if word in known), None)
+
+
+def group_by_split(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return files by split; those that speak of none belong to train."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(split_of(re.split(r"[/\\]", name)[-1]) or "train", []).append(name)
+    return groups
+
+
+def choose_split(splits: Sequence[str], config: DataConfig, *, training: bool) -> str:
+    """Return the split a config asks for, as the source calls it.
+
+    Raises:
+        ValueError: if the source has no such split, or none to evaluate on.
+    """
+    names = ", ".join(splits)
+    wanted = config.training_split if training else config.evaluation_split
+    if wanted is None:
+        found = [split for name in EVALUATION for split in splits if name in (split, split_of(split))]
+        if not found:
+            rule = f"the data have no split to evaluate on (splits: {names})"
+            raise invalid("evaluation_split", None, rule, f"pass evaluation_split={splits[0]!r} to evaluate on that")
+        return found[0]
+    if wanted in splits:
+        return wanted
+    alike = [split for split in splits if split_of(wanted) in (split, split_of(split))]
+    if wanted.lower() not in itertools.chain(*WORDS.values()) or not alike:
+        argument = "training_split" if training else "evaluation_split"
+        raise invalid(argument, wanted, "the data have no such split", f"choose one of {names}")
+    return alike[0]

@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from normfree.common.checks import invalid
 from normfree.common.text import one_line
+from normfree.common.torch_compat import tree_leaves, tree_map
 
 ExampleInput: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -61,7 +61,7 @@ class Arguments:
         """Return the tensors of what a model returns."""
         return output_tensors(self.run(model))
 
-    def resampled(self, batch_size: int | None, generator: torch.Generator) -> Arguments:
+    def resample(self, batch_size: int | None, generator: torch.Generator) -> Arguments:
         """Return others like these: values drawn from each tensor's own, which keeps indices and ranges valid.
 
         Floating-point tensors that are constant, such as ``torch.zeros`` for an example, get unit Gaussian noise.
@@ -222,7 +222,7 @@ def silent_parameters(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.is_floating_point() and not bool(p.any())]
 
 
-def awake(model: nn.Module, generator: torch.Generator) -> nn.Module:
+def wake_silent(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """Return a copy with its silent parameters drawn from N(0, 0.2^2 / fan_in), where fan_in is 1 of vectors."""
     woken = copy.deepcopy(model)
     with torch.no_grad():

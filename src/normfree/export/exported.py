@@ -23,11 +23,11 @@ from normfree.export.comparison import (
     Difference,
     ExampleInput,
     arguments_of,
-    awake,
     compare,
     default_tolerance,
     output_names,
     silent_parameters,
+    wake_silent,
 )
 from normfree.export.formats import ONNX, PROGRAM, Format, Opened, capture, quiet
 from normfree.nn.fold import fold
@@ -47,7 +47,7 @@ def to_onnx(
     """Fold a model, write it as an ONNX file, read that back with ONNX Runtime, and compare.
 
     The file appears under its name once it has been checked: by ``onnx.checker``, and against the model run by
-    PyTorch on the CPU, on random inputs resampled from the example's values (batches of one example, of the traced
+    PyTorch on the CPU, on random inputs resample from the example's values (batches of one example, of the traced
     size and of one more if the batch is dynamic). Where parameters are zero, as a fresh model's skip gains and
     biases are, a scratch file with those drawn at random is checked first, for zeros would hide errors.
 
@@ -166,9 +166,9 @@ def export(
     generator = torch.Generator().manual_seed(SEED)
     traced = arguments.batch_size
     sizes = sorted({1, traced, traced + 1}) if dynamic_batch and traced else [None]
-    batches = [arguments.resampled(size, generator) for size in sizes]
+    batches = [arguments.resample(size, generator) for size in sizes]
     # A program keeps the values it was traced with: not the user's.
-    example = arguments.resampled(None, torch.Generator().manual_seed(SEED))
+    example = arguments.resample(None, torch.Generator().manual_seed(SEED))
 
     def trace(module: nn.Module) -> ExportedProgram:
         return capture(module, example, dynamic_batch=dynamic_batch)
@@ -188,7 +188,7 @@ def export(
     rehearsal = None
     with staged(path) as place:
         if silent:  # a zero hides whatever is done to what it multiplies
-            woken = awake(folded, torch.Generator().manual_seed(SEED))
+            woken = wake_silent(folded, torch.Generator().manual_seed(SEED))
             if all(bool(y.isfinite().all()) for batch in batches for y in batch.call(woken)):
                 what = "a rehearsal's file, its all-zero weights drawn at random,"
                 rehearsal = write(trace(woken), woken, place, what)[1]

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_map
 
 from normfree.common.text import one_line
+from normfree.common.torch_compat import tree_map
 from normfree.export.comparison import Answer, Arguments
 
 OPSET = 20

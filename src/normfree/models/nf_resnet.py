@@ -94,7 +94,9 @@ class NFSqueezeExciteBlock(NFBlock):
 
     def branch(self, activated: Tensor) -> Tensor:
         """Return ``alpha * s * f(activated / beta)``, [N, out_channels, H', W']."""
-        return self.squeeze_excite(super().branch(activated))
+        hidden = self.activation(self.conv0(activated))  # TorchScript has no super().branch(activated)
+        hidden = self.activation(self.conv1(hidden))
+        return self.squeeze_excite(self.conv2(hidden))
 
 
 def resnet_variants(prefix: str) -> dict[str, Mapping[str, Any]]:

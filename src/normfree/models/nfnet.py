@@ -116,7 +116,10 @@ class NFNetSqueezeExciteBlock(NFNetBlock):
 
     def branch(self, activated: Tensor) -> Tensor:
         """Return ``alpha * s * f(activated / beta)``, [N, out_channels, H', W']."""
-        return self.squeeze_excite(super().branch(activated))
+        hidden = self.activation(self.conv0(activated))  # TorchScript has no super().branch(activated)
+        hidden = self.activation(self.conv1(hidden))
+        hidden = self.activation(self.conv1b(hidden))
+        return self.squeeze_excite(self.conv2(hidden))
 
 
 def nfnet_stem(in_channels: int, out_channels: int, style: NFStyle) -> nn.Sequential:

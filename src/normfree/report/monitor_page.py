@@ -10,13 +10,13 @@ from typing import Any
 
 from normfree.common.packages import required
 from normfree.report.page import (
-    filled,
+    fill,
     finding_item,
     findings_list,
     heading_of,
     numbers_tables,
     page_file,
-    settings_table,
+    signal_settings,
     write_page,
 )
 from normfree.report.panels import (
@@ -233,12 +233,12 @@ def write_monitor_report(history: SignalHistory, path: str | Path, *, title: str
         "title": escape(title),
         "measured": "\n  ".join(f'<p class="measured">{escape(line)}</p>' for line in caption_of([last])),
         "records": escape(_records(history)),
-        "findings": findings_list([finding_item(one.finding, escape(_when(one))) for one in history.episodes()]),
+        "findings": episodes_list(history),
         "tables": numbers_tables(last),
         "step": str(history.steps[-1]),
-        "configuration": settings_table([last]),
+        "configuration": signal_settings([last]),
     }
-    body = filled(page_file("monitor_page.html"), parts)
+    body = fill(page_file("monitor_page.html"), parts)
     return write_page(path, title=title, body=body, data={"chart": spec}, script=page_file("figures.js"))
 
 
@@ -246,6 +246,11 @@ def _records(history: SignalHistory) -> str:
     count, steps = len(history), history.steps
     told = f"{history.signals[-1].model}: {count} record{'' if count == 1 else 's'}, steps {steps[0]} to {steps[-1]}"
     return told if count <= MOST_FRAMES else f"{told}; {MOST_FRAMES} of them, evenly spread, are on the slider"
+
+
+def episodes_list(history: SignalHistory) -> str:
+    """The findings of a history, each with the steps it was there."""
+    return findings_list([finding_item(one.finding, escape(_when(one))) for one in history.episodes()])
 
 
 def _when(episode: Episode) -> str:

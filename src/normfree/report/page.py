@@ -39,14 +39,14 @@ def write_page(path: str | Path, *, title: str, body: str, data: Any, script: st
         "title": escape(title),
         "style": page_file("page.css") + ("\n" + style if style else ""),
         "body": body,
-        "data": inert(data),
+        "data": script_json(data),
         "plotly": page_file("plotly-cartesian.min.js").replace("</script", "<\\/script"),
         "script": page_file("page.js") + "\n" + script,
     }
-    return write_atomically(path, filled(page_file("page.html"), parts))
+    return write_atomically(path, fill(page_file("page.html"), parts))
 
 
-def filled(template: str, parts: Mapping[str, str]) -> str:
+def fill(template: str, parts: Mapping[str, str]) -> str:
     """A template with its ``{{placeholders}}`` filled in.
 
     In one pass over the template alone: what looks like a placeholder inside a part stays as it is.
@@ -59,7 +59,7 @@ def page_file(name: str) -> str:
     return resources.files("normfree.report").joinpath(name).read_text(encoding="utf-8").rstrip()
 
 
-def inert(value: Any) -> str:
+def script_json(value: Any) -> str:
     """JSON that no HTML parser can mistake for markup, inside a script element."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
@@ -158,34 +158,46 @@ def remarks(point: Entry | BlockSignal, transition: bool = True) -> str:
     return "; ".join(words)
 
 
-def settings_table(signals: Sequence[SignalPropagation]) -> str:
-    """How the models were measured, side by side, folded away: mode, input, entry, configuration."""
-    columns = [_settings(signal) for signal in signals]
-    keys = list(dict.fromkeys(key for column in columns for key in column))
-    heads = "".join(f"<th scope=col>{escape(shorten(signal.model, 48))}</th>" for signal in signals)
+def signal_settings(signals: Sequence[SignalPropagation]) -> str:
+    """How models were measured, side by side, folded away: mode, input, entry, configuration."""
+    columns = []
+    for signal in signals:
+        entry = f"{signal.entry.name or '(the model)'}, shape {shape_text(signal.entry.shape)}"
+        measured = {"mode": signal.mode, **flat_settings(signal.input, "input"), "entry": entry}
+        rows = measured | {"blocks": str(len(signal.blocks))} | flat_settings(signal.configuration)
+        columns.append((shorten(signal.model, 48), rows))
+    return settings_table(columns)
+
+
+def settings_table(columns: Sequence[tuple[str, Mapping[str, str]]]) -> str:
+    """Settings side by side, folded away.
+
+    Args:
+        columns: of each the head, and values by name.
+    """
+    names = list(dict.fromkeys(name for _, column in columns for name in column))
+    heads = "".join(f"<th scope=col>{escape(head)}</th>" for head, _ in columns)
+    head = f"<thead><tr><td></td>{heads}</tr></thead>"
     body = ""
-    for key in keys:
-        cells = "".join(f"<td>{escape(column.get(key, ''))}</td>" for column in columns)
-        body += f"<tr><th scope=row>{escape(key)}</th>{cells}</tr>"
-    table = f"<table><thead><tr><td></td>{heads}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll settings" tabindex="0" role="region" aria-label="Configuration">{table}</div>'
+    for name in names:
+        cells = "".join(f"<td>{escape(shorten(column.get(name, ''), 400))}</td>" for _, column in columns)
+        body += f"<tr><th scope=row>{escape(name)}</th>{cells}</tr>"
+    table = f"<table>{head}<tbody>{body}</tbody></table>"
+    scroll = f'<div class="scroll settings" tabindex="0" role="region" aria-label="Configuration">{table}</div>'
+    return f"<details><summary>{len(names)} settings</summary>{scroll}</details>"
 
 
-def _settings(signal: SignalPropagation) -> dict[str, str]:
-    entry = f"{signal.entry.name or '(the model)'}, shape {shape_text(signal.entry.shape)}"
-    rows = {"mode": signal.mode, **_flat(signal.input, "input"), "entry": entry}
-    return rows | {"blocks": str(len(signal.blocks))} | _flat(signal.configuration, "")
-
-
-def _flat(value: Any, name: str) -> dict[str, str]:
+def flat_settings(value: Any, name: str = "") -> dict[str, str]:
     """Nested settings as rows: ``{"a": {"b": 1}}`` becomes ``{"a b": "1"}``."""
     if isinstance(value, Mapping) and value:
         rows: dict[str, str] = {}
         for key, item in value.items():
-            rows |= _flat(item, f"{name} {key}".strip())
+            rows |= flat_settings(item, f"{name} {key}".strip())
         return rows
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, int) for item in value):
         return {name: shape_text(value)} if "shape" in name else {name: ", ".join(map(str, value))}
+    if isinstance(value, (list, tuple)):
+        return {name: json.dumps(value, ensure_ascii=False, default=str)}
     return {} if isinstance(value, Mapping) and not name else {name: str(value)}
 
 

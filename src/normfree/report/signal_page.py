@@ -15,7 +15,7 @@ from typing import Any
 from normfree.report.page import (
     CURVES,
     dead_fraction,
-    filled,
+    fill,
     finding_item,
     findings_list,
     heading_of,
@@ -23,7 +23,7 @@ from normfree.report.page import (
     numbers_tables,
     page_file,
     remarks,
-    settings_table,
+    signal_settings,
     write_page,
 )
 from normfree.report.panels import (
@@ -88,9 +88,9 @@ def write_report(
         "planned": planned if _has_plan(signals) else "",
         "appendix": appendix,
         "tables": "".join(numbers_tables(signal) for signal in signals),
-        "configuration": settings_table(signals),
+        "configuration": signal_settings(signals),
     }
-    body = filled(page_file("signal_page.html"), parts)
+    body = fill(page_file("signal_page.html"), parts)
     return write_page(path, title=title, body=body, data=_page_data(signals), script=page_file("signal_page.js"))
 
 

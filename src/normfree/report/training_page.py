@@ -5,66 +5,72 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from normfree.report.monitor_page import slider_spec
-from normfree.report.page import filled, page_file, write_page
+from normfree.report.monitor_page import episodes_list, slider_spec
+from normfree.report.page import fill, flat_settings, page_file, settings_table, write_page
+from normfree.report.panels import shorten
 from normfree.signal import SignalHistory
-from normfree.train.records import Row, read_rows
+
+Row = Mapping[str, float | None]
 
 GRID = "rgba(128,128,128,0.22)"
 COLORS = ("#0b6fb8", "#c8501e")
 MOST_NAMED = 40
 """Classes whose names stand at the confusion matrix."""
 
-SILENT = "Nobody listened: --signal-every 0, or a sharded network."
-LISTENED = (
+UNRECORDED = "The signal was not recorded: --signal-every 0, or a sharded network."
+RECORDED = (
     "The first images of the evaluation went through the network every so often: after every block the squared mean, "
     "the variance, and the variance of the branch before it was scaled and added. Drag the slider, or let it play."
 )
 
 
 def write_training_report(
-    folder: Path, config: Mapping[str, Any], metrics: Mapping[str, Any], history: SignalHistory | None
+    path: Path,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    training: Sequence[Row],
+    evaluation: Sequence[Row],
+    history: SignalHistory | None,
 ) -> Path:
-    """Write ``report.html`` of a run from its curves, as one file that opens without a network.
+    """Write the report of a run, as one file that opens without a network.
 
     Args:
-        folder: of the run, with ``train.csv`` and ``eval.csv``.
+        path: of the page.
         config: what ``config.json`` holds.
         metrics: what ``metrics.json`` holds.
-        history: of the network's signal, if somebody listened.
+        training: rows of ``train.csv``.
+        evaluation: rows of ``eval.csv``.
+        history: of the network's signal, if it was recorded.
 
     Returns:
         The path.
-
-    Raises:
-        ImportError: if plotly is not installed.
     """
-    training, evaluation = read_rows(folder / "train.csv"), read_rows(folder / "eval.csv")
     figures = curve_figures(training, evaluation)
     if history:
         figures["signal"] = slider_spec(history)
     found = metrics["evaluation"]
     if found is not None:
         figures["confusion"] = confusion_figure(found["confusion"], config["derived"]["classes"])
-    title = f"Training run: {metrics['recipe']}"
+    model, source = config["config"]["model"], config["derived"]["data"]["source"]
+    title = f"Training of {shorten(model, 48)} on {shorten(source, 48)}"
     parts = {
         "title": escape(title),
         "described": escape(_described(config, metrics)),
         "figures": _figures(metrics, training),
-        "signal": f"<p>{LISTENED if history else SILENT}</p>",
+        "signal": f"<p>{RECORDED if history else UNRECORDED}</p>",
+        "findings": episodes_list(history) if history else "",
         "confused": escape(_confused(found, config["derived"]["classes"])),
-        "configuration": "".join(_setting(name, value) for name, value in _flat(config).items()),
+        "configuration": settings_table([("value", flat_settings(config))]),
     }
     return write_page(
-        folder / "report.html",
+        path,
         title=title,
-        body=filled(page_file("training_page.html"), parts),
+        body=fill(page_file("training_page.html"), parts),
         data=figures,
         script=page_file("figures.js"),
         style=page_file("training_page.css"),
@@ -83,7 +89,7 @@ def curve_figures(training: Sequence[Row], evaluation: Sequence[Row]) -> dict[st
     speed = [_line("images / s", training, "images_per_second", COLORS[0])]
     speed.append({**_line("gradient norm", training, "gradient_norm", COLORS[1]), "yaxis": "y2"})
     # Without a format plotly labels what lies between decades by its first digit alone: 6 for 0.006.
-    second = {"overlaying": "y", "side": "right", "type": "log", "tickformat": "~g", "nticks": 8, "showgrid": False}
+    second = {"overlaying": "y", "side": "right", "type": "log", "tickformat": ".2~g", "nticks": 8, "showgrid": False}
     second["title"] = {"text": "gradient norm"}
     return {
         "loss": {"data": loss, "layout": _layout("Loss, nats")},
@@ -193,17 +199,3 @@ def _confused(found: Mapping[str, Any] | None, names: Sequence[str]) -> str:
     worst = [f"{true} for {predicted} ({count})" for count, true, predicted in sorted(pairs, reverse=True)[:5]]
     taken = f" Most often it takes {', '.join(worst)}." if worst else " It makes no mistake."
     return f"{found['examples']:,} images; each row is a true class.{taken}"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for name, value in values.items():
-        label = f"{prefix} {name}".strip()
-        rows |= _flat(value, label) if isinstance(value, Mapping) and value else {label: value}
-    return rows
-
-
-def _setting(name: str, value: Any) -> str:
-    shown = json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
-    shown = shown if len(shown) <= 400 else f"{shown[:400]} …"
-    return f"<tr><th scope=row>{escape(name)}</th><td>{escape(shown)}</td></tr>"

@@ -8,7 +8,6 @@ reversible networks); there the whole backward pass runs, and what it does to pa
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_leaves, tree_map
 
 from normfree.common.checks import available_memory
+from normfree.common.torch_compat import (
+    base_of_view,
+    current_autograd_node,
+    next_sequence_number,
+    sequence_number,
+    tree_leaves,
+    tree_map,
+    without_gradient_hooks,
+)
 from normfree.trace.graph import Residual
 from normfree.trace.inputs import Batch, ModuleStack, run_once, tensors_of
 from normfree.trace.preserve import Preserved
@@ -188,15 +195,8 @@ def _leaves_untouched(model: nn.Module) -> Iterator[None]:
     attributes = [value for module in model.modules() for value in vars(module).values()]
     tensors = [*model.parameters(), *model.buffers(), *(a for a in attributes if isinstance(a, Tensor))]
     leaves = [t for t in tensors if t.is_leaf and t.requires_grad]
-    kept = [(t, t.grad, t._backward_hooks, t._post_accumulate_grad_hooks) for t in leaves]
-    for leaf in leaves:
-        leaf.grad = leaf._backward_hooks = None
-        leaf._post_accumulate_grad_hooks = OrderedDict()  # None would leave those that are there
-    try:
+    with without_gradient_hooks(leaves):
         yield
-    finally:
-        for leaf, gradient, hooks, accumulated in kept:
-            leaf.grad, leaf._backward_hooks, leaf._post_accumulate_grad_hooks = gradient, hooks, accumulated
 
 
 def _differentiable(leaf: Any) -> Any:
@@ -234,7 +234,7 @@ def _place_of(tensor: Tensor) -> Place:
     gradient of the whole.
     """
     options = {"dtype": tensor.dtype, "device": tensor.device}
-    whole = tensor._base if tensor._is_view() else None
+    whole = base_of_view(tensor)
     if whole is None or not whole.requires_grad or whole.dtype != tensor.dtype:
         return Place(get_gradient_edge(tensor), lambda gradient: gradient, tensor.shape, options)
     size, stride, offset = tensor.size(), tensor.stride(), tensor.storage_offset() - whole.storage_offset()
@@ -280,14 +280,14 @@ class PlaceRecorder(Recorder):
             index = len(self.names)
             self.names.append(self.stack.name)
         else:
-            number = node._sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
+            number = sequence_number(node)
             again = ((n, i) for n, i in self.hidden if n > number and self.names[i] == self.stack.name)
             found = next(again, None)
             if found is None:
                 return
             self.hidden.remove(found)
             index = found[1]
-        self.waiting = index, result, torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateImportUsage]
+        self.waiting = index, result, next_sequence_number()
 
     def take(self) -> None:
         """Take the place of the last point."""
@@ -334,7 +334,7 @@ def _in_backward() -> bool:
 
 def _running_function() -> BackwardCFunction | None:
     """The autograd function, written in Python, whose backward is running."""
-    node = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
+    node = current_autograd_node()
     return node if isinstance(node, BackwardCFunction) else None
 
 

@@ -155,6 +155,9 @@ def _entry(point: Point | None) -> Entry:
     )
 
 
+_POSITION = tuple(field.name for field in fields(Position))
+
+
 def _signals(
     points: Sequence[Point],
     gradients: Sequence[float | None] | None = None,
@@ -164,7 +167,7 @@ def _signals(
     for index, point in enumerate(points):
         seen[point.name] += 1
         number = seen[point.name]
-        position = {field.name: getattr(point, field.name) for field in fields(Position)}
+        position = {name: getattr(point, name) for name in _POSITION}
         position["name"] = point.name if number == 1 else f"{point.name}#{number}"
         blocks.append(
             BlockSignal(

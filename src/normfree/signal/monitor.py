@@ -14,11 +14,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.utils._pytree import tree_map
 
 from normfree.common.files import read_json, refused, structured, write_atomically
 from normfree.common.packages import required
 from normfree.common.text import first_line, one_line, quoted
+from normfree.common.torch_compat import tree_map
 from normfree.signal.measure import spp
 from normfree.signal.propagation import SEVERITIES, Finding, SignalPropagation
 from normfree.trace.inputs import Batch, unwrapped

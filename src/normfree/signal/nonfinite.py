@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from normfree.common.torch_compat import TorchDispatchMode, tree_leaves
 from normfree.trace import operations as op
 from normfree.trace.inputs import Batch, ModuleStack, run_once, tensors_of
 from normfree.trace.operations import written_by

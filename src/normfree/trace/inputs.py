@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
 from normfree.common.text import first_line
+from normfree.common.torch_compat import tree_leaves, tree_map
 
 Batch = Any
 """A tensor (one argument), a tuple (positional arguments) or a mapping (keyword arguments) of tensors."""

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from normfree.common.torch_compat import argument_name, tree_leaves, written_positions
 
 
 def _names(text: str) -> frozenset[str]:
@@ -101,30 +101,26 @@ FACTORY = _names("""
 """Takes from its input no more than shape and type."""
 
 
-def name_and_written(function: torch._ops.OpOverload) -> tuple[str, tuple[int, ...]]:
+def name_and_written(function: Any) -> tuple[str, tuple[int, ...]]:
     """An operation's name, and the positions of the arguments it writes to."""
     known = _NAMES.get(id(function))
     if known is None:
         name = function.overloadpacket.__name__
         name = name[:-1] if name.endswith("_") and not name.endswith("__") else name
-        written: list[int] = []
-        if function._schema.is_mutable:
-            arguments = enumerate(function._schema.arguments)
-            written = [i for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
-        known = _NAMES[id(function)] = name, tuple(written), function
+        known = _NAMES[id(function)] = name, written_positions(function), function
     return known[0], known[1]
 
 
-_NAMES: dict[int, tuple[str, tuple[int, ...], torch._ops.OpOverload]] = {}
+_NAMES: dict[int, tuple[str, tuple[int, ...], Any]] = {}
 """By identity, which is looked up in a third of the time that an operation's own hash takes."""
 
 
-def name_of(function: torch._ops.OpOverload) -> str:
+def name_of(function: Any) -> str:
     """``aten.add_.Tensor`` → ``add``; dunders and private names keep their leading underscore."""
     return name_and_written(function)[0]
 
 
-def mutated_arguments(function: torch._ops.OpOverload) -> tuple[int, ...]:
+def mutated_arguments(function: Any) -> tuple[int, ...]:
     """Positions of the arguments an operation writes to."""
     return name_and_written(function)[1]
 
@@ -132,7 +128,7 @@ def mutated_arguments(function: torch._ops.OpOverload) -> tuple[int, ...]:
 def written_by(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     """The tensors that an operation is about to write to."""
     for position in mutated_arguments(function):
-        value = args[position] if position < len(args) else kwargs.get(function._schema.arguments[position].name)
+        value = args[position] if position < len(args) else kwargs.get(argument_name(function, position))
         if isinstance(value, Tensor):
             yield value
         else:

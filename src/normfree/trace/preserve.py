@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from normfree.common.torch_compat import TorchDispatchMode, preserve_version_counters
 from normfree.trace.operations import written_by
 
 MODES = ("batch-statistics", "train", "eval")
@@ -148,7 +147,7 @@ def untouched(model: nn.Module, mode: str) -> Iterator[Preserved]:
     tensors = (*model.parameters(), *model.buffers(), *(a for a in attributes if isinstance(a, Tensor)))
     counted = tuple(tensor for tensor in tensors if not tensor.is_inference())
     preserved = Preserved(model)
-    with _unsafe_preserve_version_counter(counted):
+    with preserve_version_counters(counted):
         try:
             torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer would hide its additions
             with Writes(preserved):

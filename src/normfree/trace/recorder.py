@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from normfree.common.torch_compat import TorchDispatchMode, base_of_view, tree_leaves
 from normfree.trace import operations as op
 from normfree.trace.graph import NO_STEP, Node, Path, Residual, residual
 from normfree.trace.inputs import ModuleStack
@@ -322,6 +321,7 @@ class Recorder(TorchDispatchMode):
         weight, bias = op.weight_and_bias(name, args)
         silent = self._silenced_by(name, args, weight, parents) if self.wake else ()
         note = self._note_after(name, args, active, parents, weight, bias)
+        written = op.name_and_written(func)[1]
         looked_up = args[0] is not active[0]
         if looked_up and name in op.ATTENTION:  # learned queries begin a stream of their own
             note = note.with_(stream=-self.created, point=None, normalized=False)
@@ -348,19 +348,19 @@ class Recorder(TorchDispatchMode):
                 nodes.append(node)
                 self.created += 1
                 self.nodes[tensor] = node
-                if tensor._is_view():
-                    self._note_write(name, func, args, tensor, node)
+                if written and base_of_view(tensor) is not None:
+                    self._note_write(name, args, tensor, node)
         self.on_made(nodes)
         output = result[0] if name in op.RECURRENT and isinstance(result, (tuple, list)) else result
         if nodes and nodes[0].step.weighted and isinstance(output, Tensor) and id(output) in known:
             self.on_weighted(active[0], output)
         return result
 
-    def _note_write(self, name: str, func: Any, args: Sequence[Any], view: Tensor, node: Node) -> None:
+    def _note_write(self, name: str, args: Sequence[Any], view: Tensor, node: Node) -> None:
         """If an operation has written through a view, the whole behind it now depends on what was written."""
-        base = view._base
-        written = op.name_and_written(func)[1] and any(view is value for value in args)
-        if not written or not isinstance(base, Tensor) or (name in op.VIEW and name != "copy"):
+        base = base_of_view(view)
+        through = any(view is value for value in args)
+        if base is None or not through or (name in op.VIEW and name != "copy"):
             return
         whole = self.nodes.get(base)
         parents = [node] if whole is None else [whole, node]
@@ -384,7 +384,8 @@ class Recorder(TorchDispatchMode):
         if weight is not None:
             silent += self.statics.zero_gain(weight) if name in op.NORM else self.statics.of(weight).silent
         elif name in op.SCALING:
-            silent += [gain for t in args if isinstance(t, Tensor) for gain in self.statics.zero_gain(t)]
+            factors = [t for t in args if isinstance(t, Tensor) and id(t) not in self.nodes.by_id]
+            silent += [gain for factor in factors for gain in self.statics.zero_gain(factor)]
         return tuple(dict.fromkeys(silent)) if silent else ()
 
     # Scalings.

@@ -16,8 +16,8 @@ from typing import Any, Generic, TypeVar
 from weakref import ref
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from normfree.common.torch_compat import tree_leaves
 from normfree.trace import operations as op
 
 
@@ -112,6 +112,9 @@ class Static:
     silent: tuple[str, ...] = ()
 
 
+_UNKNOWN = Static()
+
+
 class Statics:
     """Follows every tensor that does not depend on the input.
 
@@ -124,13 +127,18 @@ class Statics:
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.woken = woken
         self.known: TensorMap[Static] = TensorMap()
+        self.parameters: dict[int, Static] = {}
 
     def of(self, tensor: Tensor) -> Static:
         """What is known of ``tensor``."""
         if isinstance(tensor, nn.Parameter):
-            name = self.names.get(id(tensor))
-            return Static(origin=tensor, woken=(name,) if name in self.woken and name is not None else ())
-        return self.known.get(tensor) or Static()
+            found = self.parameters.get(id(tensor))
+            if found is None or found.origin is not tensor:
+                name = self.names.get(id(tensor))
+                woken = (name,) if name in self.woken and name is not None else ()
+                found = self.parameters[id(tensor)] = Static(origin=tensor, woken=woken)
+            return found
+        return self.known.get(tensor) or _UNKNOWN
 
     def owns(self, value: Any) -> bool:
         """Whether a value is a parameter or was computed from one."""

@@ -1,10 +1,9 @@
 """Training: recipes, the loop, checkpoints."""
 
-from normfree.train.blame import NonFiniteLossError
 from normfree.train.checkpoint import Checkpoint, CheckpointStore
 from normfree.train.config import OptimizerConfig, TrainConfig
 from normfree.train.recipes import RECIPES
-from normfree.train.run import Summary, train
+from normfree.train.trainer import NonFiniteLossError, Summary, train
 
 __all__ = [
     "RECIPES",

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and that are checked before they are believed.
+"""The folder of a run: one process writes to it, and its checkpoints are whole or not there, and checked when read.
 
 A checkpoint is a folder ``step_0000001234``: ``model.safetensors``, with ``averaged.safetensors`` where weights
 are averaged (each a file of :func:`normfree.save`), ``state.pt`` (optimizer, schedule, data, counters; read with
@@ -8,23 +8,47 @@ name, flushed to disk and renamed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+import platform
 import shutil
+import stat
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from normfree.common.files import kind_of, read_json, structured, write_atomically
-from normfree.common.text import first_line, quoted, shortened
+from normfree.common.files import (
+    file_error,
+    kind_of,
+    read_json,
+    refused,
+    remove_stale,
+    structured,
+    temporary_path,
+    write_atomically,
+)
+from normfree.common.text import first_line, printable, quoted, shortened
+from normfree.common.torch_compat import tree_leaves
+from normfree.train.config import FREE, TrainConfig, to_dict
+
+CONFIG, METRICS, CHECKPOINTS, MODEL, SIGNAL, REPORT = (
+    "config.json",
+    "metrics.json",
+    "checkpoints",
+    "model.safetensors",
+    "signal.json",
+    "report.html",
+)
+"""Files of a run."""
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -32,7 +56,7 @@ WEIGHTS = "model.safetensors"
 AVERAGED = "averaged.safetensors"
 STATE = "state.pt"
 
-_STEP, _TEMPORARY, _DAMAGED = "step_", ".step_", "damaged_"
+_STEP, _DAMAGED = "step_", "damaged_"
 
 
 @dataclass(frozen=True)
@@ -94,58 +118,70 @@ class CheckpointStore:
 
         Returns:
             The checkpoint.
+
+        Raises:
+            OSError: naming the checkpoint, such as of a full disk; nothing is left of it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.clean()
-        place = self.folder / f"{_TEMPORARY}{step:010d}"
-        place.mkdir()
-        for name, writer in weights.items():
-            writer(place / name)
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        write_atomically(place / STATE, buffer.getvalue())
-        files = {file.name: _facts(file) for file in sorted(place.iterdir())}
-        manifest = {"schema": SCHEMA, "step": step, "score": score, "files": files}
-        write_atomically(place / MANIFEST, json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=1))
-        _flush(place)
-        written = Checkpoint(self._place(place, self.folder / f"{_STEP}{step:010d}"), step, score)
+        target = self.folder / f"{_STEP}{step:010d}"
+        place = temporary_path(target)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_stale(self.folder)
+            place.mkdir()
+            for name, writer in weights.items():
+                writer(place / name)
+            buffer = io.BytesIO()
+            torch.save(dict(state), buffer)
+            write_atomically(place / STATE, buffer.getvalue())
+            files = {file.name: _facts(file) for file in sorted(place.iterdir())}
+            manifest = {"schema": SCHEMA, "step": step, "score": score, "files": files}
+            write_atomically(place / MANIFEST, json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=1))
+            _flush(place)
+            self._rename(place, target)
+        except BaseException as error:
+            shutil.rmtree(place, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise file_error(error, target) from error
+            raise
         self._prune()
-        return written
+        return Checkpoint(target, step, score)
 
     def newest(self, *, set_aside: bool = False) -> Checkpoint | None:
         """Return the newest sound checkpoint, with a warning for each newer one that is damaged.
 
         Args:
-            set_aside: rename damaged ones, so that they count no longer.
+            set_aside: rename damaged ones, so that they count no longer, once a sound one is found.
 
         Raises:
-            ValueError: if there are checkpoints, and all are damaged.
+            ValueError: if there are checkpoints, also such as were set aside, and all are damaged.
         """
-        damaged: list[str] = []
+        damaged: dict[Path, str] = {}
         for folder in reversed(self.folders()):
             try:
-                found = verified(folder)
+                found = verify_checkpoint(folder)
             except ValueError as error:
-                damaged.append(str(error))
-                if set_aside:
-                    self._place(folder, folder.with_name(_DAMAGED + folder.name))
+                damaged[folder] = str(error)
                 continue
-            for message in damaged:
+            for broken, message in damaged.items():
+                if set_aside:
+                    self._rename(broken, broken.with_name(_DAMAGED + broken.name))
                 warnings.warn(f"{message}; {found.folder.name} is used instead", RuntimeWarning, stacklevel=2)
             return found
-        if damaged:
-            raise ValueError(
-                f"{damaged[0]}, and so are all {len(damaged)} in {str(self.folder)!r}; restore them from a copy, or "
-                "start anew in another folder"
-            )
-        return None
+        aside = sorted(self.folder.glob(f"{_DAMAGED}*"))
+        if not damaged and not aside:
+            return None
+        told = next(iter(damaged.values()), None) or f"checkpoint {quoted(str(aside[-1]))} is damaged"
+        raise ValueError(
+            f"{told}, and so are all {len(damaged) + len(aside)} in {str(self.folder)!r}; restore them from a copy, "
+            "remove that folder to start anew, or start anew in another"
+        )
 
     def best(self) -> Checkpoint | None:
         """Return the sound checkpoint with the highest score, the newest of equals; without scores, the newest."""
         found = []
         for folder in self.folders():
             try:
-                found.append(verified(folder))
+                found.append(verify_checkpoint(folder))
             except ValueError as error:
                 warnings.warn(f"{error}; another is used", RuntimeWarning, stacklevel=2)
         return max(found, key=lambda one: (-1.0 if one.score is None else one.score, one.step), default=None)
@@ -155,19 +191,19 @@ class CheckpointStore:
         return sorted(self.folder.glob(f"{_STEP}*"))
 
     def clean(self) -> None:
-        """Remove what an interruption left half-written."""
-        for folder in self.folder.glob(f"{_TEMPORARY}*"):
+        """Remove what interruptions have left half-written; for the one process that writes here."""
+        for folder in self.folder.glob(f".{_STEP}*"):
             shutil.rmtree(folder)
+        remove_stale(self.folder, locked=True)
 
-    def _place(self, source: Path, target: Path) -> Path:
-        """Rename a folder; one of that name steps aside first."""
+    def _rename(self, source: Path, target: Path) -> None:
+        """Rename a folder; one of that name steps aside first, and is removed."""
+        aside = temporary_path(target)
         if target.exists():
-            aside = self.folder / f"{_TEMPORARY}replaced_{target.name}"
             os.replace(target, aside)
         os.replace(source, target)
         _flush(self.folder)
-        self.clean()
-        return target
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _prune(self) -> None:
         folders = self.folders()
@@ -178,7 +214,7 @@ class CheckpointStore:
                 shutil.rmtree(folder)
 
 
-def verified(folder: str | Path) -> Checkpoint:
+def verify_checkpoint(folder: str | Path) -> Checkpoint:
     """Return a checkpoint whose every byte is as it was written.
 
     Args:
@@ -266,3 +302,161 @@ def _flush(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class RunFolder:
+    """A run's folder, which one process has to itself for as long as the context is open.
+
+    The file ``.lock`` in it says who; the lock itself is the kernel's (``flock``), which ends with the process however
+    that ends. Processes that are forked meanwhile do not hold it. What interruptions have left half-written is removed.
+
+    Args:
+        config: of the run; its folder is made if it is missing.
+
+    Raises:
+        ValueError: on entering, if another process or thread has the folder, which the message names; or if it holds
+            another run.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.folder = config, config.folder
+        self._made = False
+        self._file: int | None = None
+
+    def __enter__(self) -> Self:
+        self._made = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / ".lock"
+        while self._file is None:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            try:
+                status = os.fstat(file)
+                if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # it is written to, and could be any file
+                    raise refused("out", path, "is no lock of a run", "remove it")
+                self._lock(file)
+            except BaseException:
+                os.close(file)
+                raise
+            if _leads_to(path, file):
+                self._file = file
+            else:  # its last holder has removed it between our opening and locking it
+                os.close(file)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._close)
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        try:
+            os.ftruncate(self._file, 0)
+            os.write(self._file, f"process {os.getpid()} on {platform.node()} since {since}\n".encode())
+            remove_stale(self.folder, locked=True)
+            CheckpointStore(self.folder / CHECKPOINTS).clean()
+            check_same_run(self.config)
+        except BaseException as error:
+            self.__exit__()
+            raise (file_error(error, path) if isinstance(error, OSError) else error) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        (self.folder / ".lock").unlink(missing_ok=True)
+        self._close()
+        if self._made:
+            with contextlib.suppress(OSError):  # something is in it
+                self.folder.rmdir()
+
+    def _lock(self, file: int) -> None:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
+            rule = f"{printable(holder)} is writing to it"
+            raise refused("out", self.folder, rule, "wait until it ends, or give another folder") from None
+        except (ImportError, OSError) as error:
+            warnings.warn(
+                f"out={quoted(str(self.folder))}: it cannot be locked ({first_line(error)}); take care that no other "
+                "process writes to it",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _close(self) -> None:
+        """Close the file: where no other process has it open, the lock ends."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def _leads_to(path: Path, file: int) -> bool:
+    """Tell whether a path leads to an open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def check_same_run(config: TrainConfig) -> None:
+    """Raise if a folder holds another run.
+
+    Raises:
+        ValueError: naming the fields that differ; or it holds checkpoints, and not what they are of.
+    """
+    path = config.folder / CONFIG
+    if kind_of(path) == "nothing":
+        if any((config.folder / CHECKPOINTS).glob("*step_*")):
+            rule = f"holds checkpoints and no {CONFIG} that says of what run"
+            remedy = f"restore {CONFIG} from a copy, or pass another --out"
+            raise refused("out", config.folder, rule, remedy)
+        return
+    before = read_json(path, "run").get("config")
+    if not isinstance(before, dict):
+        raise refused("run", path, "does not say how its run was configured", "restore it from a copy")
+    before, now = _flatten(before), _flatten(json.loads(json.dumps(to_dict(config))))
+    changed = [name for name in sorted({*before, *now} - FREE) if before.get(name, ...) != now.get(name, ...)]
+    if changed:
+        rule = f"holds a run with another {', '.join(changed)}"
+        raise refused("out", config.folder, rule, "pass another --out, or the run's own settings to go on with it")
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings, by their dotted names."""
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        leaves |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return leaves
+
+
+def check_conditions(folder: Path, now: Mapping[str, Any]) -> None:
+    """Raise if what makes the bits of a run is not what ``config.json`` says it was.
+
+    Args:
+        folder: of the run.
+        now: what ``config.json`` would hold; what an earlier version did not write to it is not compared.
+
+    Raises:
+        ValueError: naming what differs, and how to go on all the same.
+    """
+    before, changes = read_json(folder / CONFIG, "run"), []
+    for name, was, is_now in zip(CONDITIONS, _conditions(before), _conditions(now), strict=True):
+        if was is not None and was != is_now:
+            values = "" if isinstance(is_now, (list, dict)) else f" {is_now} instead of {shortened(str(was), 40)}"
+            changes.append(f"{name}{values}")
+    if changes:
+        rule = f"the run began with other conditions and would go on to other bits ({', '.join(changes)})"
+        raise refused("out", folder, rule, "restore them, or pass --on-changed continue to go on all the same")
+
+
+CONDITIONS = ("torch", "precision", "device", "threads", "images", "classes")
+
+
+def _conditions(description: Mapping[str, Any]) -> Iterator[Any]:
+    """What makes the bits of a run, in the order of ``CONDITIONS``; None of what is not known."""
+    versions, derived = (
+        found if isinstance(found := description.get(key), dict) else {} for key in ("versions", "derived")
+    )
+    device = str(derived["device"]).partition(":")[0] if "device" in derived else None
+    yield versions.get("torch")
+    yield derived.get("precision")
+    yield device
+    yield description.get("threads") if device == "cpu" else None
+    yield derived.get("training_data")
+    yield derived.get("classes")

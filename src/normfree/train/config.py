@@ -114,6 +114,9 @@ class TrainConfig:
     """Compile the network (torch.compile): minutes at the start, faster steps."""
     on_nonfinite: Literal["error", "skip"] = "error"
     """What a loss that is not finite does: stop the run and name the module it began in, or skip that step."""
+    on_changed: Literal["error", "continue"] = "error"
+    """What a run does that would go on with another torch, precision, device, number of threads, other images or
+    classes than it began with: stop and name them, or go on, to other bits than without the interruption."""
     signal_every: int | None = None
     """Steps between signal propagation plots of the network in training; None: as often as a hundredth of the
     time allows; 0: none."""
@@ -151,7 +154,7 @@ class TrainConfig:
             check_rate("average_decay", self.average_decay)
         for name in ("channels_last", "compile"):
             check_flag(name, getattr(self, name))
-        for name in ("accelerator", "strategy", "precision", "on_nonfinite"):
+        for name in ("accelerator", "strategy", "precision", "on_nonfinite", "on_changed"):
             check_choice(name, getattr(self, name), typing.get_args(typing.get_type_hints(type(self))[name]))
         if self.optimizer.warmup_epochs > self.epochs:
             rule = f"is longer than all {self.epochs} epochs"
@@ -202,10 +205,11 @@ class TrainConfig:
 
 
 FREE = frozenset(
-    {"out", "name", "accelerator", "on_nonfinite", "signal_every", "log_every", "evaluate_every", "checkpoint_every"}
-    | {"keep", "limit_train_steps", "limit_eval_steps"}
+    {"out", "name", "accelerator", "on_nonfinite", "on_changed", "signal_every", "log_every", "evaluate_every"}
+    | {"checkpoint_every", "keep", "limit_train_steps", "limit_eval_steps"}
+    | {"data.workers", "data.prefetch", "data.cache_folder", "data.on_bad_image"}
 )
-"""Fields that may change when a run goes on: none of them decides what is learned."""
+"""Fields that may change when a run goes on: none of them decides what is learned from whole images."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -62,6 +62,9 @@ def evaluate(
 
     Returns:
         The same on all ranks.
+
+    Raises:
+        ValueError: no image decodes; or as :func:`logits_of`.
     """
     required("torchmetrics", "an evaluation")
     from torchmetrics import MeanMetric, MetricCollection
@@ -77,7 +80,7 @@ def evaluate(
     batches = _to_device(islice(iter(data), limit), data.standardization().to(fabric.device), fabric)
     try:
         with torch.no_grad():
-            for images, targets in _in_step(batches, fabric) if sharded else batches:
+            for images, targets in _keep_in_step(batches, data, fabric) if sharded else batches:
                 with fabric.autocast():
                     logits = logits_of(network, images, classes)
                 if len(targets):
@@ -87,14 +90,16 @@ def evaluate(
     finally:
         network.train(training)
         if sharded:
-            _spread_again(network)
+            _reshard(network)
     found = metrics.compute()
     confusion = found["confusion"]
     examples = int(confusion.sum())
+    if not examples:
+        raise data.no_image()
     return Evaluation(
         examples=examples,
         loss=float(mean_loss.compute()),
-        top1=int(confusion.trace()) / max(1, examples),
+        top1=int(confusion.trace()) / examples,
         top5=float(found["top5"]) if "top5" in found else None,
         confusion=confusion.cpu().tolist(),
     )
@@ -136,7 +141,7 @@ def check_logits(logits: object, examples: int, classes: int | None) -> None:
         raise ValueError(f"model: {rule}; give data with the model's classes")
 
 
-def _spread_again(network: nn.Module) -> None:
+def _reshard(network: nn.Module) -> None:
     """Give up what a last forward pass has gathered, which FSDP otherwise does in the backward pass only."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -153,13 +158,16 @@ def _to_device(
         yield standardization(images.to(fabric.device, non_blocking=True)), targets.to(fabric.device)
 
 
-def _in_step(batches: Iterator[tuple[Tensor, Tensor]], fabric: Fabric) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, and after the last its images again without targets while another rank still has some."""
-    images, targets = next(batches)
+def _keep_in_step(
+    batches: Iterator[tuple[Tensor, Tensor]], data: EvaluationData, fabric: Fabric
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches, and after the last one image without a target while another rank still has some."""
+    channels, size = data.config.channels, data.config.size
+    image = torch.zeros(1, channels, size, size, device=fabric.device)
+    nothing = image, torch.zeros(0, dtype=torch.int64, device=fabric.device)
     while True:
-        yield images, targets
-        following = next(batches, None)
-        images, targets = (images, targets[:0]) if following is None else following
-        waiting = torch.tensor(float(following is not None), device=fabric.device)
-        if not fabric.all_reduce(waiting, reduce_op="sum"):
+        batch = next(batches, None)
+        having = torch.tensor(float(batch is not None), device=fabric.device)
+        if not fabric.all_reduce(having, reduce_op="sum"):
             return
+        yield nothing if batch is None else batch

@@ -1,16 +1,28 @@
-"""A run's curves, kept three ways: CSV files to read again, TensorBoard to watch, and in memory for the report."""
+"""What a run records: its curves as CSV files and in TensorBoard, a line of progress, and where it came from."""
 
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import io
-from collections.abc import Mapping
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from normfree.common.files import kind_of, read_bytes, refused, write_atomically
+import torch
+
+from normfree.common.files import file_error, kind_of, read_bytes, refused, write_atomically
 from normfree.common.packages import required
 from normfree.common.text import first_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 TRAINING = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "clip_fraction", "images_per_second", "seconds")
 EVALUATION = ("step", "epoch", "loss", "top1", "top5", "examples", "seconds")
@@ -18,13 +30,98 @@ EVALUATION = ("step", "epoch", "loss", "top1", "top5", "examples", "seconds")
 Row = dict[str, float | None]
 
 
+class Records:
+    """The curves of a run; the bar is drawn on a terminal alone, a line for each evaluation everywhere.
+
+    Args:
+        folder: of the run.
+        step: at which it goes on; 0 at its beginning.
+        last_step: at which it ends.
+        console: to print to; None for silence.
+
+    Attributes:
+        training: a row every few steps.
+        evaluation: a row for each evaluation.
+        board: TensorBoard's writer.
+    """
+
+    def __init__(self, folder: Path, step: int, last_step: int, console: Console | None = None) -> None:
+        required("tensorboard", "a run's record")
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.training = Curve(folder / "train.csv", TRAINING, step)
+        self.evaluation = Curve(folder / "eval.csv", EVALUATION, step)
+        self._board_folder = folder / "tensorboard"
+        self.board = SummaryWriter(str(self._board_folder), purge_step=step + 1 if step else None)
+        self.console = console
+        self.progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TextColumn("step {task.completed}/{task.total}  {task.fields[figures]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console or Console(quiet=True),
+            transient=True,
+            disable=console is None or not console.is_terminal,
+        )
+        self._task = self.progress.add_task("", total=last_step, completed=step, epoch="", figures="")
+
+    @contextmanager
+    def showing_progress(self) -> Iterator[None]:
+        """Show the progress while the context is open, and have everything on disk at its end."""
+        try:
+            with self.progress:
+                yield
+        finally:
+            with self._naming_the_board():
+                self.board.close()
+
+    def advance(self, step: int) -> None:
+        """Show the number of steps taken."""
+        self.progress.update(self._task, completed=step)
+
+    def log_training(self, row: Row, epoch: str) -> None:
+        """Record a stretch of training; ``epoch`` is shown beside the bar."""
+        self.training.add(row)
+        self._to_board("train", row)
+        figures = f"loss {row['loss'] or float('nan'):.3f}  {row['images_per_second']:,.0f} images/s"
+        self.progress.update(self._task, figures=figures, epoch=epoch)
+
+    def log_evaluation(self, row: Row, epochs: int) -> None:
+        """Record an evaluation, and print it as one line, above the bar where there is one."""
+        self.evaluation.add(row)
+        self._to_board("eval", row)
+        last: dict[str, Any] = self.training.rows[-1] if self.training.rows else {}
+        loss, speed = last.get("loss"), last.get("images_per_second")
+        figures = [f"accuracy {100 * (row['top1'] or 0):.2f} %", f"test loss {row['loss']:.4f}"]
+        figures += [f"training loss {loss:.4f}"] if loss is not None else []
+        figures += [f"{speed:,.0f} images/s"] if speed is not None else []
+        line = f"epoch {row['epoch']:g}/{epochs}  step {row['step']}  " + "  ".join(figures)
+        if self.console is not None:
+            self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _to_board(self, kind: str, row: Row) -> None:
+        with self._naming_the_board():
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self.board.add_scalar(f"{kind}/{name}", value, int(row["step"] or 0))
+
+    @contextmanager
+    def _naming_the_board(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise file_error(error, self._board_folder) from error
+
+
 class Curve:
-    """Rows of numbers in a CSV file, one for each step that was noted; a resumed run goes on in the same file.
+    """Rows of numbers in a CSV file, one for each recorded step; a resumed run goes on in the same file.
 
     Args:
         path: of the file.
         columns: of it, "step" first.
-        step: rows after this step are dropped: they are of a future that did not come.
+        step: rows after this step are dropped: the run goes on from there, and takes those steps again.
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...], step: int) -> None:
@@ -36,8 +133,11 @@ class Curve:
         """Append a row; it is in the file when this returns."""
         kept = {name: row.get(name) for name in self.columns}
         self.rows.append(kept)
-        with self.path.open("a", newline="") as file:
-            file.write(self._text([kept], header=False))
+        try:
+            with self.path.open("a", newline="") as file:
+                file.write(self._text([kept], header=False))
+        except OSError as error:
+            raise file_error(error, self.path) from error
 
     def _text(self, rows: list[Row], *, header: bool) -> str:
         text = io.StringIO(newline="")
@@ -58,7 +158,9 @@ def read_rows(path: Path) -> list[Row]:
         return []
     content = read_bytes(path, "run")
     try:
-        reader = csv.DictReader(io.StringIO(content.decode(), newline=""), restval="", restkey="")
+        # What follows the last end of a line was cut off, wherever: 0.2 may have been 0.25.
+        text = content[: content.rfind(b"\n") + 1].decode() if b"\n" in content else content.decode()
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         if content and "step" not in (reader.fieldnames or ()):
             raise ValueError("its first line names no column 'step'")
         return [row for cells in reader if (row := _numbers(cells)) is not None]
@@ -67,11 +169,13 @@ def read_rows(path: Path) -> list[Row]:
         raise refused("run", path, rule, "restore it from a copy, or remove it") from error
 
 
-def _numbers(cells: Mapping[str, Any]) -> Row | None:
-    """The cells as numbers, an empty one as None; None of a row that is longer than the first, or no numbers."""
+def _numbers(cells: Mapping[str | None, Any]) -> Row | None:
+    """The cells as numbers, an empty one as None; None of a row of another length than the first, or no numbers."""
+    if None in cells or None in cells.values():
+        return None
     try:
-        return {name: _number(cell) for name, cell in cells.items()}
-    except (AttributeError, ValueError):  # the former: a list, of the cells that have no name
+        return {str(name): _number(cell) for name, cell in cells.items()}
+    except ValueError:
         return None
 
 
@@ -82,41 +186,43 @@ def _number(cell: str) -> float | None:
     return int(cell) if cell.lstrip("-").isdecimal() else float(cell)
 
 
-class Records:
-    """What a run notes as it goes.
+PACKAGES = ("normfree", "torch", "torchvision", "lightning", "datasets", "numpy", "safetensors")
 
-    Args:
-        folder: of the run.
-        step: at which it goes on; 0 at its beginning.
 
-    Attributes:
-        training: a row every few steps.
-        evaluation: a row for each evaluation.
-    """
+def provenance() -> dict[str, Any]:
+    """Return what is needed to do a run again: command, versions, commit and hardware."""
+    return {
+        "command": shlex.join(["normfree", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "commit": commit(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
 
-    def __init__(self, folder: Path, step: int) -> None:
-        required("tensorboard", "a run's record")
-        from torch.utils.tensorboard import SummaryWriter
 
-        self.training = Curve(folder / "train.csv", TRAINING, step)
-        self.evaluation = Curve(folder / "eval.csv", EVALUATION, step)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+def commit() -> str | None:
+    """Return the commit of the working tree this package lies in, "-dirty" if changed; None outside one."""
+    folder = Path(__file__).resolve().parent
+    try:
+        described = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        found = subprocess.run(described, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
 
-    def trained(self, row: Row) -> None:
-        """Note a stretch of training."""
-        self.training.add(row)
-        self._board("train", row)
 
-    def evaluated(self, row: Row) -> None:
-        """Note an evaluation."""
-        self.evaluation.add(row)
-        self._board("eval", row)
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
-    def close(self) -> None:
-        """Have everything on disk."""
-        self.board.close()
 
-    def _board(self, kind: str, row: Row) -> None:
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self.board.add_scalar(f"{kind}/{name}", value, int(row["step"] or 0))
+def _cpu() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

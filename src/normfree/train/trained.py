@@ -17,8 +17,7 @@ from normfree.common.packages import required
 from normfree.common.text import first_line, one_line, quoted
 from normfree.data import DataConfig
 from normfree.signal.nonfinite import check_finite
-from normfree.train.checkpoint import MANIFEST, CheckpointStore, verified
-from normfree.train.run import CHECKPOINTS, CONFIG, MODEL
+from normfree.train.checkpoint import CHECKPOINTS, CONFIG, MANIFEST, MODEL, CheckpointStore, verify_checkpoint
 from normfree.weights import load
 
 REMEDY = "export the network again"
@@ -118,7 +117,7 @@ def weights_of(path: str | Path) -> Path:
     if not path.is_dir():
         return path
     if (path / MANIFEST).is_file():
-        return verified(path).weights
+        return verify_checkpoint(path).weights
     if (path / CONFIG).is_file() and (path / MODEL).is_file():
         return path / MODEL
     store = CheckpointStore(path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path)

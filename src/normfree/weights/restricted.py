@@ -1,6 +1,6 @@
 """Pickles read as data: nothing in the file is ever imported, looked up or called.
 
-The official weights are dill pickles, and unpickling calls whatever the file names. Three fences stand here, one
+The official weights are dill pickles, and unpickling calls whatever the file names. There are three barriers, one
 behind another: only the opcodes that numpy arrays in plain containers need may occur; every name the file mentions
 is looked up in a table of stand-ins, never imported; the stand-ins are inert objects of this file, which turn bytes
 and shapes into arrays themselves.

@@ -270,3 +270,37 @@ def test_each_evaluation_ends_its_workers(folder):
     for _ in range(2):
         assert sum(len(targets) for _, targets in data) == 20
         assert not set(multiprocessing.active_children()) - before
+
+
+def test_evaluation_in_memory_takes_the_centre_that_decoding_on_the_fly_takes(folder):
+    """Images of 16 x 12 pixels, of which a centre of 8 x 8 is evaluated."""
+    for ratio in (0.5, 0.875, 1.0):
+        config = DataConfig(source=str(folder), evaluation_split="train", image_size=8, crop_ratio=ratio, batch_size=20)
+        (held,), (decoded,) = (list(open_evaluation(replace(config, in_memory=way))) for way in (True, False))
+        assert torch.equal(held[0], decoded[0]) and torch.equal(held[1], decoded[1])
+        if ratio == 0.5:
+            other = next(iter(open_evaluation(replace(config, in_memory=True, crop_ratio=1.0))))
+            assert not torch.equal(held[0], other[0])
+
+
+@pytest.mark.parametrize("way", [{"in_memory": True}, {"in_memory": False}, {"streaming": True}])
+def test_images_to_evaluate_on_that_are_all_damaged_are_an_error(tmp_path, way):
+    write_parquet(tmp_path / "test.parquet", [b"no image"] * 3, [0, 1, 2])
+    config = DataConfig(source=str(tmp_path), image_size=8, on_bad_image="skip", **way)
+    with pytest.raises(ValueError, match=r"source=.*holds no image .*; mend the files"):
+        next(iter(open_evaluation(config)))
+
+
+def test_a_set_is_told_by_the_names_and_sizes_of_its_files(folder, parquet, shards, tmp_path):
+    for source in (str(folder), str(parquet), shards):
+        config = DataConfig(source=source, batch_size=2, image_size=8)
+        identity = open_training(config).identity()
+        assert identity == open_training(replace(config, workers=1, seed=4)).identity()
+        assert identity["bytes"] > 0
+        assert identity["files"] == {str(folder): 20, str(parquet): 2, shards: 3}[source]
+    file = next(folder.rglob("*.png"))
+    before = open_training(DataConfig(source=str(folder), batch_size=2, image_size=8)).identity()
+    file.write_bytes(file.read_bytes() + b"more")
+    after = open_training(DataConfig(source=str(folder), batch_size=2, image_size=8)).identity()
+    assert after["bytes"] == before["bytes"] + 4 and after["sha256"] != before["sha256"]
+    assert open_training(DataConfig()).identity() == {"examples": 1442}

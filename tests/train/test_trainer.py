@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_sets import CLASSES, write_folder
 from safetensors.torch import load_file
 from tiny_run import MODEL, tiny
 
@@ -15,7 +16,7 @@ import normfree
 from normfree.cli import main
 from normfree.train import RECIPES, NonFiniteLossError, train
 from normfree.train.config import from_dict
-from normfree.train.records import Curve, read_rows
+from normfree.train.records import read_rows
 from normfree.train.trained import open_trained, weights_of
 
 QUICK = {"average_decay": None, "checkpoint_every": None}
@@ -198,13 +199,16 @@ def test_gradients_that_are_finite_may_have_no_finite_norm(tmp_path, monkeypatch
     assert told.value.step == 0
 
 
-def test_a_curve_forgets_a_future_that_did_not_come(tmp_path):
-    curve = Curve(tmp_path / "c.csv", ("step", "loss"), 0)
-    for step in (1, 2, 3):
-        curve.add({"step": step, "loss": 1 / step})
-    with (tmp_path / "c.csv").open("a") as file:
-        file.write("4,0.2")  # killed while writing
-    assert Curve(tmp_path / "c.csv", ("step", "loss"), 2).rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+def test_images_to_evaluate_on_that_are_all_damaged_are_one_line(tmp_path):
+    write_folder(tmp_path / "images" / "train", 12)
+    for name in CLASSES:
+        (tmp_path / "images" / "test" / name).mkdir(parents=True)
+        (tmp_path / "images" / "test" / name / "a.png").write_bytes(b"no image")
+    data = {"source": str(tmp_path / "images"), "in_memory": False, "on_bad_image": "skip", "batch_size": 4}
+    for every in (0, 5):  # first met in the evaluation, or by the monitor
+        config = tiny(tmp_path / str(every), data=data, batch_size=4, signal_every=every, limit_train_steps=1)
+        with pytest.raises(ValueError, match=r"holds no image to evaluate on: 3 do not decode, .*a\.png first; mend"):
+            train(config)
 
 
 @pytest.fixture(scope="module")

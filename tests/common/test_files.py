@@ -1,0 +1,81 @@
+"""Files that are written whole or not at all, as what they were, and by name where they cannot be."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from normfree.common.files import remove_stale, temporary_path, write_atomically
+
+
+@pytest.fixture
+def umask():
+    """A umask of one's own, which a test may not touch."""
+    before = os.umask(0o027)
+    yield 0o027
+    assert os.umask(before) == 0o027
+
+
+def test_a_file_has_the_permissions_that_the_umask_leaves(tmp_path, umask, monkeypatch):
+    monkeypatch.setattr("os.umask", lambda mask: pytest.fail("the process's umask is every thread's"))
+    assert write_atomically(tmp_path / "deep" / "file", "new").stat().st_mode & 0o777 == 0o666 & ~umask
+    monkeypatch.undo()
+
+
+def test_a_symbolic_link_stays_one(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("old")
+    for name, target in (("link", tmp_path / "there" / "file"), ("relative", "there/file"), ("new", "there/another")):
+        (tmp_path / name).symlink_to(target)
+        assert write_atomically(tmp_path / name, name) == tmp_path / name
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / name).read_text() == name
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["another", "file"]
+
+
+@pytest.mark.parametrize("path", ["/dev/null", ""])
+def test_what_is_no_file_is_not_replaced(path, tmp_path):
+    with pytest.raises(ValueError, match="is a device, no file" if path else "is a folder, no file"):
+        write_atomically(path or tmp_path, "text")
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("old")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/file'$") as caught:
+        write_atomically(tmp_path / "file", "new")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "file"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+KILLED = """
+import os, sys
+from normfree.common.files import write_atomically
+os.fsync = lambda handle: os.kill(os.getpid(), 9)
+write_atomically(sys.argv[1], "half")
+"""
+
+
+def test_temporary_files_of_dead_processes_are_removed_and_of_living_ones_not(tmp_path):
+    path = tmp_path / "file"
+    for name in ("file", "another"):
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], check=False)
+        assert killed.returncode == -9
+    mine = temporary_path(path)
+    mine.write_text("being written")
+    (tmp_path / ".file.of-mine.tmp").write_text("somebody's")
+    assert len(list(tmp_path.iterdir())) == 4
+    write_atomically(path, "whole")
+    left = {mine.name, "file", ".file.of-mine.tmp"}
+    assert len({path.name for path in tmp_path.iterdir()} - left) == 1  # of another file
+    remove_stale(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == left
+    remove_stale(tmp_path, locked=True)
+    assert {path.name for path in tmp_path.iterdir()} == left - {mine.name}
