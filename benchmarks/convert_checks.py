@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.convert_training import logits
 from benchmarks.sweep import build
 from normfree.convert import conversion_of, convert
-from normfree.convert.kinds import is_norm
+from normfree.convert.dataflow import is_norm
 from normfree.data import probe_named
 from normfree.signal import spp
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.digits import digits
 from benchmarks.sweep import build
 from normfree.convert import Conversion, conversion_of, convert
-from normfree.convert.kinds import activation_in, is_norm
+from normfree.convert.dataflow import activation_in, is_norm
 from normfree.optim import warmup_cosine
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]

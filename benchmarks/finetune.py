@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.digits import digits
 from normfree.benchmark import hardware
 from normfree.convert import convert
-from normfree.convert.kinds import is_norm
+from normfree.convert.dataflow import is_norm
 from normfree.optim import warmup_cosine
 from normfree.signal import write_atomically
 

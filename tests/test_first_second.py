@@ -117,10 +117,10 @@ def network() -> nn.Sequential:
 def test_convert_is_the_package_and_the_function():
     assert normfree.convert is convert_package is importlib.import_module("normfree.convert")
     assert isinstance(convert_package, types.ModuleType)
-    assert convert_package.conversion_of is convert_package.converting.conversion_of
+    assert convert_package.conversion_of is convert_package.pipeline.conversion_of
     converted = normfree.convert(network(), torch.randn(4, 3, 8, 8), start="pretrained")
     assert convert_package.conversion_of(converted) is not None
-    function = importlib.import_module("normfree.convert.converting").convert
+    function = importlib.import_module("normfree.convert.pipeline").convert
     assert inspect.signature(normfree.convert) == inspect.signature(function)
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 import normfree
 from normfree.common.files import read_json, structured
+from normfree.common.safetensors_file import read, sizes
 from normfree.convert import Conversion
 from normfree.data.decode import decode, header_size
 from normfree.train.checkpoint import verify_checkpoint
@@ -27,7 +28,7 @@ from normfree.train.config import TrainConfig, from_dict, to_dict
 from normfree.train.recipes import RECIPES
 from normfree.train.records import read_rows
 from normfree.train.trained import open_trained
-from normfree.weights.checkpoint import load, read, sizes
+from normfree.weights.checkpoint import load
 
 FUZZ = settings(
     derandomize=True, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck), database=None

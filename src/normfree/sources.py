@@ -24,12 +24,13 @@ from torch.overrides import TorchFunctionMode
 from normfree.common.checks import check_memory, invalid, suggestion
 from normfree.common.files import check_file, kind_of
 from normfree.common.packages import required
+from normfree.common.safetensors_file import sizes
 from normfree.common.text import first_line, one_line, quoted
 from normfree.convert import stored_conversion
 from normfree.models import create_model, list_models
 from normfree.models.registry import parse_overrides
 from normfree.weights import load
-from normfree.weights.checkpoint import check_depths, sizes
+from normfree.weights.checkpoint import check_depths
 
 FORMS = (
     "a name of `normfree models`, torchvision:NAME, timm:NAME, FILE.py:FACTORY, a checkpoint of normfree.save, or "

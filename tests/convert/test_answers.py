@@ -12,9 +12,8 @@ from torch import nn
 
 import normfree
 from normfree.convert import Conversion
-from normfree.convert.dataflow import record
+from normfree.convert.dataflow import is_norm, record
 from normfree.convert.fresh import fresh_plan
-from normfree.convert.kinds import is_norm
 from normfree.convert.structure import Structure
 from normfree.nn import ScaledWSLinear
 

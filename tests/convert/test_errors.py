@@ -9,7 +9,7 @@ from convert.nets import post_activation
 from torch import nn
 
 import normfree
-from normfree.convert.completing import NOT_RUN
+from normfree.convert.pipeline import NOT_RUN
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -217,13 +217,6 @@ def test_a_norm_behind_a_recurrent_layer_becomes_an_affine_map():
 
     changes = normfree.convert(Recurrent(), IMAGES[..., :8]).conversion.changes
     assert next(change.now for change in changes if change.name == "norm") == "ChannelUnits"
-
-
-def test_weights_made_by_the_old_weight_norm_are_told():
-    with pytest.warns(FutureWarning):
-        layer = nn.utils.weight_norm(nn.Conv2d(3, 4, 3))
-    with pytest.raises(ValueError, match=r"cannot be copied .* torch.nn.utils.parametrizations"):
-        normfree.convert(nn.Sequential(layer, nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), IMAGES)
 
 
 def test_an_input_that_leaves_torch_is_told():

@@ -19,7 +19,7 @@ from convert.nets import (
 from torch import nn
 
 import normfree
-from normfree.convert.kinds import is_norm
+from normfree.convert.dataflow import is_norm
 from normfree.nn import BranchScale, ScaledWSConv2d, ScaledWSConvTranspose2d, ScaledWSLinear
 
 IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ from convert.nets import FunctionalGate, Gate, PostActivation, post_activation
 from torch import nn
 
 import normfree
-from normfree.convert.kinds import is_norm
+from normfree.convert.dataflow import is_norm
 
 IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

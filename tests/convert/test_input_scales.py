@@ -11,7 +11,7 @@ from convert.nets import post_activation
 from torch import nn
 
 import normfree
-from normfree.convert.kinds import is_norm
+from normfree.convert.dataflow import is_norm
 from normfree.nn import ScaledWSConv2d
 
 IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))

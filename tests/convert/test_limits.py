@@ -9,8 +9,8 @@ from convert.nets import Offset, post_activation, randomise
 from torch import nn
 
 import normfree
-from normfree.convert import converting
-from normfree.convert.kinds import is_norm
+from normfree.convert import pipeline
+from normfree.convert.dataflow import is_norm
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -232,8 +232,8 @@ def test_a_norm_whose_place_gives_something_else_stays(monkeypatch):
         if any(change.into == "3" for change in changes):
             converted[3].bias.data += 1.0
 
-    filled = converting.fill
-    monkeypatch.setattr(converting, "fill", misfilled)
+    filled = pipeline.fill_constants
+    monkeypatch.setattr(pipeline, "fill_constants", misfilled)
     first = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
     model = randomise(nn.Sequential(*first, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))).eval()
     converted = normfree.convert(model, IMAGES, start="pretrained")
@@ -246,10 +246,10 @@ def test_outputs_that_differ_for_no_known_reason_are_an_error(monkeypatch):
         filled(original, converted, changes, constants)
         converted[3].weight.data *= 1.5  # no norm's place
 
-    filled = converting.fill
+    filled = pipeline.fill_constants
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))).eval()
     normfree.convert(model, IMAGES, start="pretrained")
-    monkeypatch.setattr(converting, "fill", misfilled)
+    monkeypatch.setattr(pipeline, "fill_constants", misfilled)
     with pytest.raises(ValueError, match=r"Sequential gives other outputs once converted \(relative error 0\.[3-9]\)"):
         normfree.convert(model, IMAGES, start="pretrained")
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import normfree
 from normfree.convert.dataflow import record
-from normfree.convert.normalization import Normalizations
+from normfree.convert.norms import Normalizations
 
 TOKENS = torch.randn(4, 10, 16, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(4, 16, 6, 6, generator=torch.Generator().manual_seed(0))

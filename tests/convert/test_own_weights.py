@@ -477,3 +477,72 @@ def test_opacus_accepts_it_and_one_private_step_runs():
     module = opacus.GradSampleModule(private)
     module(batch).square().sum().backward()
     assert all(parameter.grad_sample.shape[0] == len(batch) for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+@pytest.mark.parametrize("reparametrize", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.(weight|spectral)_norm.*is deprecated:FutureWarning")
+def test_a_weight_that_an_old_hook_computes_stays_with_a_reason(reparametrize, start):
+    """Once it has run, the computed weight is an attribute with a graph, which no copy.deepcopy takes."""
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), reparametrize(nn.Conv2d(8, 8, 3)), nn.BatchNorm2d(8)]
+    model, images = nn.Sequential(*layers), torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    model(images).sum().backward()
+    assert not model[3].weight.is_leaf
+    wanted = model.eval()(images)
+    converted = normfree.convert(model, images, start=start)
+    kept = {one.name: one.reason for one in converted.conversion.kept}
+    changed = {one.name: one.reason for one in converted.conversion.changes}
+    assert {"0", "1"} <= changed.keys() and "3" in kept
+    assert (kept | changed)["4"].endswith("3 before it has hooks")
+    found = converted(images)
+    if start == "pretrained":
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(normfree.fold(converted)(images), found)
+    converted.train()(images).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in converted.parameters())
+
+
+class Heads(nn.Module):
+    """A linear map whose weight has an axis for the heads, as attention and graph layers write it."""
+
+    def __init__(self, equation, shape, bias):
+        super().__init__()
+        self.equation, self.weight = equation, nn.Parameter(torch.randn(shape) * 0.2)
+        self.bias = nn.Parameter(torch.randn(12)) if bias else None
+
+    def forward(self, x):
+        equation, _, regrouped = self.equation.partition(", ")
+        made = torch.einsum(equation, x, self.weight)
+        made = made.contiguous().transpose(2, 3) if regrouped else made
+        made = made.transpose(1, 2) if made.shape[1] == 4 else made  # heads before positions
+        return made.flatten(2) if self.bias is None else made.flatten(2) + self.bias
+
+
+class Swap(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+HEADS = {
+    "ntd,hde->nthe": (4, 12, 3),
+    "ntd,hde->nhte": (4, 12, 3),
+    "ntd,dhe->nhte": (12, 4, 3),
+    "ntd,hed->nthe": (4, 3, 12),
+    "ntd,hde->nthe, regrouped": (4, 12, 3),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("equation", HEADS)
+def test_a_product_by_heads_takes_the_constants_of_its_norm(equation, bias):
+    """Which output of the product is which channel of the norm is told by the operations in between, run on indices."""
+    layers = [nn.Linear(12, 12), Heads(equation, HEADS[equation], bias), Swap(), nn.BatchNorm1d(12), Swap()]
+    model = randomise(nn.Sequential(*layers, nn.ReLU(), nn.Linear(12, 3))).eval()
+    x = torch.randn(8, 12, 12, generator=torch.Generator().manual_seed(0))  # as many positions as channels
+    converted = normfree.convert(model, x, start="pretrained")
+    changes = {one.name: one for one in converted.conversion.changes}
+    if equation.endswith("regrouped"):  # channels are not in the order of the product's outputs
+        assert changes["3"].now == "ChannelAffine"
+    else:
+        assert (changes["1"].now, changes["3"].into) == ("kept-mean Heads", "1")
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from torch import nn
 
 import normfree
 from normfree.convert import conversion_of
-from normfree.convert.kinds import is_norm
+from normfree.convert.dataflow import is_norm
 from normfree.nn import ChannelAffine, KeptMeanConv2d
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ from convert.nets import randomise
 from torch import nn
 
 import normfree
-from normfree.convert import checking, converting
+from normfree.convert import pipeline, verify
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -28,7 +28,7 @@ class Chosen(nn.Module):
 def test_a_choice_that_rounding_tips_is_no_error(monkeypatch):
     model = randomise(Chosen()).eval()
     assert not normfree.convert(model, IMAGES, start="pretrained").conversion.norms_left
-    monkeypatch.setattr(checking, "_jittered", lambda batch, size: batch)
+    monkeypatch.setattr(verify, "_jitter", lambda batch, size: batch)
     with pytest.raises(ValueError, match="Chosen gives other outputs once converted"):
         normfree.convert(model, IMAGES, start="pretrained")
 
@@ -49,7 +49,7 @@ def test_half_precision_inside_is_no_error(monkeypatch):
     model(IMAGES + 30)
     converted = normfree.convert(model.eval(), IMAGES + 30, start="pretrained")
     assert not converted.conversion.norms_left
-    monkeypatch.setattr(checking, "_jittered", lambda batch, size: batch)
+    monkeypatch.setattr(verify, "_jitter", lambda batch, size: batch)
     with pytest.raises(ValueError, match="its normalizer stays"):
         normfree.convert(model, IMAGES + 30, start="pretrained")
 
@@ -59,10 +59,10 @@ def test_a_norm_behind_what_went_wrong_is_not_blamed(monkeypatch):
         attempts.append(filled(original, converted, changes, constants))
         converted[3].weight.data *= 1.5  # no norm's place
 
-    filled, attempts = converting.fill, []
+    filled, attempts = pipeline.fill_constants, []
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()]
     model = randomise(nn.Sequential(*layers, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))).eval()
-    monkeypatch.setattr(converting, "fill", misfilled)
+    monkeypatch.setattr(pipeline, "fill_constants", misfilled)
     with pytest.raises(ValueError, match="Sequential gives other outputs once converted"):
         normfree.convert(model, IMAGES, start="pretrained")
     assert len(attempts) == 1, "a norm that is blamed stays in a second attempt"

@@ -1,12 +1,17 @@
 """Take the normalizers out of someone else's model, guided by its recorded dataflow.
 
-The package can be called as its function :func:`convert`: ``normfree.convert(model, x)``.
+:mod:`~normfree.convert.pipeline` has the function :func:`convert`, and reads from top to bottom: record, plan, apply,
+verify. The package can be called as that function: ``normfree.convert(model, x)``.
 """
 
-from normfree.convert.callable_package import make_callable
-from normfree.convert.converting import ALPHA, BETAS, SKIP_GAIN, conversion_of, convert
-from normfree.convert.files import stored_conversion
-from normfree.convert.record import STARTS, Change, Conversion, Kept
+import inspect
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from normfree.convert.pipeline import ALPHA, BETAS, SKIP_GAIN, convert
+from normfree.convert.record import STARTS, Change, Conversion, Kept, conversion_of, stored_conversion
 
 __all__ = [
     "ALPHA",
@@ -21,4 +26,31 @@ __all__ = [
     "stored_conversion",
 ]
 
-make_callable(__name__)
+
+class CallablePackage(ModuleType):
+    """A package whose call is a call of its function of the same name.
+
+    ``normfree.convert`` is a function of the public interface and the package that holds it. Python makes a package
+    that is imported an attribute of its parent, whatever that attribute was before; so the package is callable, and
+    the two are one object. It is pickled by its name, as a function is.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return convert(*args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Any:
+        """The function."""
+        return convert
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Its signature, for editors and ``help``."""
+        return inspect.signature(convert)
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return import_module, (self.__name__,)
+
+
+sys.modules[__name__].__class__ = CallablePackage

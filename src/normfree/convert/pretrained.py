@@ -8,19 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.convert.completing import unseen_norms
-from normfree.convert.constants import AffineMap
-from normfree.convert.frozen import learns
-from normfree.convert.kinds import (
+from normfree.convert.apply import fold_affine, learns
+from normfree.convert.dataflow import (
     activation_in,
     channels_of,
     class_name,
     is_layer,
 )
-from normfree.convert.norms import NOT_FOLLOWED, why_unknown
-from normfree.convert.record import Change, Kept
-from normfree.convert.rewrite import AFFINE, BARE, WITH_ACTIVATION, fold_affine
-from normfree.convert.structure import Structure
+from normfree.convert.norms import NOT_FOLLOWED, AffineMap, why_unknown
+from normfree.convert.record import AFFINE, BARE, WITH_ACTIVATION, Change, Kept
+from normfree.convert.structure import Structure, unseen_norms
 from normfree.nn import ChannelAffine
 
 
@@ -95,8 +92,12 @@ def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
         return None, f"{structure.shared[layer]} reads a parameter of {layer} before it, too"
     if problem := structure.maps[layer].why_not(fresh=False):
         return None, f"{layer} before it {problem}"
-    regrouped = any(call.input is not None and call.input.note.axis != 1 for call in calls)
-    if regrouped or channels_of(calls[0].module) != structure.maps[layer].outputs:
+    in_order = all(
+        structure.keeps_order(before, call.input)
+        for before, call in zip(behind, calls, strict=True)
+        if before is not None and call.input is not None
+    )
+    if not in_order or channels_of(calls[0].module) != structure.maps[layer].outputs:
         return None, f"the channels of {layer} before it are regrouped in between"
     if len(structure.layers[layer]) != len(calls):
         return None, f"{layer} before it is used elsewhere, too"
@@ -148,7 +149,7 @@ def _read_by_another(structure: Structure, alternatives: Iterable[tuple[str, str
 
 
 @torch.no_grad()
-def fill(
+def fill_constants(
     original: nn.Module, converted: nn.Module, changes: Iterable[Change], constants: Mapping[str, AffineMap]
 ) -> None:
     """Give the converted modules the numbers that keep the function.

@@ -1,6 +1,6 @@
 """The record of a conversion: every change and everything left alone, for people and for machines.
 
-It is also the recipe: :func:`normfree.convert.rewrite.rewritten` makes the converted model of the original and this.
+It is also the recipe: :func:`normfree.convert.apply.rewrite` makes the converted model of the original and this.
 """
 
 from __future__ import annotations
@@ -13,15 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from normfree.common.checks import invalid
-from normfree.common.files import structured
+from normfree.common.files import parse_json, structured, write_atomically
+from normfree.common.safetensors_file import Stored, read
 from normfree.common.text import first_line
 from normfree.nn import WeightLayout
-from normfree.signal import write_atomically
 
 SCHEMA = 1
 
+NOTE = "normfree.conversion"
+"""The note in a file of :func:`normfree.save` that holds the record, as JSON."""
+
 STARTS = ("fresh", "pretrained")
 """Weights drawn anew for a variance-preserving start, or the function of the trained model kept."""
+
+
+BARE, WITH_ACTIVATION, COPY, OUTPUT_COPY = "Identity", "Activation", "Copy", "OutputCopy"
+OUT_OF_PLACE = "OutOfPlace"
+AFFINE, UNITS, SCALED = "ChannelAffine", "ChannelUnits", "BranchScale"
+"""What stands in the place of what is no layer."""
+
+STANDARDIZED, KEPT_MEAN = "standardized", "kept-mean"
+"""Before the class of a module that stays and whose weight was standardized in place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +153,7 @@ class Conversion:
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """The table's rows: module, before, after, why; what is kept has "kept" for after."""
-        changed = [(one.name, one.was, described(one), one.reason) for one in self.changes]
+        changed = [(one.name, one.was, describe(one), one.reason) for one in self.changes]
         return changed + [(one.name, one.was, "kept", one.reason) for one in self.kept]
 
     def __str__(self) -> str:
@@ -154,8 +166,36 @@ class Conversion:
         return "\n".join([*lines, *(f"note: {note}" for note in self.different_notes())])
 
 
-def described(change: Change) -> str:
+def describe(change: Change) -> str:
     """What stands in a module's place now, with its factors."""
     factors = {name: getattr(change, name) for name in ("input_scale", "correction", "alpha", "skip_gain")}
     shown = [f"{name}={value:.4g}" for name, value in factors.items() if value is not None]
     return f"{change.now}({', '.join(shown)})" if shown else change.now
+
+
+def conversion_of(model: Any) -> Conversion | None:
+    """The record of a converted model; None for any other."""
+    found = getattr(model, "conversion", None)
+    return found if isinstance(found, Conversion) else None
+
+
+def stored_conversion(path: str | Path) -> Conversion | None:
+    """The record in a file of :func:`normfree.save`; None if the model in it was not converted.
+
+    Raises:
+        ValueError: no such file, or a damaged one.
+    """
+    stored = read(path)
+    return noted_conversion(stored) if NOTE in stored.notes else None
+
+
+def noted_conversion(stored: Stored) -> Conversion:
+    """The record that a file of a converted model notes.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return Conversion.from_dict(parse_json(stored.notes[NOTE]))
+    except ValueError as error:
+        raise stored.error(f"has a damaged record ({first_line(error)})", "take an undamaged copy") from error

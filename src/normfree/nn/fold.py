@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 
 from torch import nn
 
 from normfree.common.checks import invalid
+from normfree.common.copies import copy_model
 
 _COMPUTE = ("forward", "convolve", "_conv_forward", "__call__")
 _DESCRIBE = ("folded", "plain", "plain_class")
@@ -82,7 +82,7 @@ def fold(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         remedy = "build it first, normfree.fold(normfree.create_model(name)), or read it by normfree.load"
         raise invalid("model", model, "must be a torch module", remedy)
-    return _folded(copy.deepcopy(model), "model", {}).eval()
+    return _folded(copy_model(model), "model", {}).eval()
 
 
 def _folded(module: nn.Module, name: str, known: dict[nn.Module, nn.Module]) -> nn.Module:

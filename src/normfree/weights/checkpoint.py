@@ -1,18 +1,13 @@
 """``save`` and ``load``: one safetensors file with a model's tensors, and notes that say how to build it.
 
-There is more than one way to say it, and each enters itself here: a model of ``create_model`` is its name and overrides
-(below), a converted one the record of its conversion (``normfree.convert.files``).
+A model of ``create_model`` is its name and overrides, a converted one the record of its conversion.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,8 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from normfree.common.checks import invalid, is_integer
-from normfree.common.files import check_file, kind_of, parse_json, refused, write_atomically
+from normfree.common.files import parse_json, write_atomically
+from normfree.common.safetensors_file import FOLDED, Stored, read
 from normfree.common.text import all_lines, first_line, shortened
+from normfree.convert.apply import rewrite
+from normfree.convert.record import NOTE as CONVERTED
+from normfree.convert.record import conversion_of, noted_conversion
 from normfree.models import Backbone, create_model
 from normfree.models.registry import check_backbone
 from normfree.nn.fold import fold, has_foldable
@@ -30,69 +29,11 @@ from normfree.trace.inputs import unwrapped
 Model = TypeVar("Model", bound=nn.Module)
 
 SUFFIX = ".safetensors"
-FOLDED = "normfree.folded"  # the note of a model that fold has made plain
-
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Precisions of weights; others (of eight bits and fewer, complex) no layer computes with."""
 
-NOTE = 2**26
-"""Characters of a note that are read at most: the record of a conversion of 100,000 modules."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What a file holds.
-
-    Attributes:
-        path: the file.
-        argument: what named it, for messages.
-        notes: the file's metadata.
-        tensors: by the names of the model's state dict.
-    """
-
-    path: Path
-    argument: str
-    notes: Mapping[str, str]
-    tensors: dict[str, Tensor]
-
-    @property
-    def folded(self) -> bool:
-        """Whether the model was a folded one."""
-        return FOLDED in self.notes
-
-    def error(self, rule: str, remedy: str) -> ValueError:
-        """Return (not raise) the error that says what is wrong with the file."""
-        return invalid(self.argument, str(self.path), rule, remedy)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """A way to say how a model is built.
-
-    Attributes:
-        key: of the note in the file.
-        note: what to write there, or None for a model that was not built that way; raises ValueError for one that
-            was, and that a file could not rebuild.
-        rebuilt: the model of a file with such a note, with its weights; takes the ``original`` of :func:`load`.
-    """
-
-    key: str
-    note: Callable[[nn.Module], str | None]
-    rebuilt: Callable[[Stored, nn.Module | None], nn.Module]
-
-
-_ORIGINS: list[Origin] = []
-
-_REGISTERED_BY = {"normfree.conversion": "normfree.convert"}
-"""Of packages that know weights, and not weights them: which one's import registers the origin of a note, as an entry
-point does. It is imported when a file has the note."""
-
-
-def register(origin: Origin) -> Origin:
-    """Enter a way to say how a model is built; a later one goes before an earlier one."""
-    assert origin.key not in {other.key for other in _ORIGINS}, f"{origin.key} is registered twice"
-    _ORIGINS.insert(0, origin)
-    return origin
+NAMED = "normfree"
+"""The note of a model of ``create_model``: its arguments, as JSON."""
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
@@ -114,9 +55,10 @@ def save(model: nn.Module, path: str | Path) -> Path:
             a callable, or has had a layer exchanged since.
     """
     model = unwrapped(model)
-    for origin in _ORIGINS:
-        if (note := origin.note(model)) is not None:
-            return write(model, path, {origin.key: note})
+    if (note := _conversion_note(model)) is not None:
+        return write(model, path, {CONVERTED: note})
+    if (note := named_note(model)) is not None:
+        return write(model, path, {NAMED: note})
     check_backbone(model, "save its state_dict with safetensors.torch.save_file")
     rule = "has no config, so a file could not rebuild it"
     remedy = "build it with normfree.create_model, or convert it with normfree.convert"
@@ -138,11 +80,13 @@ def load(path: str | Path, *, original: nn.Module | None = None) -> nn.Module:
         ValueError: the file is none of ours, or damaged; an original is needed, or is another model.
     """
     stored = read(path)
-    for key in _REGISTERED_BY.keys() & stored.notes.keys():
-        import_module(_REGISTERED_BY[key])
-    for origin in _ORIGINS:
-        if origin.key in stored.notes:
-            return origin.rebuilt(stored, original)
+    if CONVERTED in stored.notes:
+        return _converted(stored, original)
+    if NAMED in stored.notes:
+        if original is not None:
+            rule = f"{str(stored.path)!r} holds no converted model"
+            raise invalid("original", type(original).__name__, rule, "leave it out")
+        return named(stored)
     rule = "has weights, but not the model they belong to"
     raise stored.error(rule, "give a file of normfree.save, or load its tensors into a model of your own")
 
@@ -183,7 +127,7 @@ def named_config(stored: Stored) -> dict[str, Any]:
         ValueError: it notes none, or they are damaged.
     """
     try:
-        config = parse_json(stored.notes[NAMED.key])
+        config = parse_json(stored.notes[NAMED])
     except (KeyError, ValueError) as error:
         rule = "does not say which model of create_model it holds"
         raise stored.error(rule, "give one that normfree.save_pretrained or normfree.save wrote") from error
@@ -201,13 +145,6 @@ def check_depths(depths: Any, tensors: int) -> None:
     blocks = depths if isinstance(depths, (list, tuple)) else [depths]
     if not all(is_integer(depth) for depth in blocks) or sum(blocks) > tensors:
         raise invalid("depths", depths, f"must be integers of at most {tensors} in all, for so many tensors", "mend it")
-
-
-def _named(stored: Stored, original: nn.Module | None) -> nn.Module:
-    if original is not None:
-        rule = f"{str(stored.path)!r} holds no converted model"
-        raise invalid("original", type(original).__name__, rule, "leave it out")
-    return named(stored)
 
 
 def named(stored: Stored) -> Backbone:
@@ -246,7 +183,39 @@ def _undescribed(stored: Stored, error: Exception) -> ValueError:
     return stored.error(rule, "save it anew, or use the version that wrote it")
 
 
-NAMED = register(Origin(key="normfree", note=named_note, rebuilt=_named))
+def _conversion_note(model: nn.Module) -> str | None:
+    """The record of a converted model, as JSON; None of any other."""
+    conversion = conversion_of(model)
+    if conversion is None:
+        return None
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    names = [change.name for change in conversion.changes]
+    within = {name for name in names if any(name.startswith(f"{one}.") for one in names)}  # a norm's own activation
+    missing = [name for name in names if name not in known | within]
+    if missing:
+        rule = f"{missing[0]} of its conversion's record is gone, so a file could not rebuild it"
+        raise invalid("model", type(model).__name__, rule, "convert the model again after changing it")
+    return json.dumps(conversion.to_dict())
+
+
+def _converted(stored: Stored, original: nn.Module | None) -> nn.Module:
+    """The original, rewritten as the file's record says, with the file's weights."""
+    conversion = noted_conversion(stored)
+    if original is not None and not isinstance(original, nn.Module):
+        raise invalid("original", original, "is no torch.nn.Module", "pass the model itself, with any weights")
+    if original is None:
+        rule = f"{str(stored.path)!r} holds a converted {conversion.model}"
+        raise invalid("original", None, rule, "pass the model it was converted from (with any weights)")
+    try:
+        model = rewrite(unwrapped(original), conversion)
+        for name, tensor in model.state_dict().items():
+            if tensor.numel() == 0:  # of a mark, which files of before it lack
+                stored.tensors.setdefault(name, tensor)
+        return restored(model, stored)
+    except Exception as error:  # a forged record makes constructors raise almost anything
+        rule = f"it is not the model that {str(stored.path)!r} was converted from ({all_lines(error)})"
+        remedy = f"pass a {conversion.model} of the same sizes"
+        raise invalid("original", type(original).__name__, rule, remedy) from error
 
 
 def check_target(path: str | Path) -> Path:
@@ -287,38 +256,6 @@ def write(model: nn.Module, path: str | Path, notes: Mapping[str, str]) -> Path:
     return write_atomically(path, to_bytes(tensors, metadata={**notes, **folded}))
 
 
-def read(path: str | Path, argument: str = "path") -> Stored:
-    """Read a safetensors file.
-
-    Args:
-        path: the file.
-        argument: what named it, for messages.
-
-    Raises:
-        ValueError: if there is no such file, or it is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    kind = kind_of(path)
-    if kind == "a folder":
-        remedy = "name a file in it, or read a folder of normfree.save_pretrained with normfree.from_pretrained"
-        raise invalid(argument, str(path), "is a folder", remedy)
-    path = check_file(path, argument, "give one that normfree.save wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            notes = file.metadata() or {}
-            if any(len(note) > NOTE for note in notes.values()):
-                raise refused(argument, path, f"has a note of more than {NOTE:,} characters", "give an undamaged one")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            return Stored(path, argument, notes, tensors)
-    except (SafetensorError, OSError, AttributeError, TypeError) as error:  # the latter: a dtype torch does not have
-        if zipfile.is_zipfile(path):
-            remedy = "write its tensors with safetensors.torch.save_file(model.state_dict(), …)"
-            raise invalid(argument, str(path), "is a file of torch.save, not of safetensors", remedy) from error
-        rule = f"is no sound safetensors file ({all_lines(error)})"
-        raise invalid(argument, str(path), rule, "give an undamaged one that normfree.save wrote") from error
-
-
 def check_fits(model: nn.Module, stored: Stored) -> None:
     """Raise unless a model, which may be on the meta device, has the tensors of a file: names, shapes, kinds of number.
 
@@ -353,23 +290,6 @@ def check_number_kind(stored: Stored, name: str, mine: Tensor, theirs: Tensor) -
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def sizes(path: str | Path, argument: str = "path") -> tuple[int, int]:
-    """Return how many numbers and how many tensors a safetensors file holds, from its header.
-
-    Raises:
-        ValueError: no such file, or a damaged one.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(check_file(path, argument), framework="pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        rule = f"is no sound safetensors file ({all_lines(error)})"
-        raise invalid(argument, str(path), rule, "give an undamaged one") from error
-    return sum(map(math.prod, shapes)), len(shapes)
 
 
 def alike(model: Model, stored: Stored) -> Model:

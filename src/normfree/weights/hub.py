@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from normfree.common.checks import invalid
 from normfree.common.files import write_atomically
 from normfree.common.packages import required
+from normfree.common.safetensors_file import Stored, read
 from normfree.common.text import all_lines, first_line
 from normfree.models import Backbone, create_model
 from normfree.models.registry import check_backbone
-from normfree.weights.checkpoint import NAMED, Stored, alike, checked_config, named, named_note, read, write
+from normfree.weights.checkpoint import NAMED, alike, checked_config, named, named_note, write
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -60,7 +61,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, card: bool = True) 
     note = named_note(model)
     if note is None:
         raise invalid("model", type(model).__name__, "has no config", "build it with normfree.create_model")
-    write(model, folder / WEIGHTS_FILE, {NAMED.key: note})
+    write(model, folder / WEIGHTS_FILE, {NAMED: note})
     write_atomically(folder / CONFIG_FILE, json.dumps(model.config, indent=2) + "\n")
     if card and not (folder / CARD_FILE).exists():
         write_atomically(folder / CARD_FILE, model_card(model))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from normfree.common.checks import invalid
 from normfree.common.files import check_file
+from normfree.common.safetensors_file import read
 from normfree.common.text import first_line
-from normfree.weights.checkpoint import read
 
 _SHOWN = 3
 # The block in one of timm's names, and in an official one.

@@ -1,9 +1,13 @@
-"""A converted model runs before it is given back: what conversion could not foresee is found out at once."""
+"""A converted model runs before it is given back: it is compared with the original, and searched for leaks.
+
+A leak is a dependence of an example's output on the other examples of its batch, in training mode.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,12 +16,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normfree.common.text import one_line
-from normfree.convert.dataflow import resting
-from normfree.convert.kinds import class_name
-from normfree.convert.record import Conversion
-from normfree.convert.rewrite import AFFINE
-from normfree.trace.inputs import Batch, call, copy_of, examples_in, tensors_in
-from normfree.trace.preserve import untouched
+from normfree.convert.dataflow import Dataflow, Step, Trains, class_name, is_batch_norm, record, run_prepared
+from normfree.convert.norms import Normalization, Normalizations, reduced_axes
+from normfree.convert.record import AFFINE, Conversion, Kept
+from normfree.trace import operations as op
+from normfree.trace.graph import Node
+from normfree.trace.inputs import Batch, examples_in
 
 LEAST_ERROR = (1e-2, 0.1)
 """Relative error that is no rounding: TensorFloat-32 makes 1e-3, a norm that was misunderstood 0.1 and more; in half
@@ -39,7 +43,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 @contextmanager
-def running(
+def explain_failures(
     conversion: Conversion, original: nn.Module, converted: nn.Module, replaced: set[nn.Module]
 ) -> Iterator[None]:
     """While a converted model runs: its forward must take what was exchanged, and not call what was there before.
@@ -79,28 +83,28 @@ def running(
         )
 
 
-def misunderstood(
+def first_mismatching_norm(
     original: nn.Module,
     converted: nn.Module,
     replaced: set[nn.Module],
     conversion: Conversion,
     batch: Batch,
     *,
-    heads: bool,
+    trains: Trains,
 ) -> str | None:
     """The first norm in whose place the same input gives another output than in the original, by more than rounding.
 
     Raises:
-        ValueError: every norm's place gives the same, and yet the model does not; or :func:`running`'s reasons.
+        ValueError: every norm's place gives the same, and yet the model does not; it fails or calls what is gone.
     """
     places = {
         change.name: change.into or change.name
         for change in conversion.changes
         if change.into is not None or change.now == AFFINE
     }
-    wanted, outputs = _seen(original, places, batch, heads=heads)
-    with running(conversion, original, converted, replaced):
-        found, now = _seen(converted, places, batch, heads=heads)
+    wanted, outputs = _sample(original, places, batch, trains=trains)
+    with explain_failures(conversion, original, converted, replaced):
+        found, now = _sample(converted, places, batch, trains=trains)
     suspects = []
     for name, pair in wanted.items():
         other = found.get(name)
@@ -110,23 +114,29 @@ def misunderstood(
             suspects.append(name)
     if all(_is_precise(tensor) for tensor in [*outputs, *(tensor for pair in wanted.values() for tensor in pair)]):
         if not suspects:
-            _check_outputs(original, conversion, now, outputs, batch, heads=heads)
+            _check_outputs(original, conversion, now, outputs, batch, trains=trains)
     elif suspects:
         again = {name: places[name] for name in suspects}
-        moved, _ = _seen(original, again, _jittered(batch, HALF_JITTER), heads=heads)
+        moved, _ = _sample(original, again, _jitter(batch, HALF_JITTER), trains=trains)
         by_rounding = {name: _relative(moved[name][1], wanted[name][1]) for name in suspects if name in moved}
         suspects = [n for n in suspects if not _relative(found[n][1], wanted[n][1]) <= 3 * by_rounding.get(n, 0.0)]
     return suspects[0] if suspects else None
 
 
 def _check_outputs(
-    original: nn.Module, conversion: Conversion, now: list[Tensor], outputs: list[Tensor], batch: Batch, *, heads: bool
+    original: nn.Module,
+    conversion: Conversion,
+    now: list[Tensor],
+    outputs: list[Tensor],
+    batch: Batch,
+    *,
+    trains: Trains,
 ) -> None:
     """Raise ``ValueError`` where a model's outputs are not the original's, by more than rounding makes of them."""
     error = _largest(now, outputs)
     if error <= LEAST_ERROR[0]:
         return
-    _, moved = _seen(original, {}, _jittered(batch, JITTER), heads=heads)
+    _, moved = _sample(original, {}, _jitter(batch, JITTER), trains=trains)
     if error > 10 * _largest(moved, outputs):
         raise ValueError(
             f"model: {conversion.model} gives other outputs once converted (relative error {error:.1g}), for something "
@@ -134,7 +144,6 @@ def _check_outputs(
         )
 
 
-@torch.no_grad()
 def change_by_others(model: nn.Module, batch: Batch) -> float | None:
     """The relative change of the first example's output in training mode when the others become copies of it.
 
@@ -153,9 +162,8 @@ def change_by_others(model: nn.Module, batch: Batch) -> float | None:
     outputs = []
     for each in (batch, tree_map(alone, batch)):
         try:
-            with untouched(model, "train"):
-                made = tensors_in(call(model, copy_of(each)))
-                outputs.append([t[:1].clone() for t in made if t.dim() and len(t) == examples])
+            made = run_prepared(model, each, mode="train")
+            outputs.append([t[:1].clone() for t in made if t.dim() and len(t) == examples])
         except Exception:  # whatever a stranger's forward raises
             return None
     pairs = [(a, b) for a, b in zip(*outputs, strict=False) if a.shape == b.shape]
@@ -163,9 +171,8 @@ def change_by_others(model: nn.Module, batch: Batch) -> float | None:
     return max(changes) if changes else None
 
 
-@torch.no_grad()
-def _seen(
-    model: nn.Module, places: dict[str, str], batch: Batch, *, heads: bool
+def _sample(
+    model: nn.Module, places: dict[str, str], batch: Batch, *, trains: Trains
 ) -> tuple[dict[str, Pair], list[Tensor]]:
     """A sample of what went into each norm's place in its first run, and of what came out; and the model's outputs."""
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -176,16 +183,15 @@ def _seen(
         return lambda module, inputs, named: _keep(given, name, (inputs, named))
 
     def after(name: str) -> Any:
-        return lambda module, inputs, output: _keep(made, name, output)
+        return lambda module, inputs, named, output: _keep(made, name, output)
 
-    handles = [modules[p].register_forward_pre_hook(before(name), with_kwargs=True) for name, p in places.items()]
-    handles += [modules[name].register_forward_hook(after(name)) for name in places]
-    try:
-        with resting(model, heads=heads):
-            outputs = tensors_in(call(model, copy_of(batch)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    outputs = run_prepared(
+        model,
+        batch,
+        trains=trains,
+        before=[(modules[place], before(name)) for name, place in places.items()],
+        after=[(modules[name], after(name)) for name in places],
+    )
     return {name: (given[name], made[name]) for name in places if name in given and name in made}, outputs
 
 
@@ -197,7 +203,7 @@ def _keep(into: dict[str, Tensor], name: str, value: Any) -> None:
 
 
 @torch.no_grad()
-def _jittered(batch: Batch, size: float) -> Batch:
+def _jitter(batch: Batch, size: float) -> Batch:
     """A batch changed by about as much as rounding of a relative size changes it."""
     generator = torch.Generator().manual_seed(0)
 
@@ -234,3 +240,98 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
     found, wanted = found.double(), wanted.double()
     size = float(wanted.abs().max())
     return float((found - wanted).abs().max()) / size if size > 0 else float(found.abs().max())
+
+
+_ROWS = frozenset({"index_select", "gather", "index_add", "scatter_add", "scatter_reduce", "index_reduce", "scatter"})
+"""Operations along an axis, their second argument, that read or write rows by their index."""
+
+_STATISTICS = frozenset({"mean", "sum", "var", "var_mean", "std", "std_mean", "amax", "amin", "cumsum"})
+_OVER_EXAMPLES = frozenset({"examples", "nodes"})
+
+
+def note_leak(converted: nn.Module, conversion: Conversion, batch: Batch) -> Conversion:
+    """The record with what is seen of a converted model whose examples see each other in training mode.
+
+    A normalization over the examples is a normalizer left. Messages along the first axis, as between the nodes of a
+    graph or from one time step to the next, are the model's own design: a note. Of anything else it is recorded what
+    was seen, not what it would be. Where a BatchNorm stays nothing is added, for it explains what is seen.
+    """
+    if any(is_batch_norm(converted.get_submodule(one.name)) for one in conversion.norms_left):
+        return conversion
+    change = change_by_others(converted, batch)
+    if change is None:
+        return conversion
+    flow = _in_training(converted, batch)
+    normalizations = None if flow is None else Normalizations(flow)
+    seen = f"an example's output changed when the other examples of its batch did (relative change {change:.2g})"
+    if normalizations is not None and (norm := _over_examples(normalizations)) is not None:
+        if any(one.name == norm.module for one in conversion.norms_left):
+            return conversion
+        reason = f"{seen}: {norm.module or 'the model'} {norm}"
+        kept = Kept(name=norm.module, was=norm.kind, reason=reason, norm=True)
+        return replace(conversion, kept=(*conversion.kept, kept))
+    step = None if normalizations is None else _along_first_axis(normalizations)
+    if step is not None:
+        where = step.module or "the model"
+        note = (
+            f"{seen}: {where} computes {step.name} along the first axis, whose rows (nodes of a graph, time steps) see "
+            "each other by the model's own design, not by a normalizer"
+        )
+        return replace(conversion, notes=(*conversion.notes, note))
+    cause = None if normalizations is None else _statistic_of_examples(normalizations)
+    name, was = ("", "") if cause is None else (cause.module, cause.name)
+    reason = (
+        "no normalization that is recognised does so"
+        if cause is None
+        else f"{name or 'the model'} computes {was} of them"
+    )
+    kept = Kept(name=name, was=was or "its forward", reason=f"{seen}: {reason}")
+    return replace(conversion, kept=(*conversion.kept, kept))
+
+
+def _in_training(model: nn.Module, batch: Batch) -> Dataflow | None:
+    """The dataflow in training mode; None where the model wants something else then, such as targets."""
+    try:
+        return record(model, batch, mode="train")
+    except ValueError:
+        return None
+
+
+def _over_examples(normalizations: Normalizations) -> Normalization | None:
+    """A normalization, or the subtraction of a mean, over the examples; the first."""
+    return next((one for one in normalizations.found if one.statistic.over & _OVER_EXAMPLES), None)
+
+
+def _along_first_axis(normalizations: Normalizations) -> Step | None:
+    """The first operation by which the rows of the first axis see each other, other than a statistic of all."""
+    return next((step for step in normalizations.flow.steps if _mixes_rows(normalizations, step)), None)
+
+
+def _mixes_rows(normalizations: Normalizations, step: Step) -> bool:
+    flow, examples = normalizations.flow, normalizations.examples
+
+    def has_rows(value: object) -> bool:
+        return isinstance(value, Node) and flow.shapes[value][:1] == (examples,)
+
+    args = step.args
+    if step.name in _ROWS:
+        return len(args) > 1 and args[1] == 0 and any(map(has_rows, step.inputs))
+    if step.name == "index":
+        return has_rows(args[0]) and next(iter(args[1]), None) is not None
+    if step.name in ("mm", "addmm", "_sparse_mm", "_sparse_addmm"):
+        return bool(step.inputs) and isinstance(args[-1], Node) and args[-1] in step.inputs
+    if step.name in ("select", "unbind"):  # of one row each, as a loop over time steps takes them
+        return has_rows(args[0]) and (args[1] if len(args) > 1 else 0) == 0
+    return False
+
+
+def _statistic_of_examples(normalizations: Normalizations) -> Step | None:
+    """The first statistic of all examples that does not normalize."""
+    flow = normalizations.flow
+    for step in flow.steps:
+        if step.name in _STATISTICS and step.inputs and step.name not in op.NORM:
+            node = step.inputs[0]
+            axes = reduced_axes(step, len(flow.shapes[node]))
+            if "examples" in normalizations.kinds_of_axes(node, axes):
+                return step
+    return None
