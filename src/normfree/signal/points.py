@@ -3,7 +3,7 @@
 A weighted layer inside a residual block is measured with its block, as the branch and the sum. All others are points
 of their own: before the first block, between blocks, behind the last, in heads and in further streams. Whether a
 layer lies inside a block is known once the block's addition has run, when its output is gone. So layers are measured
-unless a running module is of a class that has made a residual addition before; what that leaves out wrongly is named
+unless the layer of that name in a module of that class lay inside a block before; what that leaves out wrongly is named
 by :meth:`PointRecorder.finish`, for a second pass.
 """
 
@@ -88,6 +88,7 @@ class _Visit:
 
     Attributes:
         number: how many there were before it.
+        name: module that ran it.
         node: its place in the graph.
         source: what was known of the activation that its signal comes from.
         point: its measurement.
@@ -97,6 +98,7 @@ class _Visit:
     """
 
     number: int
+    name: str
     node: Node
     source: Note
     point: Point | None
@@ -127,7 +129,8 @@ class PointRecorder(Recorder):
         self.made: list[Sequence[Node]] = []
         self.renewals: list[Node] = []
         self.operation: tuple[str, Sequence[Any]] | None = None
-        self.block_classes: set[type[nn.Module]] = set()
+        self.inside_of: dict[tuple[Any, ...], set[str]] = {}
+        self.kinds: dict[nn.Module, tuple[Any, ...]] = {}
         self.entry_of: dict[tuple[str, int], int] = {}
         self.summed: dict[Node, _Visit] = {}
         self.layer_at: dict[Node, _Visit] = {}
@@ -194,7 +197,6 @@ class PointRecorder(Recorder):
         before = self.measure_before_scaling(branch)
         encloses = self.additions.enclosed(found.ancestor, shortcut_node)
         self._mark_inside(found.ancestor, nodes)
-        self._learn_class()
         result = run()
         node = self.nodes[result]
         node.note = Note(shape=tuple(result.shape), axis=axis, order=node.note.order, operation="add")
@@ -259,7 +261,7 @@ class PointRecorder(Recorder):
     def _visit(
         self, node: Node, source: Note, point: Point | None, *, sum: int | None = None, layer: int | None = None
     ) -> _Visit:
-        visit = _Visit(len(self.visits), node, source, point, sum, layer)
+        visit = _Visit(len(self.visits), self.stack.name, node, source, point, sum, layer)
         self.visits.append(visit)
         if layer is not None:
             self.layer_at[node] = visit
@@ -273,12 +275,28 @@ class PointRecorder(Recorder):
             return True
         if self.plan is not None:
             return layer in self.plan.layers
-        return not any(type(module) in self.block_classes for module in self.stack.running)
+        name = self.stack.name
+        return not any(
+            self._within(module, name) in self.inside_of.get(self._kind(module), ()) for module in self.stack.running
+        )
 
-    def _learn_class(self) -> None:
-        """Remember which class makes residual additions; of the whole model that would tell nothing."""
+    def _learn_inside(self, layer: str) -> None:
+        """Remember where in what kind of module a layer lies inside a block; of the whole model that tells nothing."""
         if len(self.stack.running) > 1:
-            self.block_classes.add(type(self.stack.running[-1]))
+            block = self.stack.running[-1]
+            self.inside_of.setdefault(self._kind(block), set()).add(self._within(block, layer))
+
+    def _kind(self, module: nn.Module) -> tuple[Any, ...]:
+        """A module's class and its switches: whether a block has a shortcut may be one."""
+        kind = self.kinds.get(module)
+        if kind is None:
+            switches = ((name, value) for name, value in vars(module).items() if type(value) is bool)
+            kind = self.kinds[module] = type(module), *(switch for switch in switches if switch[0] != "training")
+        return kind
+
+    def _within(self, module: nn.Module, name: str) -> str:
+        """The name of a layer from a module on that it lies in."""
+        return name.removeprefix(self.stack.names[module]).removeprefix(".")
 
     def _weight_gain(self, name: str, args: Sequence[Any]) -> float | None:
         """:func:`weight_gain`, once for each weight of a cell that runs many times."""
@@ -362,6 +380,7 @@ class PointRecorder(Recorder):
                 waiting += node.parents
                 if node in self.layer_at:
                     self.layer_at[node].inside = True
+                    self._learn_inside(self.layer_at[node].name)
 
     # The end of the pass.
 
