@@ -113,10 +113,10 @@ def test_properties_hold_without_normalizers_and_not_with_batchnorm(tmp_path, mo
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["table1", "--image-size", "64"], "image_size"),
-        (["gamma", "--scale", "full"], "scale"),
-        (["figure1", "--data", "x"], "data"),
-        (["figure1", "--scale", "small"], "scale"),
+        (["table1", "--image-size", "64"], "--image-size"),
+        (["gamma", "--scale", "full"], "--scale"),
+        (["figure1", "--data", "x"], "--data"),
+        (["figure1", "--scale", "small"], "--scale"),
         (["table1", "--seeds", "0"], "seeds"),
     ],
 )
