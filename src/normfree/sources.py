@@ -21,9 +21,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from normfree.common.checks import check_memory, invalid, suggestion
+from normfree.common.checks import check_memory, invalid, required, suggestion
 from normfree.common.files import check_file, kind_of
-from normfree.common.packages import required
 from normfree.common.safetensors_file import sizes
 from normfree.common.text import first_line, one_line, quoted
 from normfree.convert import stored_conversion

@@ -36,7 +36,7 @@ def test_what_is_asked_for_takes_part(tmp_path):
         (["nf_resnet5"], "did you mean nf_resnet50"),
         ([SMALL, "--rounds", "0"], "--rounds=0: must be an integer of at least 1"),
         ([SMALL, "--seconds", "0"], "--seconds=0.0: must be more than 0"),
-        ([SMALL, "--onnx", "--precision", "bfloat16"], "onnx: ONNX Runtime runs inference in float32"),
+        ([SMALL, "--onnx", "--precision", "bfloat16"], "--onnx=True: ONNX Runtime runs inference in float32"),
         ([SMALL, "--device", "cuda:7"], "--device='cuda:7': is not to be had here"),
     ],
 )

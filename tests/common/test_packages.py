@@ -9,7 +9,7 @@ import torch
 
 import normfree
 from normfree.cli import main
-from normfree.common.packages import required
+from normfree.common.checks import required
 from normfree.data.pipeline import read_digits
 from normfree.data.probe import Photographs
 from normfree.export import to_onnx

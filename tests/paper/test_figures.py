@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 
 from normfree.cli import main
-from normfree.paper.figure import Claim, Setting, make, mean_padding_growth, padding_share
-from normfree.paper.figures import BN_FIRST, FIGURES
+from normfree.paper.figures import BN_FIRST, FIGURES, Claim, Setting, make, mean_padding_growth, padding_share
 
 SMALL = Setting(scale="quick", image_size=32, batch_size=2, seeds=1)
 

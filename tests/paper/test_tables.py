@@ -6,8 +6,9 @@ import pytest
 
 from normfree.cli import main
 from normfree.models import create_model
-from normfree.paper import constants, properties, trainings
-from normfree.paper.trainings import SCALES, TABLES, Setting, claims_of_table1, claims_of_table2, config
+from normfree.paper import properties, tables
+from normfree.paper.properties import EQUAL, make_gamma, make_properties
+from normfree.paper.tables import SCALES, TABLES, Setting, claims_of_table1, claims_of_table2, config
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -77,9 +78,9 @@ def test_a_table_is_written_and_its_finished_runs_are_not_repeated(tmp_path, mon
     monkeypatch.setitem(
         TABLES,
         "normalizers",
-        trainings.Table(name="normalizers", title="t", arms=lambda scale: few, claims=TABLES["normalizers"].claims),
+        tables.Table(name="normalizers", title="t", arms=lambda scale: few, claims=TABLES["normalizers"].claims),
     )
-    monkeypatch.setitem(SCALES, "quick", trainings.dataclasses.replace(SCALES["quick"], epochs=1, rates=(1.0,)))
+    monkeypatch.setitem(SCALES, "quick", tables.dataclasses.replace(SCALES["quick"], epochs=1, rates=(1.0,)))
     words = ["paper", "normalizers", "--seeds", "2", "--out", str(tmp_path)]
     assert main(words) == 0
     stored = json.loads((tmp_path / "normalizers-quick.json").read_text())
@@ -94,16 +95,16 @@ def test_a_table_is_written_and_its_finished_runs_are_not_repeated(tmp_path, mon
 
 
 def test_gamma_is_the_integral_beside_the_official_constants(tmp_path):
-    page = constants.make(tmp_path)[-1].read_text()
+    page = make_gamma(tmp_path)[-1].read_text()
     assert "| relu | 1.712858550 | 1.713958859 | +6.4e-04 |" in page and "does not agree" not in page
 
 
 def test_properties_hold_without_normalizers_and_not_with_batchnorm(tmp_path, monkeypatch):
     monkeypatch.setattr(properties, "SIZE", 32)
     monkeypatch.setattr(properties, "BATCH", 8)
-    rows = json.loads(properties.make(tmp_path)[0].read_text())
+    rows = json.loads(make_properties(tmp_path)[0].read_text())
     by_name = {row["property"]: row for row in rows}
-    assert all(row["nf"] <= properties.EQUAL for row in rows if row["equal"])
+    assert all(row["nf"] <= EQUAL for row in rows if row["equal"])
     differing = [row["property"] for row in rows if row["equal"] and row["bn"] > 1e-2]
     assert len(differing) == 5  # all but the number of threads
     memory = by_name["less is kept for the backward pass (MiB an image)"]
@@ -113,10 +114,10 @@ def test_properties_hold_without_normalizers_and_not_with_batchnorm(tmp_path, mo
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["table1", "--image-size", "64"], "image_size"),
-        (["gamma", "--scale", "full"], "scale"),
-        (["figure1", "--data", "x"], "data"),
-        (["figure1", "--scale", "small"], "scale"),
+        (["table1", "--image-size", "64"], "--image-size"),
+        (["gamma", "--scale", "full"], "--scale"),
+        (["figure1", "--data", "x"], "--data"),
+        (["figure1", "--scale", "small"], "--scale"),
         (["table1", "--seeds", "0"], "seeds"),
     ],
 )

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.benchmark.timing import Clock, hardware, interleaved, peak_bytes, ratios, spread
-from normfree.common.checks import check_choice, check_integer, check_number, invalid
-from normfree.common.packages import required
+from normfree.common.checks import check_choice, check_integer, check_number, invalid, required
 from normfree.common.text import first_line, one_line
 from normfree.nn import fold, has_foldable
 from normfree.sources import build

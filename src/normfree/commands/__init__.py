@@ -17,7 +17,7 @@ COMMANDS = {
     "benchmark": (
         "Time models side by side, in turns in one process: a training step with its peak memory, and inference."
     ),
-    "paper": "Make a figure of the paper: PNG, JSON, and a note of what was expected and what was measured.",
+    "paper": "Make a figure or a table of the paper: what was expected and what was measured, side by side.",
     "demo": (
         "Plot ResNet-50 with BatchNorm, without, and normalizer-free, on photographs; train small ones on digits."
     ),

@@ -64,25 +64,23 @@ class Paper:
 
     def _make(self, on_progress: Callable[[str], Any]) -> list[Path]:
         if self.what == "gamma":
-            from normfree.paper import constants
+            from normfree.paper.properties import make_gamma
 
-            return constants.make(self.out)
+            return make_gamma(self.out)
         if self.what == "properties":
-            from normfree.paper import properties
+            from normfree.paper.properties import make_properties
 
-            return properties.make(self.out, on_progress)
+            return make_properties(self.out, on_progress)
         if self.what in FIGURES:
             from normfree.paper import figures
-            from normfree.paper.figure import Setting, make
 
-            figure = figures.FIGURES[self.what]
-            names = ("scale", "image_size", "batch_size", "seeds")
-            return make(figure, Setting(**self._given(names)), self.out, on_progress)
+            setting = figures.Setting(**self._given(("scale", "image_size", "batch_size", "seeds")))
+            return figures.make(figures.FIGURES[self.what], setting, self.out, on_progress)
         from normfree.benchmark import hardware
-        from normfree.paper import trainings
+        from normfree.paper import tables
 
-        setting = trainings.Setting(**self._given(("scale", "seeds", "data")), limit=self.limit_train_steps)
-        return trainings.make(trainings.TABLES[self.what], setting, self.out, hardware(), on_progress)
+        trained = tables.Setting(**self._given(("scale", "seeds", "data")), limit=self.limit_train_steps)
+        return tables.make(tables.TABLES[self.what], trained, self.out, hardware(), on_progress)
 
     def _given(self, names: tuple[str, ...]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

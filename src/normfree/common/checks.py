@@ -6,13 +6,15 @@ Every message names the argument, the value, the rule and the remedy, in that or
 from __future__ import annotations
 
 import difflib
+import importlib
 import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
-from normfree.common.text import LONGEST_PART, printable, quoted, shortened
+from normfree.common.text import LONGEST_PART, all_lines, printable, quoted, shortened
 
 Choice = TypeVar("Choice")
 
@@ -140,3 +142,28 @@ def available_memory(root: Path = Path("/")) -> int | None:
     except (OSError, ValueError):  # no container, or "max": no limit
         return free
     return min(free, max(limit - used + cached, 0))
+
+
+def required(module: str, purpose: str, install: str | None = None) -> ModuleType:
+    """Import a package's module, or say what needs it and how to install it.
+
+    Args:
+        module: its dotted name, such as ``"plotly.graph_objects"``.
+        purpose: what needs it, such as ``"the report"``.
+        install: what pip calls it; the module's first name by default.
+
+    Returns:
+        The module.
+
+    Raises:
+        ImportError: it is missing or broken; one line.
+    """
+    package = module.partition(".")[0]
+    try:
+        importlib.import_module(package)  # first, so that what is missing is told by its own name
+        return importlib.import_module(module)
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        reason = "is not installed" if missing else f"cannot be imported ({all_lines(error)})"
+        told = f"{purpose} needs {package}, which {reason}; pip install {install or package}"
+        raise ImportError(told, name=package) from error

@@ -5,10 +5,11 @@ All are in torch 2.9 to 2.12.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -150,3 +151,18 @@ def cpu_multiplies_bf16() -> bool:
     if capabilities:
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def copy_model(model: Model) -> Model:
+    """Return a deep copy of a model, which shares no tensor with it.
+
+    Hooks such as those of ``torch.nn.utils.weight_norm`` and ``spectral_norm`` leave the weight they have computed as a
+    plain attribute, with the graph of its computation, and ``copy.deepcopy`` takes no such tensor. It is copied
+    without its graph: the hook, which is copied, too, computes it anew before the next forward.
+    """
+    held = [leaf for module in model.modules() for leaf in tree_leaves(list(vars(module).values()))]
+    computed = {id(leaf): leaf.detach().clone() for leaf in held if isinstance(leaf, Tensor) and not leaf.is_leaf}
+    return copy.deepcopy(model, computed)

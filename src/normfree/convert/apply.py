@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree import nn as ours
-from normfree.common.copies import copy_model
 from normfree.common.text import first_line
+from normfree.common.torch_compat import copy_model
 from normfree.convert.dataflow import (
     KEPT_TWINS,
     SAME_PADDED,

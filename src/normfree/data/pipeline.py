@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from normfree.common.checks import invalid
-from normfree.common.packages import required
+from normfree.common.checks import invalid, required
 from normfree.common.torch_compat import end_workers
 from normfree.data.augmentation import Augmentation, CentreCrop, Crop, Standardization, TrainingCrop
 from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from normfree.common.packages import required
+from normfree.common.checks import required
 from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD
 from normfree.data.decode import DamagedImage, decode
 from normfree.data.sources import SUFFIXES

@@ -19,9 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from normfree.common.checks import invalid
+from normfree.common.checks import invalid, required
 from normfree.common.files import check_file
-from normfree.common.packages import required
 from normfree.common.text import first_line
 from normfree.data.config import DataConfig
 

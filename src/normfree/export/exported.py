@@ -16,8 +16,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from normfree.common.checks import check_flag, check_number, invalid
-from normfree.common.packages import required
+from normfree.common.checks import check_flag, check_number, invalid, required
 from normfree.common.text import one_line
 from normfree.export.comparison import (
     Difference,

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from torch import nn
 
 from normfree.common.checks import invalid
-from normfree.common.copies import copy_model
+from normfree.common.torch_compat import copy_model
 
 _COMPUTE = ("forward", "convolve", "_conv_forward", "__call__")
 _DESCRIBE = ("folded", "plain", "plain_class")

@@ -1,21 +1,230 @@
-"""The paper's figures 1 and 2: which networks, and what is predicted of them."""
+"""The paper's figures 1 and 2: networks to measure, what is predicted of them, and a note that holds both together."""
 
 from __future__ import annotations
 
-from math import inf, pi
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf, pi, prod
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
-from normfree.paper.figure import (
-    Claim,
-    Figure,
-    Network,
-    Setting,
-    largest_ratio,
-    last_variance,
-    mean_branch_variance,
-    mean_padding_growth,
-    padding_share,
-    second_moment_growth,
-)
+import torch
+
+from normfree.common.checks import check_choice, check_integer
+from normfree.models import create_model
+from normfree.report.plot import plot_signals
+from normfree.signal import SignalPropagation, spp, write_atomically, write_json
+
+DEPTHS = {"quick": (6, 6, 6, 6), "full": (50, 50, 50, 50)}
+"""Blocks per stage: the paper's 600 layers, or 72 for a look."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """One curve of a figure.
+
+    Attributes:
+        label: its name in the legend.
+        name: of the model.
+        overrides: of the model.
+        apart: drawn in a picture of its own, whose name ends in this: its scale would flatten the others.
+    """
+
+    label: str
+    name: str
+    overrides: dict[str, Any]
+    apart: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One prediction, and how to take the number it is held against.
+
+    Attributes:
+        text: what is expected, and why.
+        label: of the network it is about.
+        low: the least the measurement may be.
+        high: the most.
+        measure: takes the number from that network's plot.
+    """
+
+    text: str
+    label: str
+    low: float
+    high: float
+    measure: Callable[[SignalPropagation], float]
+
+    @property
+    def interval(self) -> str:
+        """The bounds in words."""
+        if self.high == inf:
+            return f"≥ {self.low:.4g}"
+        return f"≤ {self.high:.4g}" if self.low == 0 else f"{self.low:.4g} … {self.high:.4g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a figure is made.
+
+    Attributes:
+        scale: "full", the paper's 600 layers (minutes), or "quick", 72 layers (seconds).
+        image_size: of the gaussian input.
+        batch_size: of the gaussian input.
+        seeds: each draws new weights and a new input; the plot shows the first.
+    """
+
+    scale: str = "full"
+    image_size: int = 128
+    batch_size: int = 8
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        check_choice("scale", self.scale, tuple(DEPTHS))
+        for name, least in (("image_size", 32), ("batch_size", 2), ("seeds", 1)):
+            check_integer(name, getattr(self, name), least)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks per stage."""
+        return DEPTHS[self.scale]
+
+    @property
+    def sampling_share(self) -> float:
+        """What a mean over the last stage's few values has of a squared mean by chance: one over their number."""
+        return 1 / (self.batch_size * (self.image_size / 32) ** 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure of the paper.
+
+    Attributes:
+        name: "figure1", …
+        title: above the plot.
+        networks: what is drawn.
+        claims: what is held against it, given how it is made.
+    """
+
+    name: str
+    title: str
+    networks: Sequence[Network]
+    claims: Callable[[Setting], Sequence[Claim]]
+
+
+def measure_network(network: Network, setting: Setting, seed: int) -> SignalPropagation:
+    """Build one network from a seed and measure it on gaussian noise."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = create_model(network.name, num_classes=0, depths=setting.depths, **network.overrides)
+        x = torch.randn(setting.batch_size, 3, setting.image_size, setting.image_size)
+    return spp(
+        model,
+        x,
+        name=network.label,
+        gradient=False,
+        seed=seed,
+        input_description={"kind": "gaussian"},
+        configuration={"model": network.name, **network.overrides, **vars(setting)},
+    )
+
+
+def make(figure: Figure, setting: Setting, out: Path, on_progress: Callable[[str], None]) -> list[Path]:
+    """Measure a figure's networks over all seeds and write its PNG, JSON and note.
+
+    Args:
+        figure: which.
+        setting: how.
+        out: folder to write to.
+        on_progress: told before each measurement.
+
+    Returns:
+        The paths written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    measured: dict[str, list[SignalPropagation]] = {}
+    for network in figure.networks:
+        for seed in range(setting.seeds):
+            on_progress(f"{network.label}, seed {seed}")
+            measured.setdefault(network.label, []).append(measure_network(network, setting, seed))
+    pictures = []
+    for apart in dict.fromkeys(network.apart for network in figure.networks):
+        drawn = [measured[network.label][0] for network in figure.networks if network.apart == apart]
+        pictures.append(out / f"{figure.name}{apart}.png")
+        plot_signals(drawn, pictures[-1], title=figure.title)
+    flat = [signal for signals in measured.values() for signal in signals]
+    claims = figure.claims(setting)
+    note = write_atomically(out / f"{figure.name}.md", _note(figure, setting, claims, measured))
+    return [*pictures, write_json(out / f"{figure.name}.json", flat), note]
+
+
+def _note(
+    figure: Figure, setting: Setting, claims: Sequence[Claim], measured: dict[str, list[SignalPropagation]]
+) -> str:
+    layers = 3 * sum(setting.depths)
+    lines = [
+        f"# {figure.title}",
+        "",
+        f"{layers}-layer networks at initialisation on unit Gaussian noise, {setting.batch_size} × 3 × "
+        f"{setting.image_size} × {setting.image_size}, seeds 0–{setting.seeds - 1}, float32, "
+        f"torch {torch.__version__}. Made by `normfree paper {figure.name} --scale {setting.scale} --image-size "
+        f"{setting.image_size} --batch-size {setting.batch_size} --seeds {setting.seeds}`.",
+        "",
+        "| network | expected | predicted | measured (mean ± deviation over seeds) | |",
+        "|---|---|---|---|---|",
+    ]
+    for claim in claims:
+        values = [claim.measure(signal) for signal in measured[claim.label]]
+        spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
+        value = mean(values)
+        verdict = "agrees" if claim.low <= value <= claim.high else "**differs**"
+        lines.append(f"| {claim.label} | {claim.text} | {claim.interval} | {value:.4g}{spread} | {verdict} |")
+    lines += ["", "Findings of the first seed:", ""]
+    for label, signals in measured.items():
+        told = [f"{f.kind.replace('_', ' ')} ({f.severity}): {f.message}" for f in signals[0].findings]
+        lines += [f"- {label}: {' '.join(told) or 'healthy, nothing to report.'}"]
+    return "\n".join(lines) + "\n"
+
+
+def blocks_inside(signal: SignalPropagation, stage: int) -> list[int]:
+    """Indices of the blocks of one stage (0–3), its transition first."""
+    starts = [block.index for block in signal.blocks if block.transition] + [len(signal.blocks)]
+    return list(range(starts[stage], starts[stage + 1]))
+
+
+def mean_branch_variance(signal: SignalPropagation, stage: int) -> float:
+    """Mean over one stage's blocks (less its first) of the branch variance."""
+    values = [signal.blocks[i].residual_avg_channel_var for i in blocks_inside(signal, stage)[1:]]
+    return mean(value for value in values if value is not None)
+
+
+def last_variance(signal: SignalPropagation, stage: int) -> float:
+    """Variance after the last block of a stage."""
+    return signal.blocks[blocks_inside(signal, stage)[-1]].avg_channel_var
+
+
+def second_moment_growth(signal: SignalPropagation) -> float:
+    """Geometric mean over all blocks of the second moment's (squared mean plus variance) ratio from block to block."""
+    first, last = (b.avg_channel_sq_mean + b.avg_channel_var for b in (signal.blocks[0], signal.blocks[-1]))
+    return (last / first) ** (1 / (len(signal.blocks) - 1))
+
+
+def padding_share(image_size: int, stage: int) -> float:
+    """The share of a 3×3 convolution's taps that zero padding leaves on a stage's map: ((3S − 2) / (3S))²."""
+    size = image_size / (4 * 2**stage)
+    return ((3 * size - 2) / (3 * size)) ** 2
+
+
+def mean_padding_growth(depths: Sequence[int], image_size: int) -> float:
+    """Geometric mean over all blocks of 1 + padding share: what an unnormalised block multiplies the signal by."""
+    growths = [1 + padding_share(image_size, stage) for stage, depth in enumerate(depths) for _ in range(depth)]
+    return prod(growths[1:]) ** (1 / (len(growths) - 1))
+
+
+def largest_ratio(signal: SignalPropagation) -> float:
+    """Largest ratio of squared mean to variance at any block."""
+    return max(block.avg_channel_sq_mean / block.avg_channel_var for block in signal.blocks)
+
 
 # Figure 1: what normalisation does to the signal of a deep pre-activation ResNet, and what its lack does.
 

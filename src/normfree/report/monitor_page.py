@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from normfree.common.packages import required
+from normfree.common.checks import required
 from normfree.report.page import (
     fill,
     finding_item,

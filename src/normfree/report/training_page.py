@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -89,7 +90,11 @@ def curve_figures(training: Sequence[Row], evaluation: Sequence[Row]) -> dict[st
     speed = [_line("images / s", training, "images_per_second", COLORS[0])]
     speed.append({**_line("gradient norm", training, "gradient_norm", COLORS[1]), "yaxis": "y2"})
     # Without a format plotly labels what lies between decades by its first digit alone: 6 for 0.006.
-    second = {"overlaying": "y", "side": "right", "type": "log", "tickformat": ".2~g", "nticks": 8, "showgrid": False}
+    second = {"overlaying": "y", "side": "right", "type": "log", "tickformat": ".2~g", "showgrid": False}
+    norms = [value for value in speed[1]["y"] if value > 0]
+    decades = math.log10(max(norms) / min(norms)) if norms else 0
+    if decades > 1:  # 1, 2 and 5 of each decade, or whole decades; fewer are for plotly to divide
+        second["dtick"] = "D2" if decades < 3 else math.ceil(decades / 5)
     second["title"] = {"text": "gradient norm"}
     return {
         "loss": {"data": loss, "layout": _layout("Loss, nats")},

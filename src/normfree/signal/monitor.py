@@ -15,8 +15,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, distributed, nn
 
+from normfree.common.checks import required
 from normfree.common.files import read_json, refused, structured, write_atomically
-from normfree.common.packages import required
 from normfree.common.text import first_line, one_line, quoted
 from normfree.common.torch_compat import tree_map
 from normfree.signal.measure import spp

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from normfree.common.checks import invalid
-from normfree.common.packages import required
+from normfree.common.checks import invalid, required
 from normfree.common.torch_compat import cpu_multiplies_bf16
 from normfree.models import Backbone, create_model
 

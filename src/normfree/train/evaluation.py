@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normfree.common.packages import required
+from normfree.common.checks import required
 from normfree.common.text import first_line
 
 if TYPE_CHECKING:

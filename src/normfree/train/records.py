@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from normfree.common.checks import required
 from normfree.common.files import file_error, kind_of, read_bytes, refused, write_atomically
-from normfree.common.packages import required
 from normfree.common.text import first_line
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from normfree.common.checks import invalid
+from normfree.common.checks import invalid, required
 from normfree.common.files import kind_of, read_json, refused, structured
-from normfree.common.packages import required
 from normfree.common.text import first_line, one_line, quoted
 from normfree.data import DataConfig
 from normfree.signal.nonfinite import check_finite

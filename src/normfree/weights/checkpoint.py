@@ -55,9 +55,9 @@ def save(model: nn.Module, path: str | Path) -> Path:
             a callable, or has had a layer exchanged since.
     """
     model = unwrapped(model)
-    if (note := _conversion_note(model)) is not None:
+    if (note := _note_of_conversion(model)) is not None:
         return write(model, path, {CONVERTED: note})
-    if (note := named_note(model)) is not None:
+    if (note := config_note(model)) is not None:
         return write(model, path, {NAMED: note})
     check_backbone(model, "save its state_dict with safetensors.torch.save_file")
     rule = "has no config, so a file could not rebuild it"
@@ -81,17 +81,17 @@ def load(path: str | Path, *, original: nn.Module | None = None) -> nn.Module:
     """
     stored = read(path)
     if CONVERTED in stored.notes:
-        return _converted(stored, original)
+        return _load_converted(stored, original)
     if NAMED in stored.notes:
         if original is not None:
             rule = f"{str(stored.path)!r} holds no converted model"
             raise invalid("original", type(original).__name__, rule, "leave it out")
-        return named(stored)
+        return load_named(stored)
     rule = "has weights, but not the model they belong to"
     raise stored.error(rule, "give a file of normfree.save, or load its tensors into a model of your own")
 
 
-def named_note(model: nn.Module) -> str | None:
+def config_note(model: nn.Module) -> str | None:
     """Return the arguments with which ``create_model`` builds a model, as JSON; None of a model it did not build.
 
     Raises:
@@ -120,22 +120,6 @@ def named_note(model: nn.Module) -> str | None:
     return note
 
 
-def named_config(stored: Stored) -> dict[str, Any]:
-    """Return the arguments of ``create_model`` that a file notes.
-
-    Raises:
-        ValueError: it notes none, or they are damaged.
-    """
-    try:
-        config = parse_json(stored.notes[NAMED])
-    except (KeyError, ValueError) as error:
-        rule = "does not say which model of create_model it holds"
-        raise stored.error(rule, "give one that normfree.save_pretrained or normfree.save wrote") from error
-    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
-        raise stored.error("names no model of create_model", "give an undamaged file")
-    return config
-
-
 def check_depths(depths: Any, tensors: int) -> None:
     """Raise if a network of these depths has more blocks than a file has tensors; each block has several.
 
@@ -147,43 +131,49 @@ def check_depths(depths: Any, tensors: int) -> None:
         raise invalid("depths", depths, f"must be integers of at most {tensors} in all, for so many tensors", "mend it")
 
 
-def named(stored: Stored) -> Backbone:
+def load_named(stored: Stored) -> Backbone:
     """Return the model of ``create_model`` that a file holds.
 
     Raises:
         ValueError: it holds none, or one that this version does not build. No memory was taken for its weights then.
     """
-    config = checked_config(stored)
+    config = read_config(stored)
     try:
-        return restored(create_model(**config), stored)
+        return restore(create_model(**config), stored)
     except (TypeError, RuntimeError, ValueError) as error:
-        raise _undescribed(stored, error) from error
+        raise _not_built(stored, error) from error
 
 
-def checked_config(stored: Stored) -> dict[str, Any]:
+def read_config(stored: Stored) -> dict[str, Any]:
     """Return the arguments of ``create_model`` that a file notes, once a model without memory has its tensors' shapes.
 
     Raises:
         ValueError: it notes none, or those of a model with other tensors.
     """
-    config = named_config(stored)
+    try:
+        config = parse_json(stored.notes[NAMED])
+    except (KeyError, ValueError) as error:
+        rule = "does not say which model of create_model it holds"
+        raise stored.error(rule, "give one that normfree.save_pretrained or normfree.save wrote") from error
+    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
+        raise stored.error("names no model of create_model", "give an undamaged file")
     try:
         if "depths" in config:
             check_depths(config["depths"], len(stored.tensors))
         with torch.device("meta"):
             model = create_model(**config)
     except Exception as error:  # arguments of any kind and size make a constructor raise almost anything
-        raise _undescribed(stored, error) from error
+        raise _not_built(stored, error) from error
     check_fits(model, stored)
     return config
 
 
-def _undescribed(stored: Stored, error: Exception) -> ValueError:
+def _not_built(stored: Stored, error: Exception) -> ValueError:
     rule = f"does not describe a model this version builds ({first_line(error)})"
     return stored.error(rule, "save it anew, or use the version that wrote it")
 
 
-def _conversion_note(model: nn.Module) -> str | None:
+def _note_of_conversion(model: nn.Module) -> str | None:
     """The record of a converted model, as JSON; None of any other."""
     conversion = conversion_of(model)
     if conversion is None:
@@ -198,7 +188,7 @@ def _conversion_note(model: nn.Module) -> str | None:
     return json.dumps(conversion.to_dict())
 
 
-def _converted(stored: Stored, original: nn.Module | None) -> nn.Module:
+def _load_converted(stored: Stored, original: nn.Module | None) -> nn.Module:
     """The original, rewritten as the file's record says, with the file's weights."""
     conversion = noted_conversion(stored)
     if original is not None and not isinstance(original, nn.Module):
@@ -211,7 +201,7 @@ def _converted(stored: Stored, original: nn.Module | None) -> nn.Module:
         for name, tensor in model.state_dict().items():
             if tensor.numel() == 0:  # of a mark, which files of before it lack
                 stored.tensors.setdefault(name, tensor)
-        return restored(model, stored)
+        return restore(model, stored)
     except Exception as error:  # a forged record makes constructors raise almost anything
         rule = f"it is not the model that {str(stored.path)!r} was converted from ({all_lines(error)})"
         remedy = f"pass a {conversion.model} of the same sizes"
@@ -292,7 +282,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def alike(model: Model, stored: Stored) -> Model:
+def take_form(model: Model, stored: Stored) -> Model:
     """Return a model in the form of the stored one: folded if that is, each tensor in the precision it has there.
 
     Tensors of several precisions keep each its own: a model of bfloat16 layers and a float32 classifier comes back as
@@ -308,14 +298,14 @@ def alike(model: Model, stored: Stored) -> Model:
     return model
 
 
-def restored(model: Model, stored: Stored) -> Model:
+def restore(model: Model, stored: Stored) -> Model:
     """Return a freshly built model with what is stored, in evaluation mode.
 
     Raises:
         RuntimeError: it is another model.
         ValueError: numbers of another kind than the model's.
     """
-    model = alike(model, stored)
+    model = take_form(model, stored)
     for name, mine in model.state_dict().items():
         if name in stored.tensors:
             check_number_kind(stored, name, mine, stored.tensors[name])

@@ -20,14 +20,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from normfree.common.checks import invalid
+from normfree.common.checks import invalid, required
 from normfree.common.files import write_atomically
-from normfree.common.packages import required
 from normfree.common.safetensors_file import Stored, read
 from normfree.common.text import all_lines, first_line
 from normfree.models import Backbone, create_model
 from normfree.models.registry import check_backbone
-from normfree.weights.checkpoint import NAMED, alike, checked_config, named, named_note, write
+from normfree.weights.checkpoint import NAMED, config_note, load_named, read_config, take_form, write
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -58,7 +57,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, card: bool = True) 
         raise invalid("folder", str(folder), "is a file", "give a folder")
     # First, because it also checks the model: one that cannot be saved leaves an older folder as it was.
     model = check_backbone(model)
-    note = named_note(model)
+    note = config_note(model)
     if note is None:
         raise invalid("model", type(model).__name__, "has no config", "build it with normfree.create_model")
     write(model, folder / WEIGHTS_FILE, {NAMED: note})
@@ -89,16 +88,16 @@ def load_folder(folder: str | Path, *, argument: str = "folder", **overrides: An
         rule = f"has no {WEIGHTS_FILE}, and weights in any other form are not read"
         raise invalid(argument, str(folder), rule, "give a folder of normfree.save_pretrained")
     stored = read(folder / WEIGHTS_FILE, argument)
-    config = checked_config(stored)
+    config = read_config(stored)
     changed = {key: value for key, value in overrides.items() if value != config.get(key, ...)}
-    return _changed(stored, config, changed) if changed else named(stored)
+    return _load_changed(stored, config, changed) if changed else load_named(stored)
 
 
-def _changed(stored: Stored, config: dict[str, Any], overrides: dict[str, Any]) -> Backbone:
+def _load_changed(stored: Stored, config: dict[str, Any], overrides: dict[str, Any]) -> Backbone:
     """Return a model like the stored one but for some overrides, with its weights."""
     if "name" in overrides:
         raise invalid("name", overrides["name"], f"the weights are of {config['name']}", "leave the name out")
-    model = alike(create_model(**{**config, **overrides}), stored)
+    model = take_form(create_model(**{**config, **overrides}), stored)
     own, tensors = model.state_dict(), dict(stored.tensors)
     if model.num_classes != config["num_classes"]:
         # The classifier is a fresh one, and so is FixUp's bias before it.
@@ -156,7 +155,7 @@ def from_pretrained(
         raise invalid("source", str(source), rule, "read a file of normfree.save with normfree.load")
     if not folder.is_dir():
         options = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
-        folder = _downloaded(str(source), revision=revision, local_files_only=local_files_only, **options)
+        folder = _download(str(source), revision=revision, local_files_only=local_files_only, **options)
     model = load_folder(folder, argument="source", **overrides)
     try:
         return model.to(map_location)
@@ -336,7 +335,7 @@ def hub_model_class() -> Any:
     return HubModel
 
 
-def _downloaded(repository: str, **options: Any) -> Path:
+def _download(repository: str, **options: Any) -> Path:
     """Return the folder of the cache with the files of one commit of a repository.
 
     Raises:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import normfree
-from normfree.common.copies import copy_model
+from normfree.common.torch_compat import copy_model
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
