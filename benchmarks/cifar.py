@@ -1,10 +1,10 @@
 """The ``cifar`` recipe on two cores: normalizer-free and BatchNorm twins, each at its best learning rate.
 
 ``python -m benchmarks.cifar --data DIR [--quick] [--epochs N] [--threads N] [--out results/cifar]`` writes
-``cifar.json`` and ``README.md``. DIR holds CIFAR-10 as parquet. ``--part`` runs the epochs' or the small batches'
-half alone, and writes no page.
+``cifar.json`` and ``README.md``. DIR holds CIFAR-10 as parquet. ``--part`` measures one part anew and keeps what the
+file has of the others, each with the hardware it was measured on.
 
-Three questions, each answered with the recipe's own loop, augmentation and schedule:
+Four questions, each answered with the recipe's own loop, augmentation and schedule:
 
 1. Accuracy at the same epochs: every network at every learning rate of a grid with one seed; then the best rate of
    each with all seeds. The recipe clips the gradient's norm and slows the classifier, which is for networks without
@@ -12,6 +12,8 @@ Three questions, each answered with the recipe's own loop, augmentation and sche
 2. Wall time: a training step of NF over its twin's, the two taking turns; and what NF reaches with one epoch more.
    Whether a loss spiked, which is a noted mean loss of more than twice the smallest before it.
 3. Batch size 2: one pass over the images at batch 2 and at 128, the same rate for each image.
+4. The first question with Muon, the normalizer-free network with centred weights. Both at every rate of one grid
+   (``--grid-epochs``, ``--grid-seeds``), then at their best rate (``--epochs``, ``--seeds``).
 
 The runs are kept in DIR_OUT/runs, and one that is finished is not run again: an interruption costs one run's rest.
 """
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 
 from normfree.benchmark import Contender, Part, Target, hardware, measure
+from normfree.benchmark.machine import versions
 from normfree.signal import write_atomically
 
 LAYOUT = "depths=(2,2,2,3),widths=(32,64,128,128),stem=cifar,drop_rate=0,stochdepth_rate=0"
@@ -37,7 +40,18 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "BN": (f"resnetv2_50:{LAYOUT}", {"clip_norm": None, "classifier_lr_scale": 1.0}),
 }
 """Each network, and what of the recipe's optimizer is not its own."""
+MUON: dict[str, tuple[str, dict[str, Any]]] = {
+    "NF Muon": (
+        f"nf_resnet50:{LAYOUT},alpha=0.5,skipinit_gain=1,centred=True",
+        {"rule": "muon", "clip_norm": None, "sgd_learning_rate": 0.01, "classifier_lr_scale": 1.0},
+    ),
+    "BN Muon": (
+        f"resnetv2_50:{LAYOUT}",
+        {"rule": "muon", "clip_norm": None, "sgd_learning_rate": 0.1, "classifier_lr_scale": 1.0},
+    ),
+}
 RATES = (0.1, 0.2, 0.4, 0.8)
+MUON_RATES = (0.02, 0.04, 0.06)
 SEEDS = (0, 1, 2)
 EPOCHS = 4
 BATCHES, BATCHES_SEEDS = (128, 2), (0, 1)
@@ -52,8 +66,10 @@ def config(source: str, twin: str, rate: float, seed: int, folder: Path, **chang
     from normfree.train import RECIPES
 
     recipe = RECIPES["cifar"]()
-    model, others = TWINS[twin]
-    name = f"{twin}-{rate:g}-{seed}-{changes.get('batch_size', recipe.batch_size)}"
+    model, others = {**TWINS, **MUON}[twin]
+    epochs = changes.get("epochs", EPOCHS)
+    others = {**others, "warmup_epochs": min(recipe.optimizer.warmup_epochs, epochs / 4)}
+    name = f"{twin}-{rate:g}-{seed}-{changes.get('batch_size', recipe.batch_size)}".replace(" ", "-")
     return dataclasses.replace(
         recipe,
         **{
@@ -116,6 +132,40 @@ def compared(source: str, folder: Path, epochs: int, limit: int | None) -> dict[
     }
 
 
+def with_muon(
+    source: str, folder: Path, epochs: int, seeds: int, grid_epochs: int, grid_seeds: int, limit: int | None
+) -> dict[str, Any]:
+    """Question 4; of few steps, with one rate and one seed."""
+    rates = MUON_RATES[:1] if limit else MUON_RATES
+    shortened = {"limit_train_steps": limit, "limit_eval_steps": 1 if limit else None}
+    grid: dict[str, dict[str, list[dict[str, Any]]]] = {twin: {f"{rate:g}": [] for rate in rates} for twin in MUON}
+    for seed in range(1 if limit else grid_seeds):
+        for rate in rates:
+            for twin in MUON:
+                at = folder / f"muon-{grid_epochs}"
+                grid[twin][f"{rate:g}"].append(
+                    run(config(source, twin, rate, seed, at, epochs=grid_epochs, **shortened))
+                )
+    best = {twin: float(max(runs, key=lambda rate, runs=runs: _mean(runs[rate]))) for twin, runs in grid.items()}
+    final: dict[str, list[dict[str, Any]]] = {twin: [] for twin in MUON}
+    for seed in range(1 if limit else seeds):
+        for twin in MUON:
+            at = folder / f"muon-{epochs}"
+            final[twin].append(run(config(source, twin, best[twin], seed, at, epochs=epochs, **shortened)))
+    return {
+        "epochs": epochs,
+        "grid_epochs": grid_epochs,
+        "models": MUON,
+        "grid": grid,
+        "best": best,
+        "seeds": final,
+    }
+
+
+def _mean(runs: list[dict[str, Any]]) -> float:
+    return statistics.fmean(one["accuracy"] for one in runs)
+
+
 def step_ratio(rounds: int) -> dict[str, float]:
     """Time of a training step of NF over its twin's, the two taking turns: median and quartiles."""
     nf, bn = (Contender(f"{model},num_classes=10", name=twin) for twin, (model, _) in TWINS.items())
@@ -149,72 +199,132 @@ def small_batches(source: str, folder: Path, limit: int | None) -> dict[str, dic
 
 
 def table(result: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    where, main = result["hardware"], result["compared"]
-    seeds = ", ".join(map(str, main["draws"]))
-    rates = " | ".join(f"rate {rate:g}" for rate in main["rates"])
+    """The results as Markdown, of the parts that were measured."""
     lines = [
         "# CIFAR-10 on two cores",
         "",
-        f"{where['cpu']}, {where['threads']} of {where['cores']} cores, torch {where['torch']}; 29 layers, the `cifar` "
-        f"recipe, {main['epochs']} epochs, seeds {seeds}: median (least to most).",
+        "29 layers; test accuracy in %, median (least to most) where there are seeds.",
+    ]
+    for name, section in {"muon": _muon, "epochs": _epochs, "batches": _batches}.items():
+        if name in result:
+            lines += ["", *section(result[name])]
+    return "\n".join(lines) + "\n"
+
+
+def _muon(part: dict[str, Any]) -> list[str]:
+    seeds = [one["seed"] for one in part["seeds"]["NF Muon"]]
+    draws = max(len(runs) for runs in part["grid"]["NF Muon"].values())
+    rates = list(part["grid"]["NF Muon"])
+    lines = [
+        "## Muon",
+        "",
+        f"{versions(part['hardware'])}. Each rate: {_epochs_of(part['grid_epochs'])}, {draws} seed(s); then the best "
+        f"rate: {_epochs_of(part['epochs'])}, seeds {', '.join(map(str, seeds))}. NF has centred weights.",
+        "",
+        f"| network | rate {' | rate '.join(rates)} | best rate, {_epochs_of(part['epochs'])} | spike |",
+        "|---" * (len(rates) + 3) + "|",
+    ]
+    for twin, runs in part["seeds"].items():
+        cells = [_accuracies(part["grid"][twin][rate]) for rate in rates]
+        cells += [f"{part['best'][twin]:g}: {_accuracies(runs)}", f"{_largest_spike(runs):.2f}"]
+        lines.append(f"| {twin} | {' | '.join(cells)} |")
+    for twin, (_, fields) in part["models"].items():
+        rest, final = fields["sgd_learning_rate"], fields["sgd_learning_rate"] * fields["classifier_lr_scale"]
+        lines += ["", f"{twin}: gains and biases at {rest:g}, classifier at {final:g}, no clipping."]
+    return lines
+
+
+def _epochs(part: dict[str, Any]) -> list[str]:
+    main, ratio = part["compared"], part["step"]
+    rates = " | ".join(f"rate {rate:g}" for rate in main["rates"])
+    lines = [
+        "## SGD, the `cifar` recipe",
+        "",
+        f"{versions(part['hardware'])}. {main['epochs']} epochs; each rate with seed {main['draws'][0]}, the best with "
+        f"seeds {', '.join(map(str, main['draws']))}.",
         "",
         f"| network | {rates} | best rate, all seeds | spike |",
         "|---" * (len(main["rates"]) + 3) + "|",
     ]
     for twin in TWINS:
         runs = main["seeds"][twin]
-        cells = ["diverged" if "failed" in one else f"{100 * one['accuracy']:.1f}" for one in main["grid"][twin]]
-        cells += [f"{main['best'][twin]:g}: {_accuracies(runs)}"]
-        cells += [f"{max(one.get('spike', float('inf')) for one in runs):.2f}"]
+        cells = [_accuracies([one]) for one in main["grid"][twin]]
+        cells += [f"{main['best'][twin]:g}: {_accuracies(runs)}", f"{_largest_spike(runs):.2f}"]
         lines.append(f"| {twin} | {' | '.join(cells)} |")
-    longer, ratio = main["epochs"] + 1, result["step"]
-    lines += [
+    longer = main["epochs"] + 1
+    return [
+        *lines,
         "",
         f"A spike above {SPIKE:g} is one. A training step of NF takes {ratio['median']:.2f} ({ratio['q1']:.2f} to "
         f"{ratio['q3']:.2f}) of its twin's time, median and quartiles. With one epoch more, in "
         f"{ratio['median'] * longer / main['epochs']:.2f} of its twin's time, NF reaches {_accuracies(main['longer'])} "
         f"(wanted: the twin's accuracy in {TARGET}).",
+    ]
+
+
+def _batches(part: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Small batches, SGD",
         "",
-        f"## One epoch, test accuracy in %, seeds {', '.join(map(str, BATCHES_SEEDS))}",
+        f"{versions(part['hardware'])}. One epoch, seeds {', '.join(map(str, BATCHES_SEEDS))}.",
         "",
         "| network | " + " | ".join(f"batch {batch}" for batch in BATCHES) + " |",
         "|---" * (len(BATCHES) + 1) + "|",
     ]
-    for twin, batches in result["one_epoch"].items():
-        cells = [_accuracies(runs) for runs in batches.values()]
-        lines.append(f"| {twin} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    for twin, batches in part["one_epoch"].items():
+        lines.append(f"| {twin} | {' | '.join(_accuracies(runs) for runs in batches.values())} |")
+    return lines
+
+
+def _epochs_of(count: int) -> str:
+    return f"{count} epoch{'s' * (count != 1)}"
 
 
 def _accuracies(runs: list[dict[str, Any]]) -> str:
+    if any("failed" in one for one in runs):
+        return "diverged"
     values = [100 * one["accuracy"] for one in runs]
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
     return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
+def _largest_spike(runs: list[dict[str, Any]]) -> float:
+    return max(one.get("spike", float("inf")) for one in runs)
+
+
 def main() -> None:
-    """Run everything, and write what came out."""
+    """Run what is asked, and write it beside what was measured before."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder with CIFAR-10 as parquet")
     parser.add_argument("--quick", action="store_true", help="four steps, one rate, one seed: does it run?")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the Muon part's best rates")
+    parser.add_argument("--grid-epochs", type=int, help="of the Muon part's grid; those of --epochs by default")
+    parser.add_argument("--grid-seeds", type=int, default=1)
     parser.add_argument("--threads", type=int, help="of the processor; all by default")
-    parser.add_argument("--part", choices=("epochs", "batches"), help="this half alone; both by default")
+    parser.add_argument("--part", choices=("epochs", "batches", "muon"), help="this part alone; all by default")
     parser.add_argument("--out", type=Path, default=Path("results/cifar"))
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     folder, limit = options.out / "runs", 4 if options.quick else None
+    grid_epochs = options.epochs if options.grid_epochs is None else options.grid_epochs
     parts = {
-        "epochs": lambda: compared(options.data, folder, options.epochs, limit),
-        "batches": lambda: small_batches(options.data, folder, limit),
+        "epochs": lambda: {
+            "step": step_ratio(2 if limit else 21),
+            "compared": compared(options.data, folder, options.epochs, limit),
+        },
+        "batches": lambda: {"one_epoch": small_batches(options.data, folder, limit)},
+        "muon": lambda: with_muon(
+            options.data, folder, options.epochs, options.seeds, grid_epochs, options.grid_seeds, limit
+        ),
     }
-    if options.part:
-        parts[options.part]()
-        return
-    result: dict[str, Any] = {"quick": options.quick, "hardware": hardware(), "models": TWINS}
-    result |= {"step": step_ratio(2 if limit else 21), "compared": parts["epochs"](), "one_epoch": parts["batches"]()}
-    write_atomically(options.out / "cifar.json", json.dumps(result, indent=1) + "\n")
+    written = options.out / "cifar.json"
+    result: dict[str, Any] = json.loads(written.read_text()) if written.exists() else {}
+    for name in (options.part,) if options.part else parts:
+        result[name] = {"quick": options.quick, "hardware": hardware(), **parts[name]()}
+    write_atomically(written, json.dumps(result, indent=1) + "\n")
     write_atomically(options.out / "README.md", table(result))
     print(table(result))
 
