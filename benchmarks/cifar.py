@@ -13,7 +13,8 @@ Four questions, each answered with the recipe's own loop, augmentation and sched
    Whether a loss spiked, which is a noted mean loss of more than twice the smallest before it.
 3. Batch size 2: one pass over the images at batch 2 and at 128, the same rate for each image.
 4. The first question with Muon, the normalizer-free network with centred weights. Both at every rate of one grid
-   (``--grid-epochs``, ``--grid-seeds``), then at their best rate (``--epochs``, ``--seeds``).
+   (``--grid-epochs``, ``--grid-seeds``), then at their best rate (``--epochs``, ``--seeds``); ``--finished`` makes the
+   page of the runs there are.
 
 The runs are kept in DIR_OUT/runs, and one that is finished is not run again: an interruption costs one run's rest.
 """
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 
 from normfree.benchmark import Contender, Part, Target, hardware, measure
-from normfree.benchmark.machine import versions
+from normfree.benchmark.timing import versions
 from normfree.signal import write_atomically
 
 LAYOUT = "depths=(2,2,2,3),widths=(32,64,128,128),stem=cifar,drop_rate=0,stochdepth_rate=0"
@@ -132,26 +133,27 @@ def compared(source: str, folder: Path, epochs: int, limit: int | None) -> dict[
     }
 
 
-def with_muon(
-    source: str, folder: Path, epochs: int, seeds: int, grid_epochs: int, grid_seeds: int, limit: int | None
-) -> dict[str, Any]:
+def with_muon(source: str, folder: Path, options: argparse.Namespace, limit: int | None) -> dict[str, Any]:
     """Question 4; of few steps, with one rate and one seed."""
-    rates = MUON_RATES[:1] if limit else MUON_RATES
+    rates, epochs = MUON_RATES[:1] if limit else MUON_RATES, options.epochs
+    grid_epochs = epochs if options.grid_epochs is None else options.grid_epochs
     shortened = {"limit_train_steps": limit, "limit_eval_steps": 1 if limit else None}
+
+    def added(runs: list[dict[str, Any]], twin: str, rate: float, seed: int, length: int) -> None:
+        one = config(source, twin, rate, seed, folder / f"muon-{length}", epochs=length, **shortened)
+        if not options.finished or (one.folder / "metrics.json").exists():
+            runs.append(run(one))
+
     grid: dict[str, dict[str, list[dict[str, Any]]]] = {twin: {f"{rate:g}": [] for rate in rates} for twin in MUON}
-    for seed in range(1 if limit else grid_seeds):
+    for seed in range(1 if limit else options.grid_seeds):
         for rate in rates:
             for twin in MUON:
-                at = folder / f"muon-{grid_epochs}"
-                grid[twin][f"{rate:g}"].append(
-                    run(config(source, twin, rate, seed, at, epochs=grid_epochs, **shortened))
-                )
+                added(grid[twin][f"{rate:g}"], twin, rate, seed, grid_epochs)
     best = {twin: float(max(runs, key=lambda rate, runs=runs: _mean(runs[rate]))) for twin, runs in grid.items()}
     final: dict[str, list[dict[str, Any]]] = {twin: [] for twin in MUON}
-    for seed in range(1 if limit else seeds):
+    for seed in range(1 if limit else options.seeds):
         for twin in MUON:
-            at = folder / f"muon-{epochs}"
-            final[twin].append(run(config(source, twin, best[twin], seed, at, epochs=epochs, **shortened)))
+            added(final[twin], twin, best[twin], seed, epochs)
     return {
         "epochs": epochs,
         "grid_epochs": grid_epochs,
@@ -163,7 +165,7 @@ def with_muon(
 
 
 def _mean(runs: list[dict[str, Any]]) -> float:
-    return statistics.fmean(one["accuracy"] for one in runs)
+    return statistics.fmean(one["accuracy"] for one in runs) if runs else -1.0
 
 
 def step_ratio(rounds: int) -> dict[str, float]:
@@ -212,22 +214,23 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _muon(part: dict[str, Any]) -> list[str]:
-    seeds = [one["seed"] for one in part["seeds"]["NF Muon"]]
-    draws = max(len(runs) for runs in part["grid"]["NF Muon"].values())
     rates = list(part["grid"]["NF Muon"])
     lines = [
         "## Muon",
         "",
-        f"{versions(part['hardware'])}. Each rate: {_epochs_of(part['grid_epochs'])}, {draws} seed(s); then the best "
-        f"rate: {_epochs_of(part['epochs'])}, seeds {', '.join(map(str, seeds))}. NF has centred weights.",
+        f"{versions(part['hardware'])}. {_epochs_of(part['grid_epochs'])} for each rate, "
+        f"{_epochs_of(part['epochs'])} for the best. NF has centred weights.",
         "",
-        f"| network | rate {' | rate '.join(rates)} | best rate, {_epochs_of(part['epochs'])} | spike |",
-        "|---" * (len(rates) + 3) + "|",
+        f"| network | rate {' | rate '.join(rates)} | best rate, {_epochs_of(part['epochs'])} | seeds | spike |",
+        "|---" * (len(rates) + 4) + "|",
     ]
     for twin, runs in part["seeds"].items():
         cells = [_accuracies(part["grid"][twin][rate]) for rate in rates]
-        cells += [f"{part['best'][twin]:g}: {_accuracies(runs)}", f"{_largest_spike(runs):.2f}"]
+        seeds = ", ".join(str(one["seed"]) for one in runs)
+        cells += [f"{part['best'][twin]:g}: {_accuracies(runs)}", seeds, f"{_largest_spike(runs):.2f}"]
         lines.append(f"| {twin} | {' | '.join(cells)} |")
+    if any(not runs for rates_of in part["grid"].values() for runs in rates_of.values()):
+        lines += ["", "Not every rate was run: neither network is tuned here, and this is no verdict."]
     for twin, (_, fields) in part["models"].items():
         rest, final = fields["sgd_learning_rate"], fields["sgd_learning_rate"] * fields["classifier_lr_scale"]
         lines += ["", f"{twin}: gains and biases at {rest:g}, classifier at {final:g}, no clipping."]
@@ -281,6 +284,8 @@ def _epochs_of(count: int) -> str:
 
 
 def _accuracies(runs: list[dict[str, Any]]) -> str:
+    if not runs:
+        return "not run"
     if any("failed" in one for one in runs):
         return "diverged"
     values = [100 * one["accuracy"] for one in runs]
@@ -302,6 +307,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the Muon part's best rates")
     parser.add_argument("--grid-epochs", type=int, help="of the Muon part's grid; those of --epochs by default")
     parser.add_argument("--grid-seeds", type=int, default=1)
+    parser.add_argument(
+        "--finished", action="store_true", help="of the Muon part: no new runs, those that are finished"
+    )
     parser.add_argument("--threads", type=int, help="of the processor; all by default")
     parser.add_argument("--part", choices=("epochs", "batches", "muon"), help="this part alone; all by default")
     parser.add_argument("--out", type=Path, default=Path("results/cifar"))
@@ -309,16 +317,13 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     folder, limit = options.out / "runs", 4 if options.quick else None
-    grid_epochs = options.epochs if options.grid_epochs is None else options.grid_epochs
     parts = {
         "epochs": lambda: {
             "step": step_ratio(2 if limit else 21),
             "compared": compared(options.data, folder, options.epochs, limit),
         },
         "batches": lambda: {"one_epoch": small_batches(options.data, folder, limit)},
-        "muon": lambda: with_muon(
-            options.data, folder, options.epochs, options.seeds, grid_epochs, options.grid_seeds, limit
-        ),
+        "muon": lambda: with_muon(options.data, folder, options, limit),
     }
     written = options.out / "cifar.json"
     result: dict[str, Any] = json.loads(written.read_text()) if written.exists() else {}

@@ -9,6 +9,7 @@ that of 20 steps at 80 and 120, when the rate is near its highest. The test accu
 points; two probes whose losses differ by less than 0.02 are not told apart.
 
 Some probes change what is no option of the product; they are here as patches of it, each with what it would show.
+The numbers below were measured with prototypes of these patches, at the same settings: the command has not repeated them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks.cifar import LAYOUT, run
 from normfree.benchmark import hardware
-from normfree.benchmark.machine import versions
+from normfree.benchmark.timing import versions
 from normfree.models.nf_resnet import NFBlock
 from normfree.nn.centring import move_input_mean
 from normfree.nn.scaled_ws_conv import ScaledWSConv2d
