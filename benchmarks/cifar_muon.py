@@ -9,7 +9,8 @@ that of 20 steps at 80 and 120, when the rate is near its highest. The test accu
 points; two probes whose losses differ by less than 0.02 are not told apart.
 
 Some probes change what is no option of the product; they are here as patches of it, each with what it would show.
-The numbers below were measured with prototypes of these patches, at the same settings: the command has not repeated them.
+The numbers below were measured with prototypes of these patches, at the same settings; the command has not repeated
+them.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from normfree.benchmark import hardware
 from normfree.benchmark.timing import versions
 from normfree.models.nf_resnet import NFBlock
 from normfree.nn.centring import move_input_mean
-from normfree.nn.scaled_ws_conv import ScaledWSConv2d
+from normfree.nn.scaled_ws import ScaledWSConv2d
 from normfree.optim import InputCentring, Muon
 from normfree.optim import muon as rule
 from normfree.signal import write_atomically
-from normfree.train import session
+from normfree.train import trainer
 
 STEPS, SHOWN = 200, (80, 120, 200)
 Patch = Callable[[], Any]
@@ -131,7 +132,7 @@ def deviations_kept(*, images: int) -> Iterator[None]:
     backward pass is in: dL/dW loses dL/d(ln g) times d(ln sigma)/dW.
     """
     layers: dict[int, ScaledWSConv2d] = {}
-    observe, step = ScaledWSConv2d.observe, Muon.step
+    observe, step = ScaledWSConv2d.measure_input, Muon.step
 
     def remember(self: ScaledWSConv2d, x: Tensor) -> None:
         observe(self, x)
@@ -141,7 +142,7 @@ def deviations_kept(*, images: int) -> Iterator[None]:
 
     def log_deviation(layer: ScaledWSConv2d) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            y = layer.convolve(layer.probe_input, layer.made_of(layer.weight, None), None)  # type: ignore[arg-type]
+            y = layer.convolve(layer.probe_input, layer.standardized(layer.weight, None), None)  # type: ignore[arg-type]
         return 0.5 * y.float().var((0, 2, 3), unbiased=False).clamp_min(1e-8).log()
 
     def kept(self: Muon, closure: Any = None) -> Any:
@@ -161,21 +162,21 @@ def deviations_kept(*, images: int) -> Iterator[None]:
                 layer.gain.copy_(stepped * (log - log_deviation(layer)).clamp(-0.2, 0.2).exp())
         return found
 
-    with mock.patch.object(ScaledWSConv2d, "observe", remember), mock.patch.object(Muon, "step", kept):
+    with mock.patch.object(ScaledWSConv2d, "measure_input", remember), mock.patch.object(Muon, "step", kept):
         yield
 
 
 @contextmanager
 def skip_gains_fixed() -> Iterator[None]:
     """Skip gains stay at 1."""
-    groups = session.muon_groups
+    groups = trainer.muon_groups
 
     def fixed(model: nn.Module, *arguments: Any, **options: Any) -> list[dict[str, Any]]:
         skips = {id(value) for name, value in model.named_parameters() if name.endswith("skip_gain")}
         made = groups(model, *arguments, **options)
         return [{**group, "params": [value for value in group["params"] if id(value) not in skips]} for group in made]
 
-    with mock.patch.object(session, "muon_groups", fixed):
+    with mock.patch.object(trainer, "muon_groups", fixed):
         yield
 
 
@@ -189,7 +190,7 @@ def block_biases() -> Iterator[None]:
         self.pre_bias = nn.Parameter(torch.zeros(place.in_channels))
 
     def forward(self: NFBlock, x: Tensor) -> Tensor:
-        activated = self.activation(x + self.pre_bias.to(x.dtype).view(-1, 1, 1))
+        activated = self.activation(x + self.pre_bias.to(x.dtype).view(-1, 1, 1))  # type: ignore[operator]
         shortcut = x if self.shortcut is None else self.shortcut(activated)
         return shortcut + self.stochastic_depth(self.branch(activated))
 
@@ -301,9 +302,9 @@ def probed(probe: Probe, source: str, folder: Path, quick: bool) -> dict[str, An
         limit_eval_steps=1 if quick else 2 if probe.steps < EPOCH else None,
         out=folder / name,
     )
-    init = session.Session.__init__
+    init = trainer.Trainer.__init__
 
-    def shortened(self: session.Session, *arguments: Any) -> None:
+    def shortened(self: trainer.Trainer, *arguments: Any) -> None:
         init(self, *arguments)
         self.steps_per_epoch = self.total_steps = probe.steps
         self.last_step = min(probe.steps, config.limit_train_steps or probe.steps)
@@ -311,7 +312,7 @@ def probed(probe: Probe, source: str, folder: Path, quick: bool) -> dict[str, An
     with ExitStack() as patches:
         for patch in probe.patches:
             patches.enter_context(patch())
-        patches.enter_context(mock.patch.object(session.Session, "__init__", shortened))
+        patches.enter_context(mock.patch.object(trainer.Trainer, "__init__", shortened))
         found = run(config)
     if "failed" not in found:
         rows = {row["step"]: row["loss"] for row in read_rows(config.folder / "train.csv")}
@@ -324,7 +325,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# What of Muon's rule matters without normalizers",
         "",
-        *__doc__.strip().splitlines()[5:],
+        *(__doc__ or "").strip().splitlines()[5:],
         "",
         f"{versions(result['hardware'])}; 29 layers, bf16, seed 0. Rate 0.06, rest (gains, biases) 0.1, classifier "
         "0.03 (BatchNorm: 0.1), α = 0.5, skip gain 1, centred, no clipping where nothing else is said. Probes "
