@@ -208,7 +208,11 @@ def test_any_encoding_prints(encoding):
 @pytest.mark.parametrize("after", [0.5, 1.5])
 def test_an_interrupt_is_one_line_at_any_time(after):
     process = subprocess.Popen(
-        [*COMMAND, "spp", "nf_resnet50"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [*COMMAND, "spp", "nf_resnet50"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     time.sleep(after)
     process.send_signal(signal.SIGINT)

@@ -266,11 +266,8 @@ def test_a_pretrained_start_folds_exactly(name):
     before = copy.deepcopy(model.state_dict())
     converted = normfree.convert(model, batch, start="pretrained")
     record = converted.conversion
-    folds = name != "einsum"  # a product by heads, whose channels are regrouped in between
-    assert {change.now for change in record.changes if change.was.startswith("Batch")} == {
-        "Identity" if folds else "ChannelAffine"
-    }
-    assert sum(change.now == f"kept-mean {type(model[0]).__name__}" for change in record.changes) == DEPTH * folds
+    assert {change.now for change in record.changes if change.was.startswith("Batch")} == {"Identity"}
+    assert sum(change.now == f"kept-mean {type(model[0]).__name__}" for change in record.changes) == DEPTH
     assert not record.norms_left
     wanted = model(batch)
     torch.testing.assert_close(converted(batch), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
