@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         code = command.run(Terminal(width=None if sys.stdout.isatty() else WIDTH)) or 0
         sys.stdout.flush()
-        return code
+        return _fail("", code) if interrupt.happened() else code  # a library may have caught the interrupt
     except BrokenPipeError:  # `| head` has read enough
         _drop_output()
         return 1
@@ -71,6 +71,8 @@ def _open_streams() -> None:
 
 
 def _fail(said: str, code: int) -> int:
+    if interrupt.happened():  # in an import, say, which then failed in another way
+        said, code = "interrupted", interrupt.INTERRUPTED
     try:
         sys.stdout.flush()
     except OSError:

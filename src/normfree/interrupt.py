@@ -32,10 +32,24 @@ def catch_at_start() -> None:
         signal.signal(signal.SIGINT, _end)
 
 
+_raised: list[int] = []
+"""Interrupts that were raised as KeyboardInterrupt; code that is interrupted in an import may raise something else."""
+
+
+def _raise(number: int, frame: Any) -> None:
+    _raised.append(number)
+    raise KeyboardInterrupt
+
+
 def raise_again() -> None:
-    """Have an interrupt raise KeyboardInterrupt, as Python does."""
+    """Have an interrupt raise KeyboardInterrupt, as Python does, and be remembered."""
     if signal.getsignal(signal.SIGINT) is _end:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _raise)
+
+
+def happened() -> bool:
+    """Return whether the command was interrupted, whatever became of the KeyboardInterrupt."""
+    return bool(_raised)
 
 
 catch_at_start()
