@@ -78,16 +78,18 @@ class Hang(BaseException):
 
 
 @contextlib.contextmanager
-def alarm(seconds: float) -> Iterator[None]:
-    """Raise :class:`Hang` after so many seconds."""
+def alarm(seconds: float) -> Iterator[list[int]]:
+    """Raise :class:`Hang` after so many seconds, and each second after, for a finalizer may lose one; lists them."""
+    rung: list[int] = []
 
     def ring(number: int, frame: Any) -> None:
+        rung.append(number)
         raise Hang
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
-        yield
+        yield rung
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -99,11 +101,12 @@ def outcome(attack: Attack, folder: Path) -> str:
 
     printed, told = io.StringIO(), io.StringIO()
     code: int | None = None
+    rung: list[int] = []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     here = Path.cwd()
     try:
         os.chdir(folder)
-        with alarm(SECONDS), warnings.catch_warnings():
+        with alarm(SECONDS) as rung, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             act = attack.act(folder)
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(told):
@@ -122,6 +125,8 @@ def outcome(attack: Attack, folder: Path) -> str:
         return f"traceback ({type(error).__name__}: {str(error)[:80]!r})"
     finally:
         os.chdir(here)
+    if rung:
+        return "hang"
     if any(folder.rglob(CANARY)):
         return "code was run"
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024

@@ -48,3 +48,5 @@ def test_the_drill_tells_what_went_wrong(attack, found, tmp_path):
 def test_the_drill_ends_a_hang(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.attacks.SECONDS", 0.2)
     assert outcome(failing("import time; time.sleep(5)"), tmp_path) == "hang"
+    swallowed = "import time\ntry: time.sleep(5)\nexcept BaseException: pass"
+    assert outcome(failing(swallowed), tmp_path) == "hang"
