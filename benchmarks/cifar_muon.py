@@ -6,7 +6,7 @@
 Each probe is a whole schedule of 200 steps of 128 images by the product's own loop, with one seed: a quarter of
 warm-up, then half a cosine to 0. What it ends at is the mean training loss of its last 20 steps, and how it gets there
 that of 20 steps at 80 and 120, when the rate is near its highest. The test accuracy is of 2048 images, good to two
-points; two probes whose losses differ by less than 0.02 are not told apart.
+points; losses that differ by less than 0.02 count as equal.
 
 Some probes change what is no option of the product; they are here as patches of it, each with what it would show.
 The numbers below were measured with prototypes of these patches, at the same settings; the command has not repeated

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.digits import digits
 from benchmarks.sweep import build
@@ -132,8 +132,28 @@ def _trains(run: Run) -> bool:
     return run["outcome"] == "trains"
 
 
-def run(model: nn.Module, batches: Batches, rate: float, steps: int, optimizing: Optimizing) -> Run:
+def classification(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of whatever a model returns."""
+    return F.cross_entropy(logits(model(images)), labels)
+
+
+def run(
+    model: nn.Module,
+    batches: Callable[[int], tuple[Any, Any]],
+    rate: float,
+    steps: int,
+    optimizing: Optimizing,
+    loss_of: Callable[[nn.Module, Any, Any], Tensor] = classification,
+) -> Run:
     """Train in place, gradients clipped to a norm of 1; the rate rises in 50 steps and falls as a cosine.
+
+    Args:
+        model: on any device, to which batches are moved.
+        batches: the input and the target of a step, tensors in tuples and dicts.
+        rate: highest learning rate.
+        steps: of training.
+        optimizing: makes the optimizer.
+        loss_of: a model, an input and a target.
 
     Returns:
         ``outcome``; the mean ``loss`` of the first and the last tenth of the steps and its ``peak``, None for what is
@@ -144,12 +164,12 @@ def run(model: nn.Module, batches: Batches, rate: float, steps: int, optimizing:
     parameters = list(model.parameters())
     device = parameters[0].device
     optimizer = optimizing(parameters, rate)
-    schedule = warmup_cosine(optimizer, steps=steps, warmup_steps=WARM_UP)
+    schedule = warmup_cosine(optimizer, steps=steps, warmup_steps=min(WARM_UP, steps))
     losses: list[float] = []
     for step in range(steps):
-        images, labels = (each.to(device) for each in batches(step))
+        inputs, target = tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, batches(step))
         optimizer.zero_grad()
-        loss = F.cross_entropy(logits(model(images)), labels)
+        loss = loss_of(model, inputs, target)
         losses.append(float(loss.detach()))
         if not isfinite(losses[-1]):
             break

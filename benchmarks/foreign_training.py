@@ -21,7 +21,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import inf, isfinite, log
+from math import inf, log
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,12 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.convert_training import CLIP, COLOUR, Optimizing, adam, momentum, without_norms
+from benchmarks.convert_training import COLOUR, Optimizing, adam, momentum, run, without_norms
 from benchmarks.digits import digits
 from benchmarks.foreign_case import load
 from normfree.benchmark import hardware
 from normfree.convert import conversion_of, convert
-from normfree.optim import warmup_cosine
 from normfree.signal import spp, write_atomically
 
 RULES: tuple[tuple[str, Optimizing, float], ...] = (
@@ -44,7 +43,7 @@ RULES: tuple[tuple[str, Optimizing, float], ...] = (
 )
 """Optimizers and learning rates of every twin."""
 
-CLASSES, WARM_UP = 10, 50
+CLASSES = 10
 AS_WELL, MARGIN = 1.1, 0.02
 TWINS = ("original", "converted", "deleted")
 
@@ -228,7 +227,7 @@ def measured(task: Task, steps: int) -> dict[str, Any]:
         {
             "rule": rule,
             "rate": rate,
-            **{name: run(twin, task, optimizing, rate, steps) for name, twin in twins.items()},
+            **{name: last_loss(twin, task, optimizing, rate, steps) for name, twin in twins.items()},
         }
         for rule, optimizing, rate in RULES
     ]
@@ -241,26 +240,10 @@ def measured(task: Task, steps: int) -> dict[str, Any]:
     }
 
 
-def run(twin: nn.Module, task: Task, optimizing: Optimizing, rate: float, steps: int) -> float | None:
-    """Train a copy; the mean loss of the last tenth of the steps, None where one is not finite."""
-    model = copy.deepcopy(twin).train()
-    torch.manual_seed(0)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optimizing(parameters, rate)
-    schedule = warmup_cosine(optimizer, steps=steps, warmup_steps=min(WARM_UP, steps // 4))
-    losses: list[float] = []
-    for step in range(steps):
-        loss = task.loss(model, *task.batch(step))
-        losses.append(float(loss.detach()))
-        if not isfinite(losses[-1]):
-            return None
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        schedule.step()
-    tenth = max(1, steps // 10)
-    return sum(losses[-tenth:]) / tenth
+def last_loss(twin: nn.Module, task: Task, optimizing: Optimizing, rate: float, steps: int) -> float | None:
+    """Train a copy; the mean loss of the last tenth of the steps, None where one was not finite."""
+    found = run(copy.deepcopy(twin), task.batch, rate, steps, optimizing, task.loss)
+    return None if found["peak"] is None else found["loss"][1]
 
 
 def verdict(row: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def test_deleting_the_normalizers_explodes_and_the_other_two_are_healthy(demo):
         "ResNet-50, normalizers deleted": ["explosion"],
         "NF-ResNet-50": [],
     }
-    assert all(model["input"]["kind"] == "photos" and len(model["blocks"]) == 16 for model in models)
+    assert all(model["input"]["kind"] == "photos" and len(model["blocks"]) == 32 for model in models)
     assert (demo / "report.html").stat().st_size > 1_000_000  # plotly is inside: it opens offline
     assert (demo / "spp.png").read_bytes().startswith(b"\x89PNG")
 
@@ -36,7 +36,7 @@ def test_the_accuracies_stand_beside_the_plots(demo):
     accuracy = {name: float(told.split()[0]) for name, told in (one["model"].split(" (") for one in models)}
     assert list(accuracy) == ["BatchNorm", "normalizers deleted", "normalizer-free"]
     assert accuracy["normalizer-free"] > 40  # two epochs; chance is 10
-    assert all(len(model["blocks"]) == 16 and model["input"]["shape"] == [64, 1, 8, 8] for model in models)
+    assert all(len(model["blocks"]) == 32 and model["input"]["shape"] == [64, 1, 8, 8] for model in models)
     shifted = {one["model"].split(" (")[0] for one in models if any(f["kind"] == "mean_shift" for f in one["findings"])}
     assert shifted == {"normalizers deleted"}
 

@@ -131,7 +131,7 @@ MISTAKES = {
     "seed too large": (["{file}:plain", "--seed", str(2**63)], r"--seed=9223372036854775808: must be"),
     "tolerance below zero": (["{file}:plain", "--tolerance", "-1"], r"tolerance=-1\.0: must be"),
     "no difference allowed": (["{tiny}", "--image-size", "33", "--tolerance", "0"], r"differs from it by .* tolerance"),
-    "unknown input": (["{file}:unknown"], r"the shape of its input cannot be told; let FACTORY"),
+    "unknown input": (["{file}:unknown"], r"the shape of its input cannot be inferred; let FACTORY"),
     "model that does not fit together": (["{file}:misfit"], r"\[1, 3, 224, 224\] with RuntimeError: .*; pass"),
     "control flow on data": (["{file}:branching"], r"branches on the values of a tensor \(.*torch\.where"),
     "a file where a folder should be": (["{file}:plain", "--out", "{file}/m.onnx"], r"is a file, not a folder"),

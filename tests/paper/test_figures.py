@@ -1,4 +1,4 @@
-"""The figures' machinery, and their claims on small networks."""
+"""The figures' machinery, and their predictions on small networks."""
 
 import json
 from dataclasses import replace
@@ -6,9 +6,17 @@ from dataclasses import replace
 import pytest
 
 from normfree.cli import main
-from normfree.paper.figures import BN_FIRST, FIGURES, Claim, Setting, make, mean_padding_growth, padding_share
+from normfree.paper.figures import (
+    BN_FIRST,
+    FIGURES,
+    FigureSetting,
+    Prediction,
+    make,
+    mean_padding_growth,
+    padding_share,
+)
 
-SMALL = Setting(scale="quick", image_size=32, batch_size=2, seeds=1)
+SMALL = FigureSetting(scale="quick", image_size=32, batch_size=2, seeds=1)
 
 
 def test_padding_share_is_the_papers():
@@ -20,9 +28,9 @@ def test_padding_growth_is_a_mean_over_blocks():
     assert mean_padding_growth((1, 0, 0, 2), 128) == pytest.approx(1 + padding_share(128, 3))
 
 
-def test_a_claims_interval_reads_as_what_it_is():
+def test_a_predictions_interval_reads_as_what_it_is():
     def interval(low: float, high: float) -> str:
-        return Claim(text="", label="", low=low, high=high, measure=lambda signal: 0.0).interval
+        return Prediction(text="", label="", low=low, high=high, measure=lambda signal: 0.0).interval
 
     assert interval(0.0, 0.02) == "≤ 0.02"
     assert interval(1.0, float("inf")) == "≥ 1"
@@ -30,10 +38,10 @@ def test_a_claims_interval_reads_as_what_it_is():
 
 
 @pytest.mark.parametrize("figure", FIGURES.values(), ids=FIGURES)
-def test_every_claim_is_about_a_network_of_its_figure(figure):
+def test_every_prediction_is_about_a_network_of_its_figure(figure):
     labels = [network.label for network in figure.networks]
     assert len(set(labels)) == len(labels)
-    assert {claim.label for claim in figure.claims(Setting())} <= set(labels)
+    assert {prediction.label for prediction in figure.predictions(FigureSetting())} <= set(labels)
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -48,13 +56,13 @@ def test_the_command_writes_png_json_and_note_that_agree(name, tmp_path, capsys)
     assert [model["model"] for model in document["models"]] == [network.label for network in figure.networks]
     assert all(len(model["blocks"]) == 24 for model in document["models"])
     note = (tmp_path / f"{name}.md").read_text()
-    claims = figure.claims(Setting(scale="quick", batch_size=4, seeds=1))
-    assert note.count("| agrees |") == len(claims), note
+    predictions = figure.predictions(FigureSetting(scale="quick", batch_size=4, seeds=1))
+    assert note.count("| agrees |") == len(predictions), note
 
 
 def test_a_wrong_prediction_is_said_to_differ(tmp_path):
-    wrong = Claim(text="variance 7", label=BN_FIRST, low=6.9, high=7.1, measure=lambda s: 0.7)
-    figure = replace(FIGURES["figure1"], networks=FIGURES["figure1"].networks[:1], claims=lambda setting: [wrong])
+    wrong = Prediction(text="variance 7", label=BN_FIRST, low=6.9, high=7.1, measure=lambda s: 0.7)
+    figure = replace(FIGURES["figure1"], networks=FIGURES["figure1"].networks[:1], predictions=lambda setting: [wrong])
     paths = make(figure, SMALL, tmp_path, lambda text: None)
     assert "| 0.7 | **differs** |" in paths[-1].read_text()
 

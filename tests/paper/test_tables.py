@@ -8,14 +8,16 @@ from normfree.cli import main
 from normfree.models import create_model
 from normfree.paper import properties, tables
 from normfree.paper.properties import EQUAL, make_gamma, make_properties
-from normfree.paper.tables import SCALES, TABLES, Setting, claims_of_table1, claims_of_table2, config
+from normfree.paper.tables import SCALES, TABLES, TableSetting, claims_of_table1, claims_of_table2, config
 
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("table", TABLES)
 def test_every_arm_is_a_run_and_no_two_share_a_folder(table, scale, tmp_path):
     arms = TABLES[table].arms(SCALES[scale])
-    runs = [config(arm, SCALES[scale], Setting(scale=scale), rate, 0, tmp_path) for arm in arms for rate in (0.5, 1.0)]
+    runs = [
+        config(arm, SCALES[scale], TableSetting(scale=scale), rate, 0, tmp_path) for arm in arms for rate in (0.5, 1.0)
+    ]
     assert len({run.folder for run in runs}) == len(runs) == 2 * len(arms)
     assert runs[1].optimizer.learning_rate == 2 * runs[0].optimizer.learning_rate
 
@@ -24,7 +26,7 @@ def test_every_network_of_an_arm_can_be_built(tmp_path):
 
     for table in TABLES.values():
         for arm in table.arms(SCALES["quick"]):
-            run = config(arm, SCALES["quick"], Setting(), 1.0, 0, tmp_path)
+            run = config(arm, SCALES["quick"], TableSetting(), 1.0, 0, tmp_path)
             create_model(run.model_name, num_classes=10, **run.model_overrides)
 
 

@@ -142,7 +142,7 @@ CASES = {
     ),
     "no shape to guess": (
         lambda: spp(nn.ReLU()),
-        "batch: the input shape of this model cannot be told; give a batch",
+        "batch: the input shape of this model cannot be inferred; give a batch",
     ),
     "too few predictions": (
         lambda: spp(linear(), X, expected_var=[1.0, 2.0]),

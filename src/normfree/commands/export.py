@@ -71,7 +71,7 @@ class Export:
             shape = built.shape or input_shape(built.model)
         except ValueError as error:
             remedy = "let FACTORY of FILE.py return (model, batch)"
-            raise ValueError(f"model: the shape of its input cannot be told; {remedy}") from error
+            raise ValueError(f"model: the shape of its input cannot be inferred; {remedy}") from error
         if self.image_size is not None:
             if len(shape) != 3:
                 rule = f"the model takes {list(shape)}, not an image"

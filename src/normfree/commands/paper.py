@@ -74,12 +74,12 @@ class Paper:
         if self.what in FIGURES:
             from normfree.paper import figures
 
-            setting = figures.Setting(**self._given(("scale", "image_size", "batch_size", "seeds")))
+            setting = figures.FigureSetting(**self._given(("scale", "image_size", "batch_size", "seeds")))
             return figures.make(figures.FIGURES[self.what], setting, self.out, on_progress)
         from normfree.benchmark import hardware
         from normfree.paper import tables
 
-        trained = tables.Setting(**self._given(("scale", "seeds", "data")), limit=self.limit_train_steps)
+        trained = tables.TableSetting(**self._given(("scale", "seeds", "data")), limit=self.limit_train_steps)
         return tables.make(tables.TABLES[self.what], trained, self.out, hardware(), on_progress)
 
     def _given(self, names: tuple[str, ...]) -> dict[str, Any]:

@@ -61,14 +61,14 @@ def batch_shape(built: Built, probe: Probe, *, image_size: int | None, batch_siz
         batch_size: examples.
 
     Raises:
-        ValueError: the shape cannot be told, or the batch is larger than the machine's memory.
+        ValueError: the shape cannot be inferred, or the batch is larger than the machine's memory.
     """
     try:
         shape = built.shape or input_shape(built.model)
     except ValueError:
         if isinstance(probe, GaussianNoise) and image_size is None:
             raise ValueError(
-                "model: its input shape cannot be told; let FACTORY of FILE.py return (model, batch)"
+                "model: its input shape cannot be inferred; let FACTORY of FILE.py return (model, batch)"
             ) from None
         shape = (3, 224, 224)
     if image_size is not None:

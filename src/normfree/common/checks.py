@@ -160,10 +160,10 @@ def required(module: str, purpose: str, install: str | None = None) -> ModuleTyp
     """
     package = module.partition(".")[0]
     try:
-        importlib.import_module(package)  # first, so that what is missing is told by its own name
+        importlib.import_module(package)  # first: if it is missing, the error has its name, not the submodule's
         return importlib.import_module(module)
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == package
         reason = "is not installed" if missing else f"cannot be imported ({all_lines(error)})"
-        told = f"{purpose} needs {package}, which {reason}; pip install {install or package}"
-        raise ImportError(told, name=package) from error
+        message = f"{purpose} needs {package}, which {reason}; pip install {install or package}"
+        raise ImportError(message, name=package) from error

@@ -38,7 +38,7 @@ class Network:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Claim:
+class Prediction:
     """One prediction, and how to take the number it is held against.
 
     Attributes:
@@ -64,7 +64,7 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class FigureSetting:
     """How a figure is made.
 
     Attributes:
@@ -103,16 +103,16 @@ class Figure:
         name: "figure1", …
         title: above the plot.
         networks: what is drawn.
-        claims: what is held against it, given how it is made.
+        predictions: what is held against it, given how it is made.
     """
 
     name: str
     title: str
     networks: Sequence[Network]
-    claims: Callable[[Setting], Sequence[Claim]]
+    predictions: Callable[[FigureSetting], Sequence[Prediction]]
 
 
-def measure_network(network: Network, setting: Setting, seed: int) -> SignalPropagation:
+def measure_network(network: Network, setting: FigureSetting, seed: int) -> SignalPropagation:
     """Build one network from a seed and measure it on gaussian noise."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -129,7 +129,7 @@ def measure_network(network: Network, setting: Setting, seed: int) -> SignalProp
     )
 
 
-def make(figure: Figure, setting: Setting, out: Path, on_progress: Callable[[str], None]) -> list[Path]:
+def make(figure: Figure, setting: FigureSetting, out: Path, on_progress: Callable[[str], None]) -> list[Path]:
     """Measure a figure's networks over all seeds and write its PNG, JSON and note.
 
     Args:
@@ -153,13 +153,16 @@ def make(figure: Figure, setting: Setting, out: Path, on_progress: Callable[[str
         pictures.append(out / f"{figure.name}{apart}.png")
         plot_signals(drawn, pictures[-1], title=figure.title)
     flat = [signal for signals in measured.values() for signal in signals]
-    claims = figure.claims(setting)
-    note = write_atomically(out / f"{figure.name}.md", _note(figure, setting, claims, measured))
+    predictions = figure.predictions(setting)
+    note = write_atomically(out / f"{figure.name}.md", _note(figure, setting, predictions, measured))
     return [*pictures, write_json(out / f"{figure.name}.json", flat), note]
 
 
 def _note(
-    figure: Figure, setting: Setting, claims: Sequence[Claim], measured: dict[str, list[SignalPropagation]]
+    figure: Figure,
+    setting: FigureSetting,
+    predictions: Sequence[Prediction],
+    measured: dict[str, list[SignalPropagation]],
 ) -> str:
     layers = 3 * sum(setting.depths)
     lines = [
@@ -173,12 +176,14 @@ def _note(
         "| network | expected | predicted | measured (mean ± deviation over seeds) | |",
         "|---|---|---|---|---|",
     ]
-    for claim in claims:
-        values = [claim.measure(signal) for signal in measured[claim.label]]
+    for prediction in predictions:
+        values = [prediction.measure(signal) for signal in measured[prediction.label]]
         spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
         value = mean(values)
-        verdict = "agrees" if claim.low <= value <= claim.high else "**differs**"
-        lines.append(f"| {claim.label} | {claim.text} | {claim.interval} | {value:.4g}{spread} | {verdict} |")
+        verdict = "agrees" if prediction.low <= value <= prediction.high else "**differs**"
+        lines.append(
+            f"| {prediction.label} | {prediction.text} | {prediction.interval} | {value:.4g}{spread} | {verdict} |"
+        )
     lines += ["", "Findings of the first seed:", ""]
     for label, signals in measured.items():
         told = [f"{f.kind.replace('_', ' ')} ({f.severity}): {f.message}" for f in signals[0].findings]
@@ -233,7 +238,7 @@ RECTIFIED = 1 - 1 / pi
 """Share of a rectified Gaussian's second moment that is variance."""
 
 
-def claims_of_figure1(setting: Setting) -> list[Claim]:
+def predictions_of_figure1(setting: FigureSetting) -> list[Prediction]:
     """What He initialisation predicts.
 
     He's weights double what they are fed: a rectified unit Gaussian (second moment ½) leaves with second
@@ -242,42 +247,42 @@ def claims_of_figure1(setting: Setting) -> list[Claim]:
     stage, depth = 1, setting.depths[1]
     growth = mean_padding_growth(setting.depths, setting.image_size)
     return [
-        Claim(
+        Prediction(
             text="branch variance 1 − 1/π: He initialisation keeps the second moment, the mean takes 1/π of it",
             label=BN_FIRST,
             low=RECTIFIED - 0.02,
             high=RECTIFIED + 0.02,
             measure=lambda signal: mean_branch_variance(signal, stage),
         ),
-        Claim(
+        Prediction(
             text=f"variance after {depth} blocks grows linearly, to {depth + 1} · (1 − 1/π), and resets at transitions",
             label=BN_FIRST,
             low=0.9 * (depth + 1) * RECTIFIED,
             high=1.1 * (depth + 1) * RECTIFIED,
             measure=lambda signal: last_variance(signal, stage),
         ),
-        Claim(
+        Prediction(
             text="squared mean stays below the variance, near its share (1/π) / (1 − 1/π) = 0.467",
             label=BN_FIRST,
             low=0.4,
             high=0.6,
             measure=largest_ratio,
         ),
-        Claim(
+        Prediction(
             text="branch variance 2: the normalizer has removed the mean, and He initialisation doubles",
             label=RELU_FIRST,
             low=1.95,
             high=2.05,
             measure=lambda signal: mean_branch_variance(signal, stage),
         ),
-        Claim(
+        Prediction(
             text="no mean shift: the convolution sees a mean of zero (2 %, and what sampling the last maps adds)",
             label=RELU_FIRST,
             low=0.0,
             high=0.02 + setting.sampling_share,
             measure=largest_ratio,
         ),
-        Claim(
+        Prediction(
             text=f"second moment grows {growth:.3f} times per block: doubling, less what zero padding takes of the 3×3",
             label=WITHOUT,
             low=growth - 0.1,
@@ -295,7 +300,7 @@ FIGURE1 = Figure(
         Network(label=RELU_FIRST, name="resnetv2_600", overrides={"order": "act-norm"}),
         Network(label=WITHOUT, name="resnetv2_600", overrides={"norm": None}, apart="_unnormalised"),
     ),
-    claims=claims_of_figure1,
+    predictions=predictions_of_figure1,
 )
 
 
@@ -311,7 +316,7 @@ def _label(weights: str, activation: str) -> str:
     return f"{weights}, {ACTIVATIONS[activation]}"
 
 
-def claims_of_figure2(setting: Setting) -> list[Claim]:
+def predictions_of_figure2(setting: FigureSetting) -> list[Prediction]:
     """What the analysis predicts, zero padding's share of the 3×3 convolution included.
 
     Padding leaves a share p of a branch's variance (a little more with an activation of positive mean, whose
@@ -322,21 +327,21 @@ def claims_of_figure2(setting: Setting) -> list[Claim]:
     ladder = 1 + ALPHA**2 * share * depths[0]
     ours = _label(STANDARDIZED, "relu")
     found = [
-        Claim(
+        Prediction(
             text=f"branch variance 1, times zero padding's {share:.3f} on the first stage's maps",
             label=ours,
             low=share - 0.05,
             high=1.05,
             measure=lambda signal: mean_branch_variance(signal, 0),
         ),
-        Claim(
+        Prediction(
             text=f"block variance climbs by α² a block: {ladder:.3f} after {depths[0]}",
             label=ours,
             low=0.93 * ladder,
             high=1.07 * ladder,
             measure=lambda signal: last_variance(signal, 0),
         ),
-        Claim(
+        Prediction(
             text="α and β keep the variance from exploding with plain weights too",
             label=_label(PLAIN, "identity"),
             low=0.0,
@@ -346,7 +351,7 @@ def claims_of_figure2(setting: Setting) -> list[Claim]:
     ]
     for activation in ("relu", "silu"):
         found.append(
-            Claim(
+            Prediction(
                 text="mean shift: the squared mean overtakes the variance",
                 label=_label(PLAIN, activation),
                 low=1.0,
@@ -356,7 +361,7 @@ def claims_of_figure2(setting: Setting) -> list[Claim]:
         )
     for activation in ACTIVATIONS:
         found.append(
-            Claim(
+            Prediction(
                 text=f"no mean shift: at most 2 % of the variance, and {sampling:.2g} by chance on the last maps",
                 label=_label(STANDARDIZED, activation),
                 low=0.0,
@@ -379,7 +384,7 @@ FIGURE2 = Figure(
         for weights, conv in ((PLAIN, "scaled"), (STANDARDIZED, "scaled_ws"))
         for activation in ACTIVATIONS
     ),
-    claims=claims_of_figure2,
+    predictions=predictions_of_figure2,
 )
 
 

@@ -186,7 +186,7 @@ class Arm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class TableSetting:
     """How a table is made.
 
     Attributes:
@@ -290,7 +290,7 @@ def ablation(scale: Scale) -> list[Arm]:
     return arms
 
 
-def config(arm: Arm, scale: Scale, setting: Setting, rate: float, seed: int, folder: Path) -> TrainConfig:
+def config(arm: Arm, scale: Scale, setting: TableSetting, rate: float, seed: int, folder: Path) -> TrainConfig:
     """The run of one arm at a factor of the recipe's learning rate and a seed."""
     recipe = RECIPES[scale.recipe]()
     layout = {"depths": arm.depths, "widths": scale.widths, "stem": "cifar"}
@@ -344,7 +344,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return {**found, "accuracy": 100 * (summary.accuracy or 0.0), "seconds": summary.metrics["seconds"]}
 
 
-def measure(arm: Arm, scale: Scale, setting: Setting, folder: Path) -> dict[str, Any]:
+def measure(arm: Arm, scale: Scale, setting: TableSetting, folder: Path) -> dict[str, Any]:
     """Every run of an arm: its learning rates with the first seed, then the best one with the others."""
     grid = {rate: run(config(arm, scale, setting, rate, 0, folder)) for rate in scale.rates}
     best = max(grid, key=lambda rate: grid[rate]["accuracy"])
@@ -483,7 +483,7 @@ TABLES = {
 
 
 def make(
-    table: Table, setting: Setting, out: Path, provenance: Mapping[str, Any], on_progress: Callable[[str], None]
+    table: Table, setting: TableSetting, out: Path, provenance: Mapping[str, Any], on_progress: Callable[[str], None]
 ) -> list[Path]:
     """Train what is missing of a table and write its page.
 

@@ -129,7 +129,7 @@ def gaussian_like_input_of(
         generator: to draw with, of the CPU; torch's own of the model's device by default.
 
     Raises:
-        ValueError: if the shape cannot be told.
+        ValueError: if the shape cannot be inferred.
     """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     options = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
@@ -142,11 +142,11 @@ def input_shape(model: nn.Module) -> tuple[int, ...]:
     """The shape of one example, as the model's own description or first layer suggests.
 
     Raises:
-        ValueError: if it cannot be told.
+        ValueError: if it cannot be inferred.
     """
     shape = _described_shape(model) or _shape_from_first_layer(model)
     if shape is None:
-        raise ValueError("batch: the input shape of this model cannot be told; give a batch")
+        raise ValueError("batch: the input shape of this model cannot be inferred; give a batch")
     return shape
 
 
