@@ -222,6 +222,13 @@ def test_an_interrupt_is_one_line_at_any_time(after):
     assert told.strip() == "normfree: interrupted" and process.returncode in (130, -signal.SIGINT)
 
 
+@pytest.mark.parametrize("words", [["models", "nf_resnet50"], ["models", "no such"], ["no command"]])
+def test_an_interrupt_counts_whatever_became_of_it(words, monkeypatch, capsys):
+    monkeypatch.setattr("normfree.interrupt._raised", [signal.SIGINT])  # a library has caught it, or failed for it
+    assert main(words) == 130
+    assert capsys.readouterr().err == "normfree: interrupted\n"
+
+
 def test_only_the_command_ends_at_an_interrupt_of_its_import():
     assert is_command(["python", "-m", "normfree", "spp"]) and is_command(["python", "/usr/bin/normfree", "spp"])
     assert not is_command(["python", "-m", "pytest"]) and not is_command(["python", "train.py", "normfree"])
