@@ -87,6 +87,7 @@ def test_a_table_is_written_and_its_finished_runs_are_not_repeated(tmp_path, mon
     assert main(words) == 0
     stored = json.loads((tmp_path / "normalizers-quick.json").read_text())
     assert [len(cell["runs"]) for cell in stored["cells"]] == [2, 2]
+    assert {"cpu", "torch", "commit"} <= set(stored["provenance"])
     page = (tmp_path / "normalizers-quick.md").read_text()
     assert "| NF | " in page and "cannot be tested at this scale" in page
     times = {path: path.stat().st_mtime for path in tmp_path.glob("runs/*/*/model.safetensors")}

@@ -74,13 +74,15 @@ class Paper:
         if self.what in FIGURES:
             from normfree.paper import figures
 
-            setting = figures.FigureSetting(**self._given(("scale", "image_size", "batch_size", "seeds")))
-            return figures.make(figures.FIGURES[self.what], setting, self.out, on_progress)
+            drawn = figures.FigureSetting(**self._given(("scale", "image_size", "batch_size", "seeds")))
+            return figures.make(figures.FIGURES[self.what], drawn, self.out, on_progress)
         from normfree.benchmark import hardware
         from normfree.paper import tables
+        from normfree.train.records import commit
 
-        trained = tables.TableSetting(**self._given(("scale", "seeds", "data")), limit=self.limit_train_steps)
-        return tables.make(tables.TABLES[self.what], trained, self.out, hardware(), on_progress)
+        setting = tables.TableSetting(**self._given(("scale", "seeds", "data")), limit=self.limit_train_steps)
+        provenance = {**hardware(), "commit": commit()}
+        return tables.make(tables.TABLES[self.what], setting, self.out, provenance, on_progress)
 
     def _given(self, names: tuple[str, ...]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
