@@ -56,11 +56,11 @@ CASES = {
     "a class": (lambda: spp(nn.Linear, X), "model: type is no torch.nn.Module"),
     "unknown mode": (
         lambda: spp(linear(), X, mode="training"),
-        "mode: 'training' is not known; choose one of 'batch-statistics', 'train', 'eval'",
+        "mode='training': unknown choice; choose one of 'batch-statistics', 'train', 'eval'",
     ),
     "unknown points": (
         lambda: spp(linear(), X, points="blocks"),
-        "points: 'blocks' is not known; choose one of 'auto', 'residual', 'layers'",
+        "points='blocks': unknown choice; choose one of 'auto', 'residual', 'layers'",
     ),
     "no addition": (
         lambda: spp(linear(), X, points="residual"),
@@ -72,7 +72,10 @@ CASES = {
         "points: 'layers' leaves nothing to plot, for no weighted operation was recorded in the forward pass of ReLU; "
         "a model needs a convolution",
     ),
-    "seed": (lambda: spp(linear(), X, seed="x"), "seed: 'x' is no integer from 0 to 2**63 - 1; give one such as 0"),
+    "seed": (
+        lambda: spp(linear(), X, seed="x"),
+        "seed='x': must be an integer from 0 to 2**63 - 1; give one such as 0",
+    ),
     "NaN parameter": (
         lambda: spp(linear(math.nan, math.inf), X),
         "model: parameter '0.weight' has 2 of 6 values that are not finite; initialise it, or load a sound checkpoint",

@@ -217,7 +217,7 @@ def test_interrupted_and_resumed_equals_uninterrupted():
     [
         ({"every": 0}, "every: 0"),
         ({"share": 0.0}, "share: 0.0"),
-        ({"mode": "trian"}, "mode: 'trian'.*'train'"),
+        ({"mode": "trian"}, "mode='trian'.*'train'"),
         ({"batch": [PROBE]}, r"batch: list.*next\(iter\(loader\)\)"),
     ],
 )

@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 
-from normfree.common.checks import check_integer, invalid
+from normfree.common.checks import check_integer, check_seed, invalid
 from normfree.common.text import printable
 
 _MODEL = (
@@ -70,8 +70,8 @@ def check_options(options: Any) -> None:
             raise invalid(
                 "models", value, "none given", f"for example: normfree {name} nf_resnet50 torchvision:resnet50"
             )
-        if field.name == "seed" and not 0 <= value < 2**63:
-            raise invalid("seed", value, "must be an integer from 0 to 2**63 - 1", "give one such as 0")
+        if field.name == "seed":
+            check_seed(value)
         if field.name in _AT_LEAST_ONE and value is not None:
             check_integer(field.name, value, 1)
 

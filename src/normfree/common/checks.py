@@ -68,6 +68,13 @@ def check_integer(argument: str, value: int, minimum: int) -> int:
     return value
 
 
+def check_seed(seed: int) -> int:
+    """Return ``seed`` if it is an integer that torch's and numpy's generators take: from 0 to 2**63 - 1."""
+    if not is_integer(seed) or not 0 <= seed < 2**63:
+        raise invalid("seed", seed, "must be an integer from 0 to 2**63 - 1", "give one such as 0")
+    return seed
+
+
 def check_number(argument: str, value: float, minimum: float = -math.inf, *, exclusive: bool = False) -> float:
     """Return ``value`` as a float if it is finite and at least (or, if exclusive, above) ``minimum``."""
     if not is_number(value) or value < minimum or (exclusive and value == minimum):

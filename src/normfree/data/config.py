@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from normfree.common.checks import check_choice, check_flag, check_integer, check_number, invalid
+from normfree.common.checks import check_choice, check_flag, check_integer, check_number, check_seed, invalid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -126,10 +126,8 @@ class DataConfig:
             raise invalid("source", self.source, "must name data", "pass digits, a folder or files")
         for name in ("batch_size", "prefetch", "shuffle_block"):
             check_integer(name, getattr(self, name), 1)
-        for name in ("workers", "seed"):
-            check_integer(name, getattr(self, name), 0)
-        if self.seed >= 2**63:
-            raise invalid("seed", self.seed, "must be below 2**63", "pass one such as 0")
+        check_integer("workers", self.workers, 0)
+        check_seed(self.seed)
         for name in ("num_classes", "examples", "evaluation_examples", "image_size"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.common.checks import check_choice, check_seed
 from normfree.signal.findings import findings_of
 from normfree.signal.gradients import Gradients, sq_gradients
 from normfree.signal.nonfinite import check_finite, check_present, first_non_finite
@@ -86,10 +87,8 @@ def spp(
     unnormalized ResNets", ICLR 2021, section 3. The input correlation and the gradient are additions.
     """
     model = unwrapped(model)
-    if points not in POINTS:
-        raise ValueError(f"points: {points!r} is not known; choose one of {', '.join(map(repr, POINTS))}")
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed: {seed!r} is no integer from 0 to 2**63 - 1; give one such as 0")
+    check_choice("points", points, POINTS)
+    check_seed(seed)
     check_present(model)
     with untouched(model, mode) as preserved:
         preserved.seed(seed)

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, distributed, nn
 
-from normfree.common.checks import required
+from normfree.common.checks import check_choice, required
 from normfree.common.files import read_json, refused, structured, write_atomically
 from normfree.common.text import first_line, one_line, quoted
 from normfree.common.torch_compat import tree_map
@@ -87,8 +87,7 @@ class SignalMonitor:
             raise ValueError(f"every: {every!r} is no number of steps; give 1 or more, or None to go by the time")
         if not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f"share: {share!r} is no part of the time; give a number above 0 and up to 1, as 0.01")
-        if mode not in MODES:
-            raise ValueError(f"mode: {mode!r} is not known; choose one of {', '.join(map(repr, MODES))}")
+        check_choice("mode", mode, MODES)
         self.model = unwrapped(model)
         _check_alone(self.model, mode)
         self.every, self.share, self.writer, self.tag = every, share, writer, tag

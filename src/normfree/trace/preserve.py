@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from normfree.common.checks import check_choice
 from normfree.common.torch_compat import TorchDispatchMode, preserve_version_counters
 from normfree.trace.operations import written_by
 
@@ -141,8 +142,7 @@ def untouched(model: nn.Module, mode: str) -> Iterator[Preserved]:
     Yields:
         What keeps the state; call its ``before_writing`` with parameters about to be written.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode: {mode!r} is not known; choose one of {', '.join(map(repr, MODES))}")
+    check_choice("mode", mode, MODES)
     attributes = [value for module in model.modules() for value in vars(module).values()]
     tensors = (*model.parameters(), *model.buffers(), *(a for a in attributes if isinstance(a, Tensor)))
     counted = tuple(tensor for tensor in tensors if not tensor.is_inference())
