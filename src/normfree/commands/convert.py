@@ -29,6 +29,7 @@ from normfree.commands.signals import (
     device_named,
     is_healthy,
     precision_of,
+    print_code,
     print_conversion,
     print_signal,
     write_signals,
@@ -37,8 +38,10 @@ from normfree.common.checks import invalid
 from normfree.common.text import all_lines
 from normfree.convert import ALPHA, SKIP_GAIN, Conversion, conversion_of, convert
 from normfree.data import probe_named
+from normfree.report.page import code_details
 from normfree.signal import SignalPropagation, spp
 from normfree.sources import build
+from normfree.trace.inputs import tensors_of
 from normfree.weights import save
 from normfree.weights.matching import read_state_dict
 
@@ -46,6 +49,16 @@ from normfree.weights.matching import read_state_dict
 # account for a factor of ten either way. At a hundred the logits are ten times as large, or as small, and the first
 # steps of the original's recipe are lost.
 OUTPUT_FACTOR = 100.0
+
+NOTHING_TO_DO = "it has no normalizer, and nothing was found that conversion would mend"
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """Why a model was not converted, and what to do instead, as lines of Python; both empty where it was."""
+
+    reason: str = ""
+    code: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +165,11 @@ class Convert(_Conversion):
 class Doctor(_Conversion):
     """Examine a model: its signal, what is wrong with it, and the same model converted.
 
-    Writes report.html (both signals overlaid, findings, every change), spp.json, spp.png and conversion.json. The exit
-    code is 0 if no finding about the model as it is given is an error and the converted model's outputs in training
-    mode have a mean square within a factor of 100 of the original's, and 1 otherwise, so that it can gate a CI.
+    Says first what it will do, and then what it found, with the remedy of each finding. Of a model without normalizers
+    conversion is proposed where something was found. Writes report.html (both signals overlaid, findings, every
+    change), spp.json, spp.png and conversion.json. The exit code is 0 if no finding about the model as it is given is
+    an error and the converted model's outputs in training mode have a mean square within a factor of 100 of the
+    original's, and 1 otherwise, so that it can gate a CI.
     """
 
     gradient: bool = True
@@ -166,35 +181,68 @@ class Doctor(_Conversion):
         check_folder(self.out)
 
     def run(self, console: Terminal) -> int:
-        """Examine, convert, examine again, write, print; return the exit code."""
+        """Say what will be done, examine, convert, examine again, write, say what was found; return the exit code."""
         model, batch, described = self.prepare(console)
-        conversion, reason, changed = None, "", list[str]()
+        self._announce(console, batch, described)
+        conversion, refusal, changed = None, _Refusal(), list[str]()
         with console.status(f"measuring {escape_markup(self.model)}") as status:
             signals = [self._measure(model, self.model, batch, described)]
             status.update(f"converting {escape_markup(self.model)}")
             try:
                 converted, conversion = self.convert(model, batch)
             except ValueError as error:
-                reason = str(error)
+                refusal = _Refusal(str(error), "".join(getattr(error, "__notes__", ())[:1]))
             else:
-                status.update("measuring the converted model")
-                signals.append(self._measure(converted, f"{self.model}, converted", batch, described))
-                changed = self._changed_outputs(model, converted, batch)
+                if not conversion.replaces_norms and not _calls_for_action(signals[0]):
+                    conversion, refusal = None, _Refusal(NOTHING_TO_DO)
+                else:
+                    status.update("measuring the converted model")
+                    signals.append(self._measure(converted, f"{self.model}, converted", batch, described))
+                    if not _changes_size(signals[0]):
+                        changed = self._changed_outputs(model, converted, batch)
         # Before anything is printed: whoever stops reading has the files all the same.
         title = f"Examination of {self.model}"
-        paths = write_signals(signals, self.out, title=title, appendix=changes_section(conversion, reason))
+        paths = write_signals(signals, self.out, title=title, appendix=changes_section(conversion, refusal))
         if conversion is not None:
             paths.insert(2, conversion.to_json(self.out / "conversion.json"))
+        console.print("[bold]What was found[/bold]")
         print_signal(console, signals[0])
-        if conversion is None:
-            console.print(f"not converted: {reason}", highlight=False, markup=False)
-        else:
+        if conversion is not None:
+            console.print("[bold]What conversion changes[/bold]")
             print_conversion(console, conversion)
+            console.print("[bold]What was found in the converted model[/bold]")
             print_signal(console, signals[1])
         for line in changed:
             console.print(f"[bold red]error: output[/bold red] — {escape_markup(line)}", highlight=False)
+        self._conclude(console, signals, refusal)
         console.say_written(paths)
         return int(bool(changed) or not is_healthy(signals[0]))
+
+    def _announce(self, console: Terminal, batch: Any, described: dict[str, Any]) -> None:
+        """Say what will be done, before it is."""
+        shapes = ", ".join(" × ".join(map(str, tensor.shape)) for tensor in tensors_of(batch))
+        weights = "new weights" if self.start == "fresh" else "its weights kept"
+        console.say(f"Examining {self.model}:")
+        console.say(f"  1. measure it on one batch of {described['kind']} input, {shapes}")
+        console.say(f"  2. convert a copy of it to one without normalizers ({self.start} start: {weights})")
+        console.say("  3. measure the copy on the same batch")
+        console.say(f"The model stays as it is. The report goes to {self.out}.")
+        console.print()
+
+    def _conclude(self, console: Terminal, signals: list[SignalPropagation], refusal: _Refusal) -> None:
+        """Say what came of it, and what to do next."""
+        told = [
+            f"{name}: {_errors_in(signal)}" for name, signal in zip(("as given", "converted"), signals, strict=False)
+        ]
+        console.say("; ".join(told) + ".")
+        if len(signals) > 1:
+            line = command_line("convert", self, [self.model], without=("model", "out", "gradient"))
+            console.say(f"To write the converted model: {line} --out model.safetensors")
+        else:
+            console.say(f"Not converted: {refusal.reason}.")
+            if refusal.code and not is_healthy(signals[0]):
+                console.say("Instead, in Python, where model is the model and batch its input:")
+                print_code(console, refusal.code)
 
     def _measure(self, model: nn.Module, name: str, batch: Any, described: dict[str, Any]) -> SignalPropagation:
         return spp(
@@ -229,10 +277,29 @@ def changed_outputs(before: SignalPropagation, after: SignalPropagation) -> list
     return lines
 
 
-def changes_section(conversion: Conversion | None, reason: str) -> str:
+def _calls_for_action(signal: SignalPropagation) -> bool:
+    """Whether there is a finding that is more than a note."""
+    return any(finding.severity != "info" for finding in signal.findings)
+
+
+def _changes_size(signal: SignalPropagation) -> bool:
+    """Whether a signal explodes, fades or breaks, so that outputs of another size are what conversion is for."""
+    kinds = ("explosion", "attenuation", "non_finite")
+    return any(finding.kind in kinds and finding.severity == "error" for finding in signal.findings)
+
+
+def _errors_in(signal: SignalPropagation) -> str:
+    """The errors among the findings, counted and named."""
+    kinds = [finding.kind.replace("_", " ") for finding in signal.findings if finding.severity == "error"]
+    return f"{len(kinds)} error{'s' if len(kinds) > 1 else ''} ({', '.join(kinds)})" if kinds else "no error"
+
+
+def changes_section(conversion: Conversion | None, refusal: _Refusal) -> str:
     """The report's section on the conversion: every change and what was left alone; or why there is none."""
     if conversion is None:
-        return f'<section id="conversion"><h2>Conversion</h2><p>{escape(reason)}</p></section>'
+        code = code_details(refusal.code) if refusal.code else ""
+        why = f"<p>Not converted: {escape(refusal.reason)}.</p>"
+        return f'<section id="conversion"><h2>Conversion</h2>{why}{code}</section>'
     heads = "".join(f"<th class=text>{head}</th>" for head in ("module", "before", "after", "why"))
     rows = "".join(
         "<tr>" + "".join(f"<td class=text>{escape(cell)}</td>" for cell in row) + "</tr>" for row in conversion.rows()

@@ -11,6 +11,7 @@ In the order of this file: what a recording holds; how a model is run; the recor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -231,6 +232,33 @@ CROPPING = frozenset({"slice", "narrow"})
 def passes_unchanged(step: Step) -> bool:
     """Whether an operation carries its one input on as it is, but for its layout."""
     return step.name in op.VIEW and len(step.inputs) == 1
+
+
+def factors_of(step: Step) -> tuple[float, ...] | None:
+    """With what factor each activation enters a linear operation; None for any other one."""
+    args = step.args
+    if len(step.inputs) == 1 and step.name in op.SCALING:
+        other = next((each for each in args if not isinstance(each, Node)), None)
+        size = _size(other) or 0.0
+        divided = step.name == "div" and isinstance(args[0], Node)
+        return None if not size else (size,) if step.name == "mul" else (1 / size,) if divided else None
+    if step.name in ("add", "sub"):
+        return 1.0, float(step.kwargs.get("alpha", 1)) * (1 if step.name == "add" else -1)
+    if step.name == "lerp" and args[:2] == step.inputs:
+        share = _size(args[2])
+        return None if share is None else (1 - share, share)
+    if step.name == "addcmul" and isinstance(args[0], Node):
+        size = next((_size(each) for each in args[1:] if not isinstance(each, Node)), None)
+        return None if size is None else (1.0, size * float(step.kwargs.get("value", 1)))
+    return None
+
+
+def _size(value: object) -> float | None:
+    """A number, or the root mean square of a tensor that is no activation."""
+    if isinstance(value, Tensor):
+        size = float(value.detach().double().square().mean().sqrt())
+        return math.copysign(size, float(value)) if value.numel() == 1 else size
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def record_all(model: nn.Module, batch: Batch) -> tuple[Dataflow, Trains]:

@@ -93,6 +93,10 @@ class Structure:
         """For each layer why it cannot be standardized, as what a norm behind it sees; "" where it can."""
         return {name: self._obstacle(name) for name in self.layers}
 
+    def why_left(self, name: str) -> str:
+        """Why a layer cannot be standardized, as its own reason to stay; "" where it can."""
+        return self.obstacles[name].replace(f"{name} before it ", "it ").replace(" before it", "")
+
     def _obstacle(self, name: str) -> str:
         if problem := self.maps[name].why_not(fresh=True):
             return f"{name} before it {problem}"
@@ -203,8 +207,8 @@ def layers_to_standardize(
             kept[name] = "no removed normalizer follows it"
         elif name not in direct and structure.is_gate_only(name):
             kept[name] = "it only computes a gate"
-        elif structure.obstacles[name]:
-            kept[name] = structure.obstacles[name].replace(f"{name} before it ", "it ").replace(" before it", "")
+        elif reason := structure.why_left(name):
+            kept[name] = reason
         else:
             chosen.append(name)
     return chosen, kept
