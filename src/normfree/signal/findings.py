@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise, takewhile
+from itertools import accumulate, groupby, pairwise, takewhile
 from math import isfinite, prod, sqrt
 from statistics import median
 from typing import Any
@@ -158,8 +158,10 @@ def _growth(stretch: Stretch) -> _Change | None:
     """Steady growth over a whole stretch, or over its blocks or its layers alone."""
     points = [p for p in stretch.points if isfinite(p.avg_channel_var) and not p.last]
     runs = [list(run) for _, run in groupby(points, key=lambda point: point.kind)]
-    for run in [points, *runs] if len(runs) > 1 else runs:
-        first = points.index(run[0])
+    starts = list(accumulate(map(len, runs), initial=0))
+    for first, run in (
+        [(0, points), *zip(starts, runs, strict=False)] if len(runs) > 1 else zip(starts, runs, strict=False)
+    ):
         before = points[first - 1] if first else None
         base = max(stretch.start, before.avg_channel_var) if before else stretch.start
         over = next((p for p in run if p.avg_channel_var > EXPLODED * base > 0), None)
@@ -183,12 +185,12 @@ def _burst(stretch: Stretch) -> _Change | None:
     if not stretch.ends or stretch.start <= 0:
         return None
     points = [p for p in stretch.points if isfinite(p.avg_channel_var) and not p.renewed]
-    high = [p for p in points if p.last and p.avg_channel_var > BURST * stretch.start]
-    inner = reversed([p for p in points if not p.last])  # a small head is no normalizer: what is before it counts
-    high += takewhile(lambda p: p.avg_channel_var > BURST * stretch.start, inner)
+    inner = [p for p in points if not p.last]  # a small head is no normalizer: what is before it counts
+    ended_low = next((i for i in range(len(inner), 0, -1) if inner[i - 1].avg_channel_var <= BURST * stretch.start), 0)
+    at_the_end = {id(p) for p in inner[ended_low:]}
+    high = [p for p in points if p.avg_channel_var > BURST * stretch.start and (p.last or id(p) in at_the_end)]
     if not high:
         return None
-    high.sort(key=points.index)
     peak = max(high, key=_variance)
     severe = peak.avg_channel_var > FAR_BURST * stretch.start
     cause = _cause(stretch, high[0], 1, jump=True)

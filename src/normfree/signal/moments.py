@@ -116,21 +116,23 @@ class Moments:
 
     def divide(self, factor: Tensor | float) -> Moments:
         """The moments of the values divided by ``factor`` (a number, or one per channel [C])."""
-        return Moments(self.count, self.mean / factor, self.deviation / factor**2)
+        similarity = () if isinstance(factor, Tensor) else (self.cosine_sum, self.pairs)
+        return Moments(self.count, self.mean / factor, self.deviation / factor**2, *similarity)
 
     def channels(self, kept: Tensor) -> Moments:
         """The moments of some channels alone (a mask [C])."""
         return Moments(self.count, self.mean[kept], self.deviation[kept])
 
 
-def channel_moments(x: Tensor, channel_axis: int, *, examples: int | None = None) -> Moments:
-    """Per-channel moments of ``x`` over every other axis.
+def channel_moments(x: Tensor, channel_axis: int, *, examples: int | None = None, divisor: float = 1.0) -> Moments:
+    """Per-channel moments of ``x / divisor`` over every other axis.
 
     Args:
         x: a floating-point activation of any shape, layout and precision.
         channel_axis: the axis that holds the channels.
         examples: the number of examples in the batch; given and found as the leading axis, the mean
             cosine similarity between the first few examples' flattened features is taken too.
+        divisor: a number that the values are divided by.
 
     Returns:
         The moments, in float64 on the CPU.
@@ -140,16 +142,16 @@ def channel_moments(x: Tensor, channel_axis: int, *, examples: int | None = None
         x, channel_axis = x.unsqueeze(0), 1
     correlated = examples is not None and examples > 1 and x.shape[0] == examples
     if x.numel() <= SMALL:
-        return _of_few(x, channel_axis % x.dim(), correlated=correlated)
+        return _of_few(x, channel_axis % x.dim(), correlated=correlated, divisor=divisor)
     moments, sq_length = _fast(x, channel_axis)
     moments = _refined(moments, x, channel_axis) if _trustworthy(moments) else _exact(x, channel_axis)
     if correlated:
         cosine_sum, pairs = _cosine_sum(x, sq_length)
         moments = Moments(moments.count, moments.mean, moments.deviation, cosine_sum, pairs)
-    return moments
+    return moments if divisor == 1 else moments.divide(divisor)
 
 
-def _of_few(x: Tensor, axis: int, *, correlated: bool) -> Moments:
+def _of_few(x: Tensor, axis: int, *, correlated: bool, divisor: float) -> Moments:
     """Moments that are computed later, with those of other small activations in the same calls.
 
     A call costs more than the few values it computes on: twenty calls for each of the thousands of activations of an
@@ -160,7 +162,7 @@ def _of_few(x: Tensor, axis: int, *, correlated: bool) -> Moments:
     if together is None or together.size + x.numel() > PIECE:
         together = _Together()
         _OPEN.together = ref(together)
-    return together.enter(x, axis, correlated=correlated)
+    return together.enter(x, axis, correlated=correlated, divisor=divisor)
 
 
 _OPEN = threading.local()
@@ -197,10 +199,12 @@ class _Together:
         self.size = 0
         self.entries: dict[tuple[torch.Size, int, bool], list[tuple[ref[_Later], Tensor]]] = {}
 
-    def enter(self, x: Tensor, axis: int, *, correlated: bool) -> Moments:
+    def enter(self, x: Tensor, axis: int, *, correlated: bool, divisor: float) -> Moments:
         """The moments of an activation, of whose values a copy is kept until they are computed."""
         moments = _Later(x.numel() // x.shape[axis], self)
         values = x.clone() if x.dtype == torch.float64 else x.double()
+        if divisor != 1:
+            values /= divisor
         self.entries.setdefault((x.shape, axis, correlated), []).append((ref(moments), values))
         self.size += x.numel()
         return moments
@@ -274,7 +278,8 @@ def _fast(x: Tensor, axis: int) -> tuple[Moments, Tensor | None]:
     for piece in _pieces(x):
         if x.stride(axis) == 1 and channels > 1:
             piece_count = piece.numel() // channels
-            for rows in piece.movedim(axis, -1).reshape(piece_count, channels).split(LONGEST_RUN["column"]):
+            together = min(LONGEST_RUN["column"], max(1, PIECE // channels))
+            for rows in piece.movedim(axis, -1).reshape(piece_count, channels).split(together):
                 mean, var = _column_moments(rows)
                 total += mean * len(rows)
                 square += (var + mean.square()) * len(rows)
