@@ -284,7 +284,7 @@ X = torch.ones(2, 4)
 REFUSED = {
     "no module": ("onnx", lambda x: x, X, {}, r"^model: function is no torch\.nn\.Module"),
     "no weights": ("onnx", nn.Linear(4, 3, device="meta"), X, {}, r"^model: .*meta device"),
-    "no copy": ("onnx", uncopied(), X, {}, r"^model: it cannot be copied: TypeError: .*lock.*; its attributes"),
+    "no copy": ("onnx", uncopied(), X, {}, r"^model: Linear cannot be copied \(TypeError: .*lock.*\); take off"),
     "wrong shape": ("onnx", nn.Linear(3, 4), X, {}, r"^example_input: .*\[2, 4\] with RuntimeError: .*; pass"),
     "not a tensor": ("pt2", nn.Linear(4, 3), "x", {}, r"^example_input='x': must hold tensors alone; pass"),
     "a number among tensors": ("pt2", nn.Linear(4, 3), (X, 3), {}, r"^example_input=3: must hold tensors alone"),

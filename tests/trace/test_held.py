@@ -7,15 +7,18 @@ import array
 import collections
 import dataclasses
 import functools
+import logging
 import random
 import threading
 import types
 import warnings
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from normfree.convert.dataflow import run_prepared
 from normfree.signal import spp
@@ -51,7 +54,7 @@ def seen(value, known=None):
     if isinstance(value, (int, float, str, bytes, type(None), type, torch.dtype, types.ModuleType)):
         return value
     found = [kind, id(value)]
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and not is_lazy(value):
         found += [tuple(value.shape), value.dtype, value.requires_grad]
         found += [str(value)] if value.is_sparse else [value.stride(), value.storage_offset(), bits(value)]
         found += [seen(value.grad, known)] if value.is_leaf else []
@@ -258,6 +261,17 @@ def run_hidden(module, x):
     module.thing[0].eval()
 
 
+def for_inference():
+    with torch.inference_mode():
+        return torch.ones(3)
+
+
+class Closed:
+    @property
+    def __dict__(self):
+        raise RuntimeError("there is nothing to see")
+
+
 THINGS = {
     "list of tensors": (lambda: [torch.zeros(2)], lambda module, x: module.thing.append(x)),
     "tensor in a list": (lambda: [torch.zeros(2)], lambda module, x: module.thing[0].add_(1)),
@@ -314,6 +328,7 @@ THINGS = {
     "method": (lambda: Counter().add, call),
     "method of a list": (lambda: functools.partial([1].append, 2), call),
     "hidden network": (hidden_network, run_hidden),
+    "hidden network of no sizes yet": (lambda: [nn.LazyLinear(3)], lambda module, x: module.thing[0](x)),
 }  # fmt: skip
 
 
@@ -335,6 +350,8 @@ def test_a_thing_is_given_back(name):
 
 class OwnTensors(nn.Module):
     """A residual network whose forward does something to its own parameters, buffers and modules."""
+
+    __slots__ = ("slot",)
 
     def __init__(self, act) -> None:
         super().__init__()
@@ -386,6 +403,7 @@ ACTS = {
     "module exchanged": lambda m: setattr(m, "layer", nn.Linear(6, 6)),
     "hook added": lambda m: m.layer.register_forward_hook(print),
     "another class": change_class,
+    "slot": lambda m: setattr(m, "slot", 1),
 }  # fmt: skip
 
 
@@ -393,9 +411,9 @@ ACTS = {
 def test_its_own_tensors_and_modules_are_given_back(name):
     model = OwnTensors(ACTS[name])
     model.layer.weight.grad = torch.ones(6, 6)
-    before = [(type(module), seen(vars(module))) for module in model.modules()]
+    before = [seen(module) for module in model.modules()]
     run_prepared(model, X)
-    assert [(type(module), seen(vars(module))) for module in model.modules()] == before
+    assert [seen(module) for module in model.modules()] == before
 
 
 def test_what_two_modules_share_stays_shared():
@@ -418,6 +436,31 @@ def test_what_cannot_be_copied_is_no_obstacle(tmp_path):
     assert seen(vars(model)) == before
     assert next(model.thing["numbers"]) == 1
     file.close()
+
+
+ODD = {
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "nested tensor": lambda: torch.nested.nested_tensor([torch.ones(3)]),
+    "conjugated": lambda: torch.ones(3, dtype=torch.complex64).conj(),
+    "tensor for inference": for_inference,
+    "tensor without values": lambda: torch.ones(3, device="meta"),
+    "array that repeats": lambda: np.broadcast_to(np.zeros(4), (10**12, 4)),
+    "mock": MagicMock,
+    "no attributes to be had": Closed,
+    "logger": lambda: logging.getLogger("normfree.test"),
+    "thread": threading.Thread,
+    "scripted": lambda: torch.jit.script(nn.Linear(6, 6)),
+    "traced": lambda: torch.fx.symbolic_trace(nn.Linear(6, 6)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning", "ignore:.*quantize.*:UserWarning")
+def test_odd_things_are_no_obstacle(name):
+    thing = ODD[name]()
+    model = Holder([thing], lambda module, x: None)
+    spp(model, X)
+    assert model.thing[0] is thing
 
 
 def test_memory_that_cannot_be_written_to_is_left_alone(tmp_path):

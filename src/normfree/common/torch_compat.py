@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normfree.common.process import one_thread_at_a_time
+from normfree.common.text import one_line
 
 __all__ = [
     "ConvNd",
@@ -167,7 +168,16 @@ def copy_model(model: Model) -> Model:
     without its graph: the hook, which is copied, too, computes it anew before the next forward.
 
     A model that another thread measures is copied afterwards, without the hooks and the mode of a measurement.
+
+    Raises:
+        ValueError: if it holds what copy.deepcopy does not copy.
     """
     held = [leaf for module in model.modules() for leaf in tree_leaves(list(vars(module).values()))]
     computed = {id(leaf): leaf.detach().clone() for leaf in held if isinstance(leaf, Tensor) and not leaf.is_leaf}
-    return copy.deepcopy(model, computed)
+    try:
+        return copy.deepcopy(model, computed)
+    except Exception as error:  # of an attribute's own class
+        raise ValueError(
+            f"model: {type(model).__name__} cannot be copied ({one_line(error, 120)}); take off what copy.deepcopy "
+            "does not copy, such as a lock or a file, or give its class a __deepcopy__"
+        ) from error

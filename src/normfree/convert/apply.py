@@ -18,7 +18,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree import nn as ours
 from normfree.common.process import seeded
-from normfree.common.text import first_line
 from normfree.common.torch_compat import copy_model
 from normfree.convert.dataflow import (
     KEPT_TWINS,
@@ -66,7 +65,7 @@ def rewrite(model: nn.Module, conversion: Conversion) -> nn.Module:
 @torch.inference_mode(False)  # parameters made inside of it would never learn
 def exchange_modules(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[nn.Module]]:
     """What :func:`rewrite` gives, and the modules of the copy in whose place others stand now."""
-    converted = _copy(model)
+    converted = copy_model(model)
     modules = dict(converted.named_modules(remove_duplicate=False))
     found: dict[nn.Module, nn.Module] = {}
     options = _options(model)
@@ -201,15 +200,6 @@ def _standardize_in_place(module: nn.Module, change: Change) -> None:
         for name in change.weight.biases:
             module.get_parameter(raw_name(name)).zero_().requires_grad_()
     weight.requires_grad_()
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy_model(model)
-    except (RuntimeError, TypeError) as error:  # such as a lock
-        raise ValueError(
-            f"model: {class_name(model)} cannot be copied ({first_line(error, 120)}): have copy.deepcopy make one"
-        ) from error
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from torch.export import ExportedProgram
 
 from normfree.common.checks import check_flag, check_number, invalid, required
 from normfree.common.process import one_thread_at_a_time
-from normfree.common.text import one_line
 from normfree.common.torch_compat import copy_model
 from normfree.export.comparison import (
     Arguments,
@@ -236,11 +235,7 @@ def _copied(model: nn.Module) -> nn.Module:
         raise ValueError(f"model: {type(model).__name__} is no torch.nn.Module; pass one")
     if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
         raise ValueError("model: it has no weights yet (meta device); pass one with weights")
-    try:
-        return copy_model(model).cpu().eval()
-    except Exception as error:
-        remedy = "its attributes must be parameters, buffers and plain values"
-        raise ValueError(f"model: it cannot be copied: {one_line(error)}; {remedy}") from error
+    return copy_model(model).cpu().eval()
 
 
 def check_path(path: str | Path, suffix: str) -> Path:

@@ -14,13 +14,14 @@ import collections
 import functools
 import random
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import is_
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from normfree.common.text import quoted
 
@@ -103,7 +104,7 @@ class KeptTensor(_Held):
             return
         tensor = self.value
         with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-            if tensor.layout != torch.strided:  # sparse ones cannot be compared
+            if tensor.layout != torch.strided or tensor.is_quantized:  # which cannot be compared
                 if self.version is None or tensor._version != self.version:
                     tensor.copy_(self.copy)
                 return
@@ -151,7 +152,7 @@ def _have_equal_bits(one: Tensor, other: Tensor) -> bool:
     try:
         bits = _BITS.get(one.itemsize)
         return torch.equal(one, other) if bits is None else torch.equal(one.view(bits), other.view(bits))
-    except (RuntimeError, NotImplementedError):  # quantized ones, and those that no view is to be had of
+    except (RuntimeError, NotImplementedError):  # of a few no view is to be had
         return False
 
 
@@ -160,17 +161,16 @@ class _Object(_Held):
 
     __slots__ = ("attributes", "kind", "slots")
 
-    def __init__(self, value: Any, inside: _Held | str, key: Any, slots: Iterable[Any] = ()) -> None:
+    def __init__(self, value: Any, inside: _Held | str, key: Any) -> None:
         super().__init__(value, inside, key)
         self.kind = type(value)
-        self.attributes = dict(_attributes_of(value)) if self.kind.__dictoffset__ else {}
-        self.slots = [(slot, _slot_of(value, slot)) for slot in slots]
+        self.attributes = dict(_attributes_of(value))
+        self.slots = [(slot, _slot_of(value, slot)) for slot in _slots_of(self.kind)]
 
     def put_back(self) -> None:
         if type(self.value) is not self.kind:  # as a lazy module's, once it knows its sizes
             object.__setattr__(self.value, "__class__", self.kind)
-        if self.kind.__dictoffset__:
-            _restore_mapping(dict, _attributes_of(self.value), self.attributes)
+        _restore_mapping(dict, _attributes_of(self.value), self.attributes)
         for slot, value in self.slots:
             if (now := _slot_of(self.value, slot)) is value:
                 continue
@@ -180,11 +180,20 @@ class _Object(_Held):
                 slot.__delete__(self.value)
 
 
+def _slots_of(kind: type) -> list[Any]:
+    """The slots of a class and its bases."""
+    own = [base.__dict__.values() for base in kind.__mro__ if "__slots__" in base.__dict__]
+    return [slot for values in own for slot in values if isinstance(slot, types.MemberDescriptorType)]
+
+
 _NOTHING = object()
 
 
 def _attributes_of(value: Any) -> dict[str, Any]:
-    return object.__getattribute__(value, "__dict__")
+    try:
+        return object.__getattribute__(value, "__dict__")
+    except Exception:  # it has slots alone, or a __dict__ of its own making
+        return {}
 
 
 def _slot_of(value: Any, slot: Any) -> Any:
@@ -236,6 +245,7 @@ class Held:
             self.add_object(_Object(parameter, name, ""))
         for name, buffer in model.named_buffers():
             self.add_tensor(KeptTensor(buffer, name, "")).copy_numbers()
+            self.add_object(_Object(buffer, name, ""))
         for name, module in modules:
             if isinstance(module, torch.jit.ScriptModule):  # its attributes are not Python's
                 self.kept.append(_Content(module, name, "", module.training, torch.jit.ScriptModule.train))
@@ -344,20 +354,13 @@ def _ways_of(kind: type) -> Iterator[_Way]:
         issubclass(kind, (type, Iterator)) or any(_is_closed(base.__module__) for base in kind.__mro__)
     ):
         return
-    slots = [
-        slot
-        for base in kind.__mro__
-        if "__slots__" in base.__dict__
-        for slot in base.__dict__.values()
-        if isinstance(slot, types.MemberDescriptorType)
-    ]
-    if slots or kind.__dictoffset__:
-        yield functools.partial(_keep_attributes, slots)
+    if kind.__dictoffset__ or _slots_of(kind):
+        yield _keep_attributes
 
 
-def _keep_attributes(slots: Sequence[Any], held: Held, value: Any, inside: _Held, key: Any) -> None:
-    kept = _Object(value, inside, key, slots)
-    if held.has_room(len(kept.attributes) + len(slots)):
+def _keep_attributes(held: Held, value: Any, inside: _Held, key: Any) -> None:
+    kept = _Object(value, inside, key)
+    if held.has_room(len(kept.attributes) + len(kept.slots)):
         held.add_object(kept)
 
 
@@ -366,6 +369,8 @@ def _keep_nothing(held: Held, value: Any, inside: _Held, key: Any) -> None:
 
 
 def _keep_tensor(held: Held, value: Tensor, inside: _Held, key: Any) -> None:
+    if is_lazy(value) or value.is_nested:  # there are no numbers yet; there are no sizes
+        return
     kept = held.add_tensor(KeptTensor(value, inside, key))
     nbytes = value.numel() * value.itemsize
     held.add_copy(min(nbytes, kept.nbytes) if kept.place else nbytes, kept.copy_numbers)
