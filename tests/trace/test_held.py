@@ -487,9 +487,12 @@ def test_leaves_in_lists_take_no_gradient():
         def forward(self, x):
             return torch.utils.checkpoint.checkpoint(lambda y: y + self.layer(y + prompts[0]), x, use_reentrant=True)
 
-    result = spp(Prompted(), X)
+    called = []
+    prompts[0].register_hook(lambda gradient: called.append(gradient))
+    result = spp(nn.Sequential(Prompted(), Prompted()), X)
     assert result.configuration["gradient"] is True
     assert prompts[0].grad is None
+    assert not called
 
 
 def test_the_walk_is_bounded(monkeypatch):
