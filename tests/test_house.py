@@ -20,7 +20,7 @@ ALLOWED = {
     "optim": {"optim", "nn", "common"},
     "data": {"data", "nn", "signal", "trace", "common"},
     "convert": {"convert", "nn", "signal", "trace", "common"},
-    "export": {"export", "nn", "common"},
+    "export": {"export", "nn", "trace", "common"},
     "report": {"report", "signal", "common"},
     "benchmark": {"benchmark", "nn", "export", "sources", "common"},
     "paper": {"paper", "models", "nn", "signal", "report", "train", "common"},

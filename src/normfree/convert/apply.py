@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree import nn as ours
-from normfree.common.text import first_line
+from normfree.common.process import seeded
 from normfree.common.torch_compat import copy_model
 from normfree.convert.dataflow import (
     KEPT_TWINS,
@@ -48,6 +48,7 @@ from normfree.nn.scaled_ws import BranchEnd, StandardizedFilters
 from normfree.nn.standardized_module import raw_name
 from normfree.trace import operations as op
 from normfree.trace.inputs import Batch, call, copy_of
+from normfree.trace.preserve import Writes
 
 
 def rewrite(model: nn.Module, conversion: Conversion) -> nn.Module:
@@ -64,7 +65,7 @@ def rewrite(model: nn.Module, conversion: Conversion) -> nn.Module:
 @torch.inference_mode(False)  # parameters made inside of it would never learn
 def exchange_modules(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[nn.Module]]:
     """What :func:`rewrite` gives, and the modules of the copy in whose place others stand now."""
-    converted = _copy(model)
+    converted = copy_model(model)
     modules = dict(converted.named_modules(remove_duplicate=False))
     found: dict[nn.Module, nn.Module] = {}
     options = _options(model)
@@ -201,21 +202,11 @@ def _standardize_in_place(module: nn.Module, change: Change) -> None:
     weight.requires_grad_()
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy_model(model)
-    except (RuntimeError, TypeError) as error:  # such as a lock
-        raise ValueError(
-            f"model: {class_name(model)} cannot be copied ({first_line(error, 120)}): have copy.deepcopy make one"
-        ) from error
-
-
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Make modules as if nothing but a seed had been chosen: on the CPU, in float32; the caller's state is kept."""
-    precision = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed), torch.device("cpu"):
+        precision = torch.get_default_dtype()
         try:
             torch.set_default_dtype(torch.float32)
             yield
@@ -394,7 +385,8 @@ def measure(model: nn.Module, conversion: Conversion, batch: Batch, *, trains: T
             for gain in gains:
                 keeper.before_writing(gain)
                 gain.fill_(1)
-            call(model, given)
+            with Writes(keeper):
+                call(model, given)
     except ValueError as error:
         if not str(error).startswith(FEW_VALUES):
             raise

@@ -29,7 +29,7 @@ from normfree.nn.fold import attached_to
 from normfree.trace import operations as op
 from normfree.trace.graph import Node, Residual
 from normfree.trace.inputs import Batch, ModuleStack, call, copy_of, examples_in, run_once, tensors_in, tensors_of
-from normfree.trace.preserve import Preserved, untouched
+from normfree.trace.preserve import Preserved, Writes, untouched
 from normfree.trace.recorder import Recorder
 from normfree.trace.scaling import Statics
 
@@ -359,7 +359,7 @@ def prepare_run(
 
 def run_prepared(model: nn.Module, batch: Batch, **options: Any) -> list[Tensor]:
     """Run a model once as :func:`prepare_run` says; the tensors of its output."""
-    with prepare_run(model, batch, **options) as (_, given):
+    with prepare_run(model, batch, **options) as (keeper, given), Writes(keeper):
         return tensors_in(call(model, given))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from normfree.common.checks import check_choice, check_integer, check_number, invalid
+from normfree.common.process import one_thread_at_a_time
 from normfree.convert.apply import Measured, exchange_modules, is_layer_change, keep_pace, measure
 from normfree.convert.dataflow import (
     Call,
@@ -66,6 +67,7 @@ MOST_SEED = 2**64 - 1
 """Torch's generators take no larger one."""
 
 
+@one_thread_at_a_time()
 def convert(
     model: nn.Module,
     example_input: Batch | None = None,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from normfree.common.checks import required
+from normfree.common.process import seeded
 from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD
 from normfree.data.decode import DamagedImage, decode
 from normfree.data.sources import SUFFIXES
@@ -81,12 +82,11 @@ class _Cropped(ABC):
                 v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
             ]
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             order = torch.randperm(len(self)).tolist()
             state = torch.get_rng_state()
         for number in range(count):
-            with torch.random.fork_rng(devices=[]):
+            with seeded(seed):
                 torch.set_rng_state(state)
                 chosen = [order[(number * shape[0] + i) % len(order)] for i in range(shape[0])]
                 batch = torch.stack([crop(self.load(index)) for index in chosen])

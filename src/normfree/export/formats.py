@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from normfree.common.process import one_thread_at_a_time
 from normfree.common.text import one_line
 from normfree.common.torch_compat import tree_map
 from normfree.export.comparison import Answer, Arguments
@@ -110,19 +111,23 @@ def _trace_failure(error: Exception, *, dynamic_batch: bool) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep exporters from printing, logging and warning; what matters they raise."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
+    """Keep exporters from printing, logging and warning; what matters they raise.
+
+    Streams, warnings and logging are the process's: two threads that changed them at once would leave them changed.
+    """
+    with (
+        one_thread_at_a_time(),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        disabled = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
             yield
-    finally:
-        logging.disable(disabled)
+        finally:
+            logging.disable(disabled)
 
 
 def _write_onnx(program: ExportedProgram, path: Path, output_names: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.common.checks import invalid, suggestion
+from normfree.common.process import seeded
 from normfree.nn import recompute
 
 # The authors' published constants. They were sampled, not integrated, so they differ from the integral in
@@ -154,7 +155,7 @@ def _check_behaviour(activation: object, module: nn.Module) -> None:
     handed = [points.clone(), points.clone()]
     try:
         probe = copy.deepcopy(module).to(device="cpu", dtype=torch.float64)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), seeded(0):
             state = torch.get_rng_state()
             for training, copied in zip((True, False), handed, strict=True):
                 probe.train(training)(copied)

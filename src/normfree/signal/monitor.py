@@ -17,6 +17,7 @@ from torch import Tensor, distributed, nn
 
 from normfree.common.checks import check_choice, required
 from normfree.common.files import read_json, refused, structured, write_atomically
+from normfree.common.process import seeded
 from normfree.common.text import first_line, one_line, quoted
 from normfree.common.torch_compat import tree_map
 from normfree.signal.measure import spp
@@ -107,7 +108,7 @@ class SignalMonitor:
             if self._is_measuring_rank():
                 # The first measurement of a process loads a second or two of Python modules. That is start-up, and
                 # taken for the cost of a record it would put off the next one by minutes.
-                with torch.random.fork_rng(devices=[]):  # for the weight that is drawn
+                with seeded(0):  # for the weight that is drawn
                     spp(nn.Linear(1, 1), torch.zeros(2, 1), gradient=self._options["gradient"])
             self._began = perf_counter()
             if self._is_measuring_rank() and not self.history:

@@ -38,16 +38,19 @@ class NonFinite:
 
 
 def check_present(model: nn.Module) -> None:
-    """Refuse a model with parameters that are not there yet, or without values.
+    """Refuse a model with parameters or buffers that are not there yet, or without values.
 
     Raises:
-        ValueError: naming the parameter.
+        ValueError: naming the first.
     """
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise ValueError(f"model: parameter {name!r} is not initialised yet; run one batch through the lazy model")
-        if parameter.is_meta:
-            raise ValueError(f"model: parameter {name!r} is on the meta device, without values; initialise it first")
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            if is_lazy(tensor):
+                raise ValueError(f"model: {kind} {name!r} is not initialised yet; run one batch through the lazy model")
+            if tensor.is_meta and kind == "parameter":  # a buffer without values may be one that is never read
+                raise ValueError(
+                    f"model: parameter {name!r} is on the meta device, without values; initialise it first"
+                )
 
 
 def check_finite(model: nn.Module) -> None:

@@ -43,7 +43,7 @@ from normfree.optim import (
 from normfree.report.training_page import write_training_report
 from normfree.signal import SignalMonitor
 from normfree.signal.nonfinite import check_finite, first_non_finite
-from normfree.trace.preserve import untouched
+from normfree.trace.preserve import Writes, untouched
 from normfree.train.checkpoint import (
     AVERAGED,
     CHECKPOINTS,
@@ -759,7 +759,8 @@ def _find_nonfinite(trainer: Trainer, batch: Batch) -> str | None:
         return f"the images themselves have {bad} values that are not finite"
     network, state = trainer.network, torch.get_rng_state()
     with untouched(network, "train") as preserved, torch.no_grad(), trainer.fabric.autocast():
-        loss = trainer.criterion(network(images), targets)
+        with Writes(preserved):
+            loss = trainer.criterion(network(images), targets)
         if torch.isfinite(loss):
             return None
         torch.set_rng_state(state)
