@@ -145,18 +145,15 @@ def test_every_extra_installs_what_its_message_says():
         assert any({"all", "test"} & Requirement(text).extras for text in extras[extra])
 
 
-def imported(tree):
-    """The packages that code imports by a statement, where it is run and not only checked for types."""
-    unread = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) not in unread and isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
-            yield from (name.partition(".")[0] for name in names)
+def imported(node, *, called=False):
+    """Each package that code imports by a statement, but for types alone, and whether a function imports it."""
+    if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+        yield from ((name.partition(".")[0], called) for name in names)
+    for inner in ast.iter_child_nodes(node):
+        yield from imported(inner, called=called or isinstance(node, ast.FunctionDef))
 
 
 def test_what_the_core_lacks_is_asked_for_by_its_extra_wherever_it_is_imported():
@@ -165,7 +162,9 @@ def test_what_the_core_lacks_is_asked_for_by_its_extra_wherever_it_is_imported()
     optional = {package for packages in EXTRAS.values() for package in packages}
     for file in (ROOT / "src").rglob("*.py"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        others = {name for name in imported(tree) if name not in sys.stdlib_module_names} - {"normfree"}
+        found = {pair for pair in imported(tree) if pair[0] not in sys.stdlib_module_names and pair[0] != "normfree"}
+        others = {name for name, _ in found}
+        assert not {name for name, called in found if not called} & optional, file
         assert others <= core | theirs | optional, file
         asked = {
             str(node.args[0].value).partition(".")[0]
