@@ -53,6 +53,7 @@ def works():
 
 
 works()
+Path("never.py").write_text("raise RuntimeError('the package is to be missed before a model is built')")
 answers = {
     "spp": answer("spp", f"nf_resnet50:{SMALL}", *SIZE, "--out", "spp"),
     "doctor": answer("doctor", f"resnetv2_50:{SMALL}", *SIZE, "--out", "doctor"),
@@ -74,7 +75,7 @@ refused = {
     ],
     "export": [
         ("export", "model.safetensors", "--format", "onnx", "--out", "none.onnx"),
-        ("benchmark", "model.safetensors", "--task", "inference", "--onnx", "--device", "cpu", "--out", "none"),
+        ("benchmark", "never.py:build", "--task", "inference", "--onnx", "--device", "cpu", "--out", "none"),
     ],
     "plot": [("paper", "figure1", "--scale", "quick", "--out", "none"), ("demo", "--out", "none")],
 }

@@ -11,9 +11,11 @@ import normfree
 from normfree.cli import main
 from normfree.common.checks import EXTRAS, required
 from normfree.data.augmentation import CentreCrop
+from normfree.data.config import DataConfig
 from normfree.data.decode import decode
 from normfree.data.pipeline import read_digits
 from normfree.data.probe import probe_named
+from normfree.data.sources import find_source
 from normfree.export import to_onnx
 from normfree.signal.monitor import lightning_callback
 from normfree.sources import build
@@ -33,15 +35,8 @@ USES = {
     "huggingface_hub": lambda: normfree.from_pretrained("no/folder"),
     "timm": lambda: build("timm:nf_resnet50"),
     "sklearn": lambda: read_digits(training=True),
-    "datasets": lambda: build_source(),
+    "datasets": lambda: find_source(DataConfig(source="no/folder")),
 }
-
-
-def build_source():
-    from normfree.data.config import DataConfig
-    from normfree.data.sources import HubSource
-
-    return HubSource(DataConfig(source="hub:no/set"))
 
 
 @pytest.fixture
