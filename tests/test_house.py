@@ -1,11 +1,14 @@
 """The house's rules, executable: imports run one way, and what must import on a bare machine does."""
 
 import ast
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from normfree.common.checks import EXTRAS
 
 SOURCE = Path(__file__).parents[1] / "src" / "normfree"
 
@@ -34,9 +37,6 @@ ALLOWED_FILES = {
     "cli": {"commands", "interrupt", "common"},
     "__main__": {"cli"},
 }
-
-# Wanted by the command line alone; a bare machine has none of them.
-EXTRAS = ("plotly", "rich", "tyro", "sklearn", "timm", "PIL", "matplotlib", "huggingface_hub")
 
 
 def imports_of(file: Path) -> set[str]:
@@ -78,7 +78,8 @@ def test_every_file_and_folder_has_its_rule():
 
 
 def test_the_core_imports_without_what_only_the_face_needs():
-    block = "\n".join(f"sys.modules[{name!r}] = None" for name in EXTRAS)
+    names = ["rich", "tyro", *itertools.chain(*EXTRAS.values())]  # the first two are for the command line
+    block = "\n".join(f"sys.modules[{name!r}] = None" for name in names)
     code = f"import sys\n{block}\nimport normfree\n"
     code += "names = [getattr(normfree, name) for name in dir(normfree)]\nprint('fine')"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -24,10 +24,10 @@ from normfree.commands.shared import (
     check_options,
 )
 from normfree.commands.signals import device_named
-from normfree.common.checks import invalid
+from normfree.common.checks import EXTRAS, invalid, required
 from normfree.nn import has_foldable
 from normfree.signal import input_shape, write_atomically
-from normfree.sources import Built, build, check_original, takes_original
+from normfree.sources import Built, build, check_sources, takes_original
 
 TITLES = {"training": "One training step", "inference": "Inference"}
 
@@ -92,7 +92,9 @@ class Benchmark:
 
     def parts(self) -> list[Part]:
         """Return the comparisons asked for, on images of the shape that the first model takes."""
-        check_original(self.original, self.models)
+        for package in EXTRAS["export"] if self.onnx else ():
+            required(package, "--onnx")
+        check_sources(self.models, self.original)
         built: dict[str, Built] = {}
         for source in dict.fromkeys(self.models):
             with torch.random.fork_rng(devices=[]):

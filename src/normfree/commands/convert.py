@@ -28,6 +28,7 @@ from normfree.commands.signals import (
     batch_shape,
     device_named,
     is_healthy,
+    no_picture,
     precision_of,
     print_conversion,
     print_signal,
@@ -168,6 +169,8 @@ class Doctor(_Conversion):
     def run(self, console: Terminal) -> int:
         """Examine, convert, examine again, write, print; return the exit code."""
         model, batch, described = self.prepare(console)
+        if reason := no_picture():
+            console.say(reason)
         conversion, reason, changed = None, "", list[str]()
         with console.status(f"measuring {escape_markup(self.model)}") as status:
             signals = [self._measure(model, self.model, batch, described)]

@@ -21,6 +21,16 @@ Choice = TypeVar("Choice")
 LISTED = 20
 """Names an error message lists at most."""
 
+EXTRAS = {
+    "plot": ("matplotlib", "plotly"),
+    "vision": ("torchvision", "PIL"),
+    "train": ("lightning", "torchmetrics", "tensorboard", "datasets", "sklearn"),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+    "hub": ("huggingface_hub",),
+    "timm": ("timm",),
+}
+"""What the package is used without, by the extra of pyproject.toml that installs it, as Python imports it."""
+
 
 def invalid(argument: str, value: object, rule: str, remedy: str) -> ValueError:
     """Return (not raise) the ``ValueError`` that says what is wrong with an argument and how to mend it."""
@@ -151,13 +161,12 @@ def available_memory(root: Path = Path("/")) -> int | None:
     return min(free, max(limit - used + cached, 0))
 
 
-def required(module: str, purpose: str, install: str | None = None) -> ModuleType:
-    """Import a package's module, or say what needs it and how to install it.
+def required(module: str, purpose: str) -> ModuleType:
+    """Import a module of a package of :data:`EXTRAS`, or say what needs it and which extra installs it.
 
     Args:
         module: its dotted name, such as ``"plotly.graph_objects"``.
         purpose: what needs it, such as ``"the report"``.
-        install: what pip calls it; the module's first name by default.
 
     Returns:
         The module.
@@ -166,11 +175,13 @@ def required(module: str, purpose: str, install: str | None = None) -> ModuleTyp
         ImportError: it is missing or broken; one line.
     """
     package = module.partition(".")[0]
+    extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
+    assert extra is not None, f"{package} is in no extra"
     try:
         importlib.import_module(package)  # first: if it is missing, the error has its name, not the submodule's
         return importlib.import_module(module)
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == package
         reason = "is not installed" if missing else f"cannot be imported ({all_lines(error)})"
-        message = f"{purpose} needs {package}, which {reason}; pip install {install or package}"
+        message = f"{purpose} needs {package}, which {reason}; pip install 'normfree[{extra}]'"
         raise ImportError(message, name=package) from error

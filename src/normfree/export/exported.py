@@ -158,7 +158,7 @@ def export(
     check_flag("dynamic_batch", dynamic_batch)
     for package in kind.packages:
         with quiet():
-            required(package, "ONNX", " ".join(kind.packages))
+            required(package, "ONNX")
     arguments = arguments_of(example_input, dynamic_batch=dynamic_batch)
     given = _copied(model)
     if tolerance is None:

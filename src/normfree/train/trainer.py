@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import SGD, Optimizer
 
-from normfree.common.checks import check_integer, check_number, invalid
+from normfree.common.checks import check_integer, check_number, invalid, required
 from normfree.common.files import kind_of, parse_json, read_json, write_atomically
 from normfree.common.text import first_line, quoted
 from normfree.data import open_evaluation, open_training
@@ -99,7 +99,10 @@ def train(config: TrainConfig, console: Console | None = None) -> Summary:
             would go on to other bits, for another torch, precision, device, number of threads or other images, unless
             ``config.on_changed`` is "continue".
         OSError: naming a file that could not be written.
+        ImportError: a package that training needs is not installed.
     """
+    for package in ("torchmetrics", "tensorboard"):  # used only after an epoch
+        required(package, "training")
     fabric = launch(config.accelerator, config.precision, config.strategy)
     stop = StopRequest()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop.on_sigterm(), ExitStack() as folder:
