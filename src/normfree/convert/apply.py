@@ -31,6 +31,7 @@ from normfree.convert.dataflow import (
     class_name,
     prepare_run,
 )
+from normfree.convert.dropout import DropoutActs
 from normfree.convert.record import (
     AFFINE,
     BARE,
@@ -383,7 +384,7 @@ def measure(
     to one position it is the quantity that does not depend on how alike the examples are. An affine map gives each
     channel mean 0 and variance 1, a factor in a norm's place the whole a variance of 1. They are set one after another
     as the signal reaches them, in the mode in which the network will be trained: norms that stay on the statistics of
-    the batch, branches awake (skip gains of one), dropout off. What runs several times is set by its first input.
+    the batch, branches awake (skip gains of one), dropout on. What runs several times is set by its first input.
 
     Args:
         model: the converted model; it keeps what is found.
@@ -411,7 +412,9 @@ def measure(
             for gain in gains:
                 keeper.before_writing(gain)
                 gain.fill_(1)
-            call(model, given)
+            keeper.seed(conversion.seed)  # of dropout
+            with DropoutActs():
+                call(model, given)
     except ValueError as error:
         if not str(error).startswith(FEW_VALUES):
             raise

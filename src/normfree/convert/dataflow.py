@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree import nn as ours
+from normfree.convert.dropout import DropoutNoted
 from normfree.nn.fold import attached_to
 from normfree.trace import operations as op
 from normfree.trace.graph import Node, Residual
@@ -105,6 +106,7 @@ class Dataflow:
         parameter_readers: the modules in which an operation read a parameter, by where its memory begins.
         foreign: by name, the modules with a weight that are neither norms nor layers of torch's.
         weights: what became of their parameters.
+        dropped: the activations that dropout acts on in training.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -118,6 +120,7 @@ class Dataflow:
     parameter_readers: dict[int, set[str]] = field(default_factory=dict)
     foreign: dict[str, nn.Module] = field(default_factory=dict)
     weights: FollowedWeights | None = None
+    dropped: set[Node] = field(default_factory=set)
 
     def add(self, step: Step) -> None:
         """Enter an operation."""
@@ -319,7 +322,7 @@ def _record(model: nn.Module, batch: Batch, mode: str, trains: Trains) -> Datafl
         recorders.append(recorder)
         for tensor in tensors:
             recorder.flow.note(recorder.nodes[tensor], tensor)
-        with stack.followed(), recorder:
+        with stack.followed(), DropoutNoted(recorder.note_dropout), recorder:
             outputs = run_once(model, given, stack)
         recorder.flow.outputs = [recorder.nodes[t] for t in outputs if t in recorder.nodes]
     return recorder.flow
@@ -449,6 +452,11 @@ class DataflowRecorder(Recorder):
         running = self.stack.running[-1] if self.stack.running else None
         self.weights.note(name, args, kept, kept_kwargs, next(iter(outputs), None), running)
         return result
+
+    def note_dropout(self, x: Tensor) -> None:
+        """A dropout is given ``x``."""
+        if x in self.nodes:
+            self.flow.dropped.add(self.nodes[x])
 
     def node_in(self, value: Any) -> Node | None:
         """The first activation in a module's arguments or result."""
