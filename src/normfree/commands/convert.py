@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,16 +29,14 @@ from normfree.commands.signals import (
     device_named,
     is_healthy,
     precision_of,
-    print_code,
     print_conversion,
     print_signal,
     write_signals,
 )
 from normfree.common.checks import invalid
 from normfree.common.text import all_lines
-from normfree.convert import ALPHA, SKIP_GAIN, Conversion, conversion_of, convert
+from normfree.convert import ALPHA, BY_HAND, SKIP_GAIN, Conversion, conversion_of, convert
 from normfree.data import probe_named
-from normfree.report.page import code_details
 from normfree.signal import SignalPropagation, spp
 from normfree.sources import build
 from normfree.trace.inputs import tensors_of
@@ -59,6 +57,14 @@ class _Refusal:
 
     reason: str = ""
     code: str = ""
+
+    @staticmethod
+    def of(error: ValueError) -> _Refusal:
+        """The refusal that an error of conversion states."""
+        reason = (
+            str(error).removeprefix("model: ").removesuffix(f"; {BY_HAND}").replace('start="fresh"', "--start fresh")
+        )
+        return _Refusal(reason, next((note for note in getattr(error, "__notes__", ()) if "import" in note), ""))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,13 +197,15 @@ class Doctor(_Conversion):
             try:
                 converted, conversion = self.convert(model, batch)
             except ValueError as error:
-                refusal = _Refusal(str(error), "".join(getattr(error, "__notes__", ())[:1]))
+                refusal = _Refusal.of(error)
+                signals[0] = _without_conversion(signals[0], refusal.code)
             else:
                 if not conversion.replaces_norms and not _calls_for_action(signals[0]):
                     conversion, refusal = None, _Refusal(NOTHING_TO_DO)
                 else:
                     status.update("measuring the converted model")
-                    signals.append(self._measure(converted, f"{self.model}, converted", batch, described))
+                    again = self._measure(converted, f"{self.model}, converted", batch, described)
+                    signals.append(_without_conversion(again, ""))
                     if not _changes_size(signals[0]):
                         changed = self._changed_outputs(model, converted, batch)
         # Before anything is printed: whoever stops reading has the files all the same.
@@ -221,10 +229,13 @@ class Doctor(_Conversion):
     def _announce(self, console: Terminal, batch: Any, described: dict[str, Any]) -> None:
         """Say what will be done, before it is."""
         shapes = ", ".join(" × ".join(map(str, tensor.shape)) for tensor in tensors_of(batch))
-        weights = "new weights" if self.start == "fresh" else "its weights kept"
+        start = {
+            "fresh": "fresh start: new weights that hold the variance without normalizers",
+            "pretrained": "pretrained start: its normalizers folded into its weights",
+        }[self.start]
         console.say(f"Examining {self.model}:")
-        console.say(f"  1. measure it on one batch of {described['kind']} input, {shapes}")
-        console.say(f"  2. convert a copy of it to one without normalizers ({self.start} start: {weights})")
+        console.say(f"  1. measure it on one batch, {described['kind']}, {shapes}")
+        console.say(f"  2. convert a copy of it ({start})")
         console.say("  3. measure the copy on the same batch")
         console.say(f"The model stays as it is. The report goes to {self.out}.")
         console.print()
@@ -240,9 +251,6 @@ class Doctor(_Conversion):
             console.say(f"To write the converted model: {line} --out model.safetensors")
         else:
             console.say(f"Not converted: {refusal.reason}.")
-            if refusal.code and not is_healthy(signals[0]):
-                console.say("Instead, in Python, where model is the model and batch its input:")
-                print_code(console, refusal.code)
 
     def _measure(self, model: nn.Module, name: str, batch: Any, described: dict[str, Any]) -> SignalPropagation:
         return spp(
@@ -277,6 +285,12 @@ def changed_outputs(before: SignalPropagation, after: SignalPropagation) -> list
     return lines
 
 
+def _without_conversion(signal: SignalPropagation, code: str) -> SignalPropagation:
+    """A measurement whose findings have other lines of Python where conversion is not, or no longer, the remedy."""
+    findings = (replace(f, code=code) if "normfree.convert" in f.code else f for f in signal.findings)
+    return replace(signal, findings=tuple(findings))
+
+
 def _calls_for_action(signal: SignalPropagation) -> bool:
     """Whether there is a finding that is more than a note."""
     return any(finding.severity != "info" for finding in signal.findings)
@@ -297,9 +311,8 @@ def _errors_in(signal: SignalPropagation) -> str:
 def changes_section(conversion: Conversion | None, refusal: _Refusal) -> str:
     """The report's section on the conversion: every change and what was left alone; or why there is none."""
     if conversion is None:
-        code = code_details(refusal.code) if refusal.code else ""
         why = f"<p>Not converted: {escape(refusal.reason)}.</p>"
-        return f'<section id="conversion"><h2>Conversion</h2>{why}{code}</section>'
+        return f'<section id="conversion"><h2>Conversion</h2>{why}</section>'
     heads = "".join(f"<th class=text>{head}</th>" for head in ("module", "before", "after", "why"))
     rows = "".join(
         "<tr>" + "".join(f"<td class=text>{escape(cell)}</td>" for cell in row) + "</tr>" for row in conversion.rows()

@@ -167,14 +167,8 @@ def print_findings(console: Terminal, findings: Sequence[Finding]) -> None:
         console.print(f"[{colour}]{finding.severity}: {kind}[/{colour}] — {escape(finding.message)}", highlight=False)
         console.print(f"    [dim]{escape(finding.remedy)}[/dim] See {escape(finding.docs)}.", highlight=False)
         if last.get(finding.code) is finding:
-            print_code(console, finding.code)
-
-
-def print_code(console: Terminal, code: str) -> None:
-    """Print lines of Python that can be pasted where ``model`` is the model and ``batch`` its input."""
-    console.print()
-    console.say(indent(code.rstrip(), "    "))
-    console.print()
+            console.print("    In Python, with your model and its batch:\n", highlight=False)
+            console.say(indent(finding.code, "    "))
 
 
 def is_healthy(signal: SignalPropagation) -> bool:

@@ -9,7 +9,7 @@ Source: the scale of the branches is that of GPT-2 (Radford et al. 2019, section
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Container
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -36,7 +36,7 @@ import torch
 
 for name, weight in model.named_parameters():
     if name.endswith({names}):
-        torch.nn.init.orthogonal_(weight)
+        torch.nn.init.orthogonal_(weight, gain={gain:g})
 """
 
 _BRANCHES = """\
@@ -50,12 +50,18 @@ for name, weight in model.named_parameters():
 """
 
 
-def code_by_hand(structure: Structure, model: nn.Module) -> str:
-    """Lines to be pasted where ``model`` is the model and ``batch`` its input; "" where no weight is followed.
+# Of a gated cell, whose gates halve what they let through twice.
+_GATED = 4.0
+_GATED_CELLS = (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)
+
+
+def code_by_hand(structure: Structure, model: nn.Module, heads: Container[str]) -> str:
+    """Lines to be pasted where ``model`` is the model and ``batch`` its input; "" where there is nothing to set.
 
     Args:
         structure: of the model.
         model: the model.
+        heads: names of the layers that nothing follows, which stay as they are.
     """
     if any(parametrize.is_parametrized(m, "weight") or hasattr(m, "weight_g") for m in model.modules()):
         return _PARAMETRIZED
@@ -68,8 +74,10 @@ def code_by_hand(structure: Structure, model: nn.Module) -> str:
         return _BRANCHES.format(
             last=weights.endings(ends), names=weights.endings(inside | ends), scale=len(flow.additions) ** -0.5
         )
-    names = {name for step in flow.steps for name in weights.of(step)}
-    return _ORTHOGONAL.format(names=weights.endings(names)) if names else ""
+    names = {name for step in flow.steps for name in weights.of(step) if name.rpartition(".")[0] not in heads}
+    gated = [isinstance(model.get_submodule(name.rpartition(".")[0]), _GATED_CELLS) for name in names]
+    gain = _GATED if any(gated) else 1.0
+    return _ORTHOGONAL.format(names=weights.endings(names), gain=gain) if names else ""
 
 
 class _Weights:
@@ -98,8 +106,7 @@ class _Weights:
         short = {".".join(_behind_the_count(name.split("."))) for name in names}
         others = set(self.names.values()) - set(names)
         fits = not any(other.endswith(tuple(short)) for other in others)
-        found = ", ".join(f'"{name}"' for name in sorted(short if fits else names))
-        return f"({found},)"
+        return repr(tuple(sorted(short if fits else names))).replace("'", '"')
 
 
 def _behind_the_count(parts: list[str]) -> list[str]:

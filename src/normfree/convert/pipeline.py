@@ -41,7 +41,7 @@ from normfree.convert.record import (
     conversion_of,
 )
 from normfree.convert.structure import Structure, training_structure, unseen_norms
-from normfree.convert.unnormalized import LAST
+from normfree.convert.unnormalized import LAST, STANDARDIZED
 from normfree.convert.verify import explain_failures, first_mismatching_norm, note_leak
 from normfree.signal import spp
 from normfree.signal.nonfinite import check_finite, check_present
@@ -195,7 +195,7 @@ def _fresh(
             break
         uncarried |= more
     keep_pace(converted.get_submodule(change.name) for change in full.changes if is_layer_change(change))
-    if not structure.norms and (plan.notes or any(one.reason != LAST for one in plan.kept)):
+    if not plan.unnormalized.beside_norms and (plan.notes or any(one.reason != LAST for one in plan.kept)):
         _check_health(model, converted, structure, plan, batch)
     return converted
 
@@ -207,11 +207,11 @@ def _check_reach(model: nn.Module, structure: Structure, plan: Plan) -> None:
         ValueError: it is such a model.
     """
     bare = plan.unnormalized
-    if structure.norms or not bare.out_of_reach or bare.branches:
+    if bare.beside_norms or not bare.out_of_reach or bare.branches or not bare.layers:
         return
     where, reason = next(iter(bare.out_of_reach.items()))
     branch = f"its branches cannot be planned, such as the one added in {where or 'the model'}: {reason}"
-    raise _by_hand(f"model: {class_name(model)} is not converted: {branch}", structure, model)
+    raise _by_hand(f"model: {class_name(model)} cannot be converted: {branch}", structure, model, plan.kept)
 
 
 def _check_health(model: nn.Module, converted: nn.Module, structure: Structure, plan: Plan, batch: Batch) -> None:
@@ -226,8 +226,8 @@ def _check_health(model: nn.Module, converted: nn.Module, structure: Structure, 
         return
     left = next((f"{one.name} ({one.was}): {one.reason}" for one in plan.kept if one.reason != LAST), "")
     cause = left or next(iter(plan.notes), "")
-    problem = f"model: {class_name(model)} is not converted: {sick.message} Conversion leaves alone {cause}"
-    raise _by_hand(problem, structure, model)
+    problem = f"model: {class_name(model)} cannot be converted, for its signal would not be healthy: {cause}"
+    raise _by_hand(problem, structure, model, plan.kept)
 
 
 def _measure(
@@ -308,7 +308,7 @@ def _pretrained(
         staying[culprit] = "what it, or something before it, does is more than its constants say"
 
 
-BY_HAND = "set its initialisation by hand: this error's note, which normfree doctor prints, has the lines"
+BY_HAND = "if its signal is not healthy, set its initialisation by hand: normfree doctor, or this error's note, has how"
 
 
 NOT_RUN = {
@@ -355,9 +355,13 @@ def _nothing_to_convert(model: nn.Module, structure: Structure, kept: Iterable[K
         if start == "pretrained":
             remedy = 'keep it as it is, or choose start="fresh", which draws weights anew that hold the variance'
             return ValueError(f"model: {class_name(model)} has nothing to convert: {none}; {remedy}")
-        stay = [f"{one.name or 'the model'} ({one.was}): {one.reason}" for one in kept if one.reason != LAST]
-        layers = f"no layer that can be standardized, such as {stay[0]}" if stay else "no layer before its last"
-        return _by_hand(f"model: {class_name(model)} has nothing to convert: {none}, and {layers}", structure, model)
+        stay = [one for one in kept if one.reason != LAST]
+        if not stay or all(one.reason == STANDARDIZED for one in stay):
+            why = "its layers standardize their weights already" if stay else "no layer that another follows"
+            return ValueError(f"model: {class_name(model)} has nothing to convert: {none}, and {why}; keep it as it is")
+        first = f"{stay[0].name or 'the model'} ({stay[0].was}): {stay[0].reason}"
+        problem = f"{none}, and no layer that can be standardized, such as {first}"
+        return _by_hand(f"model: {class_name(model)} has nothing to convert: {problem}", structure, model, kept)
     first = norms[0]
     remedy = "keep it as it is"
     if first.reason == NOT_FOLLOWED:
@@ -374,9 +378,9 @@ def _nothing_to_convert(model: nn.Module, structure: Structure, kept: Iterable[K
     return error
 
 
-def _by_hand(problem: str, structure: Structure, model: nn.Module) -> ValueError:
+def _by_hand(problem: str, structure: Structure, model: nn.Module, kept: Iterable[Kept]) -> ValueError:
     """The error of a model without norms that cannot be planned; its note has lines to paste instead."""
-    code = code_by_hand(structure, model)
+    code = code_by_hand(structure, model, {one.name for one in kept if one.reason == LAST})
     error = ValueError(f"{problem}; {BY_HAND if code else 'keep it as it is'}")
     if code:
         error.add_note(code)

@@ -110,7 +110,7 @@ class _Rows:
         if gain(MOST_BIAS) >= gain(0.0):
             return 0.0
         steps = round(MOST_BIAS / STEP)
-        return next((i * STEP for i in range(steps) if gain(i * STEP) <= most), MOST_BIAS)
+        return next((bias for i in range(steps) if gain(bias := round(i * STEP, 2)) <= most), MOST_BIAS)
 
     def _link_before(self, node: Node | None) -> tuple[str, Function] | None:
         """The layer that an activation is a function of, pools and layouts apart, and the function."""

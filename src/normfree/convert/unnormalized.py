@@ -16,12 +16,17 @@ Layers stay whose initialisation is a choice, or whose weight standardizing woul
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+
+from torch import nn
 
 from normfree.convert.carriers import SignalPaths
 from normfree.convert.dataflow import Addition, Call, Step
-from normfree.convert.structure import Structure, is_fusion, layers_in, norms_in
+from normfree.convert.functions import Functions
+from normfree.convert.structure import Structure, is_fusion, layers_in, norms_in, why_no_map
+from normfree.nn import standardization_of
+from normfree.nn.scaled_ws import StandardizedFilters
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
 
@@ -32,8 +37,13 @@ FEWEST_WEIGHTS = 9
 """Weights of one output. A filter that sums to zero is blind to one direction of what it reads: of two features it sees
 the difference alone; of the nine positions of the smallest kernel in use it loses a ninth."""
 
-ZERO = "it starts with weights of zero"
+ZERO = "it starts with weights of zero, which is a choice"
+ROUGHEST = 4.0
+"""Gain of a gradient of the roughest function that unit variance suits: tanh(5 x) has 3.3. One of more, such as the
+sine of thirty times its input, is made for a smaller signal, and the layers before it for giving that."""
+
 LAST = "no layer follows it on the way to an output"
+STANDARDIZED = "it standardizes its weight already"
 
 
 @dataclass(frozen=True)
@@ -45,12 +55,14 @@ class Unnormalized:
         branches: the sums of the residual branches to scale.
         kept: the other layers, and why they stay.
         out_of_reach: the residual additions in whose branch no layer can be standardized, and why.
+        beside_norms: the model has norms.
     """
 
     layers: frozenset[str] = frozenset()
     branches: frozenset[Node] = frozenset()
     kept: Mapping[str, str] = field(default_factory=dict)
     out_of_reach: Mapping[str, str] = field(default_factory=dict)
+    beside_norms: bool = False
 
 
 def find_unnormalized(structure: Structure, ways: SignalPaths, chosen: Iterable[str]) -> Unnormalized:
@@ -87,12 +99,15 @@ class _Search:
 
     def __init__(self, structure: Structure, ways: SignalPaths, chosen: set[str]) -> None:
         self.structure, self.flow, self.ways, self.chosen = structure, structure.flow, ways, chosen
-        self.has_norms = bool(structure.norms)
+        self.normalizing = {each.step for each in structure.normalizations.found if not each.centres}
+        self.has_norms = bool(structure.norms or self.normalizing)
         self.ahead: dict[Node, _Ahead] = {}
         for step in reversed(self.flow.steps):
             before = self._before(step)
             for node in step.inputs:
                 self.ahead[node] = self.ahead.get(node, _Ahead()) | before
+        made = {call.output: 1.0 for calls in structure.layers.values() for call in calls if call.output is not None}
+        self.functions = Functions(structure, set(), made)
         self.reasons = {name: reason for name in structure.layers if (reason := self._reason_to_stay(name))}
         self.inside = {a: self._layers_inside(a) for a in self.flow.additions if self._is_without_norm(a)}
         self.silent = self._leave_silent_branches()
@@ -104,19 +119,35 @@ class _Search:
         in_branches = {name for name in able if any(name in inside for inside in branches.values())}
         hidden = [name for name in able if name not in in_branches and self._is_hidden(name)]
         layers = in_branches | set(self._in_a_row(hidden) if self.has_norms else hidden)
-        kept: dict[str, str] = {}  # beside norms, what is kept is kept for no norm asks for it
+        kept: dict[str, str] = {}  # beside norms, a layer is kept for no norm asks for it
         if not self.has_norms:
-            kept = self.reasons | {name: LAST for name in able if name not in layers}
+            heads = {name for name in self.structure.layers if name not in layers and not self._is_hidden(name)}
+            kept = self.reasons | dict.fromkeys(heads - self._inside_branches(), LAST) | self._other_weights()
         out_of_reach = {
-            addition.name: next(f"{name} stays, for {self.reasons[name]}" for name in inside if name in self.reasons)
+            addition.name: next(f"{n} stays, for {reason}" for n, reason in self.reasons.items() if n in inside)
             for addition, inside in self.inside.items()
             if addition not in branches and inside - self.silent - self.chosen
         }
-        return Unnormalized(frozenset(layers), frozenset(a.output for a in branches), kept, out_of_reach)
+        sums = frozenset(addition.output for addition in branches)
+        return Unnormalized(frozenset(layers), sums, kept, out_of_reach, self.has_norms)
+
+    def _inside_branches(self) -> set[str]:
+        return {name for inside in self.inside.values() for name in inside}
+
+    def _other_weights(self) -> dict[str, str]:
+        """The modules that multiply by weights and are no layers, and why not."""
+        found = {}
+        for name, module in self.flow.foreign.items():
+            steps = self.flow.within(name)
+            weighted = any(n.step.weighted for s in steps for n in s.outputs if s.name not in op.EMBEDDING)
+            if name not in self.structure.layers and weighted:
+                recurrent = isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+                found[name] = "it is recurrent" if recurrent else f"it {why_no_map(self.flow, name)}"
+        return found
 
     def _before(self, step: Step) -> _Ahead:
         """What lies ahead of what an operation reads."""
-        if self.structure.norm_of(step) is not None:
+        if self.structure.norm_of(step) is not None or step in self.normalizing:
             return _Ahead(norm=True)
         if (layer := self.structure.layer_of(step)) is not None:
             return _Ahead(layers=frozenset((layer,)))
@@ -134,6 +165,8 @@ class _Search:
     def _reason_to_stay(self, name: str) -> str:
         """Why a layer is not standardized, wherever it stands; "" for no reason."""
         structure, layer, calls = self.structure, self.structure.maps[name], self.structure.layers[name]
+        if isinstance(layer.module, StandardizedFilters) or standardization_of(layer.module) is not None:
+            return STANDARDIZED
         if reason := structure.why_left(name):
             return reason
         if structure.is_gate_only(name):
@@ -144,11 +177,24 @@ class _Search:
             return f"it runs {len(calls)} times, on what came of its own output"
         if any(map(self._is_in_attention, calls)):
             return "it stands beside attention"
+        if not bool(layer.own_weight().count_nonzero()):
+            return ZERO
         if layer.fan_in < FEWEST_WEIGHTS:
             return (
                 f"it has {layer.fan_in} weight{'s' if layer.fan_in > 1 else ''} a filter, too few to remove their mean"
             )
-        return "" if bool(layer.own_weight().count_nonzero()) else f"{ZERO}, which is a choice"
+        rough = next((function for call in calls for function in self._rough_functions(call)), None)
+        return "" if rough is None else f"the {rough} behind it is made for a smaller signal than one of unit variance"
+
+    def _rough_functions(self, call: Call) -> Iterator[str]:
+        """The names of the functions that follow a layer and are too rough for unit variance."""
+        for name in self._ahead_of(call).layers:
+            for other in self.structure.layers[name]:
+                function = None if other.input is None else self.functions.feeding(other.input)
+                if function is not None and function.base is call.output:
+                    gain = self.functions.gradient_gain(function)
+                    if gain is not None and gain > ROUGHEST:
+                        yield function.name
 
     def _is_recurrent(self, calls: list[Call]) -> bool:
         """Whether a layer runs on what came of its own output."""
@@ -205,7 +251,7 @@ class _Search:
     def _leave_silent_branches(self) -> set[str]:
         """Give all layers of a branch that starts at zero a reason to stay; their names."""
         silent = set[str]()
-        for name in [name for name, reason in self.reasons.items() if reason.startswith(ZERO)]:
+        for name in [name for name, reason in self.reasons.items() if reason == ZERO]:
             around = min((inside for inside in self.inside.values() if name in inside), key=len, default=frozenset())
             silent |= around
             for other in around - self.reasons.keys():

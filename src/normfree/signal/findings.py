@@ -23,7 +23,7 @@ from typing import Any
 from normfree.signal.gradient_rules import gradient_explosion, gradient_vanishing
 from normfree.signal.nonfinite import NonFinite
 from normfree.signal.propagation import BESIDE, SEVERITIES, BlockSignal, Entry, Finding, SignalPropagation
-from normfree.signal.remedies import CONVERT, DOCS, FILL, RESET, make_finite, wake
+from normfree.signal.remedies import CENTRE, CONVERT, DOCS, FILL, RESET, make_finite, wake
 
 KINDS = (
     "explosion",
@@ -348,7 +348,7 @@ def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator
             "Standardize the weights, so that each filter sums to zero and the positive mean of the activation cannot "
             "turn into an offset (convolutions: ScaledWSConv2d), or normalize after the activation."
         ),
-        code=CONVERT,
+        code=CENTRE,
     )
 
 

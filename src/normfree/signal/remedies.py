@@ -19,6 +19,16 @@ model = normfree.convert(model, batch)  # new weights, standardized, with gamma;
 normfree.spp(model, batch).assert_healthy()
 """
 
+CENTRE = """\
+import normfree
+from torch import nn
+
+for module in model.modules():
+    if isinstance(getattr(module, "bias", None), nn.Parameter):
+        nn.init.zeros_(module.bias)
+model = normfree.convert(model, batch)  # new weights that sum to zero, to which an offset is nothing
+"""
+
 FILL = """\
 from torch import nn
 
@@ -68,7 +78,7 @@ def wake(gains: Iterable[str]) -> str:
     """
     parts = (name.split(".") for name in gains)
     endings = {".".join(each[-2:] if each[-1] == "weight" else each[-1:]) for each in parts}
-    return _WAKE.format(names="(" + ", ".join(f'"{name}"' for name in sorted(endings)) + ",)")
+    return _WAKE.format(names=repr(tuple(sorted(endings))).replace("'", '"'))
 
 
 def make_finite(found: NonFinite | None) -> str:
