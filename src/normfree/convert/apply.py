@@ -620,17 +620,36 @@ def _tensor_in(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     return next(leaf for leaf in (*inputs, *named.values()) if isinstance(leaf, Tensor))
 
 
-@torch.no_grad()
-def keep_pace(layers: Iterable[nn.Module]) -> None:
-    """Scale up the raw weights of standardized layers so that they train at the pace of plain ones.
+SMALLEST_FILTER = 0.1
+"""Norm of a raw filter, ten times what standardization takes for constant (the root of its floor of 1e-4)."""
 
-    Standardization undoes the size of the raw weights, but their gradient is inverse to it. With a raw weight of the
-    size of the effective one, a step of gradient descent moves the effective weight as far as it would move a plain
-    layer's, so that a learning rate found for the original fits. Without, a constant c of the input makes the step c²
-    times as long: three times behind a ReLU. Layers that shrink their input (c < 1) are left at their own, slower pace.
+
+@torch.no_grad()
+def keep_pace(model: nn.Module, converted: nn.Module, changes: Iterable[Change], normalized: Container[str]) -> None:
+    """Scale the raw weights of standardized layers so that they train at the pace of the original's.
+
+    The size of a raw weight W changes no output, but its gradient is inverse to it, and so a step of gradient descent
+    moves the effective weight by a share that falls as 1 / |W|². The same holds of the original where a norm follows
+    the layer: there the raw weight gets the size of the original's, and a learning rate found for the original fits.
+    (A decoder with PyTorch's default initialization has weights a third or a sixth as large as its effective ones; at
+    their size it would learn ten or forty times more slowly.) Elsewhere a step moves the effective weight as far as it
+    would move a plain layer's if the raw weight has its size; a layer that shrinks its input (c < 1) keeps its own.
+
+    Args:
+        model: the original.
+        converted: its conversion, changed.
+        changes: of its record.
+        normalized: the layers whose output a removed norm took.
     """
-    for module in layers:
-        rule = _rule_of(module)
-        if isinstance(rule, StandardizedFilters) and rule.constant > 1:
-            in_place = isinstance(rule, Standardization)
-            module.get_parameter(raw_name(rule.layout.weight) if in_place else "weight").mul_(rule.constant)
+    for change in changes:
+        layer = converted.get_submodule(change.name)
+        rule = _rule_of(layer)
+        if not is_layer_change(change) or not isinstance(rule, StandardizedFilters):
+            continue
+        name = rule.layout.weight if isinstance(rule, Standardization) else "weight"
+        raw = layer.get_parameter(name if rule is layer else raw_name(name))
+        size = float(getattr(model.get_submodule(change.name), name).float().norm() / raw.float().norm())
+        if change.name in normalized and size > 0:
+            raw.mul_(max(size, SMALLEST_FILTER * len(rule.gain) ** 0.5 / float(raw.float().norm())))
+        elif rule.constant > 1:
+            raw.mul_(rule.constant)

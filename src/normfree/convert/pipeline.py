@@ -40,7 +40,7 @@ from normfree.convert.record import (
     Kept,
     conversion_of,
 )
-from normfree.convert.structure import Structure, training_structure, unseen_norms
+from normfree.convert.structure import Structure, directly_followed, training_structure, unseen_norms
 from normfree.convert.unnormalized import LAST, STANDARDIZED
 from normfree.convert.verify import explain_failures, first_mismatching_norm, note_leak
 from normfree.signal import spp
@@ -194,7 +194,8 @@ def _fresh(
         if not more:
             break
         uncarried |= more
-    keep_pace(converted.get_submodule(change.name) for change in full.changes if is_layer_change(change))
+    gone = [change.name for change in full.changes if change.name in structure.norms]
+    keep_pace(model, converted, full.changes, directly_followed(structure, gone))
     if not plan.unnormalized.beside_norms and (plan.notes or any(one.reason != LAST for one in plan.kept)):
         _check_health(model, converted, structure, plan, batch)
     return converted
