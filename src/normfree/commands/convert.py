@@ -243,7 +243,7 @@ class Doctor(_Conversion):
     def _conclude(self, console: Terminal, signals: list[SignalPropagation], refusal: _Refusal) -> None:
         """Say what came of it, and what to do next."""
         told = [
-            f"{name}: {_errors_in(signal)}" for name, signal in zip(("as given", "converted"), signals, strict=False)
+            f"{name}: {_counted(signal)}" for name, signal in zip(("as given", "converted"), signals, strict=False)
         ]
         console.say("; ".join(told) + ".")
         if len(signals) > 1:
@@ -302,10 +302,16 @@ def _changes_size(signal: SignalPropagation) -> bool:
     return any(finding.kind in kinds and finding.severity == "error" for finding in signal.findings)
 
 
-def _errors_in(signal: SignalPropagation) -> str:
-    """The errors among the findings, counted and named."""
-    kinds = [finding.kind.replace("_", " ") for finding in signal.findings if finding.severity == "error"]
-    return f"{len(kinds)} error{'s' if len(kinds) > 1 else ''} ({', '.join(kinds)})" if kinds else "no error"
+def _counted(signal: SignalPropagation) -> str:
+    """The errors and warnings among the findings, counted and named."""
+    told = []
+    for severity in ("error", "warning"):
+        kinds = [finding.kind.replace("_", " ") for finding in signal.findings if finding.severity == severity]
+        if kinds:
+            told.append(f"{len(kinds)} {severity}{'s' if len(kinds) > 1 else ''} ({', '.join(kinds)})")
+        elif severity == "error":
+            told.append("no error")
+    return ", ".join(told)
 
 
 def changes_section(conversion: Conversion | None, refusal: _Refusal) -> str:

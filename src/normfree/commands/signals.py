@@ -160,15 +160,18 @@ def print_signal(console: Terminal, signal: SignalPropagation) -> None:
 
 def print_findings(console: Terminal, findings: Sequence[Finding]) -> None:
     """Print what was found: each finding with its remedy and its place in the documentation, the code of each once."""
-    last = {finding.code: finding for finding in findings if finding.code}
+    shown = set[str]()
     for finding in findings:
         colour = COLOURS[finding.severity]
         kind = finding.kind.replace("_", " ")
         console.print(f"[{colour}]{finding.severity}: {kind}[/{colour}] — {escape(finding.message)}", highlight=False)
-        console.print(f"    [dim]{escape(finding.remedy)}[/dim] See {escape(finding.docs)}.", highlight=False)
-        if last.get(finding.code) is finding:
-            console.print("    In Python, with your model and its batch:\n", highlight=False)
-            console.say(indent(finding.code, "    "))
+        console.print(f"    [dim]{escape(finding.remedy)}[/dim]", highlight=False)
+        console.say(f"    See {finding.docs}")
+        if finding.code in shown:
+            console.say("    In Python: the same lines")
+        elif finding.code:
+            shown.add(finding.code)
+            console.say(f"    In Python, with your model and its batch:\n\n{indent(finding.code, '        ')}")
 
 
 def is_healthy(signal: SignalPropagation) -> bool:

@@ -186,6 +186,9 @@ def _fresh(
         converted, replaced = exchange_modules(model, full)
         with explain_failures(full, model, converted, replaced):
             found = _measure(converted, full, structure, batch, trains=trains, checked=plan.unnormalized.layers)
+        least, most = NEAR_UNIT
+        off = {name: size for name, size in found.sizes.items() if not least <= size <= most}
+        assert not off, f"layers that no norm follows do not give unit variance: {off}"
         more = {
             name: f"without it, {share:.1g} of the variance there is within channels, and the rest between their means"
             for name, share in found.shares.items()
@@ -242,9 +245,6 @@ def _measure(
 ) -> Measured:
     """Set what is still open, and enter it into the record, with notes on what a reader should look at."""
     found = measure(converted, conversion, batch, trains=trains, checked=checked)
-    least, most = NEAR_UNIT
-    off = {name: size for name, size in found.sizes.items() if not least <= size <= most}
-    assert not off, f"layers that no norm follows do not give unit variance: {off}"
     changes = []
     for change in conversion.changes:
         if is_layer_change(change) and change.input_scale is None:
@@ -362,7 +362,7 @@ def _nothing_to_convert(model: nn.Module, structure: Structure, kept: Iterable[K
             return ValueError(f"model: {class_name(model)} has nothing to convert: {none}, and {why}; keep it as it is")
         first = f"{stay[0].name or 'the model'} ({stay[0].was}): {stay[0].reason}"
         problem = f"{none}, and no layer that can be standardized, such as {first}"
-        return _by_hand(f"model: {class_name(model)} has nothing to convert: {problem}", structure, model, kept)
+        return _by_hand(f"model: {class_name(model)} cannot be converted: {problem}", structure, model, kept)
     first = norms[0]
     remedy = "keep it as it is"
     if first.reason == NOT_FOLLOWED:

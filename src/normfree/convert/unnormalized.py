@@ -180,21 +180,23 @@ class _Search:
         if not bool(layer.own_weight().count_nonzero()):
             return ZERO
         if layer.fan_in < FEWEST_WEIGHTS:
-            return (
-                f"it has {layer.fan_in} weight{'s' if layer.fan_in > 1 else ''} a filter, too few to remove their mean"
-            )
+            weights = "1 weight" if layer.fan_in == 1 else f"{layer.fan_in} weights"
+            return f"it has {weights} a filter, too few to have their mean removed"
         rough = next((function for call in calls for function in self._rough_functions(call)), None)
         return "" if rough is None else f"the {rough} behind it is made for a smaller signal than one of unit variance"
 
     def _rough_functions(self, call: Call) -> Iterator[str]:
-        """The names of the functions that follow a layer and are too rough for unit variance."""
-        for name in self._ahead_of(call).layers:
-            for other in self.structure.layers[name]:
-                function = None if other.input is None else self.functions.feeding(other.input)
+        """The names of the functions of what a layer gives alone that are too rough for unit variance."""
+        waiting = [call.output] if call.output is not None else []
+        seen = set(waiting)
+        while waiting:
+            for node in {made for step in self.flow.readers(waiting.pop()) for made in step.outputs} - seen:
+                function = self.functions.feeding(node)
                 if function is not None and function.base is call.output:
-                    gain = self.functions.gradient_gain(function)
-                    if gain is not None and gain > ROUGHEST:
+                    if (self.functions.gradient_gain(function) or 0.0) > ROUGHEST:
                         yield function.name
+                    seen.add(node)
+                    waiting.append(node)
 
     def _is_recurrent(self, calls: list[Call]) -> bool:
         """Whether a layer runs on what came of its own output."""

@@ -23,7 +23,7 @@ from typing import Any
 from normfree.signal.gradient_rules import gradient_explosion, gradient_vanishing
 from normfree.signal.nonfinite import NonFinite
 from normfree.signal.propagation import BESIDE, SEVERITIES, BlockSignal, Entry, Finding, SignalPropagation
-from normfree.signal.remedies import CENTRE, CONVERT, DOCS, FILL, RESET, make_finite, wake
+from normfree.signal.remedies import CONVERT, DOCS, FILL, RESET, make_finite, wake
 
 KINDS = (
     "explosion",
@@ -216,7 +216,7 @@ FADED_LAYERS, WEAK_LAYERS = 1e-4, 1e-3
 
 
 def _attenuation(along: Sequence[Stretch]) -> Iterator[Finding]:
-    found = [each for stretch in along for part in _split_at_mixing(stretch) if (each := _fading(part))]
+    found = _fadings(along)
     if not found:
         return
     worst = min(found, key=lambda each: (not each.severe, each.ratio))
@@ -235,6 +235,10 @@ def _attenuation(along: Sequence[Stretch]) -> Iterator[Finding]:
         ),
         code=CONVERT,
     )
+
+
+def _fadings(along: Sequence[Stretch]) -> list[_Change]:
+    return [each for stretch in along for part in _split_at_mixing(stretch) if (each := _fading(part))]
 
 
 def _split_at_mixing(stretch: Stretch) -> Iterator[Stretch]:
@@ -348,7 +352,7 @@ def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator
             "Standardize the weights, so that each filter sums to zero and the positive mean of the activation cannot "
             "turn into an offset (convolutions: ScaledWSConv2d), or normalize after the activation."
         ),
-        code=CENTRE,
+        code=CONVERT,
     )
 
 
@@ -451,7 +455,7 @@ def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch]) -> Itera
             f"{dead[0].place}; {worst.dead_channels:.0%} of them at {worst.place}.{cause}"
         ),
         remedy="Look for zero filters, saturated or clipped activations, biases far below zero, and padded channels.",
-        code=RESET,
+        code=CONVERT if _fadings(along) else RESET,  # what fades into rounding is constant, too
     )
 
 

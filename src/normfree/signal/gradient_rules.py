@@ -86,8 +86,8 @@ def gradient_explosion(signal: SignalPropagation) -> Iterator[Finding]:
             f"the signal, grows {_times(growth)} times, {_times(growth / steps)} times a point."
         ),
         remedy=(
-            "Shorten the longest path: add residual connections (x + α·f(x) with α below 1), or remove normalizers "
-            "that stand behind every layer of a chain without shortcuts; lower gains of saturating activations to 1."
+            "Add residual connections (x + α·f(x) with α below 1); or keep the chain without normalizers, gains of "
+            "saturating activations at 1, and biases at which the others are nearly linear, as conversion does."
         ),
         code=CONVERT,
     )

@@ -19,16 +19,6 @@ model = normfree.convert(model, batch)  # new weights, standardized, with gamma;
 normfree.spp(model, batch).assert_healthy()
 """
 
-CENTRE = """\
-import normfree
-from torch import nn
-
-for module in model.modules():
-    if isinstance(getattr(module, "bias", None), nn.Parameter):
-        nn.init.zeros_(module.bias)
-model = normfree.convert(model, batch)  # new weights that sum to zero, to which an offset is nothing
-"""
-
 FILL = """\
 from torch import nn
 
