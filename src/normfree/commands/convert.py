@@ -242,9 +242,7 @@ class Doctor(_Conversion):
 
     def _conclude(self, console: Terminal, signals: list[SignalPropagation], refusal: _Refusal) -> None:
         """Say what came of it, and what to do next."""
-        told = [
-            f"{name}: {_counted(signal)}" for name, signal in zip(("as given", "converted"), signals, strict=False)
-        ]
+        told = [f"{name}: {_counted(signal)}" for name, signal in zip(("as given", "converted"), signals, strict=False)]
         console.say("; ".join(told) + ".")
         if len(signals) > 1:
             line = command_line("convert", self, [self.model], without=("model", "out", "gradient"))

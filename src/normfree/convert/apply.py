@@ -641,10 +641,10 @@ def keep_pace(model: nn.Module, converted: nn.Module, changes: Iterable[Change],
         changes: of its record.
         normalized: the layers whose output a removed norm took.
     """
-    for change in changes:
+    for change in filter(is_layer_change, changes):
         layer = converted.get_submodule(change.name)
         rule = _rule_of(layer)
-        if not is_layer_change(change) or not isinstance(rule, StandardizedFilters):
+        if not isinstance(rule, StandardizedFilters):
             continue
         name = rule.layout.weight if isinstance(rule, Standardization) else "weight"
         raw = layer.get_parameter(name if rule is layer else raw_name(name))
