@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -20,7 +21,7 @@ from normfree.convert import Conversion
 from normfree.data import GaussianNoise, Probe
 from normfree.report.plot import plot_signals
 from normfree.report.signal_page import write_report
-from normfree.signal import BlockSignal, SignalPropagation, input_shape, write_json
+from normfree.signal import BlockSignal, Finding, SignalPropagation, input_shape, write_json
 from normfree.sources import Built
 
 ROWS = 24
@@ -167,14 +168,26 @@ def print_signal(console: Terminal, signal: SignalPropagation) -> None:
     note = signal.configuration.get("gradient")
     if isinstance(note, str):
         console.print(f"[cyan]gradient[/cyan] {escape(note)}", highlight=False)
-    for finding in signal.findings:
+    print_findings(console, signal.findings)
+    if is_healthy(signal):
+        console.print("[green]healthy[/green]: no finding is an error", highlight=False)
+    console.print()
+
+
+def print_findings(console: Terminal, findings: Sequence[Finding]) -> None:
+    """Print what was found: each finding with its remedy and its place in the documentation, the code of each once."""
+    shown = set[str]()
+    for finding in findings:
         colour = COLOURS[finding.severity]
         kind = finding.kind.replace("_", " ")
         console.print(f"[{colour}]{finding.severity}: {kind}[/{colour}] — {escape(finding.message)}", highlight=False)
         console.print(f"    [dim]{escape(finding.remedy)}[/dim]", highlight=False)
-    if is_healthy(signal):
-        console.print("[green]healthy[/green]: no finding is an error", highlight=False)
-    console.print()
+        console.say(f"    See {finding.docs}")
+        if finding.code in shown:
+            console.say("    In Python: the same lines")
+        elif finding.code:
+            shown.add(finding.code)
+            console.say(f"    In Python, with your model and its batch:\n\n{indent(finding.code, '        ')}")
 
 
 def is_healthy(signal: SignalPropagation) -> bool:

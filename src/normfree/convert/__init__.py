@@ -10,12 +10,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from normfree.convert.pipeline import ALPHA, BETAS, SKIP_GAIN, convert
+from normfree.convert.pipeline import ALPHA, BETAS, BY_HAND, SKIP_GAIN, convert
 from normfree.convert.record import STARTS, Change, Conversion, Kept, conversion_of, stored_conversion
 
 __all__ = [
     "ALPHA",
     "BETAS",
+    "BY_HAND",
     "SKIP_GAIN",
     "STARTS",
     "Change",

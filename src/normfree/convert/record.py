@@ -54,6 +54,7 @@ class Change:
         skip_gain: initial value of its learnable factor; None for none.
         correction: factor that restores what a gate takes, on the gate or within a layer's input scale; in a norm's
             place, one over the standard deviation that the example has there; None for none.
+        bias: that a layer starts with, for the function behind it to be nearly linear; None for 0.
         weight: how the module reads its weight, where that is standardized in place; None where another module stands.
     """
 
@@ -66,6 +67,7 @@ class Change:
     skip_gain: float | None = None
     correction: float | None = None
     into: str | None = None
+    bias: float | None = None
     weight: WeightLayout | None = None
     carried_by: tuple[str, ...] = ()
     within: str | None = None
@@ -111,6 +113,11 @@ class Conversion:
         """The normalizers the converted model still has."""
         return tuple(kept for kept in self.kept if kept.norm)
 
+    @property
+    def replaces_norms(self) -> bool:
+        """Whether a normalizer went, or something else stands in its place; a model without any has none to replace."""
+        return any(change.carried_by or change.into or change.now in (AFFINE, UNITS) for change in self.changes)
+
     def to_dict(self) -> dict[str, Any]:
         """The record in plain types, ``{"schema": 1, …}``."""
         return {"schema": SCHEMA, **asdict(self)}
@@ -142,9 +149,8 @@ class Conversion:
             counts[change.now] = counts.get(change.now, 0) + 1
         made = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
         count = len(self.norms_left)
-        left = (
-            f"{count} normalizer{'s' if count > 1 else ''} left" if count else "no normalizer left that is recognised"
-        )
+        none = "no normalizer left that is recognised" if self.replaces_norms else "it had no normalizer"
+        left = f"{count} normalizer{'s' if count > 1 else ''} left" if count else none
         return f"{self.model} converted ({self.start}): {made}; {left}"
 
     def different_notes(self) -> list[str]:
@@ -168,7 +174,7 @@ class Conversion:
 
 def describe(change: Change) -> str:
     """What stands in a module's place now, with its factors."""
-    factors = {name: getattr(change, name) for name in ("input_scale", "correction", "alpha", "skip_gain")}
+    factors = {name: getattr(change, name) for name in ("input_scale", "correction", "alpha", "skip_gain", "bias")}
     shown = [f"{name}={value:.4g}" for name, value in factors.items() if value is not None]
     return f"{change.now}({', '.join(shown)})" if shown else change.now
 

@@ -77,8 +77,17 @@ def finding_item(finding: Finding, place: str) -> str:
     return (
         f'<li class="finding {severity}"><div class="finding-head">'
         f'<span class="severity">{escape(finding.severity)}: {kind}</span><span>{place}</span></div>'
-        f'<p>{escape(finding.message)}</p><p class="remedy">{escape(finding.remedy)}</p></li>'
+        f'<p>{escape(finding.message)}</p><p class="remedy">{escape(finding.remedy)}'
+        + (f" See {escape(finding.docs)}." if finding.docs else "")
+        + "</p>"
+        + (code_details(finding.code) if finding.code else "")
+        + "</li>"
     )
+
+
+def code_details(code: str) -> str:
+    """Lines of Python to be pasted, folded away until they are asked for."""
+    return f'<details><summary>the remedy in Python</summary><pre tabindex="0">{escape(code)}</pre></details>'
 
 
 def findings_list(items: Sequence[str]) -> str:

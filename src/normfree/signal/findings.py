@@ -23,6 +23,7 @@ from typing import Any
 from normfree.signal.gradient_rules import gradient_explosion, gradient_vanishing
 from normfree.signal.nonfinite import NonFinite
 from normfree.signal.propagation import BESIDE, SEVERITIES, BlockSignal, Entry, Finding, SignalPropagation
+from normfree.signal.remedies import CONVERT, DOCS, FILL, RESET, make_finite, wake
 
 KINDS = (
     "explosion",
@@ -63,6 +64,7 @@ def findings_of(signal: SignalPropagation, non_finite: NonFinite | None = None) 
         *gradient_explosion(signal),
         *gradient_vanishing(signal),
     ]
+    found = [replace(finding, docs=f"{DOCS}#{finding.kind}") for finding in found]
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
@@ -86,6 +88,7 @@ def _non_finite(signal: SignalPropagation, found: NonFinite | None) -> Iterator[
             "If the magnitudes before it explode, cure the explosion; otherwise look at that operation: a division by "
             "zero, a logarithm or root of a negative number, or a range half precision does not have."
         ),
+        code=make_finite(found),
     )
 
 
@@ -134,6 +137,7 @@ def _explosion(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[
             else "Give the layers the gain of their activation, 1/sqrt(E[act(z)²]) (√2 for ReLU, He's initialisation), "
             "or scaled weight standardization with its γ, or put a normalizer behind them."
         ),
+        code=CONVERT,
     )
 
 
@@ -214,7 +218,7 @@ FADED_LAYERS, WEAK_LAYERS = 1e-4, 1e-3
 
 
 def _attenuation(along: Sequence[Stretch]) -> Iterator[Finding]:
-    found = [each for stretch in along for part in _split_at_mixing(stretch) if (each := _fading(part))]
+    found = _fadings(along)
     if not found:
         return
     worst = min(found, key=lambda each: (not each.severe, each.ratio))
@@ -231,7 +235,12 @@ def _attenuation(along: Sequence[Stretch]) -> Iterator[Finding]:
             "Raise the gain of the weights to 1/sqrt(E[act(z)²]) (He initialisation for ReLU), or use scaled weight "
             "standardization with the γ of the activation; average pools in shortcuts cut white noise but not images."
         ),
+        code=CONVERT,
     )
+
+
+def _fadings(along: Sequence[Stretch]) -> list[_Change]:
+    return [each for stretch in along for part in _split_at_mixing(stretch) if (each := _fading(part))]
 
 
 def _split_at_mixing(stretch: Stretch) -> Iterator[Stretch]:
@@ -345,6 +354,7 @@ def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator
             "Standardize the weights, so that each filter sums to zero and the positive mean of the activation cannot "
             "turn into an offset (convolutions: ScaledWSConv2d), or normalize after the activation."
         ),
+        code=CONVERT,
     )
 
 
@@ -373,6 +383,7 @@ def _branch_variance(signal: SignalPropagation) -> Iterator[Finding]:
             "Feed the branch a signal of unit variance (divide by β) and use the gain γ of its activations; a branch "
             "that is small on purpose (small initialisation, layer scale) may stay."
         ),
+        code=CONVERT,
     )
 
 
@@ -389,6 +400,7 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
                 f"({_some(names)}); they were measured with the gain at one."
             ),
             remedy="Nothing, if intended: the network starts as its shortcuts. wake=False draws it as it is.",
+            code=wake(names),
         )
     blocks = [b for b in signal.blocks if b.kind == "residual" and not b.broadcast]
     silent = [b for b in blocks if b.residual_avg_channel_var in (0.0, None)]
@@ -402,6 +414,7 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
                 f"with weights of zero computes, first {closed[0].place}; the plot says nothing about the branch."
             ),
             remedy="Nothing, if intended (adaLN-zero): the network starts as its shortcuts.",
+            code=FILL,
         )
     silent = [b for b in silent if not b.zero_gate]
     if silent:
@@ -414,6 +427,7 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
                 "a zero weight or gain leaves only the shortcut, and the plot says nothing about the branch."
             ),
             remedy="Give the last layer of the branch its training initialisation, unless a zero start is meant.",
+            code=FILL,
         )
 
 
@@ -443,6 +457,7 @@ def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch]) -> Itera
             f"{dead[0].place}; {worst.dead_channels:.0%} of them at {worst.place}.{cause}"
         ),
         remedy="Look for zero filters, saturated or clipped activations, biases far below zero, and padded channels.",
+        code=CONVERT if _fadings(along) else RESET,  # what fades into rounding is constant, too
     )
 
 
@@ -461,6 +476,7 @@ def _zero_layer(signal: SignalPropagation) -> Iterator[Finding]:
                 f"give{'' if len(zero) > 1 else 's'} the same for every input."
             ),
             remedy="Nothing, if intended: what is before such a layer gets its first gradient once it has moved.",
+            code=FILL,
         )
 
 
@@ -490,6 +506,7 @@ def _correlation_collapse(along: Sequence[Stretch]) -> Iterator[Finding]:
             "Remove the mean shift (standardize the weights), strengthen the shortcut against the branch (α), or use "
             "an activation closer to linear."
         ),
+        code=CONVERT,
     )
 
 

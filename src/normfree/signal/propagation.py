@@ -156,6 +156,8 @@ class Finding:
             beside the blocks, which the message names.
         message: what was seen and where, with the numbers.
         remedy: what to do about it.
+        code: the remedy in Python, to be pasted where ``model`` is the model and ``batch`` its input.
+        docs: the place in this project's documentation, page and anchor.
     """
 
     kind: str
@@ -163,6 +165,8 @@ class Finding:
     block: int | None
     message: str
     remedy: str
+    code: str = ""
+    docs: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +255,8 @@ class SignalPropagation:
         errors = [f for f in self.findings if f.severity == "error" and f.kind not in ignored]
         if errors:
             lines = [f"the signal of {self.model} is not healthy at initialisation:"]
-            lines += [f"  {f.kind}: {f.message} Remedy: {f.remedy}" for f in errors]
+            for found in errors:
+                lines += [f"  {found.kind}: {found.message} Remedy: {found.remedy} See {found.docs}.", found.code]
             raise AssertionError("\n".join(lines))
 
     def __str__(self) -> str:
