@@ -191,7 +191,7 @@ class Doctor(_Conversion):
         """Say what will be done, examine, convert, examine again, write, say what was found; return the exit code."""
         model, batch, described = self.prepare(console)
         if missing := no_picture():
-            console.say(missing)
+            console.announce(missing)
         self._announce(console, batch, described)
         conversion, refusal, changed = None, _Refusal(), list[str]()
         with console.status(f"measuring {escape_markup(self.model)}") as status:
@@ -236,12 +236,13 @@ class Doctor(_Conversion):
             "fresh": "fresh start: new weights that hold the variance without normalizers",
             "pretrained": "pretrained start: its normalizers folded into its weights",
         }[self.start]
-        console.say(f"Examining {self.model}:")
-        console.say(f"  1. measure it on one batch, {described['kind']}, {shapes}")
-        console.say(f"  2. convert a copy of it ({start})")
-        console.say("  3. measure the copy on the same batch")
-        console.say(f"The model stays as it is. The report goes to {self.out}.")
-        console.print()
+        console.announce(
+            f"Examining {self.model}:\n"
+            f"  1. measure it on one batch, {described['kind']}, {shapes}\n"
+            f"  2. convert a copy of it ({start})\n"
+            "  3. measure the copy on the same batch\n"
+            f"The model stays as it is. The report goes to {self.out}.\n"
+        )
 
     def _conclude(self, console: Terminal, signals: list[SignalPropagation], refusal: _Refusal) -> None:
         """Say what came of it, and what to do next."""

@@ -78,8 +78,8 @@ class Spp:
         check_sources(self.models, self.original)
         probe = probe_named(self.input)
         device = device_named(self.device)
-        if reason := no_picture():
-            console.say(reason)
+        if missing := no_picture():
+            console.announce(missing)
         signals = []
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("measuring", total=len(self.models))
