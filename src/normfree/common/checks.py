@@ -10,9 +10,10 @@ import importlib
 import math
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
-from typing import TypeVar
+from types import ModuleType, NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from normfree.common.text import LONGEST_PART, all_lines, printable, quoted, shortened
 
@@ -52,12 +53,37 @@ def suggestion(name: str, names: Iterable[str]) -> str:
     return f"choose one of {', '.join(known[:LISTED])}{more}"
 
 
-def check_choice(argument: str, value: Choice, choices: Sequence[Choice]) -> Choice:
-    """Return ``value`` if it is one of ``choices``; raise ``ValueError`` otherwise."""
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """Return the values of a type of choices: a ``Literal``, or a union of some with ``bool`` and ``None``.
+
+    Any other type has none. An argument's type is the one list of its choices, for type checkers, editors and
+    :func:`check_choice`.
+    """
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    if get_origin(hint) not in (Union, UnionType):
+        return ()
+    alone: dict[Any, tuple[Any, ...]] = {bool: (True, False), NoneType: (None,)}
+    parts = [alone.get(part) or choices_of(part) for part in get_args(hint)]
+    named = any(choices_of(part) for part in get_args(hint))
+    return tuple(choice for part in parts for choice in part) if named and all(parts) else ()
+
+
+def check_choice(argument: str, value: Choice, hint: Any) -> Choice:
+    """Return ``value`` if it is one of :func:`choices_of` the argument's type; raise ``ValueError`` otherwise."""
+    choices = choices_of(hint)
     if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
         listed = ", ".join(repr(choice) for choice in choices)
         raise invalid(argument, value, "unknown choice", f"choose one of {listed}")
     return value
+
+
+def check_choices(config: Any) -> None:
+    """Check every field of a dataclass whose type is one of choices."""
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        if choices_of(hints[field.name]):
+            check_choice(field.name, getattr(config, field.name), hints[field.name])
 
 
 def is_integer(value: object) -> bool:

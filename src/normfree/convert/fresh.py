@@ -22,13 +22,11 @@ from torch.utils._pytree import tree_map
 
 from normfree.convert.carriers import Ending, NormPlan, Places, SignalPaths, find_endings, sort_norms, uncarried_norms
 from normfree.convert.dataflow import Call, Dataflow, Step, activation_in, class_name, is_batch_norm, passes_unchanged
-from normfree.convert.record import BARE, SCALED, UNITS, WITH_ACTIVATION, Change, Kept
+from normfree.convert.record import BARE, SCALED, UNITS, WITH_ACTIVATION, Beta, Change, Kept
 from normfree.convert.structure import Structure, WeightedMap, layers_to_standardize
 from normfree.nn import gamma
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
-
-MEASURED = "measured"
 
 NEAR_UNIT = 0.25, 4.0
 """Planned variances at a removed norm's place that need nothing to restore 1 there."""
@@ -65,7 +63,7 @@ def fresh_plan(
     *,
     alpha: float,
     skip_gain: float,
-    beta: str,
+    beta: Beta,
     uncarried: Mapping[str, str],
 ) -> Plan:
     """What to change for a variance-preserving start.
@@ -88,7 +86,7 @@ def fresh_plan(
     scales = input_scales(structure, chosen, removed - set(restored), found, alpha)
     for name in {name for ending in found for name in ending.absorbing}:
         scales[name] = InputScale(None, "measured, for what it reads is scaled by the end of a branch, too")
-    if beta == MEASURED:
+    if beta == "measured":
         scales = {name: InputScale(None, "measured, as asked for") for name in scales}
     factors = _Factors(alpha=alpha, skip_gain=skip_gain)
     carriers = {name: ending for ending in found for name in ending.modules}

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from normfree.common.checks import invalid
 from normfree.common.files import parse_json, structured, write_atomically
@@ -23,8 +23,14 @@ SCHEMA = 1
 NOTE = "normfree.conversion"
 """The note in a file of :func:`normfree.save` that holds the record, as JSON."""
 
-STARTS = ("fresh", "pretrained")
+Start = Literal["fresh", "pretrained"]
 """Weights drawn anew for a variance-preserving start, or the function of the trained model kept."""
+
+Beta = Literal["plan", "measured"]
+"""Where input scales come from: closed forms where there are any and the example elsewhere, or the example for all."""
+
+STARTS: tuple[Start, ...] = get_args(Start)
+BETAS: tuple[Beta, ...] = get_args(Beta)
 
 
 BARE, WITH_ACTIVATION, COPY, OUTPUT_COPY = "Identity", "Activation", "Copy", "OutputCopy"
@@ -96,9 +102,9 @@ class Conversion:
     """
 
     model: str
-    start: str
+    start: Start
     alpha: float
-    beta: str
+    beta: Beta
     seed: int
     input_shapes: tuple[tuple[int, ...], ...] = ()
     source: str | None = None

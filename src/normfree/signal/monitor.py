@@ -20,12 +20,12 @@ from normfree.common.files import read_json, refused, structured, write_atomical
 from normfree.common.process import seeded
 from normfree.common.text import first_line, one_line, quoted
 from normfree.common.torch_compat import tree_map
-from normfree.signal.measure import spp
-from normfree.signal.propagation import SEVERITIES, Finding, SignalPropagation
+from normfree.signal.measure import Points, spp
+from normfree.signal.propagation import SEVERITIES, Curve, Finding, Kind, SignalPropagation
 from normfree.trace.inputs import Batch, unwrapped
-from normfree.trace.preserve import MODES
+from normfree.trace.preserve import Mode
 
-CURVES = ("avg_channel_sq_mean", "avg_channel_var", "residual_avg_channel_var", "avg_sq_gradient")
+CURVES: tuple[Curve, ...] = ("avg_channel_sq_mean", "avg_channel_var", "residual_avg_channel_var", "avg_sq_gradient")
 
 
 class SignalMonitor:
@@ -78,8 +78,8 @@ class SignalMonitor:
         writer: Any = None,
         tag: str = "signal",
         name: str | None = None,
-        mode: str = "batch-statistics",
-        points: str = "auto",
+        mode: Mode = "batch-statistics",
+        points: Points = "auto",
         gradient: bool = False,
         wake: bool = False,
         seed: int = 0,
@@ -88,7 +88,8 @@ class SignalMonitor:
             raise ValueError(f"every: {every!r} is no number of steps; give 1 or more, or None to go by the time")
         if not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f"share: {share!r} is no part of the time; give a number above 0 and up to 1, as 0.01")
-        check_choice("mode", mode, MODES)
+        check_choice("mode", mode, Mode)
+        check_choice("points", points, Points)
         self.model = unwrapped(model)
         _check_alone(self.model, mode)
         self.every, self.share, self.writer, self.tag = every, share, writer, tag
@@ -243,7 +244,7 @@ def _copy(batch: Batch | None) -> Batch | None:
     return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, plain)
 
 
-def _check_alone(model: nn.Module, mode: str) -> None:
+def _check_alone(model: nn.Module, mode: Mode) -> None:
     """Refuse a model whose forward pass rank 0 cannot run without the others: both would wait for ever."""
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return
@@ -265,7 +266,13 @@ SCHEMA = 1
 
 # Training may shift means, shrink branches and let the signal fade without harm: learnt gains and weights want it
 # so, and the thresholds of those findings are of networks at initialisation. These remain faults at any step.
-TRAINING_KINDS = ("non_finite", "explosion", "dead_channels", "correlation_collapse", "silenced_branch")
+TRAINING_KINDS: tuple[Kind, ...] = (
+    "non_finite",
+    "explosion",
+    "dead_channels",
+    "correlation_collapse",
+    "silenced_branch",
+)
 
 _NUMBER = "$float"  # how JSON writes a number that it has no word for
 

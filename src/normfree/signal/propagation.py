@@ -5,16 +5,50 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+from normfree.common.checks import check_choice
 from normfree.common.files import write_atomically
+from normfree.trace.preserve import Mode
 
 SCHEMA = 1
 
-SEVERITIES = ("error", "warning", "info")
+Severity = Literal["error", "warning", "info"]
 """Of findings, the most serious first."""
+
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+
+Kind = Literal[
+    "explosion",
+    "attenuation",
+    "mean_shift",
+    "branch_variance",
+    "silenced_branch",
+    "dead_channels",
+    "correlation_collapse",
+    "gradient_explosion",
+    "gradient_vanishing",
+    "zero_layer",
+    "non_finite",
+]
+"""Of findings."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+Curve = Literal[
+    "avg_channel_sq_mean",
+    "avg_channel_var",
+    "residual_avg_channel_var",
+    "expected_var",
+    "input_correlation",
+    "avg_sq_gradient",
+    "dead_channels",
+    "activated_avg_channel_sq_mean",
+    "activated_avg_channel_var",
+]
+"""What is measured at every block: the attributes of :class:`BlockSignal` of that name."""
 
 BESIDE = -1
 """The index, while findings are looked for, of a layer beside the blocks: it is not on the plot's axis."""
@@ -148,9 +182,7 @@ class Finding:
     """One thing worth knowing about the signal, in plain words.
 
     Attributes:
-        kind: "explosion", "attenuation", "mean_shift", "branch_variance", "silenced_branch",
-            "dead_channels", "correlation_collapse", "gradient_explosion", "gradient_vanishing",
-            "zero_layer" or "non_finite".
+        kind: one of :data:`Kind`.
         severity: "error" (it will not train as it is), "warning" or "info".
         block: index of the block where it shows first; None for the model as a whole, or where it shows in a layer
             beside the blocks, which the message names.
@@ -158,8 +190,8 @@ class Finding:
         remedy: what to do about it.
     """
 
-    kind: str
-    severity: str
+    kind: Kind
+    severity: Severity
     block: int | None
     message: str
     remedy: str
@@ -179,7 +211,7 @@ class SignalPropagation:
     """
 
     model: str
-    mode: str
+    mode: Mode
     input: dict[str, Any]
     entry: Entry
     blocks: tuple[BlockSignal, ...]
@@ -189,11 +221,13 @@ class SignalPropagation:
     outputs: tuple[BlockSignal, ...] = ()
     entries: tuple[Entry, ...] = ()
 
-    def curve(self, name: str) -> list[float | None]:
-        """One curve as a list: point 0 is the entry (None for what only blocks have), then each block."""
-        known = {f.name for f in fields(BlockSignal)}
-        if name not in known:
-            raise ValueError(f"curve: unknown name {name!r}; it must be an attribute of a block: {sorted(known)}")
+    def curve(self, name: Curve) -> list[float | None]:
+        """One curve as a list: point 0 is the entry (None for what only blocks have), then each block.
+
+        Raises:
+            ValueError: if no curve has that name.
+        """
+        check_choice("name", name, Curve)
         return [getattr(self.entry, name, None), *(getattr(block, name) for block in self.blocks)]
 
     def renamed(self, model: str) -> SignalPropagation:
@@ -233,7 +267,7 @@ class SignalPropagation:
 
         return write_report([self], path)
 
-    def assert_healthy(self, *, ignore: Iterable[str] = ()) -> None:
+    def assert_healthy(self, *, ignore: Iterable[Kind] = ()) -> None:
         """Fail with the findings as message if any is an error; meant for a model's own test suite.
 
         Args:
@@ -243,11 +277,7 @@ class SignalPropagation:
             ValueError: if ``ignore`` names no kind of finding.
             AssertionError: with one line per finding of severity "error".
         """
-        from normfree.signal.findings import KINDS
-
-        ignored = set(ignore)
-        if unknown := ignored - set(KINDS):
-            raise ValueError(f"ignore: unknown kinds of finding {sorted(unknown)}; known are {sorted(KINDS)}")
+        ignored = {check_choice("ignore", kind, Kind) for kind in ignore}
         errors = [f for f in self.findings if f.severity == "error" and f.kind not in ignored]
         if errors:
             lines = [f"the signal of {self.model} is not healthy at initialisation:"]
