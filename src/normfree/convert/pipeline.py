@@ -37,6 +37,7 @@ from normfree.convert.record import (
     Beta,
     Change,
     Conversion,
+    Converted,
     Kept,
     Start,
     conversion_of,
@@ -76,7 +77,7 @@ def convert(
     beta: Beta = "plan",
     seed: int = 0,
     source: str | None = None,
-) -> nn.Module:
+) -> Converted:
     """Return a copy of a model without its normalizers, guided by its recorded dataflow.
 
     *fresh*: norms of convolutional networks are removed; the layers they followed become scaled-weight-standardized
@@ -132,9 +133,8 @@ def convert(
         converted = _fresh(model, record, structure, training, batch, trains=trains, skip_gain=skip_gain)
     else:
         converted = _pretrained(model, record, structure, training, batch, trains=trains)
-    record = conversion_of(converted)
-    assert record is not None, "conversion leaves its record"
-    converted.conversion = note_leak(converted, record, batch)  # type: ignore[assignment]
+    assert isinstance(converted, Converted), "conversion leaves its record"
+    converted.conversion = note_leak(converted, converted.conversion, batch)
     return converted
 
 

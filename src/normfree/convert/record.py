@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from torch import nn
+
 from normfree.common.checks import invalid
 from normfree.common.files import parse_json, structured, write_atomically
 from normfree.common.safetensors_file import Stored, read
@@ -170,6 +172,20 @@ class Conversion:
             cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
             lines.append("  ".join([*cells, row[3]]).rstrip())
         return "\n".join([*lines, *(f"note: {note}" for note in self.different_notes())])
+
+
+class _IsConverted(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return conversion_of(instance) is not None
+
+
+class Converted(nn.Module, metaclass=_IsConverted):
+    """Any module with the record of its conversion: what :func:`normfree.convert` returns, to type checkers.
+
+    A converted model keeps its own class; ``isinstance(model, Converted)`` asks for the record.
+    """
+
+    conversion: Conversion
 
 
 def describe(change: Change) -> str:
