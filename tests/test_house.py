@@ -22,7 +22,7 @@ ALLOWED = {
     "weights": {"weights", "convert", "models", "nn", "trace", "common"},
     "optim": {"optim", "nn", "common"},
     "data": {"data", "nn", "signal", "trace", "common"},
-    "convert": {"convert", "nn", "signal", "trace", "common"},
+    "convert": {"convert", "nn", "signal", "trace", "report", "common"},
     "export": {"export", "nn", "trace", "common"},
     "report": {"report", "signal", "common"},
     "benchmark": {"benchmark", "nn", "export", "sources", "common"},

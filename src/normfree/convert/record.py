@@ -17,7 +17,7 @@ from torch import nn
 from normfree.common.checks import invalid
 from normfree.common.files import parse_json, structured, write_atomically
 from normfree.common.safetensors_file import Stored, read
-from normfree.common.text import first_line
+from normfree.common.text import first_line, short_repr, shortened
 from normfree.nn import WeightLayout
 
 SCHEMA = 1
@@ -42,6 +42,10 @@ AFFINE, UNITS, SCALED = "ChannelAffine", "ChannelUnits", "BranchScale"
 
 STANDARDIZED, KEPT_MEAN = "standardized", "kept-mean"
 """Before the class of a module that stays and whose weight was standardized in place."""
+
+
+HEADS = ("module", "before", "after", "why")
+"""Of the columns of a record's table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,9 @@ class Change:
     weight: WeightLayout | None = None
     carried_by: tuple[str, ...] = ()
     within: str | None = None
+
+    def __repr__(self) -> str:
+        return short_repr(self, f"of {shortened(self.name, 120) or 'the model'}: {self.was} to {describe(self)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +171,17 @@ class Conversion:
         changed = [(one.name, one.was, describe(one), one.reason) for one in self.changes]
         return changed + [(one.name, one.was, "kept", one.reason) for one in self.kept]
 
+    def __repr__(self) -> str:
+        return short_repr(self, f"of {self.summary()}")
+
+    def _repr_html_(self) -> str:
+        from normfree.report.notebook import table_html
+
+        label = "modules, and why they changed or stayed"
+        return table_html("Conversion", self.summary(), label, HEADS, self.rows(), self.different_notes())
+
     def __str__(self) -> str:
-        rows = [("module", "before", "after", "why"), *self.rows()]
+        rows = [HEADS, *self.rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = [self.summary(), ""]
         for row in rows:

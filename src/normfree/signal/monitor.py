@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 from normfree.common.checks import check_choice, required
 from normfree.common.files import read_json, refused, structured, write_atomically
 from normfree.common.process import seeded
-from normfree.common.text import first_line, one_line, quoted
+from normfree.common.text import first_line, one_line, quoted, short_repr, shortened
 from normfree.common.torch_compat import tree_map
 from normfree.signal.measure import Points, spp
 from normfree.signal.propagation import SEVERITIES, Curve, Finding, Kind, SignalPropagation
@@ -188,6 +188,12 @@ class SignalMonitor:
                     self.writer.add_scalar(f"{self.tag}/{curve}/{place}", value, self.steps)
         self.writer.add_scalar(f"{self.tag}/cost", self.cost, self.steps)
 
+    def __repr__(self) -> str:
+        return short_repr(self, f"at step {self.steps}: {self.history!r}")
+
+    def _repr_html_(self) -> str:
+        return self.history._repr_html_()
+
     def to_dict(self) -> dict[str, Any]:
         """The history as plain data, see ``SignalHistory.to_dict``."""
         return self.history.to_dict()
@@ -293,6 +299,12 @@ class Episode:
     ongoing: bool
     finding: Finding
 
+    @property
+    def span(self) -> str:
+        """The steps, in words."""
+        steps = f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
+        return f"{steps}, the last record" if self.ongoing else f"{steps}, then gone"
+
 
 class SignalHistory(list[tuple[int, SignalPropagation]]):
     """A list of (step, signal propagation plot), in the order of the steps."""
@@ -306,6 +318,24 @@ class SignalHistory(list[tuple[int, SignalPropagation]]):
     def signals(self) -> list[SignalPropagation]:
         """The plots."""
         return [signal for _, signal in self]
+
+    @property
+    def extent(self) -> str:
+        """How many records there are, and of which steps: "5 records, steps 0 to 40"."""
+        if not self:
+            return "no record"
+        count, steps = len(self), self.steps
+        return f"{count} record{'' if count == 1 else 's'}, steps {steps[0]} to {steps[-1]}"
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{one.finding.kind} ({one.span})" for one in self.episodes())
+        model = f"of {shortened(self.signals[-1].model, 60)}: " if self else "with "
+        return short_repr(self, f"{model}{self.extent}{'; ' if found else ''}{found}")
+
+    def _repr_html_(self) -> str:
+        from normfree.report.notebook import history_html
+
+        return history_html(self)
 
     def episodes(self) -> list[Episode]:
         """The findings that matter in training, see ``TRAINING_KINDS``, and the steps they lasted; the worst first.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from normfree.common.checks import check_choice
 from normfree.common.files import write_atomically
+from normfree.common.text import short_repr, shortened
 from normfree.trace.preserve import Mode
 
 SCHEMA = 1
@@ -171,6 +173,15 @@ class BlockSignal(Position):
         name = self.name or "the model itself"
         return f"layer {name}" if self.index == BESIDE else f"block {self.index} ({name})"
 
+    def __repr__(self) -> str:
+        return short_repr(self, f"of {shortened(self.place, 120)}: {self._numbers}")
+
+    @property
+    def _numbers(self) -> str:
+        branch = self.residual_avg_channel_var
+        told = f"squared mean {self.avg_channel_sq_mean:.4g}  variance {self.avg_channel_var:.4g}"
+        return told if branch is None else f"{told}  branch {branch:.4g}"
+
     @property
     def index_on_plot(self) -> int | None:
         """The index of the point on the plot's axis, None beside it."""
@@ -196,6 +207,9 @@ class Finding:
     message: str
     remedy: str
 
+    def __repr__(self) -> str:
+        return short_repr(self, f"{self.severity}: {self.kind}: {self.message}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SignalPropagation:
@@ -220,6 +234,19 @@ class SignalPropagation:
     layers: tuple[BlockSignal, ...] = ()
     outputs: tuple[BlockSignal, ...] = ()
     entries: tuple[Entry, ...] = ()
+
+    @property
+    def size(self) -> str:
+        """How many points the plot has, and what they are: "8 blocks"."""
+        unit = "weighted layer" if self.blocks and all(block.kind == "layer" for block in self.blocks) else "block"
+        return f"{len(self.blocks)} {unit}{'' if len(self.blocks) == 1 else 's'}"
+
+    @property
+    def verdict(self) -> str:
+        """What the findings come to: "2 errors, 1 warning", or "healthy" where there is neither."""
+        counts = Counter(finding.severity for finding in self.findings if finding.severity != "info")
+        told = (f"{counts[one]} {one}{'' if counts[one] == 1 else 's'}" for one in SEVERITIES if counts[one])
+        return ", ".join(told) or "healthy"
 
     def curve(self, name: Curve) -> list[float | None]:
         """One curve as a list: point 0 is the entry (None for what only blocks have), then each block.
@@ -284,17 +311,21 @@ class SignalPropagation:
             lines += [f"  {f.kind}: {f.message} Remedy: {f.remedy}" for f in errors]
             raise AssertionError("\n".join(lines))
 
+    def __repr__(self) -> str:
+        kinds = dict.fromkeys(finding.kind for finding in self.findings if finding.severity != "info")
+        found = f" ({', '.join(kinds)})" if kinds else ""
+        return short_repr(self, f"of {shortened(self.model, 60)}: {self.size}, {self.verdict}{found}")
+
     def __str__(self) -> str:
-        lines = [f"SignalPropagation of {self.model}: {len(self.blocks)} points, mode {self.mode}"]
-        for block in self.blocks:
-            residual = block.residual_avg_channel_var
-            branch = "" if residual is None else f"  branch {residual:.4g}"
-            lines.append(
-                f"  {block.index:3d} {block.name}: squared mean {block.avg_channel_sq_mean:.4g}"
-                f"  variance {block.avg_channel_var:.4g}{branch}"
-            )
+        lines = [f"SignalPropagation of {self.model}: {self.size}, mode {self.mode}"]
+        lines += [f"  {block.index:3d} {block.name}: {block._numbers}" for block in self.blocks]
         lines += [f"  {f.severity}: {f.message}" for f in self.findings]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from normfree.report.notebook import signal_html
+
+        return signal_html(self)
 
 
 def write_json(path: str | Path, signals: Iterable[SignalPropagation]) -> Path:
