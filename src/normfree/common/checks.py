@@ -71,6 +71,7 @@ def choices_of(hint: Any) -> tuple[Any, ...]:
 
 def check_choice(argument: str, value: Choice, hint: Any) -> Choice:
     """Return ``value`` if it is one of :func:`choices_of` the argument's type; raise ``ValueError`` otherwise."""
+    __tracebackhide__ = True
     choices = choices_of(hint)
     if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
         listed = ", ".join(repr(choice) for choice in choices)
@@ -80,6 +81,7 @@ def check_choice(argument: str, value: Choice, hint: Any) -> Choice:
 
 def check_choices(config: Any) -> None:
     """Check every field of a dataclass whose type is one of choices."""
+    __tracebackhide__ = True
     hints = get_type_hints(type(config))
     for field in fields(config):
         if choices_of(hints[field.name]):
@@ -98,6 +100,7 @@ def is_number(value: object) -> bool:
 
 def check_integer(argument: str, value: int, minimum: int) -> int:
     """Return ``value`` if it is an integer of at least ``minimum``; raise ``ValueError`` otherwise."""
+    __tracebackhide__ = True
     if not is_integer(value) or value < minimum:
         rule = f"must be an integer of at least {minimum}"
         raise invalid(argument, value, rule, f"pass {argument}={minimum} or more")
@@ -106,6 +109,7 @@ def check_integer(argument: str, value: int, minimum: int) -> int:
 
 def check_seed(seed: int) -> int:
     """Return ``seed`` if it is an integer that torch's and numpy's generators take: from 0 to 2**63 - 1."""
+    __tracebackhide__ = True
     if not is_integer(seed) or not 0 <= seed < 2**63:
         raise invalid("seed", seed, "must be an integer from 0 to 2**63 - 1", "give one such as 0")
     return seed
@@ -113,6 +117,7 @@ def check_seed(seed: int) -> int:
 
 def check_number(argument: str, value: float, minimum: float = -math.inf, *, exclusive: bool = False) -> float:
     """Return ``value`` as a float if it is finite and at least (or, if exclusive, above) ``minimum``."""
+    __tracebackhide__ = True
     if not is_number(value) or value < minimum or (exclusive and value == minimum):
         bound = f" {'above' if exclusive else 'of at least'} {minimum:g}" if math.isfinite(minimum) else ""
         raise invalid(argument, value, f"must be a finite number{bound}", "pass such a number")
@@ -121,6 +126,7 @@ def check_number(argument: str, value: float, minimum: float = -math.inf, *, exc
 
 def check_rate(argument: str, value: float) -> float:
     """Return ``value`` as a float if it lies in [0, 1); raise ``ValueError`` otherwise."""
+    __tracebackhide__ = True
     if not is_number(value) or not 0 <= value < 1:
         rule = "must be a number of at least 0 and below 1"
         raise invalid(argument, value, rule, f"pass {argument}=0 to switch it off")
@@ -129,6 +135,7 @@ def check_rate(argument: str, value: float) -> float:
 
 def check_flag(argument: str, value: bool) -> bool:
     """Return ``value`` if it is a ``bool``; raise ``ValueError`` otherwise."""
+    __tracebackhide__ = True
     if not isinstance(value, bool):
         raise invalid(argument, value, "must be True or False", f"pass {argument}=True or {argument}=False")
     return value
@@ -136,6 +143,7 @@ def check_flag(argument: str, value: bool) -> bool:
 
 def check_integers(argument: str, values: Sequence[int], count: int, minimum: int = 1) -> tuple[int, ...]:
     """Return ``values`` as a tuple if they are ``count`` integers of at least ``minimum``."""
+    __tracebackhide__ = True
     listed = isinstance(values, (tuple, list))
     if not listed or len(values) != count or not all(is_integer(v) and v >= minimum for v in values):
         rule = f"must be {count} integers of at least {minimum}"
@@ -154,6 +162,7 @@ def check_memory(argument: str, value: object, size: int) -> None:
     Raises:
         ValueError: they are more.
     """
+    __tracebackhide__ = True
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # not every system says
@@ -200,6 +209,7 @@ def required(module: str, purpose: str) -> ModuleType:
     Raises:
         ImportError: it is missing or broken; one line.
     """
+    __tracebackhide__ = True
     package = module.partition(".")[0]
     extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
     assert extra is not None, f"{package} is in no extra"

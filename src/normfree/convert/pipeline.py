@@ -139,6 +139,7 @@ def convert(
 
 
 def _check(model: nn.Module, start: Start, alpha: float, skip_gain: float, beta: Beta, seed: int) -> None:
+    __tracebackhide__ = True
     check_choice("start", start, Start)
     check_number("alpha", alpha, 0.0)
     check_number("skip_gain", skip_gain)

@@ -170,6 +170,7 @@ def check_backbone(model: object, otherwise: str = "pass a model that normfree.c
     Raises:
         ValueError: it is another one; the message names the part of it that would do, if there is one.
     """
+    __tracebackhide__ = True
     if isinstance(model, Backbone):
         return model
     parts = model.named_modules() if isinstance(model, nn.Module) else ()

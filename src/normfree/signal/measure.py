@@ -88,6 +88,7 @@ def spp(
     unnormalized ResNets", ICLR 2021, section 3. The input correlation and the gradient are additions.
     """
     model = unwrapped(model)
+    check_choice("mode", mode, Mode)
     check_choice("points", points, Points)
     check_seed(seed)
     check_present(model)

@@ -304,6 +304,7 @@ class SignalPropagation:
             ValueError: if ``ignore`` names no kind of finding.
             AssertionError: with one line per finding of severity "error".
         """
+        __tracebackhide__ = True
         ignored = {check_choice("ignore", kind, Kind) for kind in ignore}
         errors = [f for f in self.findings if f.severity == "error" and f.kind not in ignored]
         if errors:
