@@ -111,6 +111,7 @@ def check_sources(sources: Sequence[str], original: str | None) -> None:
         ValueError: there is no such model; an original is given, and none of the sources is a converted checkpoint.
         ImportError: a model's package is not installed.
     """
+    __tracebackhide__ = True
     for source in sources:
         if not _names_factory(source) and _checkpoint_of(source) is None:
             _by_name(source, DEEPEST)

@@ -11,7 +11,7 @@ import torch
 from rich.markup import escape
 from torch import nn
 
-from normfree.benchmark import Contender, Part, markdown, measure
+from normfree.benchmark import Contender, Part, Precision, Step, Task, markdown, measure
 from normfree.commands.shared import (
     Device,
     Folder,
@@ -43,12 +43,12 @@ class Benchmark:
 
     models: Models
     original: Original = None
-    task: Literal["both", "training", "inference"] = "both"
+    task: Task | Literal["both"] = "both"
     """What to time."""
     batch_size: int = 16
     """Images in a batch."""
     image_size: ImageSize = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """bfloat16: autocast in training; weights and images in inference."""
     compile: bool = False
     """Also time each model compiled by torch.compile."""
@@ -109,21 +109,21 @@ class Benchmark:
             "rounds": self.rounds,
             "budget": self.seconds,
         }
-        tasks = ("training", "inference") if self.task == "both" else (self.task,)
+        tasks: tuple[Task, ...] = ("training", "inference") if self.task == "both" else (self.task,)
         return [
             Part(name=task, title=TITLES[task], task=task, contenders=self._contenders(task, ours), **shared)
             for task in tasks
         ]
 
-    def _contenders(self, task: str, ours: set[str]) -> list[Contender]:
+    def _contenders(self, task: Task, ours: set[str]) -> list[Contender]:
         """Each model as it is, then what else it can be."""
         found = []
         for source in dict.fromkeys(self.models):
-            steps: list[tuple[str, ...]] = [()]
-            plain: tuple[str, ...] = ()
+            steps: list[tuple[Step, ...]] = [()]
+            plain: tuple[Step, ...] = ()
             if source in ours:
                 plain = ("folded",) if task == "inference" else ()
-                steps += [("limit",)] if task == "training" else [("folded",)]
+                steps.append(("limit",) if task == "training" else ("folded",))
             if self.compile:
                 steps.append((*plain, "compiled"))
             if self.onnx and task == "inference":

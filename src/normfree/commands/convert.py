@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -36,7 +36,7 @@ from normfree.commands.signals import (
 )
 from normfree.common.checks import invalid
 from normfree.common.text import all_lines
-from normfree.convert import ALPHA, BY_HAND, SKIP_GAIN, Conversion, conversion_of, convert
+from normfree.convert import ALPHA, BY_HAND, SKIP_GAIN, Beta, Conversion, Start, conversion_of, convert
 from normfree.data import probe_named
 from normfree.signal import SignalPropagation, spp
 from normfree.sources import build
@@ -74,7 +74,7 @@ class _Conversion:
 
     model: Model
     original: Original = None
-    start: Literal["fresh", "pretrained"] = "fresh"
+    start: Start = "fresh"
     """fresh: new, variance-preserving weights; pretrained: the function of the trained model, kept."""
     weights: Path | None = None
     """State dict of the model before conversion: a .safetensors file, or one of torch.save (.pth)."""
@@ -82,7 +82,7 @@ class _Conversion:
     """Factor of the residual branches (fresh)."""
     skip_gain: float = SKIP_GAIN
     """Initial value of their learnable factor (fresh)."""
-    beta: Literal["plan", "measured"] = "plan"
+    beta: Beta = "plan"
     """plan: closed forms of input scales where there are any; measured: all on the input (fresh)."""
     input: Annotated[str, tyro.conf.arg(metavar="gaussian|photos|FOLDER")] = "gaussian"
     """What to run and measure with: unit Gaussian noise, crops of two photographs, or a folder of images."""

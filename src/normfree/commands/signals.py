@@ -21,7 +21,7 @@ from normfree.convert import Conversion
 from normfree.data import GaussianNoise, Probe
 from normfree.report.plot import plot_signals
 from normfree.report.signal_page import write_report
-from normfree.signal import BlockSignal, Finding, SignalPropagation, input_shape, write_json
+from normfree.signal import BlockSignal, Curve, Finding, SignalPropagation, input_shape, write_json
 from normfree.sources import Built
 
 ROWS = 24
@@ -123,7 +123,7 @@ class _Column:
     """
 
     title: str
-    curve: str
+    curve: Curve
     cosine: bool = False
 
 

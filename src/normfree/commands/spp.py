@@ -6,7 +6,7 @@ import platform
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -28,7 +28,7 @@ from normfree.commands.shared import (
 )
 from normfree.commands.signals import batch_shape, device_named, no_picture, precision_of, print_signal, write_signals
 from normfree.data import Probe, probe_named
-from normfree.signal import SignalPropagation, spp
+from normfree.signal import Mode, Points, SignalPropagation, spp
 from normfree.sources import build, check_sources, takes_original
 
 
@@ -50,9 +50,9 @@ class Spp:
     batches: int = 1
     """Batches, merged in one pass as if they were one."""
     seed: Seed = 0
-    mode: Literal["batch-statistics", "train", "eval"] = "batch-statistics"
+    mode: Mode = "batch-statistics"
     """batch-statistics: normalizers use the batch, as in the first training step, and dropout is silent."""
-    points: Literal["auto", "residual", "layers"] = "auto"
+    points: Points = "auto"
     """auto: residual additions, or weighted layers where there are none."""
     gradient: bool = True
     """Measure and check the gradient at each block too, which takes a forward and a backward pass more."""

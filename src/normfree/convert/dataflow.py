@@ -31,7 +31,7 @@ from normfree.nn.fold import attached_to
 from normfree.trace import operations as op
 from normfree.trace.graph import Node, Residual
 from normfree.trace.inputs import Batch, ModuleStack, call, copy_of, examples_in, run_once, tensors_in, tensors_of
-from normfree.trace.preserve import Preserved, Writes, untouched
+from normfree.trace.preserve import Mode, Preserved, Writes, untouched
 from normfree.trace.recorder import Recorder
 from normfree.trace.scaling import Statics
 
@@ -277,7 +277,7 @@ def record_all(model: nn.Module, batch: Batch) -> tuple[Dataflow, Trains]:
     return (more, with_heads) if len(more.called(is_norm)) > len(flow.called(is_norm)) else (flow, None)
 
 
-def record(model: nn.Module, batch: Batch, *, mode: str = "eval", trains: Trains = None) -> Dataflow:
+def record(model: nn.Module, batch: Batch, *, mode: Mode = "eval", trains: Trains = None) -> Dataflow:
     """Run a model once and keep its dataflow.
 
     Foreign layers that could have a bias have one of zeros meanwhile, if the model takes that.
@@ -300,7 +300,7 @@ def record(model: nn.Module, batch: Batch, *, mode: str = "eval", trains: Trains
     return _record(model, batch, mode, trains)
 
 
-def _record(model: nn.Module, batch: Batch, mode: str, trains: Trains) -> Dataflow:
+def _record(model: nn.Module, batch: Batch, mode: Mode, trains: Trains) -> Dataflow:
     stack = ModuleStack(model)
     recorders: list[DataflowRecorder] = []
     foreign = {name: module for name, module in model.named_modules() if is_foreign(module)}  # before it has our hooks
@@ -350,7 +350,7 @@ def prepare_run(
     model: nn.Module,
     batch: Batch,
     *,
-    mode: str = "eval",
+    mode: Mode = "eval",
     trains: Trains = None,
     before: Iterable[tuple[nn.Module, Before]] = (),
     after: Iterable[tuple[nn.Module, After]] = (),
@@ -361,7 +361,7 @@ def prepare_run(
     Args:
         model: the model.
         batch: its input.
-        mode: one of :data:`normfree.trace.preserve.MODES`.
+        mode: one of :data:`normfree.trace.preserve.Mode`.
         trains: which modules are in training mode, if not those that the mode puts into it.
         before: what to call before a module runs.
         after: what to call after it has run.

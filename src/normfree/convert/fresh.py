@@ -29,14 +29,13 @@ from normfree.convert.dataflow import (
     passes_unchanged,
 )
 from normfree.convert.functions import Functions
-from normfree.convert.record import BARE, SCALED, UNITS, WITH_ACTIVATION, Change, Kept
+from normfree.convert.record import BARE, SCALED, UNITS, WITH_ACTIVATION, Beta, Change, Kept
 from normfree.convert.rows import biases_of_rows
 from normfree.convert.structure import Structure, WeightedMap, layers_in, layers_to_standardize
 from normfree.convert.unnormalized import Unnormalized, find_unnormalized
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
 
-MEASURED = "measured"
 WITH_DROPOUT = "measured, with dropout on"
 
 NEAR_UNIT = 0.25, 4.0
@@ -76,7 +75,7 @@ def fresh_plan(
     *,
     alpha: float,
     skip_gain: float,
-    beta: str,
+    beta: Beta,
     uncarried: Mapping[str, str],
 ) -> Plan:
     """What to change for a variance-preserving start.
@@ -112,7 +111,7 @@ def fresh_plan(
     scales = input_scales(structure, chosen, functions, biases)
     for name in {name for ending in found for name in ending.absorbing}:
         scales[name] = InputScale(None, "measured, for what it reads is scaled by the end of a branch, too")
-    if beta == MEASURED:
+    if beta == "measured":
         scales = {name: InputScale(None, "measured, as asked for") for name in scales}
     factors = _Factors(alpha=alpha, skip_gain=skip_gain)
     carriers = {name: ending for ending in found for name in ending.modules}

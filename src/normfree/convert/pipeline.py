@@ -26,7 +26,7 @@ from normfree.convert.dataflow import (
     passes_unchanged,
     record_all,
 )
-from normfree.convert.fresh import MEASURED, NEAR_UNIT, Plan, fresh_plan
+from normfree.convert.fresh import NEAR_UNIT, Plan, fresh_plan
 from normfree.convert.norms import LOOKED_FOR, NOT_FOLLOWED, norms_without_module
 from normfree.convert.pretrained import fill_constants, pretrained_plan
 from normfree.convert.record import (
@@ -34,11 +34,13 @@ from normfree.convert.record import (
     COPY,
     OUT_OF_PLACE,
     OUTPUT_COPY,
-    STARTS,
     WITH_ACTIVATION,
+    Beta,
     Change,
     Conversion,
+    Converted,
     Kept,
+    Start,
     conversion_of,
 )
 from normfree.convert.structure import Structure, directly_followed, training_structure, unseen_norms
@@ -52,9 +54,6 @@ from normfree.trace.inputs import Batch, check_batch, gaussian_like_input_of, pl
 
 ALPHA, SKIP_GAIN = 0.2, 1.0
 """Of residual branches, where nothing else is asked for."""
-
-
-BETAS = ("plan", MEASURED)
 
 
 LEAST_SCALE, MOST_SCALE = 0.01, 100.0
@@ -75,13 +74,13 @@ def convert(
     model: nn.Module,
     example_input: Batch | None = None,
     *,
-    start: str = "fresh",
+    start: Start = "fresh",
     alpha: float = ALPHA,
     skip_gain: float = SKIP_GAIN,
-    beta: str = "plan",
+    beta: Beta = "plan",
     seed: int = 0,
     source: str | None = None,
-) -> nn.Module:
+) -> Converted:
     """Return a copy of a model without its normalizers, guided by its recorded dataflow.
 
     *fresh*: norms of convolutional networks are removed; the layers they followed become scaled-weight-standardized
@@ -138,17 +137,17 @@ def convert(
         converted = _fresh(model, record, structure, training, batch, trains=trains, skip_gain=skip_gain)
     else:
         converted = _pretrained(model, record, structure, training, batch, trains=trains)
-    record = conversion_of(converted)
-    assert record is not None, "conversion leaves its record"
-    converted.conversion = note_leak(converted, record, batch)  # type: ignore[assignment]
+    assert isinstance(converted, Converted), "conversion leaves its record"
+    converted.conversion = note_leak(converted, converted.conversion, batch)
     return converted
 
 
-def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: str, seed: int) -> None:
-    check_choice("start", start, STARTS)
+def _check(model: nn.Module, start: Start, alpha: float, skip_gain: float, beta: Beta, seed: int) -> None:
+    __tracebackhide__ = True
+    check_choice("start", start, Start)
     check_number("alpha", alpha, 0.0)
     check_number("skip_gain", skip_gain)
-    check_choice("beta", beta, BETAS)
+    check_choice("beta", beta, Beta)
     if check_integer("seed", seed, 0) > MOST_SEED:
         raise invalid("seed", seed, "must be an integer of 64 bits", "pass a smaller one")
     check_present(model)
@@ -350,7 +349,7 @@ def _complete(
     return replace(record, changes=tuple(made), kept=left, notes=tuple(notes))
 
 
-def _nothing_to_convert(model: nn.Module, structure: Structure, kept: Iterable[Kept], start: str) -> ValueError:
+def _nothing_to_convert(model: nn.Module, structure: Structure, kept: Iterable[Kept], start: Start) -> ValueError:
     kept = list(kept)
     norms = [one for one in kept if one.norm]
     if not norms:

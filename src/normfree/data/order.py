@@ -76,6 +76,7 @@ class Share:
 
 def check_rank(rank: int, world_size: int) -> None:
     """Raise ``ValueError`` unless ``rank`` is one of ``world_size``."""
+    __tracebackhide__ = True
     check_integer("world_size", world_size, 1)
     if check_integer("rank", rank, 0) >= world_size:
         raise invalid("rank", rank, f"must be below world_size={world_size}", "pass the process's own rank")

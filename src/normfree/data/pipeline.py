@@ -531,6 +531,7 @@ class Decoded(NamedTuple):
 
 def check_failures(batch: Decoded, config: DataConfig) -> None:
     """Raise the ``ValueError`` that a damaged image is, unless damaged images are to be skipped."""
+    __tracebackhide__ = True
     if batch.failures and config.on_bad_image == "error":
         name, reason = batch.failures[0]
         remedy = "remove or replace it, or pass on_bad_image='skip'"

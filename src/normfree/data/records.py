@@ -130,6 +130,7 @@ def check_classes(names: Sequence[str], wanted: Sequence[str] | None, source: st
     Raises:
         ValueError: naming some of both.
     """
+    __tracebackhide__ = True
     if wanted is not None and tuple(names) != tuple(wanted):
         rule = f"its classes ({list_names(names)}) are not the model's ({list_names(wanted)})"
         raise invalid("source", source, rule, "give data with the model's classes")

@@ -244,6 +244,7 @@ def check_path(path: str | Path, suffix: str) -> Path:
     Raises:
         ValueError: another suffix, a folder of that name, a file where a folder should be, or no permission.
     """
+    __tracebackhide__ = True
     if not isinstance(path, (str, os.PathLike)):
         raise invalid("path", path, "must be a path", f"pass one such as 'model{suffix}'")
     path = Path(path)

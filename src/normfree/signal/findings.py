@@ -25,20 +25,6 @@ from normfree.signal.nonfinite import NonFinite
 from normfree.signal.propagation import BESIDE, SEVERITIES, BlockSignal, Entry, Finding, SignalPropagation
 from normfree.signal.remedies import CONVERT, DOCS, FILL, RESET, make_finite, wake
 
-KINDS = (
-    "explosion",
-    "attenuation",
-    "mean_shift",
-    "branch_variance",
-    "silenced_branch",
-    "dead_channels",
-    "correlation_collapse",
-    "gradient_explosion",
-    "gradient_vanishing",
-    "zero_layer",
-    "non_finite",
-)
-
 
 def findings_of(signal: SignalPropagation, non_finite: NonFinite | None = None) -> tuple[Finding, ...]:
     """Everything worth saying about a measurement, the most serious first.
