@@ -242,13 +242,3 @@ def test_the_report_names_the_command_with_its_options(source, tmp_path):
 def test_what_a_factory_gives_is_not_overruled(source, capsys):
     assert run("convert", source, "--out", "m.safetensors", "--image-size", "64") == 2
     assert "gives a batch of its own; leave out --input and --image-size" in capsys.readouterr().err
-
-
-def test_doctor_fails_for_a_model_that_is_not_healthy(source, tmp_path, capsys):
-    assert run("doctor", "nets.py:exploding", "--out", "doctor") == 1
-    told = capsys.readouterr().out
-    assert "explosion" in told
-    assert "not converted: model: Sequential has nothing to convert: it has no normalizer" in told
-    page = (tmp_path / "doctor" / "report.html").read_text()
-    assert "has nothing to convert" in page
-    assert not (tmp_path / "doctor" / "conversion.json").exists()

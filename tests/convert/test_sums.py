@@ -88,20 +88,21 @@ class Residual(nn.Module):
         return self.join(self, x)
 
 
-BLOCKS = {
-    "a sum": (lambda m, x: x + m.branch(x), lambda v: v + 0.04),
-    "a factor": (lambda m, x: x + 0.1 * m.branch(x), lambda v: v + 0.01 * 0.04),
-    "a factor of the sum's own": (lambda m, x: torch.add(x, m.branch(x), alpha=0.1), lambda v: v + 0.01 * 0.04),
-    "two layers": (lambda m, x: x + (m.branch(x) + m.other(x)), lambda v: v + 0.08),
-    "a layer scale": (lambda m, x: x + m.scale * m.branch(x), lambda v: v + 0.25 * 0.04),
-    "a layer scale fused": (lambda m, x: torch.addcmul(x, m.branch(x), m.scale), lambda v: v + 0.25 * 0.04),
-    "an interpolation": (lambda m, x: torch.lerp(x, m.branch(x), 0.5), lambda v: 0.25 * v + 0.25 * 0.04),
+BLOCKS = {  # how a branch is added, the variance behind it, and the layer's part of alpha beside the code's own factor
+    "a sum": (lambda m, x: x + m.branch(x), lambda v: v + 0.04, 0.2),
+    "a factor": (lambda m, x: x + 0.1 * m.branch(x), lambda v: v + 0.01, 1.0),
+    "a large factor": (lambda m, x: x - m.branch(x) / 0.125, lambda v: v + 0.04, 0.025),
+    "a factor of the sum's own": (lambda m, x: torch.add(x, m.branch(x), alpha=0.1), lambda v: v + 0.01, 1.0),
+    "two layers": (lambda m, x: x + (m.branch(x) + m.other(x)), lambda v: v + 0.08, 0.2),
+    "a layer scale": (lambda m, x: x + m.scale * m.branch(x), lambda v: v + 0.25 * 0.04, 0.2),
+    "a layer scale fused": (lambda m, x: torch.addcmul(x, m.branch(x), m.scale), lambda v: v + 0.25 * 0.04, 0.2),
+    "an interpolation": (lambda m, x: torch.lerp(x, m.branch(x), 0.5), lambda v: 0.25 * v + 0.04, 0.4),
 }
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_in_a_row_have_the_variance_that_is_planned(name):
-    join, step = BLOCKS[name]
+    join, step, alpha = BLOCKS[name]
     model = nn.Sequential(normed(3, 16), *(Residual(join) for _ in range(4)), normed(16, 16))
     record = normfree.convert(model, IMAGES).conversion
     variance = 1.0
@@ -110,5 +111,5 @@ def test_blocks_in_a_row_have_the_variance_that_is_planned(name):
     last = next(change for change in record.changes if change.name == "5.0")
     assert last.input_scale == pytest.approx(1 / math.sqrt(variance))
     branch = next(change for change in record.changes if change.name == "1.branch.0")
-    assert branch.alpha == 0.2
+    assert branch.alpha == pytest.approx(alpha), "constant factors of the code count towards alpha"
     assert branch.skip_gain == (None if "layer scale" in name else 1), "the layer scale stands for it"

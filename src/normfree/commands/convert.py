@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -28,6 +28,7 @@ from normfree.commands.signals import (
     batch_shape,
     device_named,
     is_healthy,
+    no_picture,
     precision_of,
     print_conversion,
     print_signal,
@@ -35,10 +36,11 @@ from normfree.commands.signals import (
 )
 from normfree.common.checks import invalid
 from normfree.common.text import all_lines
-from normfree.convert import ALPHA, SKIP_GAIN, Conversion, conversion_of, convert
+from normfree.convert import ALPHA, BY_HAND, SKIP_GAIN, Beta, Conversion, Start, conversion_of, convert
 from normfree.data import probe_named
 from normfree.signal import SignalPropagation, spp
 from normfree.sources import build
+from normfree.trace.inputs import tensors_of
 from normfree.weights import save
 from normfree.weights.matching import read_state_dict
 
@@ -47,6 +49,24 @@ from normfree.weights.matching import read_state_dict
 # steps of the original's recipe are lost.
 OUTPUT_FACTOR = 100.0
 
+NOTHING_TO_DO = "it has no normalizer, and nothing was found that conversion would mend"
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """Why a model was not converted, and what to do instead, as lines of Python; both empty where it was."""
+
+    reason: str = ""
+    code: str = ""
+
+    @staticmethod
+    def of(error: ValueError) -> _Refusal:
+        """The refusal that an error of conversion states."""
+        reason = (
+            str(error).removeprefix("model: ").removesuffix(f"; {BY_HAND}").replace('start="fresh"', "--start fresh")
+        )
+        return _Refusal(reason, next((note for note in getattr(error, "__notes__", ()) if "import" in note), ""))
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Conversion:
@@ -54,7 +74,7 @@ class _Conversion:
 
     model: Model
     original: Original = None
-    start: Literal["fresh", "pretrained"] = "fresh"
+    start: Start = "fresh"
     """fresh: new, variance-preserving weights; pretrained: the function of the trained model, kept."""
     weights: Path | None = None
     """State dict of the model before conversion: a .safetensors file, or one of torch.save (.pth)."""
@@ -62,7 +82,7 @@ class _Conversion:
     """Factor of the residual branches (fresh)."""
     skip_gain: float = SKIP_GAIN
     """Initial value of their learnable factor (fresh)."""
-    beta: Literal["plan", "measured"] = "plan"
+    beta: Beta = "plan"
     """plan: closed forms of input scales where there are any; measured: all on the input (fresh)."""
     input: Annotated[str, tyro.conf.arg(metavar="gaussian|photos|FOLDER")] = "gaussian"
     """What to run and measure with: unit Gaussian noise, crops of two photographs, or a folder of images."""
@@ -152,9 +172,11 @@ class Convert(_Conversion):
 class Doctor(_Conversion):
     """Examine a model: its signal, what is wrong with it, and the same model converted.
 
-    Writes report.html (both signals overlaid, findings, every change), spp.json, spp.png and conversion.json. The exit
-    code is 0 if no finding about the model as it is given is an error and the converted model's outputs in training
-    mode have a mean square within a factor of 100 of the original's, and 1 otherwise, so that it can gate a CI.
+    Says first what it will do, and then what it found, with the remedy of each finding. Of a model without normalizers
+    conversion is proposed where something was found. Writes report.html (both signals overlaid, findings, every
+    change), spp.json, spp.png and conversion.json. The exit code is 0 if no finding about the model as it is given is
+    an error and the converted model's outputs in training mode have a mean square within a factor of 100 of the
+    original's, and 1 otherwise, so that it can gate a CI.
     """
 
     gradient: bool = True
@@ -166,35 +188,71 @@ class Doctor(_Conversion):
         check_folder(self.out)
 
     def run(self, console: Terminal) -> int:
-        """Examine, convert, examine again, write, print; return the exit code."""
+        """Say what will be done, examine, convert, examine again, write, say what was found; return the exit code."""
         model, batch, described = self.prepare(console)
-        conversion, reason, changed = None, "", list[str]()
+        if missing := no_picture():
+            console.announce(missing)
+        self._announce(console, batch, described)
+        conversion, refusal, changed = None, _Refusal(), list[str]()
         with console.status(f"measuring {escape_markup(self.model)}") as status:
             signals = [self._measure(model, self.model, batch, described)]
             status.update(f"converting {escape_markup(self.model)}")
             try:
                 converted, conversion = self.convert(model, batch)
             except ValueError as error:
-                reason = str(error)
+                refusal = _Refusal.of(error)
+                signals[0] = _without_conversion(signals[0], refusal.code)
             else:
-                status.update("measuring the converted model")
-                signals.append(self._measure(converted, f"{self.model}, converted", batch, described))
-                changed = self._changed_outputs(model, converted, batch)
+                if not conversion.replaces_norms and not _calls_for_action(signals[0]):
+                    conversion, refusal = None, _Refusal(NOTHING_TO_DO)
+                else:
+                    status.update("measuring the converted model")
+                    again = self._measure(converted, f"{self.model}, converted", batch, described)
+                    signals.append(_without_conversion(again, ""))
+                    if not _changes_size(signals[0]):
+                        changed = self._changed_outputs(model, converted, batch)
         # Before anything is printed: whoever stops reading has the files all the same.
         title = f"Examination of {self.model}"
-        paths = write_signals(signals, self.out, title=title, appendix=changes_section(conversion, reason))
+        paths = write_signals(signals, self.out, title=title, appendix=changes_section(conversion, refusal))
         if conversion is not None:
             paths.insert(2, conversion.to_json(self.out / "conversion.json"))
+        console.print("[bold]What was found[/bold]")
         print_signal(console, signals[0])
-        if conversion is None:
-            console.print(f"not converted: {reason}", highlight=False, markup=False)
-        else:
+        if conversion is not None:
+            console.print("[bold]What conversion changes[/bold]")
             print_conversion(console, conversion)
+            console.print("[bold]What was found in the converted model[/bold]")
             print_signal(console, signals[1])
         for line in changed:
             console.print(f"[bold red]error: output[/bold red] — {escape_markup(line)}", highlight=False)
+        self._conclude(console, signals, refusal)
         console.say_written(paths)
         return int(bool(changed) or not is_healthy(signals[0]))
+
+    def _announce(self, console: Terminal, batch: Any, described: dict[str, Any]) -> None:
+        """Say what will be done, before it is."""
+        shapes = ", ".join(" × ".join(map(str, tensor.shape)) for tensor in tensors_of(batch))
+        start = {
+            "fresh": "fresh start: new weights that hold the variance without normalizers",
+            "pretrained": "pretrained start: its normalizers folded into its weights",
+        }[self.start]
+        console.announce(
+            f"Examining {self.model}:\n"
+            f"  1. measure it on one batch, {described['kind']}, {shapes}\n"
+            f"  2. convert a copy of it ({start})\n"
+            "  3. measure the copy on the same batch\n"
+            f"The model stays as it is. The report goes to {self.out}.\n"
+        )
+
+    def _conclude(self, console: Terminal, signals: list[SignalPropagation], refusal: _Refusal) -> None:
+        """Say what came of it, and what to do next."""
+        told = [f"{name}: {_counted(signal)}" for name, signal in zip(("as given", "converted"), signals, strict=False)]
+        console.say("; ".join(told) + ".")
+        if len(signals) > 1:
+            line = command_line("convert", self, [self.model], without=("model", "out", "gradient"))
+            console.say(f"To write the converted model: {line} --out model.safetensors")
+        else:
+            console.say(f"Not converted: {refusal.reason}.")
 
     def _measure(self, model: nn.Module, name: str, batch: Any, described: dict[str, Any]) -> SignalPropagation:
         return spp(
@@ -229,10 +287,40 @@ def changed_outputs(before: SignalPropagation, after: SignalPropagation) -> list
     return lines
 
 
-def changes_section(conversion: Conversion | None, reason: str) -> str:
+def _without_conversion(signal: SignalPropagation, code: str) -> SignalPropagation:
+    """A measurement whose findings have other lines of Python where conversion is not, or no longer, the remedy."""
+    findings = (replace(f, code=code) if "normfree.convert" in f.code else f for f in signal.findings)
+    return replace(signal, findings=tuple(findings))
+
+
+def _calls_for_action(signal: SignalPropagation) -> bool:
+    """Whether there is a finding that is more than a note."""
+    return any(finding.severity != "info" for finding in signal.findings)
+
+
+def _changes_size(signal: SignalPropagation) -> bool:
+    """Whether a signal explodes, fades or breaks, so that outputs of another size are what conversion is for."""
+    kinds = ("explosion", "attenuation", "non_finite")
+    return any(finding.kind in kinds and finding.severity == "error" for finding in signal.findings)
+
+
+def _counted(signal: SignalPropagation) -> str:
+    """The errors and warnings among the findings, counted and named."""
+    told = []
+    for severity in ("error", "warning"):
+        kinds = [finding.kind.replace("_", " ") for finding in signal.findings if finding.severity == severity]
+        if kinds:
+            told.append(f"{len(kinds)} {severity}{'s' if len(kinds) > 1 else ''} ({', '.join(kinds)})")
+        elif severity == "error":
+            told.append("no error")
+    return ", ".join(told)
+
+
+def changes_section(conversion: Conversion | None, refusal: _Refusal) -> str:
     """The report's section on the conversion: every change and what was left alone; or why there is none."""
     if conversion is None:
-        return f'<section id="conversion"><h2>Conversion</h2><p>{escape(reason)}</p></section>'
+        why = f"<p>Not converted: {escape(refusal.reason)}.</p>"
+        return f'<section id="conversion"><h2>Conversion</h2>{why}</section>'
     heads = "".join(f"<th class=text>{head}</th>" for head in ("module", "before", "after", "why"))
     rows = "".join(
         "<tr>" + "".join(f"<td class=text>{escape(cell)}</td>" for cell in row) + "</tr>" for row in conversion.rows()

@@ -10,17 +10,32 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from normfree.convert.pipeline import ALPHA, BETAS, SKIP_GAIN, convert
-from normfree.convert.record import STARTS, Change, Conversion, Kept, conversion_of, stored_conversion
+from normfree.convert.pipeline import ALPHA, BY_HAND, SKIP_GAIN, convert
+from normfree.convert.record import (
+    BETAS,
+    STARTS,
+    Beta,
+    Change,
+    Conversion,
+    Converted,
+    Kept,
+    Start,
+    conversion_of,
+    stored_conversion,
+)
 
 __all__ = [
     "ALPHA",
     "BETAS",
+    "BY_HAND",
     "SKIP_GAIN",
     "STARTS",
+    "Beta",
     "Change",
     "Conversion",
+    "Converted",
     "Kept",
+    "Start",
     "conversion_of",
     "convert",
     "stored_conversion",

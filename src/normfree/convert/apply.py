@@ -5,7 +5,7 @@ Exchanging needs the original and the record alone, no dataflow: so a file can b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from normfree.convert.dataflow import (
     KEPT_TWINS,
     SAME_PADDED,
     TWINS,
+    After,
     Before,
     Trains,
     activation_in,
@@ -30,6 +31,7 @@ from normfree.convert.dataflow import (
     class_name,
     prepare_run,
 )
+from normfree.convert.dropout import DropoutActs
 from normfree.convert.record import (
     AFFINE,
     BARE,
@@ -109,7 +111,10 @@ def _make(old: nn.Module, change: Change, options: dict[str, Any]) -> nn.Module:
     """The module a change puts in the place of an old one; ``options`` are the model's device and precision."""
     factors = _factors(change)
     if change.now in LAYERS:
-        return layer_like(old, LAYERS[change.now], input_scale=_input_scale(change), **factors)
+        made = layer_like(old, LAYERS[change.now], input_scale=_input_scale(change), **factors)
+        if change.bias is not None:
+            nn.init.constant_(made.bias, change.bias)  # type: ignore[arg-type]
+        return made
     if change.now == SCALED:
         scale = ours.BranchScale(correction=change.correction or 1.0, **factors).to(**options)
         return nn.Sequential(scale, *_activations(old)) if change.carried_by else nn.Sequential(old, scale)
@@ -188,7 +193,7 @@ def _options(module: nn.Module) -> dict[str, Any]:
 
 
 def _standardize_in_place(module: nn.Module, change: Change) -> None:
-    """Standardize the weight of a module that stays: drawn anew on the CPU, its bias zeros, both of which learn."""
+    """Standardize the weight of a module that stays: drawn anew on the CPU, its bias constant, both of which learn."""
     assert change.weight is not None
     kept_mean = change.now.startswith(f"{KEPT_MEAN} ")
     options = {"input_scale": _input_scale(change), "kept_mean": kept_mean, **_factors(change)}
@@ -198,7 +203,8 @@ def _standardize_in_place(module: nn.Module, change: Change) -> None:
     with torch.no_grad():
         weight.copy_(torch.empty(weight.shape).normal_(std=fan_in**-0.5))
         for name in change.weight.biases:
-            module.get_parameter(raw_name(name)).zero_().requires_grad_()
+            start = (change.bias or 0.0) / change.weight.bias_factor
+            module.get_parameter(raw_name(name)).fill_(start).requires_grad_()
     weight.requires_grad_()
 
 
@@ -329,6 +335,11 @@ LEAST_SEEN = 1e-10
 into rounding, of about 1e-14 in float32."""
 
 
+DRIFT = 2.0
+"""A closed form whose output is off by more is measured, where no norm was: in a row of layers the errors multiply, of
+zero padding on small maps and of few channels."""
+
+
 FEW_VALUES = "Expected more than 1 value per channel"
 """How torch's own message begins where a norm in training mode gets one value of each channel."""
 
@@ -338,7 +349,8 @@ class Measured:
     """What one pass over the example gave.
 
     Attributes:
-        scales: the input scale of each layer that had none.
+        scales: the input scale of each layer that had none, or one that was off.
+        sizes: the mean square of what each layer to be checked gave, its alpha and skip gain apart.
         factors: the factor of each norm's place that had none.
         units: the mean and the standard deviation of each channel in the place of each affine map.
         lost: the mean square at each norm's place where the layers before it do not carry the variance.
@@ -346,13 +358,16 @@ class Measured:
     """
 
     scales: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
     units: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
 
 
-def measure(model: nn.Module, conversion: Conversion, batch: Batch, *, trains: Trains = None) -> Measured:
+def measure(
+    model: nn.Module, conversion: Conversion, batch: Batch, *, trains: Trains = None, checked: Container[str] = ()
+) -> Measured:
     """Set what a record leaves open on a converted model, and check at each norm's place what carries its variance.
 
     A layer's input scale is the one under which its output has a mean square of 1, times a correction of its own. The
@@ -360,13 +375,14 @@ def measure(model: nn.Module, conversion: Conversion, batch: Batch, *, trains: T
     to one position it is the quantity that does not depend on how alike the examples are. An affine map gives each
     channel mean 0 and variance 1, a factor in a norm's place the whole a variance of 1. They are set one after another
     as the signal reaches them, in the mode in which the network will be trained: norms that stay on the statistics of
-    the batch, branches awake (skip gains of one), dropout off. What runs several times is set by its first input.
+    the batch, branches awake (skip gains of one), dropout on. What runs several times is set by its first input.
 
     Args:
         model: the converted model; it keeps what is found.
         conversion: its record.
         batch: what to measure with.
         trains: the modules in training mode: auxiliary heads run in training alone.
+        checked: the layers whose closed form is replaced where it is off by more than :data:`DRIFT`.
 
     Raises:
         ValueError: a layer's filters see a constant, so that no scale gives its output a variance; or a norm that stays
@@ -377,15 +393,18 @@ def measure(model: nn.Module, conversion: Conversion, batch: Batch, *, trains: T
     hooks = [
         (modules[name], hook)
         for change in conversion.changes
-        for name, hook in _hooks(change, conversion, scaled, found, ran)
+        for name, hook in _hooks(change, conversion, scaled, found, ran, checked)
     ]
+    readers = [(modules[c.name], _size_reader(c, found)) for c in conversion.changes if c.name in checked]
     gains = [m.skip_gain for m in model.modules() if isinstance(m, BranchEnd) and m.skip_gain is not None]
     try:
-        with prepare_run(model, batch, mode="batch-statistics", trains=trains, before=hooks) as (keeper, given):
+        run = {"mode": "batch-statistics", "trains": trains, "before": hooks, "after": readers}
+        with prepare_run(model, batch, **run) as (keeper, given):
             for gain in gains:
                 keeper.before_writing(gain)
                 gain.fill_(1)
-            with Writes(keeper):
+            keeper.seed(conversion.seed)  # of dropout
+            with Writes(keeper), DropoutActs():
                 call(model, given)
     except ValueError as error:
         if not str(error).startswith(FEW_VALUES):
@@ -404,14 +423,14 @@ def measure(model: nn.Module, conversion: Conversion, batch: Batch, *, trains: T
 
 
 def _hooks(
-    change: Change, conversion: Conversion, scaled: set[str], found: Measured, ran: set[str]
+    change: Change, conversion: Conversion, scaled: set[str], found: Measured, ran: set[str], checked: Container[str]
 ) -> Iterator[tuple[str, Before]]:
     """What to do before the first run of an exchanged module, and its name; ``scaled`` are the ends of branches."""
     name = change.name
     if is_layer_change(change):
         yield name, lambda module, inputs, named: ran.add(name)
-        if change.input_scale is None:
-            yield name, _at_first(_setter(name, change.correction or 1.0, found.scales))
+        if change.input_scale is None or name in checked:
+            yield name, _at_first(_setter(name, change, found))
     elif change.now == UNITS:
         yield name, _at_first(_units_setter(name, found.units))
     elif change.now == SCALED and change.carried_by and change.alpha is None:
@@ -433,7 +452,10 @@ def _at_first(hook: Before) -> Before:
     return once
 
 
-def _setter(name: str, factor: float, found: dict[str, float]) -> Before:
+def _setter(name: str, change: Change, found: Measured) -> Before:
+    """Set a layer's input scale; one that the record has stays where it gives a mean square near 1."""
+    factor = change.correction or 1.0
+
     def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = _tensor_in(inputs, named)
         mean_square = float(_plain_output(module, inputs, named).double().square().mean())
@@ -443,7 +465,22 @@ def _setter(name: str, factor: float, found: dict[str, float]) -> Before:
                 "pixel by pixel), and filters that sum to zero make nothing of it, so its scale cannot be measured; "
                 "give a batch of several different examples, in colour"
             )
-        found[name] = _rule_of(module).input_scale = factor * mean_square**-0.5
+        planned = None if change.input_scale is None else (change.input_scale / factor) ** 2 * mean_square
+        if planned is None or not 1 / DRIFT <= planned <= DRIFT:
+            found.scales[name] = _rule_of(module).input_scale = factor * mean_square**-0.5
+
+    return hook
+
+
+def _size_reader(change: Change, found: Measured) -> After:
+    name = change.name
+
+    def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        rule = _rule_of(module)
+        scale = rule.branch_scale()
+        if name not in found.sizes and rule is module and scale != 0:  # a forward of its own may do more than the map
+            output = output.double() - (change.bias or 0.0)
+            found.sizes[name] = float(output.square().mean()) / float(1 if scale is None else scale) ** 2
 
     return hook
 
@@ -574,17 +611,36 @@ def _tensor_in(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     return next(leaf for leaf in (*inputs, *named.values()) if isinstance(leaf, Tensor))
 
 
-@torch.no_grad()
-def keep_pace(layers: Iterable[nn.Module]) -> None:
-    """Scale up the raw weights of standardized layers so that they train at the pace of plain ones.
+SMALLEST_FILTER = 0.1
+"""Norm of a raw filter, ten times what standardization takes for constant (the root of its floor of 1e-4)."""
 
-    Standardization undoes the size of the raw weights, but their gradient is inverse to it. With a raw weight of the
-    size of the effective one, a step of gradient descent moves the effective weight as far as it would move a plain
-    layer's, so that a learning rate found for the original fits. Without, a constant c of the input makes the step c²
-    times as long: three times behind a ReLU. Layers that shrink their input (c < 1) are left at their own, slower pace.
+
+@torch.no_grad()
+def keep_pace(model: nn.Module, converted: nn.Module, changes: Iterable[Change], normalized: Container[str]) -> None:
+    """Scale the raw weights of standardized layers so that they train at the pace of the original's.
+
+    The size of a raw weight W changes no output, but its gradient is inverse to it, and so a step of gradient descent
+    moves the effective weight by a share that falls as 1 / |W|². The same holds of the original where a norm follows
+    the layer: there the raw weight gets the size of the original's, and a learning rate found for the original fits.
+    (A decoder with PyTorch's default initialization has weights a third or a sixth as large as its effective ones; at
+    their size it would learn ten or forty times more slowly.) Elsewhere a step moves the effective weight as far as it
+    would move a plain layer's if the raw weight has its size; a layer that shrinks its input (c < 1) keeps its own.
+
+    Args:
+        model: the original.
+        converted: its conversion, changed.
+        changes: of its record.
+        normalized: the layers whose output a removed norm took.
     """
-    for module in layers:
-        rule = _rule_of(module)
-        if isinstance(rule, StandardizedFilters) and rule.constant > 1:
-            in_place = isinstance(rule, Standardization)
-            module.get_parameter(raw_name(rule.layout.weight) if in_place else "weight").mul_(rule.constant)
+    for change in filter(is_layer_change, changes):
+        layer = converted.get_submodule(change.name)
+        rule = _rule_of(layer)
+        if not isinstance(rule, StandardizedFilters):
+            continue
+        name = rule.layout.weight if isinstance(rule, Standardization) else "weight"
+        raw = layer.get_parameter(name if rule is layer else raw_name(name))
+        size = float(getattr(model.get_submodule(change.name), name).float().norm() / raw.float().norm())
+        if change.name in normalized and size > 0:
+            raw.mul_(max(size, SMALLEST_FILTER * len(rule.gain) ** 0.5 / float(raw.float().norm())))
+        elif rule.constant > 1:
+            raw.mul_(rule.constant)

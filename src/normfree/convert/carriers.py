@@ -31,6 +31,7 @@ from normfree.convert.dataflow import (
     Dataflow,
     Step,
     class_name,
+    factors_of,
     is_batch_norm,
     is_map_norm,
     is_norm,
@@ -112,9 +113,9 @@ class NormPlan:
     kept: dict[str, str] = field(default_factory=dict)
 
 
-def sort_norms(structure: Structure) -> NormPlan:
+def sort_norms(structure: Structure, ways: SignalPaths) -> NormPlan:
     """What becomes of each norm of a model in a fresh start."""
-    ways, norms = SignalPaths(structure), NormPlan()
+    norms = NormPlan()
     for name, calls in structure.norms.items():
         if reason := _reason_to_keep(structure, ways, calls):
             norms.kept[name] = reason
@@ -264,7 +265,7 @@ class SignalPaths:
         for step in self.flow.steps:
             values = self._values(step)
             source = self._source(step, values)
-            attends = self._attends(step)
+            attends = self.attends(step)
             aggregates = step.name in _AGGREGATING or (step.name in _PRODUCTS - {"mul"} and not step.learned)
             if aggregates or any(each in self.aggregated for each in step.inputs):
                 self.aggregated.update(step.outputs)
@@ -323,7 +324,7 @@ class SignalPaths:
             return Source((norm.name,)) if before.past or before.obstacle else before
         return replace(source, settled=True) if node in self.sums else source
 
-    def _attends(self, step: Step) -> bool:
+    def attends(self, step: Step) -> bool:
         """Whether an operation is attention, or one of its products: of two activations, both made with weights."""
         if step.name in op.ATTENTION:
             return True
@@ -335,7 +336,7 @@ class SignalPaths:
         """The activations that lead to attention."""
         found: set[Node] = set()
         for step in reversed(self.flow.steps):
-            if self._attends(step) or any(node in found for node in step.outputs):
+            if self.attends(step) or any(node in found for node in step.outputs):
                 found.update(step.inputs)
         return found
 
@@ -404,6 +405,7 @@ class Ending:
             none where ``problem`` says why.
         learned: name of a parameter of the branch's own that scales it, and so stands for the skip gain; "" for none.
         square: mean square of that parameter, 1 for none, or where the addition itself applies it.
+        factor: size of the constant factors that the model's own code has behind the modules; they count towards alpha.
         constant: the modules carry alpha alone, and no skip gain: it would scale more than the end of the branch.
         passed: the removed norms between the modules and the addition.
         absorbing: the layers that take back what a module scales beside the end of the branch.
@@ -414,18 +416,27 @@ class Ending:
     modules: Mapping[str, float] = field(default_factory=dict)
     learned: str = ""
     square: float = 1.0
+    factor: float = 1.0
     constant: bool = False
     passed: frozenset[str] = frozenset()
     absorbing: frozenset[str] = frozenset()
     problem: str = ""
+
+    def alpha(self, whole: float) -> float:
+        """The factor of the modules by which the branch has ``whole``, or its own factor where that is less."""
+        return min(1.0, whole / self.factor) if self.factor else whole
 
 
 class _BlockedError(Exception):
     """The way back from an addition meets something that no factor passes."""
 
 
-def find_endings(structure: Structure, model: nn.Module, removed: set[str], chosen: Iterable[str]) -> list[Ending]:
-    """The ending of every residual branch that loses its norms, in order; sums of two resolutions are no branches.
+def find_endings(
+    structure: Structure, model: nn.Module, removed: set[str], chosen: Iterable[str], branches: Container[Node]
+) -> list[Ending]:
+    """The ending of every residual branch to be scaled, in order; sums of two resolutions are no branches.
+
+    Those are the branches that lose their norms, and those without any whose sums are ``branches``.
 
     A module that runs once ends one branch at most; one that runs several times has to end one each time, or what else
     it gives has to go to layers that take the factor back. A module that several modules share is one in each of them.
@@ -435,7 +446,8 @@ def find_endings(structure: Structure, model: nn.Module, removed: set[str], chos
     additions = [
         addition
         for addition in structure.flow.additions
-        if changes_branch(structure, addition, removed) and not is_fusion(structure, addition)
+        if addition.output in branches
+        or (changes_branch(structure, addition, removed) and not is_fusion(structure, addition))
     ]
 
     def walked(addition: Addition, avoided: set[str]) -> Ending:
@@ -541,6 +553,7 @@ class _Path:
 
     Attributes:
         node: the activation it has come to, which a factor passes.
+        factor: of the constants on the way.
         correction: of gates on the way that no module carries yet.
         carrier: the module that carries the factor; "" before there is one.
         summed: it is added to another way.
@@ -548,6 +561,7 @@ class _Path:
     """
 
     node: Node
+    factor: float = 1.0
     correction: float = 1.0
     carrier: str = ""
     summed: bool = False
@@ -575,11 +589,13 @@ class _BranchWalk:
         self.modules: dict[str, float] = {}
         self.sources: dict[Node, list[str]] = {}
         self.square = 1.0
+        self.factors = list[float]()
         self.learned = ""
 
     def ending(self) -> Ending:
-        self._note_learned(self.structure.flow.made_by[self.addition.output])
-        waiting = [_Path(self.addition.branch)]
+        last = self.structure.flow.made_by[self.addition.output]
+        self._note_learned(last)
+        waiting = [_Path(self.addition.branch, self._constant_factor(last, self.addition.branch))]
         while waiting:
             way = waiting.pop()
             try:
@@ -596,6 +612,7 @@ class _BranchWalk:
             self.modules,
             self.learned,
             self.square,
+            max(self.factors, default=1.0),
             constant=self.constant,
             passed=frozenset(self.passed),
         )
@@ -623,7 +640,7 @@ class _BranchWalk:
             return [self._gated(way, *gated)]
         if step.name in op.SCALING and len(step.inputs) == 1:
             self.square *= self._note_learned(step)
-            return [replace(way, node=step.inputs[0])]
+            return [replace(way, node=step.inputs[0], factor=way.factor * self._constant_factor(step, step.inputs[0]))]
         if step.name in _LINEAR or step.name == "add":
             summed = step.name == "add" if len(step.inputs) > 1 else way.summed
             return [replace(way, node=each, summed=summed) for each in step.inputs]
@@ -638,8 +655,9 @@ class _BranchWalk:
         if len(readers) + (node in self.structure.flow.outputs) > 1:
             raise _BlockedError("what ends it is read elsewhere, too")
 
-    def _carry(self, module: str, correction: float) -> None:
+    def _carry(self, module: str, correction: float, way: _Path) -> None:
         """Have a module carry the factor of one way."""
+        self.factors.append(way.factor)
         if self.modules.setdefault(module, correction) != correction:
             raise _BlockedError(f"{module}, which ends it, is read through gates and past them")
 
@@ -654,7 +672,7 @@ class _BranchWalk:
             return []
         if call.name not in self.standardized:
             raise _BlockedError(f"{call.name}, which ends it, was left alone")
-        self._carry(call.name, way.correction)
+        self._carry(call.name, way.correction, way)
         return []
 
     def _gated(self, way: _Path, value: Node, gate: Node) -> _Path:
@@ -668,7 +686,7 @@ class _BranchWalk:
         module = self._module_of(step, gate)
         if module is None or len(self.places.calls[module]) > 1:
             return replace(way, node=value, correction=2 * way.correction)
-        self._carry(module, 2 * way.correction)
+        self._carry(module, 2 * way.correction, way)
         return replace(way, node=value, correction=1.0, carrier=module)
 
     def _made_nonlinearly(self, node: Node) -> Step | None:
@@ -688,10 +706,10 @@ class _BranchWalk:
         if step.name in op.NONLINEAR:
             module = self._module_of(step, way.node)
             if module is not None and module not in self.avoided:
-                self._carry(module, way.correction)
+                self._carry(module, way.correction, way)
                 return []
             if way.norm and way.norm not in self.avoided:
-                self._carry(way.norm, way.correction)
+                self._carry(way.norm, way.correction, way)
                 return []
         if step.name in HOMOGENEOUS and len(step.inputs) == 1:
             self.constant = True
@@ -704,6 +722,13 @@ class _BranchWalk:
             if call.output is not None and (call.output is node or call.output in step.outputs):
                 return self.places.of(call)
         return None
+
+    def _constant_factor(self, step: Step, node: Node) -> float:
+        """The size of the constant with which an activation enters an operation; 1 for a parameter, or none."""
+        learned = any(isinstance(v, Tensor) and v.untyped_storage().data_ptr() in self.owners for v in step.args)
+        factors = None if learned else factors_of(step)
+        found = dict(zip(step.inputs, factors, strict=False)) if factors else {}
+        return abs(found.get(node, 1.0))
 
     def _note_learned(self, step: Step) -> float:
         """Note a parameter that scales the branch; its mean square, 1 where there is none."""

@@ -11,6 +11,7 @@ In the order of this file: what a recording holds; how a model is run; the recor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,11 +26,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree import nn as ours
+from normfree.convert.dropout import DropoutNoted
 from normfree.nn.fold import attached_to
 from normfree.trace import operations as op
 from normfree.trace.graph import Node, Residual
 from normfree.trace.inputs import Batch, ModuleStack, call, copy_of, examples_in, run_once, tensors_in, tensors_of
-from normfree.trace.preserve import Preserved, Writes, untouched
+from normfree.trace.preserve import Mode, Preserved, Writes, untouched
 from normfree.trace.recorder import Recorder
 from normfree.trace.scaling import Statics
 
@@ -104,6 +106,7 @@ class Dataflow:
         parameter_readers: the modules in which an operation read a parameter, by where its memory begins.
         foreign: by name, the modules with a weight that are neither norms nor layers of torch's.
         weights: what became of their parameters.
+        dropped: the activations that dropout acts on in training.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -117,6 +120,7 @@ class Dataflow:
     parameter_readers: dict[int, set[str]] = field(default_factory=dict)
     foreign: dict[str, nn.Module] = field(default_factory=dict)
     weights: FollowedWeights | None = None
+    dropped: set[Node] = field(default_factory=set)
 
     def add(self, step: Step) -> None:
         """Enter an operation."""
@@ -233,6 +237,33 @@ def passes_unchanged(step: Step) -> bool:
     return step.name in op.VIEW and len(step.inputs) == 1
 
 
+def factors_of(step: Step) -> tuple[float, ...] | None:
+    """With what factor each activation enters a linear operation; None for any other one."""
+    args = step.args
+    if len(step.inputs) == 1 and step.name in op.SCALING:
+        other = next((each for each in args if not isinstance(each, Node)), None)
+        size = _size(other) or 0.0
+        divided = step.name == "div" and isinstance(args[0], Node)
+        return None if not size else (size,) if step.name == "mul" else (1 / size,) if divided else None
+    if step.name in ("add", "sub"):
+        return 1.0, float(step.kwargs.get("alpha", 1)) * (1 if step.name == "add" else -1)
+    if step.name == "lerp" and args[:2] == step.inputs:
+        share = _size(args[2])
+        return None if share is None else (1 - share, share)
+    if step.name == "addcmul" and isinstance(args[0], Node):
+        size = next((_size(each) for each in args[1:] if not isinstance(each, Node)), None)
+        return None if size is None else (1.0, size * float(step.kwargs.get("value", 1)))
+    return None
+
+
+def _size(value: object) -> float | None:
+    """A number, or the root mean square of a tensor that is no activation."""
+    if isinstance(value, Tensor):
+        size = float(value.detach().double().square().mean().sqrt())
+        return math.copysign(size, float(value)) if value.numel() == 1 else size
+    return float(value) if isinstance(value, (int, float)) else None
+
+
 def record_all(model: nn.Module, batch: Batch) -> tuple[Dataflow, Trains]:
     """Record a model in evaluation mode, with its auxiliary heads if only so all norms run; also what trained then."""
     flow = record(model, batch)
@@ -246,7 +277,7 @@ def record_all(model: nn.Module, batch: Batch) -> tuple[Dataflow, Trains]:
     return (more, with_heads) if len(more.called(is_norm)) > len(flow.called(is_norm)) else (flow, None)
 
 
-def record(model: nn.Module, batch: Batch, *, mode: str = "eval", trains: Trains = None) -> Dataflow:
+def record(model: nn.Module, batch: Batch, *, mode: Mode = "eval", trains: Trains = None) -> Dataflow:
     """Run a model once and keep its dataflow.
 
     Foreign layers that could have a bias have one of zeros meanwhile, if the model takes that.
@@ -269,7 +300,7 @@ def record(model: nn.Module, batch: Batch, *, mode: str = "eval", trains: Trains
     return _record(model, batch, mode, trains)
 
 
-def _record(model: nn.Module, batch: Batch, mode: str, trains: Trains) -> Dataflow:
+def _record(model: nn.Module, batch: Batch, mode: Mode, trains: Trains) -> Dataflow:
     stack = ModuleStack(model)
     recorders: list[DataflowRecorder] = []
     foreign = {name: module for name, module in model.named_modules() if is_foreign(module)}  # before it has our hooks
@@ -291,7 +322,7 @@ def _record(model: nn.Module, batch: Batch, mode: str, trains: Trains) -> Datafl
         recorders.append(recorder)
         for tensor in tensors:
             recorder.flow.note(recorder.nodes[tensor], tensor)
-        with stack.followed(), recorder:
+        with stack.followed(), DropoutNoted(recorder.note_dropout), recorder:
             outputs = run_once(model, given, stack)
         recorder.flow.outputs = [recorder.nodes[t] for t in outputs if t in recorder.nodes]
     return recorder.flow
@@ -319,7 +350,7 @@ def prepare_run(
     model: nn.Module,
     batch: Batch,
     *,
-    mode: str = "eval",
+    mode: Mode = "eval",
     trains: Trains = None,
     before: Iterable[tuple[nn.Module, Before]] = (),
     after: Iterable[tuple[nn.Module, After]] = (),
@@ -330,7 +361,7 @@ def prepare_run(
     Args:
         model: the model.
         batch: its input.
-        mode: one of :data:`normfree.trace.preserve.MODES`.
+        mode: one of :data:`normfree.trace.preserve.Mode`.
         trains: which modules are in training mode, if not those that the mode puts into it.
         before: what to call before a module runs.
         after: what to call after it has run.
@@ -421,6 +452,11 @@ class DataflowRecorder(Recorder):
         running = self.stack.running[-1] if self.stack.running else None
         self.weights.note(name, args, kept, kept_kwargs, next(iter(outputs), None), running)
         return result
+
+    def note_dropout(self, x: Tensor) -> None:
+        """A dropout is given ``x``."""
+        if x in self.nodes:
+            self.flow.dropped.add(self.nodes[x])
 
     def node_in(self, value: Any) -> Node | None:
         """The first activation in a module's arguments or result."""

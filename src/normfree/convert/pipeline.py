@@ -6,7 +6,7 @@ model is changed so, and what has no closed form is measured on the example; the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from normfree.common.checks import check_choice, check_integer, check_number, invalid
 from normfree.common.process import one_thread_at_a_time
 from normfree.convert.apply import Measured, exchange_modules, is_layer_change, keep_pace, measure
+from normfree.convert.by_hand import code_by_hand
 from normfree.convert.dataflow import (
     Call,
     Dataflow,
@@ -25,7 +26,7 @@ from normfree.convert.dataflow import (
     passes_unchanged,
     record_all,
 )
-from normfree.convert.fresh import MEASURED, fresh_plan
+from normfree.convert.fresh import NEAR_UNIT, Plan, fresh_plan
 from normfree.convert.norms import LOOKED_FOR, NOT_FOLLOWED, norms_without_module
 from normfree.convert.pretrained import fill_constants, pretrained_plan
 from normfree.convert.record import (
@@ -33,15 +34,19 @@ from normfree.convert.record import (
     COPY,
     OUT_OF_PLACE,
     OUTPUT_COPY,
-    STARTS,
     WITH_ACTIVATION,
+    Beta,
     Change,
     Conversion,
+    Converted,
     Kept,
+    Start,
     conversion_of,
 )
-from normfree.convert.structure import Structure, training_structure, unseen_norms
+from normfree.convert.structure import Structure, directly_followed, training_structure, unseen_norms
+from normfree.convert.unnormalized import LAST, STANDARDIZED
 from normfree.convert.verify import explain_failures, first_mismatching_norm, note_leak
+from normfree.signal import spp
 from normfree.signal.nonfinite import check_finite, check_present, check_statistics
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
@@ -49,9 +54,6 @@ from normfree.trace.inputs import Batch, check_batch, gaussian_like_input_of, pl
 
 ALPHA, SKIP_GAIN = 0.2, 1.0
 """Of residual branches, where nothing else is asked for."""
-
-
-BETAS = ("plan", MEASURED)
 
 
 LEAST_SCALE, MOST_SCALE = 0.01, 100.0
@@ -72,20 +74,21 @@ def convert(
     model: nn.Module,
     example_input: Batch | None = None,
     *,
-    start: str = "fresh",
+    start: Start = "fresh",
     alpha: float = ALPHA,
     skip_gain: float = SKIP_GAIN,
-    beta: str = "plan",
+    beta: Beta = "plan",
     seed: int = 0,
     source: str | None = None,
-) -> nn.Module:
+) -> Converted:
     """Return a copy of a model without its normalizers, guided by its recorded dataflow.
 
     *fresh*: norms of convolutional networks are removed; the layers they followed become scaled-weight-standardized
     twins with new weights, their input scaled by γ / β; a residual branch f becomes ``alpha * s * f``, folded into
-    its last layer. *pretrained*: each norm's constants are folded into the layer before it as gain, bias and a
-    kept per-filter mean, so that the function in evaluation mode stays to rounding; where no layer can take them an
-    affine map per channel stays. Both train at any batch size, and examples no longer see each other.
+    its last layer. Of a model without norms all hidden layers and branches become so. *pretrained*: each norm's
+    constants are folded into the layer before it as gain, bias and a kept per-filter mean, so that the function in
+    evaluation mode stays to rounding; where no layer can take them an affine map per channel stays. Both train at any
+    batch size, and examples no longer see each other.
 
     Args:
         model: any module whose forward runs on the example; it is left as it is.
@@ -134,17 +137,17 @@ def convert(
         converted = _fresh(model, record, structure, training, batch, trains=trains, skip_gain=skip_gain)
     else:
         converted = _pretrained(model, record, structure, training, batch, trains=trains)
-    record = conversion_of(converted)
-    assert record is not None, "conversion leaves its record"
-    converted.conversion = note_leak(converted, record, batch)  # type: ignore[assignment]
+    assert isinstance(converted, Converted), "conversion leaves its record"
+    converted.conversion = note_leak(converted, converted.conversion, batch)
     return converted
 
 
-def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: str, seed: int) -> None:
-    check_choice("start", start, STARTS)
+def _check(model: nn.Module, start: Start, alpha: float, skip_gain: float, beta: Beta, seed: int) -> None:
+    __tracebackhide__ = True
+    check_choice("start", start, Start)
     check_number("alpha", alpha, 0.0)
     check_number("skip_gain", skip_gain)
-    check_choice("beta", beta, BETAS)
+    check_choice("beta", beta, Beta)
     if check_integer("seed", seed, 0) > MOST_SEED:
         raise invalid("seed", seed, "must be an integer of 64 bits", "pass a smaller one")
     check_present(model)
@@ -181,10 +184,14 @@ def _fresh(
         plan = fresh_plan(
             structure, model, alpha=record.alpha, skip_gain=skip_gain, beta=record.beta, uncarried=uncarried
         )
+        _check_reach(model, structure, plan)
         full = _complete(record, model, structure, training, plan.changes, plan.kept, plan.notes)
         converted, replaced = exchange_modules(model, full)
         with explain_failures(full, model, converted, replaced):
-            found = _measure(converted, full, structure, batch, trains=trains)
+            found = _measure(converted, full, structure, batch, trains=trains, checked=plan.unnormalized.layers)
+        least, most = NEAR_UNIT
+        off = {name: size for name, size in found.sizes.items() if not least <= size <= most}
+        assert not off, f"layers that no norm follows do not give unit variance: {off}"
         more = {
             name: f"without it, {share:.1g} of the variance there is within channels, and the rest between their means"
             for name, share in found.shares.items()
@@ -193,15 +200,54 @@ def _fresh(
         if not more:
             break
         uncarried |= more
-    keep_pace(converted.get_submodule(change.name) for change in full.changes if is_layer_change(change))
+    gone = [change.name for change in full.changes if change.name in structure.norms]
+    keep_pace(model, converted, full.changes, directly_followed(structure, gone))
+    if not plan.unnormalized.beside_norms and (plan.notes or any(one.reason != LAST for one in plan.kept)):
+        _check_health(model, converted, structure, plan, batch)
     return converted
 
 
+def _check_reach(model: nn.Module, structure: Structure, plan: Plan) -> None:
+    """Refuse a model without norms none of whose residual branches can be planned.
+
+    Raises:
+        ValueError: it is such a model.
+    """
+    bare = plan.unnormalized
+    if bare.beside_norms or not bare.out_of_reach or bare.branches or not bare.layers:
+        return
+    where, reason = next(iter(bare.out_of_reach.items()))
+    branch = f"its branches cannot be planned, such as the one added in {where or 'the model'}: {reason}"
+    raise _by_hand(f"model: {class_name(model)} cannot be converted: {branch}", structure, model, plan.kept)
+
+
+def _check_health(model: nn.Module, converted: nn.Module, structure: Structure, plan: Plan, batch: Batch) -> None:
+    """Refuse a model without norms whose signal explodes or fades for what conversion has left alone.
+
+    Raises:
+        ValueError: it is such a model.
+    """
+    found = spp(converted, batch, gradient=False).findings
+    sick = next((f for f in found if f.severity == "error" and f.kind in ("explosion", "attenuation")), None)
+    if sick is None:
+        return
+    left = next((f"{one.name} ({one.was}): {one.reason}" for one in plan.kept if one.reason != LAST), "")
+    cause = left or next(iter(plan.notes), "")
+    problem = f"model: {class_name(model)} cannot be converted, for its signal would not be healthy: {cause}"
+    raise _by_hand(problem, structure, model, plan.kept)
+
+
 def _measure(
-    converted: nn.Module, conversion: Conversion, structure: Structure, batch: Batch, *, trains: Trains
+    converted: nn.Module,
+    conversion: Conversion,
+    structure: Structure,
+    batch: Batch,
+    *,
+    trains: Trains,
+    checked: Container[str],
 ) -> Measured:
     """Set what is still open, and enter it into the record, with notes on what a reader should look at."""
-    found = measure(converted, conversion, batch, trains=trains)
+    found = measure(converted, conversion, batch, trains=trains, checked=checked)
     changes = []
     for change in conversion.changes:
         if is_layer_change(change) and change.input_scale is None:
@@ -211,6 +257,9 @@ def _measure(
                     "measured; give more examples, if what runs depends on them"
                 )
             change = replace(change, input_scale=found.scales[change.name])
+        elif change.name in found.scales:
+            reason = f"measured, for the closed form is off here ({change.reason})"
+            change = replace(change, input_scale=found.scales[change.name], reason=reason)
         changes.append(replace(change, correction=found.factors.get(change.name, change.correction)))
     notes = [*conversion.notes, *_notes_on_scales(structure, changes)]
     for name, mean_square in found.lost.items():
@@ -263,6 +312,9 @@ def _pretrained(
         staying[culprit] = "what it, or something before it, does is more than its constants say"
 
 
+BY_HAND = "if its signal is not healthy, set its initialisation by hand: normfree doctor, or this error's note, has how"
+
+
 NOT_RUN = {
     "fresh": "it did not run on the example input; if it does on another, the layer before it may have changed",
     "pretrained": "it did not run on the example input; on another it does what it did",
@@ -299,14 +351,21 @@ def _complete(
     return replace(record, changes=tuple(made), kept=left, notes=tuple(notes))
 
 
-def _nothing_to_convert(model: nn.Module, structure: Structure, kept: Iterable[Kept], start: str) -> ValueError:
+def _nothing_to_convert(model: nn.Module, structure: Structure, kept: Iterable[Kept], start: Start) -> ValueError:
+    kept = list(kept)
     norms = [one for one in kept if one.norm]
     if not norms:
-        remedy = "if its signal is not healthy, the findings of normfree.spp say what to do"
-        return ValueError(
-            f"model: {class_name(model)} has nothing to convert: it has no normalizer that is recognised (looked for: "
-            f"{LOOKED_FOR}); {remedy}"
-        )
+        none = f"it has no normalizer that is recognised (looked for: {LOOKED_FOR})"
+        if start == "pretrained":
+            remedy = 'keep it as it is, or choose start="fresh", which draws weights anew that hold the variance'
+            return ValueError(f"model: {class_name(model)} has nothing to convert: {none}; {remedy}")
+        stay = [one for one in kept if one.reason != LAST]
+        if not stay or all(one.reason == STANDARDIZED for one in stay):
+            why = "its layers standardize their weights already" if stay else "no layer that another follows"
+            return ValueError(f"model: {class_name(model)} has nothing to convert: {none}, and {why}; keep it as it is")
+        first = f"{stay[0].name or 'the model'} ({stay[0].was}): {stay[0].reason}"
+        problem = f"{none}, and no layer that can be standardized, such as {first}"
+        return _by_hand(f"model: {class_name(model)} cannot be converted: {problem}", structure, model, kept)
     first = norms[0]
     remedy = "keep it as it is"
     if first.reason == NOT_FOLLOWED:
@@ -320,6 +379,15 @@ def _nothing_to_convert(model: nn.Module, structure: Structure, kept: Iterable[K
     )
     for one in norms if len(norms) > 1 else ():  # a traceback shows them all; the message stays one line
         error.add_note(f"{one.name or 'the model'} ({one.was}): {one.reason}")
+    return error
+
+
+def _by_hand(problem: str, structure: Structure, model: nn.Module, kept: Iterable[Kept]) -> ValueError:
+    """The error of a model without norms that cannot be planned; its note has lines to paste instead."""
+    code = code_by_hand(structure, model, {one.name for one in kept if one.reason == LAST})
+    error = ValueError(f"{problem}; {BY_HAND if code else 'keep it as it is'}")
+    if code:
+        error.add_note(code)
     return error
 
 

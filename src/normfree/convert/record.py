@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+from torch import nn
 
 from normfree.common.checks import invalid
 from normfree.common.files import parse_json, structured, write_atomically
 from normfree.common.safetensors_file import Stored, read
-from normfree.common.text import first_line
+from normfree.common.text import first_line, short_repr, shortened
 from normfree.nn import WeightLayout
 
 SCHEMA = 1
@@ -23,8 +25,14 @@ SCHEMA = 1
 NOTE = "normfree.conversion"
 """The note in a file of :func:`normfree.save` that holds the record, as JSON."""
 
-STARTS = ("fresh", "pretrained")
+Start = Literal["fresh", "pretrained"]
 """Weights drawn anew for a variance-preserving start, or the function of the trained model kept."""
+
+Beta = Literal["plan", "measured"]
+"""Where input scales come from: closed forms where there are any and the example elsewhere, or the example for all."""
+
+STARTS: tuple[Start, ...] = get_args(Start)
+BETAS: tuple[Beta, ...] = get_args(Beta)
 
 
 BARE, WITH_ACTIVATION, COPY, OUTPUT_COPY = "Identity", "Activation", "Copy", "OutputCopy"
@@ -34,6 +42,10 @@ AFFINE, UNITS, SCALED = "ChannelAffine", "ChannelUnits", "BranchScale"
 
 STANDARDIZED, KEPT_MEAN = "standardized", "kept-mean"
 """Before the class of a module that stays and whose weight was standardized in place."""
+
+
+HEADS = ("module", "before", "after", "why")
+"""Of the columns of a record's table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +66,7 @@ class Change:
         skip_gain: initial value of its learnable factor; None for none.
         correction: factor that restores what a gate takes, on the gate or within a layer's input scale; in a norm's
             place, one over the standard deviation that the example has there; None for none.
+        bias: that a layer starts with, for the function behind it to be nearly linear; None for 0.
         weight: how the module reads its weight, where that is standardized in place; None where another module stands.
     """
 
@@ -66,9 +79,13 @@ class Change:
     skip_gain: float | None = None
     correction: float | None = None
     into: str | None = None
+    bias: float | None = None
     weight: WeightLayout | None = None
     carried_by: tuple[str, ...] = ()
     within: str | None = None
+
+    def __repr__(self) -> str:
+        return short_repr(self, f"of {shortened(self.name, 120) or 'the model'}: {self.was} to {describe(self)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +113,9 @@ class Conversion:
     """
 
     model: str
-    start: str
+    start: Start
     alpha: float
-    beta: str
+    beta: Beta
     seed: int
     input_shapes: tuple[tuple[int, ...], ...] = ()
     source: str | None = None
@@ -110,6 +127,11 @@ class Conversion:
     def norms_left(self) -> tuple[Kept, ...]:
         """The normalizers the converted model still has."""
         return tuple(kept for kept in self.kept if kept.norm)
+
+    @property
+    def replaces_norms(self) -> bool:
+        """Whether a normalizer went, or something else stands in its place; a model without any has none to replace."""
+        return any(change.carried_by or change.into or change.now in (AFFINE, UNITS) for change in self.changes)
 
     def to_dict(self) -> dict[str, Any]:
         """The record in plain types, ``{"schema": 1, …}``."""
@@ -142,9 +164,8 @@ class Conversion:
             counts[change.now] = counts.get(change.now, 0) + 1
         made = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
         count = len(self.norms_left)
-        left = (
-            f"{count} normalizer{'s' if count > 1 else ''} left" if count else "no normalizer left that is recognised"
-        )
+        none = "no normalizer left that is recognised" if self.replaces_norms else "it had no normalizer"
+        left = f"{count} normalizer{'s' if count > 1 else ''} left" if count else none
         return f"{self.model} converted ({self.start}): {made}; {left}"
 
     def different_notes(self) -> list[str]:
@@ -156,8 +177,17 @@ class Conversion:
         changed = [(one.name, one.was, describe(one), one.reason) for one in self.changes]
         return changed + [(one.name, one.was, "kept", one.reason) for one in self.kept]
 
+    def __repr__(self) -> str:
+        return short_repr(self, f"of {self.summary()}")
+
+    def _repr_html_(self) -> str:
+        from normfree.report.notebook import table_html
+
+        label = "modules, and why they changed or stayed"
+        return table_html("Conversion", self.summary(), label, HEADS, self.rows(), self.different_notes())
+
     def __str__(self) -> str:
-        rows = [("module", "before", "after", "why"), *self.rows()]
+        rows = [HEADS, *self.rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = [self.summary(), ""]
         for row in rows:
@@ -166,9 +196,23 @@ class Conversion:
         return "\n".join([*lines, *(f"note: {note}" for note in self.different_notes())])
 
 
+class _IsConverted(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return conversion_of(instance) is not None
+
+
+class Converted(nn.Module, metaclass=_IsConverted):
+    """Any module with the record of its conversion: what :func:`normfree.convert` returns, to type checkers.
+
+    A converted model keeps its own class; ``isinstance(model, Converted)`` asks for the record.
+    """
+
+    conversion: Conversion
+
+
 def describe(change: Change) -> str:
     """What stands in a module's place now, with its factors."""
-    factors = {name: getattr(change, name) for name in ("input_scale", "correction", "alpha", "skip_gain")}
+    factors = {name: getattr(change, name) for name in ("input_scale", "correction", "alpha", "skip_gain", "bias")}
     shown = [f"{name}={value:.4g}" for name, value in factors.items() if value is not None]
     return f"{change.now}({', '.join(shown)})" if shown else change.now
 

@@ -93,6 +93,10 @@ class Structure:
         """For each layer why it cannot be standardized, as what a norm behind it sees; "" where it can."""
         return {name: self._obstacle(name) for name in self.layers}
 
+    def why_left(self, name: str) -> str:
+        """Why a layer cannot be standardized, as its own reason to stay; "" where it can."""
+        return self.obstacles[name].replace(f"{name} before it ", "it ").replace(" before it", "")
+
     def _obstacle(self, name: str) -> str:
         if problem := self.maps[name].why_not(fresh=True):
             return f"{name} before it {problem}"
@@ -196,21 +200,21 @@ def layers_to_standardize(
     """
     answers = {layer for layers in removed.values() for layer in layers} | _before(structure, removed)
     wanted = answers | _in_branches(structure, set(removed))
-    direct = _directly_followed(structure, removed)
+    direct = directly_followed(structure, removed)
     chosen, kept = [], {}
     for name in structure.layers:
         if name not in wanted:
             kept[name] = "no removed normalizer follows it"
         elif name not in direct and structure.is_gate_only(name):
             kept[name] = "it only computes a gate"
-        elif structure.obstacles[name]:
-            kept[name] = structure.obstacles[name].replace(f"{name} before it ", "it ").replace(" before it", "")
+        elif reason := structure.why_left(name):
+            kept[name] = reason
         else:
             chosen.append(name)
     return chosen, kept
 
 
-def _directly_followed(structure: Structure, removed: Iterable[str]) -> set[str]:
+def directly_followed(structure: Structure, removed: Iterable[str]) -> set[str]:
     """The layers whose output a removed norm takes."""
     calls = (call for name in removed for call in structure.norms[name])
     before = (structure.directly_behind(call.input, alone=False) for call in calls)

@@ -158,7 +158,7 @@ def export(
     check_flag("dynamic_batch", dynamic_batch)
     for package in kind.packages:
         with quiet():
-            required(package, "ONNX", " ".join(kind.packages))
+            required(package, "ONNX")
     arguments = arguments_of(example_input, dynamic_batch=dynamic_batch)
     given = _copied(model)
     if tolerance is None:
@@ -244,6 +244,7 @@ def check_path(path: str | Path, suffix: str) -> Path:
     Raises:
         ValueError: another suffix, a folder of that name, a file where a folder should be, or no permission.
     """
+    __tracebackhide__ = True
     if not isinstance(path, (str, os.PathLike)):
         raise invalid("path", path, "must be a path", f"pass one such as 'model{suffix}'")
     path = Path(path)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from normfree.common.checks import required
 from normfree.common.process import one_thread_at_a_time
 from normfree.common.text import one_line
 from normfree.common.torch_compat import tree_map
@@ -162,9 +163,7 @@ def _no_onnx_form(error: Exception) -> str:
 
 def _read_onnx(path: Path) -> Opened:
     """Check a file and open it with ONNX Runtime, on the CPU."""
-    import onnx
-    import onnxruntime
-
+    onnx, onnxruntime = required("onnx", "ONNX"), required("onnxruntime", "ONNX")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what matters is raised
     try:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise, takewhile
+from itertools import accumulate, groupby, pairwise, takewhile
 from math import isfinite, prod, sqrt
 from statistics import median
 from typing import Any
@@ -23,20 +23,7 @@ from typing import Any
 from normfree.signal.gradient_rules import gradient_explosion, gradient_vanishing
 from normfree.signal.nonfinite import NonFinite
 from normfree.signal.propagation import BESIDE, SEVERITIES, BlockSignal, Entry, Finding, SignalPropagation
-
-KINDS = (
-    "explosion",
-    "attenuation",
-    "mean_shift",
-    "branch_variance",
-    "silenced_branch",
-    "dead_channels",
-    "correlation_collapse",
-    "gradient_explosion",
-    "gradient_vanishing",
-    "zero_layer",
-    "non_finite",
-)
+from normfree.signal.remedies import CONVERT, DOCS, FILL, RESET, make_finite, wake
 
 
 def findings_of(signal: SignalPropagation, non_finite: NonFinite | None = None) -> tuple[Finding, ...]:
@@ -63,6 +50,7 @@ def findings_of(signal: SignalPropagation, non_finite: NonFinite | None = None) 
         *gradient_explosion(signal),
         *gradient_vanishing(signal),
     ]
+    found = [replace(finding, docs=f"{DOCS}#{finding.kind}") for finding in found]
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
@@ -86,6 +74,7 @@ def _non_finite(signal: SignalPropagation, found: NonFinite | None) -> Iterator[
             "If the magnitudes before it explode, cure the explosion; otherwise look at that operation: a division by "
             "zero, a logarithm or root of a negative number, or a range half precision does not have."
         ),
+        code=make_finite(found),
     )
 
 
@@ -110,8 +99,7 @@ def _explosion(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[
     found += [each for output in signal.outputs if (each := _output_burst(signal, output))]
     if not found:
         return
-    # While all branches are silenced the network starts as its shortcuts, which do not explode.
-    silenced = bool(signal.blocks) and all(block.woken for block in signal.blocks)
+    silenced = _starts_as_shortcuts(signal)
     worst = min(found, key=lambda each: (not each.severe, -each.ratio))
     peak = "" if worst.peak is worst.over else f" to {worst.peak.avg_channel_var:.3g} at {worst.peak.place}"
     yield Finding(
@@ -134,7 +122,13 @@ def _explosion(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[
             else "Give the layers the gain of their activation, 1/sqrt(E[act(z)²]) (√2 for ReLU, He's initialisation), "
             "or scaled weight standardization with its γ, or put a normalizer behind them."
         ),
+        code=CONVERT,
     )
+
+
+def _starts_as_shortcuts(signal: SignalPropagation) -> bool:
+    """Whether zero gains silence all branches: then the network has at first neither their growth nor their offset."""
+    return bool(signal.blocks) and all(block.woken for block in signal.blocks)
 
 
 @dataclass(frozen=True)
@@ -158,8 +152,10 @@ def _growth(stretch: Stretch) -> _Change | None:
     """Steady growth over a whole stretch, or over its blocks or its layers alone."""
     points = [p for p in stretch.points if isfinite(p.avg_channel_var) and not p.last]
     runs = [list(run) for _, run in groupby(points, key=lambda point: point.kind)]
-    for run in [points, *runs] if len(runs) > 1 else runs:
-        first = points.index(run[0])
+    starts = list(accumulate(map(len, runs), initial=0))
+    for first, run in (
+        [(0, points), *zip(starts, runs, strict=False)] if len(runs) > 1 else zip(starts, runs, strict=False)
+    ):
         before = points[first - 1] if first else None
         base = max(stretch.start, before.avg_channel_var) if before else stretch.start
         over = next((p for p in run if p.avg_channel_var > EXPLODED * base > 0), None)
@@ -183,12 +179,12 @@ def _burst(stretch: Stretch) -> _Change | None:
     if not stretch.ends or stretch.start <= 0:
         return None
     points = [p for p in stretch.points if isfinite(p.avg_channel_var) and not p.renewed]
-    high = [p for p in points if p.last and p.avg_channel_var > BURST * stretch.start]
-    inner = reversed([p for p in points if not p.last])  # a small head is no normalizer: what is before it counts
-    high += takewhile(lambda p: p.avg_channel_var > BURST * stretch.start, inner)
+    inner = [p for p in points if not p.last]  # a small head is no normalizer: what is before it counts
+    ended_low = next((i for i in range(len(inner), 0, -1) if inner[i - 1].avg_channel_var <= BURST * stretch.start), 0)
+    at_the_end = {id(p) for p in inner[ended_low:]}
+    high = [p for p in points if p.avg_channel_var > BURST * stretch.start and (p.last or id(p) in at_the_end)]
     if not high:
         return None
-    high.sort(key=points.index)
     peak = max(high, key=_variance)
     severe = peak.avg_channel_var > FAR_BURST * stretch.start
     cause = _cause(stretch, high[0], 1, jump=True)
@@ -212,7 +208,7 @@ FADED_LAYERS, WEAK_LAYERS = 1e-4, 1e-3
 
 
 def _attenuation(along: Sequence[Stretch]) -> Iterator[Finding]:
-    found = [each for stretch in along for part in _split_at_mixing(stretch) if (each := _fading(part))]
+    found = _fadings(along)
     if not found:
         return
     worst = min(found, key=lambda each: (not each.severe, each.ratio))
@@ -229,7 +225,12 @@ def _attenuation(along: Sequence[Stretch]) -> Iterator[Finding]:
             "Raise the gain of the weights to 1/sqrt(E[act(z)²]) (He initialisation for ReLU), or use scaled weight "
             "standardization with the γ of the activation; average pools in shortcuts cut white noise but not images."
         ),
+        code=CONVERT,
     )
+
+
+def _fadings(along: Sequence[Stretch]) -> list[_Change]:
+    return [each for stretch in along for part in _split_at_mixing(stretch) if (each := _fading(part))]
 
 
 def _split_at_mixing(stretch: Stretch) -> Iterator[Stretch]:
@@ -330,7 +331,8 @@ def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator
     ratio, worst = max(rated, key=lambda pair: pair[0])
     # A normalizer at the end takes the offset back together with the scale.
     kept = any(stretch.ends and any(p is worst for p in stretch.points) for stretch in along)
-    severity = "error" if ratio > LOST or (kept and _branch_growth(signal) > FED) else "warning"
+    lost = ratio > LOST or (kept and _branch_growth(signal) > FED)
+    severity = "error" if lost and not _starts_as_shortcuts(signal) else "warning"
     yield Finding(
         kind="mean_shift",
         severity=severity if worst.kind == "residual" else "info",
@@ -343,6 +345,7 @@ def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator
             "Standardize the weights, so that each filter sums to zero and the positive mean of the activation cannot "
             "turn into an offset (convolutions: ScaledWSConv2d), or normalize after the activation."
         ),
+        code=CONVERT,
     )
 
 
@@ -371,6 +374,7 @@ def _branch_variance(signal: SignalPropagation) -> Iterator[Finding]:
             "Feed the branch a signal of unit variance (divide by β) and use the gain γ of its activations; a branch "
             "that is small on purpose (small initialisation, layer scale) may stay."
         ),
+        code=CONVERT,
     )
 
 
@@ -387,6 +391,7 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
                 f"({_some(names)}); they were measured with the gain at one."
             ),
             remedy="Nothing, if intended: the network starts as its shortcuts. wake=False draws it as it is.",
+            code=wake(names),
         )
     blocks = [b for b in signal.blocks if b.kind == "residual" and not b.broadcast]
     silent = [b for b in blocks if b.residual_avg_channel_var in (0.0, None)]
@@ -400,6 +405,7 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
                 f"with weights of zero computes, first {closed[0].place}; the plot says nothing about the branch."
             ),
             remedy="Nothing, if intended (adaLN-zero): the network starts as its shortcuts.",
+            code=FILL,
         )
     silent = [b for b in silent if not b.zero_gate]
     if silent:
@@ -412,6 +418,7 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
                 "a zero weight or gain leaves only the shortcut, and the plot says nothing about the branch."
             ),
             remedy="Give the last layer of the branch its training initialisation, unless a zero start is meant.",
+            code=FILL,
         )
 
 
@@ -441,6 +448,7 @@ def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch]) -> Itera
             f"{dead[0].place}; {worst.dead_channels:.0%} of them at {worst.place}.{cause}"
         ),
         remedy="Look for zero filters, saturated or clipped activations, biases far below zero, and padded channels.",
+        code=CONVERT if _fadings(along) else RESET,  # what fades into rounding is constant, too
     )
 
 
@@ -459,6 +467,7 @@ def _zero_layer(signal: SignalPropagation) -> Iterator[Finding]:
                 f"give{'' if len(zero) > 1 else 's'} the same for every input."
             ),
             remedy="Nothing, if intended: what is before such a layer gets its first gradient once it has moved.",
+            code=FILL,
         )
 
 
@@ -488,6 +497,7 @@ def _correlation_collapse(along: Sequence[Stretch]) -> Iterator[Finding]:
             "Remove the mean shift (standardize the weights), strengthen the shortcut against the branch (α), or use "
             "an activation closer to linear."
         ),
+        code=CONVERT,
     )
 
 

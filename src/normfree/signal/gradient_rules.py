@@ -26,6 +26,7 @@ from math import inf, isfinite, log10, prod
 from statistics import median
 
 from normfree.signal.propagation import BlockSignal, Finding, SignalPropagation
+from normfree.signal.remedies import CONVERT, TRACE
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def gradient_explosion(signal: SignalPropagation) -> Iterator[Finding]:
             block=broken.index,
             message=f"the gradient is not finite at {broken.place}, though the signal is.",
             remedy="Look for the derivative of a root, norm or logarithm at zero, and for half precision's range.",
+            code=TRACE,
         )
         return
     points = [point for point in _rate(signal) if isfinite(point.power)]
@@ -84,9 +86,10 @@ def gradient_explosion(signal: SignalPropagation) -> Iterator[Finding]:
             f"the signal, grows {_times(growth)} times, {_times(growth / steps)} times a point."
         ),
         remedy=(
-            "Shorten the longest path: add residual connections (x + α·f(x) with α below 1), or remove normalizers "
-            "that stand behind every layer of a chain without shortcuts; lower gains of saturating activations to 1."
+            "Add residual connections (x + α·f(x) with α below 1); or keep the chain without normalizers, gains of "
+            "saturating activations at 1, and biases at which the others are nearly linear, as conversion does."
         ),
+        code=CONVERT,
     )
 
 
@@ -125,6 +128,7 @@ def gradient_vanishing(signal: SignalPropagation) -> Iterator[Finding]:
                 "Use activations that do not saturate (ReLU, SiLU or GELU for sigmoid or tanh), weights of the gain "
                 "that fits them (He initialisation), and residual connections."
             ),
+            code=CONVERT,
         )
         return
 

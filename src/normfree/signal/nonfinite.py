@@ -43,6 +43,7 @@ def check_present(model: nn.Module) -> None:
     Raises:
         ValueError: naming the first.
     """
+    __tracebackhide__ = True
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:
             if is_lazy(tensor):
@@ -59,6 +60,7 @@ def check_finite(model: nn.Module) -> None:
     Raises:
         ValueError: naming the first.
     """
+    __tracebackhide__ = True
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and (bad := int((~torch.isfinite(parameter)).sum())):
             raise ValueError(

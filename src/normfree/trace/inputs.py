@@ -67,6 +67,7 @@ def check_batch(batch: Batch, argument: str = "batch") -> None:
     Raises:
         ValueError: saying which.
     """
+    __tracebackhide__ = True
     tensors = tensors_of(batch)
     if not tensors:
         raise ValueError(f"{argument}: it holds no tensor; give a tensor, a tuple or a dict of tensors")

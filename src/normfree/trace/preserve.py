@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from normfree.common.torch_compat import TorchDispatchMode, preserve_version_cou
 from normfree.trace.held import Held, KeptTensor, place_of
 from normfree.trace.operations import written_by
 
-MODES = ("batch-statistics", "train", "eval")
+Mode = Literal["batch-statistics", "train", "eval"]
 """The first is evaluation mode with normalizers on the statistics of the batch, as in the first training step."""
 
 
@@ -167,14 +167,14 @@ _running: list[nn.Module] = []
 
 
 @contextmanager
-def untouched(model: nn.Module, mode: str) -> Iterator[Preserved]:
+def untouched(model: nn.Module, mode: Mode) -> Iterator[Preserved]:
     """Put a model into a measuring mode, and put it back as :func:`given_back` says.
 
     Args:
         model: the model.
-        mode: one of :data:`MODES`.
+        mode: one of :data:`Mode`.
     """
-    check_choice("mode", mode, MODES)
+    check_choice("mode", mode, Mode)
     with given_back(model) as preserved:
         torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer would hide its additions
         with Writes(preserved):

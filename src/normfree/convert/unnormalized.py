@@ -1,0 +1,261 @@
+"""Which layers and residual branches a fresh start plans though no norm answers for them.
+
+A norm gives what follows it unit variance, whatever the layers before it do. Where there is none, variances multiply
+from layer to layer, and add up from branch to branch: so every hidden layer is standardized there, and every branch
+scaled, by its place and not by what it happens to give.
+
+*A model without norms*: all hidden layers, and all residual branches.
+
+*A model with some*: the residual branches without a norm in them, and of the other layers those of which
+:data:`FEWEST_IN_A_ROW` or more stand one behind the other with no norm between them. A shorter row is a head, or two
+layers tuned to each other. What several signals go through (a head over the levels of a pyramid) stays, and so does
+what stands beside attention, whose norms stay.
+
+Layers stay whose initialisation is a choice, or whose weight standardizing would spoil: each has its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from normfree.convert.carriers import SignalPaths
+from normfree.convert.dataflow import Addition, Call, Step
+from normfree.convert.functions import Functions
+from normfree.convert.structure import Structure, is_fusion, layers_in, norms_in, why_no_map
+from normfree.nn import standardization_of
+from normfree.nn.scaled_ws import StandardizedFilters
+from normfree.trace import operations as op
+from normfree.trace.graph import Node
+
+FEWEST_IN_A_ROW = 3
+"""As the findings count: two layers may be tuned to each other, three that all grow (or fade) are a habit."""
+
+FEWEST_WEIGHTS = 9
+"""Weights of one output. A filter that sums to zero is blind to one direction of what it reads: of two features it sees
+the difference alone; of the nine positions of the smallest kernel in use it loses a ninth."""
+
+ZERO = "it starts with weights of zero, which is a choice"
+ROUGHEST = 4.0
+"""Gain of a gradient of the roughest function that unit variance suits: tanh(5 x) has 3.3. One of more, such as the
+sine of thirty times its input, is made for a smaller signal, and the layers before it for giving that."""
+
+LAST = "no layer follows it on the way to an output"
+STANDARDIZED = "it standardizes its weight already"
+
+
+@dataclass(frozen=True)
+class Unnormalized:
+    """What is planned without a norm.
+
+    Attributes:
+        layers: names of the layers to standardize.
+        branches: the sums of the residual branches to scale.
+        kept: the other layers, and why they stay.
+        out_of_reach: the residual additions in whose branch no layer can be standardized, and why.
+        beside_norms: the model has norms.
+    """
+
+    layers: frozenset[str] = frozenset()
+    branches: frozenset[Node] = frozenset()
+    kept: Mapping[str, str] = field(default_factory=dict)
+    out_of_reach: Mapping[str, str] = field(default_factory=dict)
+    beside_norms: bool = False
+
+
+def find_unnormalized(structure: Structure, ways: SignalPaths, chosen: Iterable[str]) -> Unnormalized:
+    """What of a model no norm answers for.
+
+    Args:
+        structure: of the model.
+        ways: through it.
+        chosen: the layers that are standardized for its norms.
+    """
+    return _Search(structure, ways, set(chosen)).found()
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """What the values of an activation come to first: layers, by name; another weight, or attention; a norm."""
+
+    layers: frozenset[str] = frozenset()
+    weight: bool = False
+    attention: bool = False
+    norm: bool = False
+
+    def __or__(self, other: _Ahead) -> _Ahead:
+        return _Ahead(
+            self.layers | other.layers,
+            self.weight or other.weight,
+            self.attention or other.attention,
+            self.norm or other.norm,
+        )
+
+
+class _Search:
+    """One search through a model."""
+
+    def __init__(self, structure: Structure, ways: SignalPaths, chosen: set[str]) -> None:
+        self.structure, self.flow, self.ways, self.chosen = structure, structure.flow, ways, chosen
+        self.normalizing = {each.step for each in structure.normalizations.found if not each.centres}
+        self.has_norms = bool(structure.norms or self.normalizing)
+        self.ahead: dict[Node, _Ahead] = {}
+        for step in reversed(self.flow.steps):
+            before = self._before(step)
+            for node in step.inputs:
+                self.ahead[node] = self.ahead.get(node, _Ahead()) | before
+        made = {call.output: 1.0 for calls in structure.layers.values() for call in calls if call.output is not None}
+        self.functions = Functions(structure, set(), made)
+        self.reasons = {name: reason for name in structure.layers if (reason := self._reason_to_stay(name))}
+        self.inside = {a: self._layers_inside(a) for a in self.flow.additions if self._is_without_norm(a)}
+        self.silent = self._leave_silent_branches()
+
+    def found(self) -> Unnormalized:
+        """What is planned, and what is not."""
+        able = [n for n in self.structure.layers if n not in self.reasons and n not in self.chosen]
+        branches = {a: inside for a, inside in self.inside.items() if not inside.isdisjoint(able)}
+        in_branches = {name for name in able if any(name in inside for inside in branches.values())}
+        hidden = [name for name in able if name not in in_branches and self._is_hidden(name)]
+        layers = in_branches | set(self._in_a_row(hidden) if self.has_norms else hidden)
+        kept: dict[str, str] = {}  # beside norms, a layer is kept for no norm asks for it
+        if not self.has_norms:
+            heads = {name for name in self.structure.layers if name not in layers and not self._is_hidden(name)}
+            kept = self.reasons | dict.fromkeys(heads - self._inside_branches(), LAST) | self._other_weights()
+        out_of_reach = {
+            addition.name: next(f"{n} stays, for {reason}" for n, reason in self.reasons.items() if n in inside)
+            for addition, inside in self.inside.items()
+            if addition not in branches and inside - self.silent - self.chosen
+        }
+        sums = frozenset(addition.output for addition in branches)
+        return Unnormalized(frozenset(layers), sums, kept, out_of_reach, self.has_norms)
+
+    def _inside_branches(self) -> set[str]:
+        return {name for inside in self.inside.values() for name in inside}
+
+    def _other_weights(self) -> dict[str, str]:
+        """The modules that multiply by weights and are no layers, and why not."""
+        found = {}
+        for name, module in self.flow.foreign.items():
+            steps = self.flow.within(name)
+            weighted = any(n.step.weighted for s in steps for n in s.outputs if s.name not in op.EMBEDDING)
+            if name not in self.structure.layers and weighted:
+                recurrent = isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+                found[name] = "it is recurrent" if recurrent else f"it {why_no_map(self.flow, name)}"
+        return found
+
+    def _before(self, step: Step) -> _Ahead:
+        """What lies ahead of what an operation reads."""
+        if self.structure.norm_of(step) is not None or step in self.normalizing:
+            return _Ahead(norm=True)
+        if (layer := self.structure.layer_of(step)) is not None:
+            return _Ahead(layers=frozenset((layer,)))
+        attends = self.ways.attends(step)
+        if attends or step.name in op.RECURRENT or any(node.step.weighted for node in step.outputs):
+            return _Ahead(weight=True, attention=attends)
+        found = _Ahead()
+        for node in step.outputs:
+            if node not in self.flow.numbers:
+                found |= self.ahead.get(node, _Ahead())
+        return found
+
+    # Layers.
+
+    def _reason_to_stay(self, name: str) -> str:
+        """Why a layer is not standardized, wherever it stands; "" for no reason."""
+        structure, layer, calls = self.structure, self.structure.maps[name], self.structure.layers[name]
+        if isinstance(layer.module, StandardizedFilters) or standardization_of(layer.module) is not None:
+            return STANDARDIZED
+        if reason := structure.why_left(name):
+            return reason
+        if structure.is_gate_only(name):
+            return "it only computes a gate"
+        if len(calls) > 1 and self.has_norms:
+            return f"it runs {len(calls)} times"
+        if len(calls) > 1 and self._is_recurrent(calls):
+            return f"it runs {len(calls)} times, on what came of its own output"
+        if any(map(self._is_in_attention, calls)):
+            return "it stands beside attention"
+        if not bool(layer.own_weight().count_nonzero()):
+            return ZERO
+        if layer.fan_in < FEWEST_WEIGHTS:
+            weights = "1 weight" if layer.fan_in == 1 else f"{layer.fan_in} weights"
+            return f"it has {weights} a filter, too few to have their mean removed"
+        rough = next((function for call in calls for function in self._rough_functions(call)), None)
+        return "" if rough is None else f"the {rough} behind it is made for a smaller signal than one of unit variance"
+
+    def _rough_functions(self, call: Call) -> Iterator[str]:
+        """The names of the functions of what a layer gives alone that are too rough for unit variance."""
+        waiting = [call.output] if call.output is not None else []
+        seen = set(waiting)
+        while waiting:
+            for node in {made for step in self.flow.readers(waiting.pop()) for made in step.outputs} - seen:
+                function = self.functions.feeding(node)
+                if function is not None and function.base is call.output:
+                    if (self.functions.gradient_gain(function) or 0.0) > ROUGHEST:
+                        yield function.name
+                    seen.add(node)
+                    waiting.append(node)
+
+    def _is_recurrent(self, calls: list[Call]) -> bool:
+        """Whether a layer runs on what came of its own output."""
+        made = {call.output for call in calls}
+        inputs = [call.input for call in calls if call.input is not None]
+        return any(each in made for node in inputs for each in self.flow.backwards(node, stop=made.__contains__))
+
+    def _is_in_attention(self, call: Call) -> bool:
+        """Whether a layer stands beside attention; a convolution in a model without norms: directly before it."""
+        if self.structure.is_convolution(call) and not self.has_norms:
+            return self._ahead_of(call).attention
+        return self.ways.is_near_attention(call)
+
+    def _ahead_of(self, call: Call) -> _Ahead:
+        return self.ahead.get(call.output, _Ahead()) if call.output is not None else _Ahead()
+
+    def _is_hidden(self, name: str) -> bool:
+        ahead = [self._ahead_of(call) for call in self.structure.layers[name]]
+        return any(each.layers or each.weight for each in ahead)
+
+    def _in_a_row(self, names: list[str]) -> list[str]:
+        """Those of some layers that stand in a row of so many, in the order in which they run."""
+        following = {name: [other for other in names if self._follows(name, other)] for name in names}
+        behind, before = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+        for name in names:
+            for other in following[name]:
+                before[other] = max(before[other], before[name] + 1)
+        for name in reversed(names):
+            behind[name] = max((behind[other] + 1 for other in following[name]), default=0)
+        return [name for name in names if before[name] + 1 + behind[name] >= FEWEST_IN_A_ROW]
+
+    def _follows(self, name: str, other: str) -> bool:
+        """Whether a layer reads what another made, with no norm between, and no way from maps to single vectors."""
+        first, second = self.structure.layers[name][0], self.structure.layers[other][0]
+        ahead = self._ahead_of(first)
+        if other not in ahead.layers or ahead.norm or first.output is None or second.input is None:
+            return False
+        return len(self.flow.shapes[first.output]) <= 2 or len(self.flow.shapes[second.input]) > 2
+
+    # Branches.
+
+    def _is_without_norm(self, addition: Addition) -> bool:
+        """Whether an addition ends a branch with no norm in it, that something follows or a layer comes before."""
+        structure, ahead = self.structure, self.ahead.get(addition.output, _Ahead())
+        if norms_in(structure, structure.region(addition, addition.branch)) or is_fusion(structure, addition):
+            return False
+        if ahead.norm and not (ahead.layers or ahead.weight):
+            return False
+        return bool(ahead.layers) or ahead.weight or structure.has_layer_behind(addition.ancestor)
+
+    def _layers_inside(self, addition: Addition) -> frozenset[str]:
+        return frozenset(layers_in(self.structure, self.structure.region(addition, addition.branch)))
+
+    def _leave_silent_branches(self) -> set[str]:
+        """Give all layers of a branch that starts at zero a reason to stay; their names."""
+        silent = set[str]()
+        for name in [name for name, reason in self.reasons.items() if reason == ZERO]:
+            around = min((inside for inside in self.inside.values() if name in inside), key=len, default=frozenset())
+            silent |= around
+            for other in around - self.reasons.keys():
+                self.reasons[other] = f"it lies in a branch that starts at zero, for {name} does"
+        return silent
