@@ -224,8 +224,10 @@ def test_a_damaged_model_is_one_line(start):
     model = small()
     model[1].running_var.fill_(float("nan"))
     if start == "pretrained":
-        with pytest.raises(ValueError, match=r"model: 1 \(BatchNorm2d\) has statistics"):
-            normfree.convert(model, IMAGES, start=start)
+        for wrong in (float("nan"), float("inf"), -1.0):
+            model[1].running_var.fill_(wrong)
+            with pytest.raises(ValueError, match=r"model: buffer '1\.running_var' has 8 of 8 values"):
+                normfree.convert(model, IMAGES, start=start)
     else:
         assert torch.isfinite(normfree.convert(model, IMAGES, start=start)(IMAGES)).all()
 

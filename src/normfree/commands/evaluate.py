@@ -92,7 +92,7 @@ class Evaluate(_Trained):
         found = evaluate(network, data, fabric, limit=self.limit_eval_steps)
         if not fabric.is_global_zero:
             return
-        if math.isnan(found.loss):
+        if not math.isfinite(found.loss):
             raise ValueError(
                 f"model: the outputs of {quoted(self.model)} are not numbers; normfree spp says where it begins"
             )
@@ -156,7 +156,8 @@ class Predict(_Trained):
             logits = torch.cat([logits_of(trained.network, part, classes).float() for part in images.split(64)])
         for path, row in zip(self.images, logits, strict=True):
             if not row.isfinite().all():
-                raise ValueError(f"model: its outputs for {quoted(str(path))} are not numbers; normfree spp says why")
+                given, image = quoted(self.model), quoted(str(path))
+                raise ValueError(f"model: the outputs of {given} for {image} are not numbers; normfree spp says why")
         found = [
             {"image": str(path), "predictions": self._predictions(row, names)}
             for path, row in zip(self.images, logits.softmax(1), strict=True)

@@ -47,7 +47,7 @@ from normfree.convert.structure import Structure, directly_followed, training_st
 from normfree.convert.unnormalized import LAST, STANDARDIZED
 from normfree.convert.verify import explain_failures, first_mismatching_norm, note_leak
 from normfree.signal import spp
-from normfree.signal.nonfinite import check_finite, check_present
+from normfree.signal.nonfinite import check_finite, check_present, check_statistics
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
 from normfree.trace.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of, unwrapped
@@ -152,6 +152,8 @@ def _check(model: nn.Module, start: Start, alpha: float, skip_gain: float, beta:
         raise invalid("seed", seed, "must be an integer of 64 bits", "pass a smaller one")
     check_present(model)
     check_finite(model)
+    if start == "pretrained":
+        check_statistics(model)
     if "conversion" in model._modules and conversion_of(model) is None:
         raise ValueError('model: its submodule "conversion" has the name of the record; give it another')
     for name, module in model.named_modules():

@@ -69,6 +69,25 @@ def check_finite(model: nn.Module) -> None:
             )
 
 
+def check_statistics(model: nn.Module) -> None:
+    """Refuse running statistics that no data have: a mean or variance that is not finite, a negative variance.
+
+    An infinite variance would make a normalizer's output its bias, whatever the input: finite, and wrong.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, buffer in model.named_buffers():
+        kind = name.rpartition(".")[2]
+        if kind in ("running_mean", "running_var"):
+            wrong = ~torch.isfinite(buffer) if kind == "running_mean" else ~(torch.isfinite(buffer) & (buffer >= 0))
+            if bad := int(wrong.sum()):
+                raise ValueError(
+                    f"model: buffer {name!r} has {bad} of {buffer.numel()} values that no statistic has (not finite, "
+                    "or a negative variance); load a sound checkpoint"
+                )
+
+
 class _Watch(TorchDispatchMode):
     """Follows values that are not finite from the operation that made them.
 
