@@ -69,6 +69,6 @@ $(STAMP): pyproject.toml constraints.txt
 	  $(PYTHON) -m venv --clear $(VENV) || { \
 	    echo "'$(PYTHON) -m venv' failed: on Debian and Ubuntu, install the package python3-venv" >&2; \
 	    exit 1; }; }
-	@echo "installing into $(VENV) (about 2 minutes, 5.5 GB the first time) ..."
+	@echo "installing into $(VENV) (about 2 minutes, 7 GB the first time) ..."
 	@$(RUN) pip install --quiet -c constraints.txt -e '.[dev]'
 	@printf '%s\n' '$(CURDIR)' > $@

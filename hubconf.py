@@ -11,7 +11,7 @@ from functools import update_wrapper as _update_wrapper
 from pathlib import Path as _Path
 
 # What torch.hub asks for before it calls an entry.
-dependencies = ["torch", "torchvision", "numpy", "safetensors", "matplotlib"]
+dependencies = ["torch", "numpy", "safetensors"]
 
 # torch.hub has the repository, which need not be installed.
 _source = str(_Path(__file__).parent / "src")

@@ -21,7 +21,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import inf, log
+from math import inf, log, nan
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,9 +140,14 @@ def _detection_batch(step: int) -> Batch:
 
 
 def _detection_loss(model: nn.Module, inputs: Any, target: Any) -> Tensor:
-    """The library's own loss: boxes, classes and distributions, per image."""
+    """The library's own loss: boxes, classes and distributions, per image.
+
+    It is zero where all scores have underflowed, so that no box is assigned: then nothing can be learned any more, and
+    the answer is not a number.
+    """
     loss, _ = load("ultralytics.utils.loss", "v8DetectionLoss")(model)(model(*inputs), target)
-    return loss.sum() / len(inputs[0])
+    total = loss.sum() / len(inputs[0])
+    return total if total else total * nan
 
 
 def _yolo() -> nn.Module:

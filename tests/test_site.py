@@ -44,6 +44,31 @@ def test_every_public_function_and_class_is_in_the_reference(site):
         assert set(public) <= names, (stem, set(public) - names)
 
 
+def test_the_notebook_is_executed_and_shows_what_its_cells_give(site):
+    text = (site / "tutorials" / "notebook.html").read_text(encoding="utf-8")
+    shown = re.findall(r'<div class="normfree">.*?<strong>(.*?)</strong>: (.*?)</p>', text, re.DOTALL)
+    assert [title for title, _ in shown] == [
+        "ResNet-34, norms deleted",
+        "Conversion",
+        "ResNet-34, converted",
+        "ResNet",
+    ]
+    assert re.search(r"error", shown[0][1]) and shown[2][1].endswith("healthy")
+    assert "&lt;SignalPropagation of ResNet-34, converted: 16 blocks, healthy&gt;" in text
+    assert text.count('src="data:image/png;base64,') == 3
+    assert (site / "tutorials" / "notebook.ipynb").exists()
+
+
+def test_notebooks_are_kept_without_outputs():
+    notebooks = list((ROOT / "docs").glob("**/*.ipynb"))
+    assert notebooks
+    for path in notebooks:
+        document = json.loads(path.read_text())
+        assert (document["nbformat"], document["nbformat_minor"]) == (4, 5)
+        for cell in document["cells"]:
+            assert cell["cell_type"] == "markdown" or (cell["outputs"], cell["execution_count"]) == ([], None)
+
+
 def test_pages_load_nothing_from_elsewhere(site):
     for path in site.rglob("*.html"):
         text = path.read_text(encoding="utf-8")

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 from normfree import interrupt  # noqa: F401 - first: what follows takes seconds to import
 
 if TYPE_CHECKING:
+    from normfree import data as data
+    from normfree import export as export
     from normfree import models as models
     from normfree import nn as nn
     from normfree import optim
     from normfree import signal as signal
+    from normfree import train as train
     from normfree import weights as weights
     from normfree.convert import convert
     from normfree.models import create_model, list_models
@@ -52,7 +55,7 @@ __all__ = [
     "spp",
 ]
 
-_MODULES = ("convert", "models", "nn", "optim", "signal", "weights")
+_MODULES = ("convert", "data", "export", "models", "nn", "optim", "signal", "train", "weights")
 """Packages that are attributes; ``convert`` can be called, too, as its function."""
 
 _HOMES = {

@@ -100,12 +100,21 @@ def takes_original(source: str) -> bool:
     return path is not None and stored_conversion(path) is not None
 
 
-def check_original(original: str | None, sources: Sequence[str]) -> None:
-    """Raise if an original is given for sources of which none is a converted checkpoint.
+def check_sources(sources: Sequence[str], original: str | None) -> None:
+    """Raise, before any model is built, for a name of none and for an original of no use.
+
+    Args:
+        sources: as of :func:`build`.
+        original: as of :func:`build`, of those of them that are converted checkpoints.
 
     Raises:
-        ValueError: as said.
+        ValueError: there is no such model; an original is given, and none of the sources is a converted checkpoint.
+        ImportError: a model's package is not installed.
     """
+    __tracebackhide__ = True
+    for source in sources:
+        if not _names_factory(source) and _checkpoint_of(source) is None:
+            _by_name(source, DEEPEST)
     if original is not None and not any(takes_original(source) for source in sources):
         raise _no_use(original, " ".join(sources))
 
@@ -212,8 +221,7 @@ def _by_name(source: str, deepest: int, *, weights: bool = True) -> tuple[Callab
 
 
 def _torchvision(word: str, weights: bool) -> tuple[Callable[[], nn.Module], bool]:
-    import torchvision
-
+    torchvision: Any = required("torchvision", f"torchvision:{word}")
     name, _, options = word.partition(":")
     known = torchvision.models.list_models()
     if name not in known:
@@ -236,7 +244,7 @@ def _torchvision(word: str, weights: bool) -> tuple[Callable[[], nn.Module], boo
 
 
 def _timm(word: str, weights: bool) -> tuple[Callable[[], nn.Module], bool]:
-    timm = required("timm", f"timm:{word}", "'normfree[timm]'")
+    timm = required("timm", f"timm:{word}")
     name, _, options = word.partition(":")
     if not timm.is_model(name):
         raise ValueError(f"model: timm has no {quoted(name)}; {suggestion(name, timm.list_models())}")

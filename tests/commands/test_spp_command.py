@@ -102,6 +102,35 @@ def test_writes_plot_numbers_and_report_of_several_models(tmp_path, factories, c
     assert all(words in printed for words in ("layer2.0", "silenced branch", "report.html"))
 
 
+def test_without_matplotlib_the_numbers_and_the_page_are_written_and_the_picture_is_said_to_lack(
+    tmp_path, factories, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    command = ["spp", f"{factories}:plain", *FAST, "--out", str(out)]
+    assert main(command) == 0
+    assert (out / "spp.png").exists()
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("note: spp.png needs matplotlib, which is not installed; pip install 'normfree[plot]'; ")
+    assert {path.name for path in out.iterdir()} == {"spp.json", "report.html"}  # no picture of another run
+    assert said.endswith(f"wrote {out / 'spp.json'} {out / 'report.html'}\n")
+
+
+@pytest.mark.parametrize("command", ["spp", "benchmark"])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("nf_resnet5O", "did you mean nf_resnet50"), ("timm:resnet18", r"pip install 'normfree\[timm\]'")],
+)
+def test_no_model_is_built_before_all_names_are_known(command, name, told, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    file = tmp_path / "never.py"
+    file.write_text("raise RuntimeError('built')")
+    assert main([command, f"{file}:build", name, "--out", str(tmp_path / "out")]) == 2
+    assert re.search(told, capsys.readouterr().err)
+
+
 def test_is_reproducible_from_its_seed_and_changes_with_it(tmp_path):
     def numbers(seed: str, name: str) -> list:
         out = tmp_path / name

@@ -1,5 +1,8 @@
 """Copies of models that hold computed tensors."""
 
+import sys
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -39,3 +42,12 @@ def test_tensors_in_containers_are_copied_too():
     copy = copy_model(model)
     assert copy.computed["twice"][0].tolist() == [2.0] and copy.computed["twice"][0].is_leaf
     assert copy.scale is not model.scale
+
+
+@pytest.mark.parametrize("copied", [copy_model, normfree.fold])
+@pytest.mark.parametrize("attribute", [threading.Lock(), (number for number in "12"), sys.stdout])
+def test_what_cannot_be_copied_is_one_line(copied, attribute):
+    model = nn.Linear(6, 3)
+    model.attribute = attribute
+    with pytest.raises(ValueError, match=r"^model: Linear cannot be copied \(\w+: .*\); take off"):
+        copied(model)

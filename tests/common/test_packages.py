@@ -9,29 +9,34 @@ import torch
 
 import normfree
 from normfree.cli import main
-from normfree.common.checks import required
+from normfree.common.checks import EXTRAS, required
+from normfree.data.augmentation import CentreCrop
+from normfree.data.config import DataConfig
+from normfree.data.decode import decode
 from normfree.data.pipeline import read_digits
-from normfree.data.probe import Photographs
+from normfree.data.probe import probe_named
+from normfree.data.sources import find_source
 from normfree.export import to_onnx
 from normfree.signal.monitor import lightning_callback
 from normfree.sources import build
+from normfree.train import RECIPES, train
 
 USES = {
+    "matplotlib": lambda: normfree.spp(torch.nn.Linear(2, 2), torch.randn(4, 2)).plot(),
     "plotly": lambda: normfree.SignalHistory([(0, normfree.spp(torch.nn.Linear(2, 2), torch.randn(4, 2)))]).figure(),
     "lightning": lambda: lightning_callback(normfree.SignalMonitor(torch.nn.Linear(2, 2), torch.randn(4, 2))),
+    "torchvision": lambda: (build("torchvision:resnet18"), CentreCrop(8)),
+    "PIL": lambda: decode(b"no image"),
+    "torchmetrics": lambda: train(RECIPES["digits"]()),
+    "tensorboard": lambda: train(RECIPES["digits"]()),
+    "onnx": lambda: to_onnx(torch.nn.Linear(2, 2), torch.randn(4, 2), "never_written.onnx"),
+    "onnxscript": lambda: to_onnx(torch.nn.Linear(2, 2), torch.randn(4, 2), "never_written.onnx"),
     "onnxruntime": lambda: to_onnx(torch.nn.Linear(2, 2), torch.randn(4, 2), "never_written.onnx"),
     "huggingface_hub": lambda: normfree.from_pretrained("no/folder"),
     "timm": lambda: build("timm:nf_resnet50"),
-    "sklearn": lambda: (read_digits(training=True), Photographs(32).load(0)),
-    "datasets": lambda: build_source(),
+    "sklearn": lambda: read_digits(training=True),
+    "datasets": lambda: find_source(DataConfig(source="no/folder")),
 }
-
-
-def build_source():
-    from normfree.data.config import DataConfig
-    from normfree.data.sources import HubSource
-
-    return HubSource(DataConfig(source="hub:no/set"))
 
 
 @pytest.fixture
@@ -44,13 +49,27 @@ def without(monkeypatch):
     return hide
 
 
-@pytest.mark.parametrize("package", USES)
-def test_every_use_of_a_missing_package_says_the_same(package, without):
+def test_every_package_of_an_extra_is_tried():
+    assert set(USES) == {package for packages in EXTRAS.values() for package in packages}
+
+
+@pytest.mark.parametrize(("extra", "package"), [(extra, package) for extra in EXTRAS for package in EXTRAS[extra]])
+def test_every_use_of_a_missing_package_says_the_same(extra, package, without, tmp_path, monkeypatch):
     without(package)
-    with pytest.raises(ImportError, match=rf"^\S.* needs {package}, which is not installed; pip install \S+") as caught:
+    monkeypatch.chdir(tmp_path)
+    told = rf"^\S.* needs {package}, which is not installed; pip install 'normfree\[{extra}\]'$"
+    with pytest.raises(ImportError, match=told) as caught:
         USES[package]()
+    assert not list(tmp_path.iterdir())
     assert "\n" not in str(caught.value)
     assert caught.value.name == package
+
+
+@pytest.mark.parametrize(("package", "extra"), [("torchvision", "vision"), ("sklearn", "train")])
+def test_photographs_are_there_or_not_before_a_model_is_built(package, extra, without):
+    without(package)
+    with pytest.raises(ImportError, match=rf"needs {package}, .*; pip install 'normfree\[{extra}\]'$"):
+        probe_named("photos")
 
 
 def test_a_missing_class_is_a_missing_attribute(without):
@@ -64,12 +83,13 @@ def test_a_missing_class_is_a_missing_attribute(without):
 
 
 def test_a_broken_package_is_not_called_missing(tmp_path, monkeypatch):
-    (tmp_path / "half_there.py").write_text("import nothing_of_that_name\n")
+    (tmp_path / "timm.py").write_text("import nothing_of_that_name\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    told = r"^the test needs half_there, which cannot be imported \(No module named 'nothing_of_that_name'\); pip"
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    told = r"^the test needs timm, which cannot be imported \(No module named 'nothing_of_that_name'\); pip install"
     with pytest.raises(ImportError, match=told):
-        required("half_there", "the test")
-    assert required("json.decoder", "the test").JSONDecoder
+        required("timm", "the test")
+    assert required("matplotlib.figure", "the test").Figure
 
 
 def test_the_command_line_tells_it_in_one_line(without, capfd):

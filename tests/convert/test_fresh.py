@@ -175,9 +175,10 @@ def test_examples_do_not_see_each_other_and_the_original_is_untouched():
 
 
 def test_the_same_seed_gives_the_same_weights():
-    first, second = (normfree.convert(post_activation(), IMAGES).state_dict() for _ in range(2))
+    model = post_activation()
+    first, second = (normfree.convert(model, IMAGES).state_dict() for _ in range(2))
     assert torch.equal(first["0.0.weight"], second["0.0.weight"])
-    other = normfree.convert(post_activation(), IMAGES, seed=1).state_dict()
+    other = normfree.convert(model, IMAGES, seed=1).state_dict()
     assert not torch.equal(first["0.0.weight"], other["0.0.weight"])
 
 

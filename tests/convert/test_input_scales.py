@@ -19,7 +19,7 @@ IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 def test_a_step_moves_the_effective_weight_as_far_as_it_moves_a_plain_one():
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 64, 3), nn.BatchNorm2d(64), nn.ReLU()]
+    layers = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 64, 3), nn.ReLU(), nn.BatchNorm2d(64)]
     model = normfree.convert(nn.Sequential(*layers), IMAGES)
     assert model[3].input_scale == pytest.approx(normfree.gamma(nn.ReLU()))
     plain = normfree.fold(model)
@@ -211,7 +211,7 @@ def test_measured_scales_are_those_of_branches_awake():
 
 def test_a_layer_that_shrinks_its_input_keeps_the_usual_raw_weights():
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64)]
+    layers = [nn.Conv2d(3, 64, 3), nn.ReLU(), nn.BatchNorm2d(64)]
     loud, quiet = (normfree.convert(nn.Sequential(*layers), size * IMAGES, beta="measured")[0] for size in (0.1, 10))
     assert quiet.input_scale < 1 < loud.input_scale
     assert float(quiet.weight.detach().std()) == pytest.approx(27**-0.5, rel=0.1)

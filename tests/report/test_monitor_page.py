@@ -101,7 +101,7 @@ def test_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no records"):
         SignalHistory().to_html(tmp_path / "r.html")
     monkeypatch.setitem(sys.modules, "plotly", None)
-    with pytest.raises(ImportError, match="pip install plotly"):
+    with pytest.raises(ImportError, match=r"pip install 'normfree\[plot\]'"):
         HISTORY.figure()
     assert list(tmp_path.iterdir()) == []
     HISTORY.to_html(tmp_path / "r.html")

@@ -175,8 +175,3 @@ def test_one_line_says_what_is_wrong(case):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         act()
     assert "\n" not in str(caught.value)
-
-
-def test_curve_knows_its_names():
-    with pytest.raises(ValueError, match="curve: unknown name 'variance'; it must be an attribute of a block"):
-        spp(linear(), X).curve("variance")

@@ -360,5 +360,5 @@ def test_what_is_missing_is_named(monkeypatch):
     from normfree.signal.monitor import lightning_callback
 
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
-    with pytest.raises(ImportError, match="pip install lightning"):
+    with pytest.raises(ImportError, match=r"pip install 'normfree\[train\]'"):
         lightning_callback(SignalMonitor(built()[0], PROBE))

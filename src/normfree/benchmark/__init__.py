@@ -1,6 +1,6 @@
 """Models side by side, and beside their limit: time and memory of a training step and of inference."""
 
-from normfree.benchmark.comparison import Contender, Part, Target, limit, measure
+from normfree.benchmark.comparison import Contender, Part, Precision, Step, Target, Task, limit, measure
 from normfree.benchmark.tables import markdown
 from normfree.benchmark.timing import Clock, hardware, interleaved, machine_name, ratios, seconds, shown, spread
 
@@ -8,7 +8,10 @@ __all__ = [
     "Clock",
     "Contender",
     "Part",
+    "Precision",
+    "Step",
     "Target",
+    "Task",
     "hardware",
     "interleaved",
     "limit",

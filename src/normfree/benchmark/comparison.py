@@ -16,13 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.benchmark.timing import Clock, hardware, interleaved, peak_bytes, ratios, spread
-from normfree.common.checks import check_choice, check_integer, check_number, invalid, required
+from normfree.common.checks import check_choice, check_choices, check_integer, check_number, invalid, required
 from normfree.common.text import first_line, one_line
 from normfree.nn import fold, has_foldable
 from normfree.sources import build
 
-TASKS = ("training", "inference")
-PRECISIONS = ("float32", "bfloat16")
+Task = Literal["training", "inference"]
+Precision = Literal["float32", "bfloat16"]
+
+Step = Literal["limit", "folded", "compiled", "onnx"]
+"""What may be done to a model before it is timed."""
+
 ONLY_INFERENCE = ("folded", "onnx")
 
 WARM_UP = 2
@@ -125,19 +129,18 @@ class Part:
 
     name: str
     title: str
-    task: str
+    task: Task
     contenders: Sequence[Contender]
     batch_size: int
     image_size: int
     channels: int = 3
-    precision: str = "float32"
+    precision: Precision = "float32"
     rounds: int = 21
     budget: float = 60.0
     targets: Sequence[Target] = ()
 
     def __post_init__(self) -> None:
-        check_choice("task", self.task, TASKS)
-        check_choice("precision", self.precision, PRECISIONS)
+        check_choices(self)
         for name in ("batch_size", "channels", "image_size", "rounds"):
             check_integer(name, getattr(self, name), 1)
         check_number("budget", self.budget, 0.0)
@@ -166,6 +169,9 @@ class Target:
     at_most: float
     quantity: Literal["time", "memory"] = "time"
 
+    def __post_init__(self) -> None:
+        check_choices(self)
+
     def compare(self, contenders: dict[str, Any]) -> dict[str, Any]:
         """Return the promise, the spread of what was measured and whether it is kept; None where one is missing."""
         above, below = (contenders.get(name, {}) for name in (self.of, self.over))
@@ -184,7 +190,7 @@ class Contender:
 
     Args:
         source: as ``normfree.sources.build`` takes it.
-        steps: names of ``STEPS``, in order.
+        steps: in their order.
         name: what to call it; made of both by default.
 
     Raises:
@@ -192,12 +198,12 @@ class Contender:
     """
 
     source: str
-    steps: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
     name: str = ""
 
     def __post_init__(self) -> None:
         for step in self.steps:
-            check_choice("steps", step, tuple(STEPS))
+            check_choice("steps", step, Step)
 
     @property
     def label(self) -> str:
@@ -274,13 +280,13 @@ def limit(model: nn.Module) -> nn.Module:
     return plain
 
 
-STEPS: dict[str, Callable[[nn.Module], nn.Module]] = {
+STEPS: dict[Step, Callable[[nn.Module], nn.Module]] = {
     "limit": limit,
     "folded": fold,
     "compiled": lambda model: torch.compile(model),  # type: ignore[dict-item,return-value]
     "onnx": lambda model: model,  # exported when its batch is known
 }
-"""What may be done to a model, by name."""
+"""How each is done."""
 
 
 def _onnx_call(model: nn.Module, batch: Tensor) -> Call:

@@ -11,7 +11,7 @@ import torch
 from rich.markup import escape
 from torch import nn
 
-from normfree.benchmark import Contender, Part, markdown, measure
+from normfree.benchmark import Contender, Part, Precision, Step, Task, markdown, measure
 from normfree.commands.shared import (
     Device,
     Folder,
@@ -24,10 +24,10 @@ from normfree.commands.shared import (
     check_options,
 )
 from normfree.commands.signals import device_named
-from normfree.common.checks import invalid
+from normfree.common.checks import EXTRAS, invalid, required
 from normfree.nn import has_foldable
 from normfree.signal import input_shape, write_atomically
-from normfree.sources import Built, build, check_original, takes_original
+from normfree.sources import Built, build, check_sources, takes_original
 
 TITLES = {"training": "One training step", "inference": "Inference"}
 
@@ -43,12 +43,12 @@ class Benchmark:
 
     models: Models
     original: Original = None
-    task: Literal["both", "training", "inference"] = "both"
+    task: Task | Literal["both"] = "both"
     """What to time."""
     batch_size: int = 16
     """Images in a batch."""
     image_size: ImageSize = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """bfloat16: autocast in training; weights and images in inference."""
     compile: bool = False
     """Also time each model compiled by torch.compile."""
@@ -92,7 +92,9 @@ class Benchmark:
 
     def parts(self) -> list[Part]:
         """Return the comparisons asked for, on images of the shape that the first model takes."""
-        check_original(self.original, self.models)
+        for package in EXTRAS["export"] if self.onnx else ():
+            required(package, "--onnx")
+        check_sources(self.models, self.original)
         built: dict[str, Built] = {}
         for source in dict.fromkeys(self.models):
             with torch.random.fork_rng(devices=[]):
@@ -107,21 +109,21 @@ class Benchmark:
             "rounds": self.rounds,
             "budget": self.seconds,
         }
-        tasks = ("training", "inference") if self.task == "both" else (self.task,)
+        tasks: tuple[Task, ...] = ("training", "inference") if self.task == "both" else (self.task,)
         return [
             Part(name=task, title=TITLES[task], task=task, contenders=self._contenders(task, ours), **shared)
             for task in tasks
         ]
 
-    def _contenders(self, task: str, ours: set[str]) -> list[Contender]:
+    def _contenders(self, task: Task, ours: set[str]) -> list[Contender]:
         """Each model as it is, then what else it can be."""
         found = []
         for source in dict.fromkeys(self.models):
-            steps: list[tuple[str, ...]] = [()]
-            plain: tuple[str, ...] = ()
+            steps: list[tuple[Step, ...]] = [()]
+            plain: tuple[Step, ...] = ()
             if source in ours:
                 plain = ("folded",) if task == "inference" else ()
-                steps += [("limit",)] if task == "training" else [("folded",)]
+                steps.append(("limit",) if task == "training" else ("folded",))
             if self.compile:
                 steps.append((*plain, "compiled"))
             if self.onnx and task == "inference":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -28,6 +28,7 @@ from normfree.commands.signals import (
     batch_shape,
     device_named,
     is_healthy,
+    no_picture,
     precision_of,
     print_conversion,
     print_signal,
@@ -35,7 +36,7 @@ from normfree.commands.signals import (
 )
 from normfree.common.checks import invalid
 from normfree.common.text import all_lines
-from normfree.convert import ALPHA, BY_HAND, SKIP_GAIN, Conversion, conversion_of, convert
+from normfree.convert import ALPHA, BY_HAND, SKIP_GAIN, Beta, Conversion, Start, conversion_of, convert
 from normfree.data import probe_named
 from normfree.signal import SignalPropagation, spp
 from normfree.sources import build
@@ -73,7 +74,7 @@ class _Conversion:
 
     model: Model
     original: Original = None
-    start: Literal["fresh", "pretrained"] = "fresh"
+    start: Start = "fresh"
     """fresh: new, variance-preserving weights; pretrained: the function of the trained model, kept."""
     weights: Path | None = None
     """State dict of the model before conversion: a .safetensors file, or one of torch.save (.pth)."""
@@ -81,7 +82,7 @@ class _Conversion:
     """Factor of the residual branches (fresh)."""
     skip_gain: float = SKIP_GAIN
     """Initial value of their learnable factor (fresh)."""
-    beta: Literal["plan", "measured"] = "plan"
+    beta: Beta = "plan"
     """plan: closed forms of input scales where there are any; measured: all on the input (fresh)."""
     input: Annotated[str, tyro.conf.arg(metavar="gaussian|photos|FOLDER")] = "gaussian"
     """What to run and measure with: unit Gaussian noise, crops of two photographs, or a folder of images."""
@@ -189,6 +190,8 @@ class Doctor(_Conversion):
     def run(self, console: Terminal) -> int:
         """Say what will be done, examine, convert, examine again, write, say what was found; return the exit code."""
         model, batch, described = self.prepare(console)
+        if missing := no_picture():
+            console.announce(missing)
         self._announce(console, batch, described)
         conversion, refusal, changed = None, _Refusal(), list[str]()
         with console.status(f"measuring {escape_markup(self.model)}") as status:
@@ -233,18 +236,17 @@ class Doctor(_Conversion):
             "fresh": "fresh start: new weights that hold the variance without normalizers",
             "pretrained": "pretrained start: its normalizers folded into its weights",
         }[self.start]
-        console.say(f"Examining {self.model}:")
-        console.say(f"  1. measure it on one batch, {described['kind']}, {shapes}")
-        console.say(f"  2. convert a copy of it ({start})")
-        console.say("  3. measure the copy on the same batch")
-        console.say(f"The model stays as it is. The report goes to {self.out}.")
-        console.print()
+        console.announce(
+            f"Examining {self.model}:\n"
+            f"  1. measure it on one batch, {described['kind']}, {shapes}\n"
+            f"  2. convert a copy of it ({start})\n"
+            "  3. measure the copy on the same batch\n"
+            f"The model stays as it is. The report goes to {self.out}.\n"
+        )
 
     def _conclude(self, console: Terminal, signals: list[SignalPropagation], refusal: _Refusal) -> None:
         """Say what came of it, and what to do next."""
-        told = [
-            f"{name}: {_counted(signal)}" for name, signal in zip(("as given", "converted"), signals, strict=False)
-        ]
+        told = [f"{name}: {_counted(signal)}" for name, signal in zip(("as given", "converted"), signals, strict=False)]
         console.say("; ".join(told) + ".")
         if len(signals) > 1:
             line = command_line("convert", self, [self.model], without=("model", "out", "gradient"))

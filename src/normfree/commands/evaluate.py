@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 import tyro
@@ -19,7 +19,8 @@ from normfree.commands.shared import Original, Terminal, TrainedModel, check_opt
 from normfree.common.checks import invalid
 from normfree.common.files import refused, write_atomically
 from normfree.common.text import quoted
-from normfree.data import DataConfig, EvaluationData, open_evaluation
+from normfree.data import DataConfig, EvaluationData, OnBadImage, open_evaluation
+from normfree.train.config import Accelerator, Precision
 
 if TYPE_CHECKING:
     from normfree.train.trained import Trained
@@ -65,13 +66,13 @@ class Evaluate(_Trained):
     """Images at once; 256 by default."""
     workers: int | None = None
     """Processes that decode; as in the run by default."""
-    on_bad_image: Literal["error", "skip"] | None = None
+    on_bad_image: OnBadImage | None = None
     """What a damaged image does; as in the run by default."""
     limit_eval_steps: int | None = None
     """Evaluate on so many batches only."""
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    accelerator: Accelerator = "auto"
     """auto: a GPU if there is one."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     """auto: bf16 where the hardware multiplies it natively; else fp32. Exported files have their own."""
     json: Path | None = None
     """File to write the numbers and the confusion matrix to."""
@@ -91,7 +92,7 @@ class Evaluate(_Trained):
         found = evaluate(network, data, fabric, limit=self.limit_eval_steps)
         if not fabric.is_global_zero:
             return
-        if math.isnan(found.loss):
+        if not math.isfinite(found.loss):
             raise ValueError(
                 f"model: the outputs of {quoted(self.model)} are not numbers; normfree spp says where it begins"
             )
@@ -155,7 +156,8 @@ class Predict(_Trained):
             logits = torch.cat([logits_of(trained.network, part, classes).float() for part in images.split(64)])
         for path, row in zip(self.images, logits, strict=True):
             if not row.isfinite().all():
-                raise ValueError(f"model: its outputs for {quoted(str(path))} are not numbers; normfree spp says why")
+                given, image = quoted(self.model), quoted(str(path))
+                raise ValueError(f"model: the outputs of {given} for {image} are not numbers; normfree spp says why")
         found = [
             {"image": str(path), "predictions": self._predictions(row, names)}
             for path, row in zip(self.images, logits.softmax(1), strict=True)

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from normfree.commands.shared import ImageSize, Model, Original, Seed, Terminal, check_options
 from normfree.commands.signals import precision_of
-from normfree.common.checks import check_choice, check_memory, invalid
+from normfree.common.checks import check_memory, invalid
 from normfree.export import Exported, to_onnx, to_program
 from normfree.export.exported import check_path
 from normfree.signal import input_shape
@@ -47,8 +47,9 @@ class Export:
     """File to write; out/export/MODEL.FORMAT by default."""
 
     def __post_init__(self) -> None:
-        if self.format is not None:
-            check_choice("format", self.format, tuple(WRITERS))
+        if self.format not in (None, *WRITERS):
+            listed = ", ".join(map(repr, WRITERS))
+            raise invalid("format", self.format, "unknown format", f"choose one of {listed}")
         check_options(self)
         self._place()
 

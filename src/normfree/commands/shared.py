@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -167,6 +168,11 @@ class Terminal(Console):
     def say(self, text: str) -> None:
         """Print text as it is: no markup, no colours, no line breaks of the terminal's."""
         self.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def announce(self, text: str) -> None:
+        """Say what is about to be done; that nobody reads it (`| true`) is no reason not to do it."""
+        with suppress(SystemExit):  # so rich answers a closed pipe, and prints nothing more
+            self.say(text)
 
     def say_written(self, paths: Iterable[Path]) -> None:
         """Print which files were written."""

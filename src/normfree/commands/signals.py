@@ -15,13 +15,13 @@ from rich.table import Table
 from torch import nn
 
 from normfree.commands.shared import Terminal
-from normfree.common.checks import check_memory, invalid
+from normfree.common.checks import check_memory, invalid, required
 from normfree.common.text import first_line
 from normfree.convert import Conversion
 from normfree.data import GaussianNoise, Probe
 from normfree.report.plot import plot_signals
 from normfree.report.signal_page import write_report
-from normfree.signal import BlockSignal, Finding, SignalPropagation, input_shape, write_json
+from normfree.signal import BlockSignal, Curve, Finding, SignalPropagation, input_shape, write_json
 from normfree.sources import Built
 
 ROWS = 24
@@ -89,11 +89,27 @@ def write_signals(
     title: str | None = None,
     appendix: str = "",
 ) -> list[Path]:
-    """Write spp.json, spp.png and report.html, each whole or not at all; returns their paths."""
+    """Write spp.json, spp.png and report.html, each whole or not at all; returns their paths.
+
+    Where :func:`no_picture` says why, there is no spp.png, nor one that an earlier run left.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    plot_signals(signals, out / "spp.png")
+    picture = out / "spp.png"
+    if no_picture() is None:
+        plot_signals(signals, picture)
+    else:
+        picture.unlink(missing_ok=True)
     page = write_report(signals, out / "report.html", title=title, appendix=appendix)
-    return [write_json(out / "spp.json", signals), out / "spp.png", page]
+    return [write_json(out / "spp.json", signals), *([picture] if picture.exists() else []), page]
+
+
+def no_picture() -> str | None:
+    """Return why spp.png cannot be drawn here, to be said before a measurement; None where it can."""
+    try:
+        required("matplotlib", "spp.png")
+    except ImportError as error:
+        return f"note: {error}; the numbers and the page are written without it"
+    return None
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,7 @@ class _Column:
     """
 
     title: str
-    curve: str
+    curve: Curve
     cosine: bool = False
 
 

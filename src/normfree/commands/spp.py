@@ -6,7 +6,7 @@ import platform
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -26,18 +26,18 @@ from normfree.commands.shared import (
     check_options,
     command_line,
 )
-from normfree.commands.signals import batch_shape, device_named, precision_of, print_signal, write_signals
+from normfree.commands.signals import batch_shape, device_named, no_picture, precision_of, print_signal, write_signals
 from normfree.data import Probe, probe_named
-from normfree.signal import SignalPropagation, spp
-from normfree.sources import build, check_original, takes_original
+from normfree.signal import Mode, Points, SignalPropagation, spp
+from normfree.sources import build, check_sources, takes_original
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spp:
     """Draw the signal propagation plot of any models, one over the other.
 
-    Writes spp.json (the numbers), spp.png (in the paper's style) and report.html (interactive, opens
-    offline). Models need no annotation: blocks are found in the recorded dataflow.
+    Writes spp.json (the numbers), spp.png (in the paper's style; where matplotlib is installed) and report.html
+    (interactive, opens offline). Models need no annotation: blocks are found in the recorded dataflow.
     """
 
     models: Models
@@ -50,9 +50,9 @@ class Spp:
     batches: int = 1
     """Batches, merged in one pass as if they were one."""
     seed: Seed = 0
-    mode: Literal["batch-statistics", "train", "eval"] = "batch-statistics"
+    mode: Mode = "batch-statistics"
     """batch-statistics: normalizers use the batch, as in the first training step, and dropout is silent."""
-    points: Literal["auto", "residual", "layers"] = "auto"
+    points: Points = "auto"
     """auto: residual additions, or weighted layers where there are none."""
     gradient: bool = True
     """Measure and check the gradient at each block too, which takes a forward and a backward pass more."""
@@ -75,9 +75,11 @@ class Spp:
 
     def measure(self, console: Terminal) -> list[SignalPropagation]:
         """Return one measurement a model, in the order given; a model given twice gets a number."""
-        check_original(self.original, self.models)
+        check_sources(self.models, self.original)
         probe = probe_named(self.input)
         device = device_named(self.device)
+        if missing := no_picture():
+            console.announce(missing)
         signals = []
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("measuring", total=len(self.models))

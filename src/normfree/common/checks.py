@@ -10,9 +10,10 @@ import importlib
 import math
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
-from typing import TypeVar
+from types import ModuleType, NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from normfree.common.text import LONGEST_PART, all_lines, printable, quoted, shortened
 
@@ -20,6 +21,16 @@ Choice = TypeVar("Choice")
 
 LISTED = 20
 """Names an error message lists at most."""
+
+EXTRAS = {
+    "plot": ("matplotlib", "plotly"),
+    "vision": ("torchvision", "PIL"),
+    "train": ("lightning", "torchmetrics", "tensorboard", "datasets", "sklearn"),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+    "hub": ("huggingface_hub",),
+    "timm": ("timm",),
+}
+"""What the package is used without, by the extra of pyproject.toml that installs it, as Python imports it."""
 
 
 def invalid(argument: str, value: object, rule: str, remedy: str) -> ValueError:
@@ -42,12 +53,39 @@ def suggestion(name: str, names: Iterable[str]) -> str:
     return f"choose one of {', '.join(known[:LISTED])}{more}"
 
 
-def check_choice(argument: str, value: Choice, choices: Sequence[Choice]) -> Choice:
-    """Return ``value`` if it is one of ``choices``; raise ``ValueError`` otherwise."""
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """Return the values of a type of choices: a ``Literal``, or a union of some with ``bool`` and ``None``.
+
+    Any other type has none. An argument's type is the one list of its choices, for type checkers, editors and
+    :func:`check_choice`.
+    """
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    if get_origin(hint) not in (Union, UnionType):
+        return ()
+    alone: dict[Any, tuple[Any, ...]] = {bool: (True, False), NoneType: (None,)}
+    parts = [alone.get(part) or choices_of(part) for part in get_args(hint)]
+    named = any(choices_of(part) for part in get_args(hint))
+    return tuple(choice for part in parts for choice in part) if named and all(parts) else ()
+
+
+def check_choice(argument: str, value: Choice, hint: Any) -> Choice:
+    """Return ``value`` if it is one of :func:`choices_of` the argument's type; raise ``ValueError`` otherwise."""
+    __tracebackhide__ = True
+    choices = choices_of(hint)
     if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
         listed = ", ".join(repr(choice) for choice in choices)
         raise invalid(argument, value, "unknown choice", f"choose one of {listed}")
     return value
+
+
+def check_choices(config: Any) -> None:
+    """Check every field of a dataclass whose type is one of choices."""
+    __tracebackhide__ = True
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        if choices_of(hints[field.name]):
+            check_choice(field.name, getattr(config, field.name), hints[field.name])
 
 
 def is_integer(value: object) -> bool:
@@ -62,6 +100,7 @@ def is_number(value: object) -> bool:
 
 def check_integer(argument: str, value: int, minimum: int) -> int:
     """Return ``value`` if it is an integer of at least ``minimum``; raise ``ValueError`` otherwise."""
+    __tracebackhide__ = True
     if not is_integer(value) or value < minimum:
         rule = f"must be an integer of at least {minimum}"
         raise invalid(argument, value, rule, f"pass {argument}={minimum} or more")
@@ -70,6 +109,7 @@ def check_integer(argument: str, value: int, minimum: int) -> int:
 
 def check_seed(seed: int) -> int:
     """Return ``seed`` if it is an integer that torch's and numpy's generators take: from 0 to 2**63 - 1."""
+    __tracebackhide__ = True
     if not is_integer(seed) or not 0 <= seed < 2**63:
         raise invalid("seed", seed, "must be an integer from 0 to 2**63 - 1", "give one such as 0")
     return seed
@@ -77,6 +117,7 @@ def check_seed(seed: int) -> int:
 
 def check_number(argument: str, value: float, minimum: float = -math.inf, *, exclusive: bool = False) -> float:
     """Return ``value`` as a float if it is finite and at least (or, if exclusive, above) ``minimum``."""
+    __tracebackhide__ = True
     if not is_number(value) or value < minimum or (exclusive and value == minimum):
         bound = f" {'above' if exclusive else 'of at least'} {minimum:g}" if math.isfinite(minimum) else ""
         raise invalid(argument, value, f"must be a finite number{bound}", "pass such a number")
@@ -85,6 +126,7 @@ def check_number(argument: str, value: float, minimum: float = -math.inf, *, exc
 
 def check_rate(argument: str, value: float) -> float:
     """Return ``value`` as a float if it lies in [0, 1); raise ``ValueError`` otherwise."""
+    __tracebackhide__ = True
     if not is_number(value) or not 0 <= value < 1:
         rule = "must be a number of at least 0 and below 1"
         raise invalid(argument, value, rule, f"pass {argument}=0 to switch it off")
@@ -93,6 +135,7 @@ def check_rate(argument: str, value: float) -> float:
 
 def check_flag(argument: str, value: bool) -> bool:
     """Return ``value`` if it is a ``bool``; raise ``ValueError`` otherwise."""
+    __tracebackhide__ = True
     if not isinstance(value, bool):
         raise invalid(argument, value, "must be True or False", f"pass {argument}=True or {argument}=False")
     return value
@@ -100,6 +143,7 @@ def check_flag(argument: str, value: bool) -> bool:
 
 def check_integers(argument: str, values: Sequence[int], count: int, minimum: int = 1) -> tuple[int, ...]:
     """Return ``values`` as a tuple if they are ``count`` integers of at least ``minimum``."""
+    __tracebackhide__ = True
     listed = isinstance(values, (tuple, list))
     if not listed or len(values) != count or not all(is_integer(v) and v >= minimum for v in values):
         rule = f"must be {count} integers of at least {minimum}"
@@ -118,6 +162,7 @@ def check_memory(argument: str, value: object, size: int) -> None:
     Raises:
         ValueError: they are more.
     """
+    __tracebackhide__ = True
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # not every system says
@@ -151,13 +196,12 @@ def available_memory(root: Path = Path("/")) -> int | None:
     return min(free, max(limit - used + cached, 0))
 
 
-def required(module: str, purpose: str, install: str | None = None) -> ModuleType:
-    """Import a package's module, or say what needs it and how to install it.
+def required(module: str, purpose: str) -> ModuleType:
+    """Import a module of a package of :data:`EXTRAS`, or say what needs it and which extra installs it.
 
     Args:
         module: its dotted name, such as ``"plotly.graph_objects"``.
         purpose: what needs it, such as ``"the report"``.
-        install: what pip calls it; the module's first name by default.
 
     Returns:
         The module.
@@ -165,12 +209,15 @@ def required(module: str, purpose: str, install: str | None = None) -> ModuleTyp
     Raises:
         ImportError: it is missing or broken; one line.
     """
+    __tracebackhide__ = True
     package = module.partition(".")[0]
+    extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
+    assert extra is not None, f"{package} is in no extra"
     try:
         importlib.import_module(package)  # first: if it is missing, the error has its name, not the submodule's
         return importlib.import_module(module)
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == package
         reason = "is not installed" if missing else f"cannot be imported ({all_lines(error)})"
-        message = f"{purpose} needs {package}, which {reason}; pip install {install or package}"
+        message = f"{purpose} needs {package}, which {reason}; pip install 'normfree[{extra}]'"
         raise ImportError(message, name=package) from error

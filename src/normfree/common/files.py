@@ -144,6 +144,7 @@ def check_file(path: str | Path, argument: str = "path", remedy: str = "give a f
     Raises:
         ValueError: there is no such file, or it is a folder, named pipe, device or socket.
     """
+    __tracebackhide__ = True
     kind = kind_of(path)
     if kind != "file":
         raise refused(argument, path, "is no file" if kind == "nothing" else f"is {kind}, no file", remedy)

@@ -43,6 +43,11 @@ def shortened(text: str, most: int = LONGEST) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def short_repr(value: object, told: str) -> str:
+    """Return ``<Class told>`` as one printable line of bounded length: the ``repr`` of a result that holds much."""
+    return f"<{type(value).__name__} {shortened(printable(told), LONGEST_PART)}>"
+
+
 def quoted(value: object) -> str:
     """Return ``repr(value)`` of bounded length and effort, for values of any size and nesting."""
     try:

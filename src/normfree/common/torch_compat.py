@@ -22,6 +22,9 @@ from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map
 
+from normfree.common.process import one_thread_at_a_time
+from normfree.common.text import one_line
+
 __all__ = [
     "ConvNd",
     "ConvTransposeNd",
@@ -156,13 +159,25 @@ def cpu_multiplies_bf16() -> bool:
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@one_thread_at_a_time()
 def copy_model(model: Model) -> Model:
     """Return a deep copy of a model, which shares no tensor with it.
 
     Hooks such as those of ``torch.nn.utils.weight_norm`` and ``spectral_norm`` leave the weight they have computed as a
     plain attribute, with the graph of its computation, and ``copy.deepcopy`` takes no such tensor. It is copied
     without its graph: the hook, which is copied, too, computes it anew before the next forward.
+
+    A model that another thread measures is copied afterwards, without the hooks and the mode of a measurement.
+
+    Raises:
+        ValueError: if it holds what copy.deepcopy does not copy.
     """
     held = [leaf for module in model.modules() for leaf in tree_leaves(list(vars(module).values()))]
     computed = {id(leaf): leaf.detach().clone() for leaf in held if isinstance(leaf, Tensor) and not leaf.is_leaf}
-    return copy.deepcopy(model, computed)
+    try:
+        return copy.deepcopy(model, computed)
+    except Exception as error:  # of an attribute's own class
+        raise ValueError(
+            f"model: {type(model).__name__} cannot be copied ({one_line(error, 120)}); take off what copy.deepcopy "
+            "does not copy, such as a lock or a file, or give its class a __deepcopy__"
+        ) from error

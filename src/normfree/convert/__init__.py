@@ -10,8 +10,19 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from normfree.convert.pipeline import ALPHA, BETAS, BY_HAND, SKIP_GAIN, convert
-from normfree.convert.record import STARTS, Change, Conversion, Kept, conversion_of, stored_conversion
+from normfree.convert.pipeline import ALPHA, BY_HAND, SKIP_GAIN, convert
+from normfree.convert.record import (
+    BETAS,
+    STARTS,
+    Beta,
+    Change,
+    Conversion,
+    Converted,
+    Kept,
+    Start,
+    conversion_of,
+    stored_conversion,
+)
 
 __all__ = [
     "ALPHA",
@@ -19,9 +30,12 @@ __all__ = [
     "BY_HAND",
     "SKIP_GAIN",
     "STARTS",
+    "Beta",
     "Change",
     "Conversion",
+    "Converted",
     "Kept",
+    "Start",
     "conversion_of",
     "convert",
     "stored_conversion",

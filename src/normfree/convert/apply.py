@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree import nn as ours
-from normfree.common.text import first_line
+from normfree.common.process import seeded
 from normfree.common.torch_compat import copy_model
 from normfree.convert.dataflow import (
     KEPT_TWINS,
@@ -31,6 +31,7 @@ from normfree.convert.dataflow import (
     class_name,
     prepare_run,
 )
+from normfree.convert.dropout import DropoutActs
 from normfree.convert.record import (
     AFFINE,
     BARE,
@@ -49,6 +50,7 @@ from normfree.nn.scaled_ws import BranchEnd, StandardizedFilters
 from normfree.nn.standardized_module import raw_name
 from normfree.trace import operations as op
 from normfree.trace.inputs import Batch, call, copy_of
+from normfree.trace.preserve import Writes
 
 
 def rewrite(model: nn.Module, conversion: Conversion) -> nn.Module:
@@ -65,7 +67,7 @@ def rewrite(model: nn.Module, conversion: Conversion) -> nn.Module:
 @torch.inference_mode(False)  # parameters made inside of it would never learn
 def exchange_modules(model: nn.Module, conversion: Conversion) -> tuple[nn.Module, set[nn.Module]]:
     """What :func:`rewrite` gives, and the modules of the copy in whose place others stand now."""
-    converted = _copy(model)
+    converted = copy_model(model)
     modules = dict(converted.named_modules(remove_duplicate=False))
     found: dict[nn.Module, nn.Module] = {}
     options = _options(model)
@@ -206,21 +208,11 @@ def _standardize_in_place(module: nn.Module, change: Change) -> None:
     weight.requires_grad_()
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy_model(model)
-    except (RuntimeError, TypeError) as error:  # such as a lock
-        raise ValueError(
-            f"model: {class_name(model)} cannot be copied ({first_line(error, 120)}): have copy.deepcopy make one"
-        ) from error
-
-
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Make modules as if nothing but a seed had been chosen: on the CPU, in float32; the caller's state is kept."""
-    precision = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed), torch.device("cpu"):
+        precision = torch.get_default_dtype()
         try:
             torch.set_default_dtype(torch.float32)
             yield
@@ -383,7 +375,7 @@ def measure(
     to one position it is the quantity that does not depend on how alike the examples are. An affine map gives each
     channel mean 0 and variance 1, a factor in a norm's place the whole a variance of 1. They are set one after another
     as the signal reaches them, in the mode in which the network will be trained: norms that stay on the statistics of
-    the batch, branches awake (skip gains of one), dropout off. What runs several times is set by its first input.
+    the batch, branches awake (skip gains of one), dropout on. What runs several times is set by its first input.
 
     Args:
         model: the converted model; it keeps what is found.
@@ -411,7 +403,9 @@ def measure(
             for gain in gains:
                 keeper.before_writing(gain)
                 gain.fill_(1)
-            call(model, given)
+            keeper.seed(conversion.seed)  # of dropout
+            with Writes(keeper), DropoutActs():
+                call(model, given)
     except ValueError as error:
         if not str(error).startswith(FEW_VALUES):
             raise
@@ -617,17 +611,36 @@ def _tensor_in(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     return next(leaf for leaf in (*inputs, *named.values()) if isinstance(leaf, Tensor))
 
 
-@torch.no_grad()
-def keep_pace(layers: Iterable[nn.Module]) -> None:
-    """Scale up the raw weights of standardized layers so that they train at the pace of plain ones.
+SMALLEST_FILTER = 0.1
+"""Norm of a raw filter, ten times what standardization takes for constant (the root of its floor of 1e-4)."""
 
-    Standardization undoes the size of the raw weights, but their gradient is inverse to it. With a raw weight of the
-    size of the effective one, a step of gradient descent moves the effective weight as far as it would move a plain
-    layer's, so that a learning rate found for the original fits. Without, a constant c of the input makes the step c²
-    times as long: three times behind a ReLU. Layers that shrink their input (c < 1) are left at their own, slower pace.
+
+@torch.no_grad()
+def keep_pace(model: nn.Module, converted: nn.Module, changes: Iterable[Change], normalized: Container[str]) -> None:
+    """Scale the raw weights of standardized layers so that they train at the pace of the original's.
+
+    The size of a raw weight W changes no output, but its gradient is inverse to it, and so a step of gradient descent
+    moves the effective weight by a share that falls as 1 / |W|². The same holds of the original where a norm follows
+    the layer: there the raw weight gets the size of the original's, and a learning rate found for the original fits.
+    (A decoder with PyTorch's default initialization has weights a third or a sixth as large as its effective ones; at
+    their size it would learn ten or forty times more slowly.) Elsewhere a step moves the effective weight as far as it
+    would move a plain layer's if the raw weight has its size; a layer that shrinks its input (c < 1) keeps its own.
+
+    Args:
+        model: the original.
+        converted: its conversion, changed.
+        changes: of its record.
+        normalized: the layers whose output a removed norm took.
     """
-    for module in layers:
-        rule = _rule_of(module)
-        if isinstance(rule, StandardizedFilters) and rule.constant > 1:
-            in_place = isinstance(rule, Standardization)
-            module.get_parameter(raw_name(rule.layout.weight) if in_place else "weight").mul_(rule.constant)
+    for change in filter(is_layer_change, changes):
+        layer = converted.get_submodule(change.name)
+        rule = _rule_of(layer)
+        if not isinstance(rule, StandardizedFilters):
+            continue
+        name = rule.layout.weight if isinstance(rule, Standardization) else "weight"
+        raw = layer.get_parameter(name if rule is layer else raw_name(name))
+        size = float(getattr(model.get_submodule(change.name), name).float().norm() / raw.float().norm())
+        if change.name in normalized and size > 0:
+            raw.mul_(max(size, SMALLEST_FILTER * len(rule.gain) ** 0.5 / float(raw.float().norm())))
+        elif rule.constant > 1:
+            raw.mul_(rule.constant)

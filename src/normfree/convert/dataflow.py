@@ -26,11 +26,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree import nn as ours
+from normfree.convert.dropout import DropoutNoted
 from normfree.nn.fold import attached_to
 from normfree.trace import operations as op
 from normfree.trace.graph import Node, Residual
 from normfree.trace.inputs import Batch, ModuleStack, call, copy_of, examples_in, run_once, tensors_in, tensors_of
-from normfree.trace.preserve import Preserved, untouched
+from normfree.trace.preserve import Mode, Preserved, Writes, untouched
 from normfree.trace.recorder import Recorder
 from normfree.trace.scaling import Statics
 
@@ -105,6 +106,7 @@ class Dataflow:
         parameter_readers: the modules in which an operation read a parameter, by where its memory begins.
         foreign: by name, the modules with a weight that are neither norms nor layers of torch's.
         weights: what became of their parameters.
+        dropped: the activations that dropout acts on in training.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -118,6 +120,7 @@ class Dataflow:
     parameter_readers: dict[int, set[str]] = field(default_factory=dict)
     foreign: dict[str, nn.Module] = field(default_factory=dict)
     weights: FollowedWeights | None = None
+    dropped: set[Node] = field(default_factory=set)
 
     def add(self, step: Step) -> None:
         """Enter an operation."""
@@ -274,7 +277,7 @@ def record_all(model: nn.Module, batch: Batch) -> tuple[Dataflow, Trains]:
     return (more, with_heads) if len(more.called(is_norm)) > len(flow.called(is_norm)) else (flow, None)
 
 
-def record(model: nn.Module, batch: Batch, *, mode: str = "eval", trains: Trains = None) -> Dataflow:
+def record(model: nn.Module, batch: Batch, *, mode: Mode = "eval", trains: Trains = None) -> Dataflow:
     """Run a model once and keep its dataflow.
 
     Foreign layers that could have a bias have one of zeros meanwhile, if the model takes that.
@@ -297,7 +300,7 @@ def record(model: nn.Module, batch: Batch, *, mode: str = "eval", trains: Trains
     return _record(model, batch, mode, trains)
 
 
-def _record(model: nn.Module, batch: Batch, mode: str, trains: Trains) -> Dataflow:
+def _record(model: nn.Module, batch: Batch, mode: Mode, trains: Trains) -> Dataflow:
     stack = ModuleStack(model)
     recorders: list[DataflowRecorder] = []
     foreign = {name: module for name, module in model.named_modules() if is_foreign(module)}  # before it has our hooks
@@ -319,7 +322,7 @@ def _record(model: nn.Module, batch: Batch, mode: str, trains: Trains) -> Datafl
         recorders.append(recorder)
         for tensor in tensors:
             recorder.flow.note(recorder.nodes[tensor], tensor)
-        with stack.followed(), recorder:
+        with stack.followed(), DropoutNoted(recorder.note_dropout), recorder:
             outputs = run_once(model, given, stack)
         recorder.flow.outputs = [recorder.nodes[t] for t in outputs if t in recorder.nodes]
     return recorder.flow
@@ -347,7 +350,7 @@ def prepare_run(
     model: nn.Module,
     batch: Batch,
     *,
-    mode: str = "eval",
+    mode: Mode = "eval",
     trains: Trains = None,
     before: Iterable[tuple[nn.Module, Before]] = (),
     after: Iterable[tuple[nn.Module, After]] = (),
@@ -358,7 +361,7 @@ def prepare_run(
     Args:
         model: the model.
         batch: its input.
-        mode: one of :data:`normfree.trace.preserve.MODES`.
+        mode: one of :data:`normfree.trace.preserve.Mode`.
         trains: which modules are in training mode, if not those that the mode puts into it.
         before: what to call before a module runs.
         after: what to call after it has run.
@@ -387,7 +390,7 @@ def prepare_run(
 
 def run_prepared(model: nn.Module, batch: Batch, **options: Any) -> list[Tensor]:
     """Run a model once as :func:`prepare_run` says; the tensors of its output."""
-    with prepare_run(model, batch, **options) as (_, given):
+    with prepare_run(model, batch, **options) as (keeper, given), Writes(keeper):
         return tensors_in(call(model, given))
 
 
@@ -449,6 +452,11 @@ class DataflowRecorder(Recorder):
         running = self.stack.running[-1] if self.stack.running else None
         self.weights.note(name, args, kept, kept_kwargs, next(iter(outputs), None), running)
         return result
+
+    def note_dropout(self, x: Tensor) -> None:
+        """A dropout is given ``x``."""
+        if x in self.nodes:
+            self.flow.dropped.add(self.nodes[x])
 
     def node_in(self, value: Any) -> Node | None:
         """The first activation in a module's arguments or result."""

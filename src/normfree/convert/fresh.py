@@ -29,14 +29,14 @@ from normfree.convert.dataflow import (
     passes_unchanged,
 )
 from normfree.convert.functions import Functions
-from normfree.convert.record import BARE, SCALED, UNITS, WITH_ACTIVATION, Change, Kept
+from normfree.convert.record import BARE, SCALED, UNITS, WITH_ACTIVATION, Beta, Change, Kept
 from normfree.convert.rows import biases_of_rows
 from normfree.convert.structure import Structure, WeightedMap, layers_in, layers_to_standardize
 from normfree.convert.unnormalized import Unnormalized, find_unnormalized
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
 
-MEASURED = "measured"
+WITH_DROPOUT = "measured, with dropout on"
 
 NEAR_UNIT = 0.25, 4.0
 """Planned variances at a removed norm's place that need nothing to restore 1 there."""
@@ -75,7 +75,7 @@ def fresh_plan(
     *,
     alpha: float,
     skip_gain: float,
-    beta: str,
+    beta: Beta,
     uncarried: Mapping[str, str],
 ) -> Plan:
     """What to change for a variance-preserving start.
@@ -102,7 +102,8 @@ def fresh_plan(
     gone = removed - set(restored)
     made_by = structure.flow.made_by  # a multiple of what is Gaussian is a function of it, as any other
     variance = plan_variances(structure, set(chosen), gone, found, alpha)
-    planned = {node: value for node, value in variance.items() if not _is_multiple(made_by.get(node))}
+    other = structure.flow.dropped | {node for node in variance if _is_multiple(made_by.get(node))}
+    planned = {node: value for node, value in variance.items() if node not in other}
     functions = Functions(structure, gone, planned)
     scaled = (structure.region(ending.addition, ending.addition.branch) for ending in found if ending.modules)
     in_branches = {name for region in scaled for name in layers_in(structure, region)}
@@ -110,7 +111,7 @@ def fresh_plan(
     scales = input_scales(structure, chosen, functions, biases)
     for name in {name for ending in found for name in ending.absorbing}:
         scales[name] = InputScale(None, "measured, for what it reads is scaled by the end of a branch, too")
-    if beta == MEASURED:
+    if beta == "measured":
         scales = {name: InputScale(None, "measured, as asked for") for name in scales}
     factors = _Factors(alpha=alpha, skip_gain=skip_gain)
     carriers = {name: ending for ending in found for name in ending.modules}
@@ -133,6 +134,12 @@ def fresh_plan(
     notes = [
         f"branch added in {e.addition.name or 'the model'} keeps its size: {e.problem}" for e in found if e.problem
     ]
+    if dropped := [name for name in chosen if scales[name].reason == WITH_DROPOUT]:
+        notes.append(
+            f"dropout acts in front of {dropped[0]}"
+            + (f" and {len(dropped) - 1} more layers" if len(dropped) > 1 else "")
+            + ", so their scales are those of training; in evaluation the signal is smaller: plot it with mode='train'"
+        )
     without = uncarried_norms(structure, norms, {change.name for change in changes if change.name not in removed})
     assert not without, f"nothing carries the variance of {without}"
     passed = {name for ending in found if ending.modules for name in ending.passed}
@@ -311,6 +318,8 @@ def _scale_of(call: Call, functions: Functions, biases: Mapping[str, float]) -> 
     bias = biases.get(functions.layer_behind(function.base) or "", 0.0) if function is not None else 0.0
     constant = None if function is None else functions.gamma(function, bias)
     if function is None or constant is None:
+        if call.input in functions.behind_dropout:
+            return InputScale(None, WITH_DROPOUT)
         return InputScale(None, "measured: no closed form for what feeds it")
     beta = math.sqrt(functions.planned[function.base])
     of_beta = "" if beta == 1 else f" / β, β = {beta:.4g} by the plan"
@@ -356,6 +365,8 @@ def _after(step: Step, variance: Mapping[Node, float], flow: Dataflow, *, throug
     """The variance of what an operation makes, or None; ``through`` an operation that is not left in the model."""
     known = [variance[node] for node in step.inputs if node in variance]
     if len(known) < len(step.inputs):
+        return None
+    if len(step.inputs) == 1 and step.inputs[0] in flow.dropped:
         return None
     if through or passes_unchanged(step):
         return known[0]

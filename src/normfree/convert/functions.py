@@ -60,6 +60,8 @@ class Functions:
         self.known: dict[Any, float | None] = {}
         self.of_none: set[Node] = set()
         """What was found to be a function of no single Gaussian activation; nothing made of it is."""
+        self.behind_dropout: set[Node] = set()
+        """Of these, those because of dropout."""
 
     def feeding(self, node: Node) -> Function | None:
         """The function that made ``node``; None for none of a single Gaussian activation."""
@@ -109,9 +111,12 @@ class Functions:
             if current in self.planned:
                 bases.add(current)
                 continue
-            step = self.structure.flow.made_by.get(current)
-            if len(bases) > 1 or current in self.of_none or step is None or not self._is_elementwise(step, current):
+            step, dropped = self.structure.flow.made_by.get(current), current in self.structure.flow.dropped
+            unknown = dropped or current in self.of_none
+            if len(bases) > 1 or unknown or step is None or not self._is_elementwise(step, current):
                 self.of_none.add(node)
+                if dropped or current in self.behind_dropout:
+                    self.behind_dropout.add(node)
                 return None
             steps[step.number] = step
             for each in step.inputs:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from normfree.common.checks import check_choice, check_integer, check_number, invalid
+from normfree.common.process import one_thread_at_a_time
 from normfree.convert.apply import Measured, exchange_modules, is_layer_change, keep_pace, measure
 from normfree.convert.by_hand import code_by_hand
 from normfree.convert.dataflow import (
@@ -25,7 +26,7 @@ from normfree.convert.dataflow import (
     passes_unchanged,
     record_all,
 )
-from normfree.convert.fresh import MEASURED, NEAR_UNIT, Plan, fresh_plan
+from normfree.convert.fresh import NEAR_UNIT, Plan, fresh_plan
 from normfree.convert.norms import LOOKED_FOR, NOT_FOLLOWED, norms_without_module
 from normfree.convert.pretrained import fill_constants, pretrained_plan
 from normfree.convert.record import (
@@ -33,27 +34,26 @@ from normfree.convert.record import (
     COPY,
     OUT_OF_PLACE,
     OUTPUT_COPY,
-    STARTS,
     WITH_ACTIVATION,
+    Beta,
     Change,
     Conversion,
+    Converted,
     Kept,
+    Start,
     conversion_of,
 )
-from normfree.convert.structure import Structure, training_structure, unseen_norms
+from normfree.convert.structure import Structure, directly_followed, training_structure, unseen_norms
 from normfree.convert.unnormalized import LAST, STANDARDIZED
 from normfree.convert.verify import explain_failures, first_mismatching_norm, note_leak
 from normfree.signal import spp
-from normfree.signal.nonfinite import check_finite, check_present
+from normfree.signal.nonfinite import check_finite, check_present, check_statistics
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
 from normfree.trace.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of, unwrapped
 
 ALPHA, SKIP_GAIN = 0.2, 1.0
 """Of residual branches, where nothing else is asked for."""
-
-
-BETAS = ("plan", MEASURED)
 
 
 LEAST_SCALE, MOST_SCALE = 0.01, 100.0
@@ -69,17 +69,18 @@ MOST_SEED = 2**64 - 1
 """Torch's generators take no larger one."""
 
 
+@one_thread_at_a_time()
 def convert(
     model: nn.Module,
     example_input: Batch | None = None,
     *,
-    start: str = "fresh",
+    start: Start = "fresh",
     alpha: float = ALPHA,
     skip_gain: float = SKIP_GAIN,
-    beta: str = "plan",
+    beta: Beta = "plan",
     seed: int = 0,
     source: str | None = None,
-) -> nn.Module:
+) -> Converted:
     """Return a copy of a model without its normalizers, guided by its recorded dataflow.
 
     *fresh*: norms of convolutional networks are removed; the layers they followed become scaled-weight-standardized
@@ -136,21 +137,23 @@ def convert(
         converted = _fresh(model, record, structure, training, batch, trains=trains, skip_gain=skip_gain)
     else:
         converted = _pretrained(model, record, structure, training, batch, trains=trains)
-    record = conversion_of(converted)
-    assert record is not None, "conversion leaves its record"
-    converted.conversion = note_leak(converted, record, batch)  # type: ignore[assignment]
+    assert isinstance(converted, Converted), "conversion leaves its record"
+    converted.conversion = note_leak(converted, converted.conversion, batch)
     return converted
 
 
-def _check(model: nn.Module, start: str, alpha: float, skip_gain: float, beta: str, seed: int) -> None:
-    check_choice("start", start, STARTS)
+def _check(model: nn.Module, start: Start, alpha: float, skip_gain: float, beta: Beta, seed: int) -> None:
+    __tracebackhide__ = True
+    check_choice("start", start, Start)
     check_number("alpha", alpha, 0.0)
     check_number("skip_gain", skip_gain)
-    check_choice("beta", beta, BETAS)
+    check_choice("beta", beta, Beta)
     if check_integer("seed", seed, 0) > MOST_SEED:
         raise invalid("seed", seed, "must be an integer of 64 bits", "pass a smaller one")
     check_present(model)
     check_finite(model)
+    if start == "pretrained":
+        check_statistics(model)
     if "conversion" in model._modules and conversion_of(model) is None:
         raise ValueError('model: its submodule "conversion" has the name of the record; give it another')
     for name, module in model.named_modules():
@@ -197,7 +200,8 @@ def _fresh(
         if not more:
             break
         uncarried |= more
-    keep_pace(converted.get_submodule(change.name) for change in full.changes if is_layer_change(change))
+    gone = [change.name for change in full.changes if change.name in structure.norms]
+    keep_pace(model, converted, full.changes, directly_followed(structure, gone))
     if not plan.unnormalized.beside_norms and (plan.notes or any(one.reason != LAST for one in plan.kept)):
         _check_health(model, converted, structure, plan, batch)
     return converted
@@ -347,7 +351,7 @@ def _complete(
     return replace(record, changes=tuple(made), kept=left, notes=tuple(notes))
 
 
-def _nothing_to_convert(model: nn.Module, structure: Structure, kept: Iterable[Kept], start: str) -> ValueError:
+def _nothing_to_convert(model: nn.Module, structure: Structure, kept: Iterable[Kept], start: Start) -> ValueError:
     kept = list(kept)
     norms = [one for one in kept if one.norm]
     if not norms:

@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+from torch import nn
 
 from normfree.common.checks import invalid
 from normfree.common.files import parse_json, structured, write_atomically
 from normfree.common.safetensors_file import Stored, read
-from normfree.common.text import first_line
+from normfree.common.text import first_line, short_repr, shortened
 from normfree.nn import WeightLayout
 
 SCHEMA = 1
@@ -23,8 +25,14 @@ SCHEMA = 1
 NOTE = "normfree.conversion"
 """The note in a file of :func:`normfree.save` that holds the record, as JSON."""
 
-STARTS = ("fresh", "pretrained")
+Start = Literal["fresh", "pretrained"]
 """Weights drawn anew for a variance-preserving start, or the function of the trained model kept."""
+
+Beta = Literal["plan", "measured"]
+"""Where input scales come from: closed forms where there are any and the example elsewhere, or the example for all."""
+
+STARTS: tuple[Start, ...] = get_args(Start)
+BETAS: tuple[Beta, ...] = get_args(Beta)
 
 
 BARE, WITH_ACTIVATION, COPY, OUTPUT_COPY = "Identity", "Activation", "Copy", "OutputCopy"
@@ -34,6 +42,10 @@ AFFINE, UNITS, SCALED = "ChannelAffine", "ChannelUnits", "BranchScale"
 
 STANDARDIZED, KEPT_MEAN = "standardized", "kept-mean"
 """Before the class of a module that stays and whose weight was standardized in place."""
+
+
+HEADS = ("module", "before", "after", "why")
+"""Of the columns of a record's table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +84,9 @@ class Change:
     carried_by: tuple[str, ...] = ()
     within: str | None = None
 
+    def __repr__(self) -> str:
+        return short_repr(self, f"of {shortened(self.name, 120) or 'the model'}: {self.was} to {describe(self)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
@@ -98,9 +113,9 @@ class Conversion:
     """
 
     model: str
-    start: str
+    start: Start
     alpha: float
-    beta: str
+    beta: Beta
     seed: int
     input_shapes: tuple[tuple[int, ...], ...] = ()
     source: str | None = None
@@ -162,14 +177,37 @@ class Conversion:
         changed = [(one.name, one.was, describe(one), one.reason) for one in self.changes]
         return changed + [(one.name, one.was, "kept", one.reason) for one in self.kept]
 
+    def __repr__(self) -> str:
+        return short_repr(self, f"of {self.summary()}")
+
+    def _repr_html_(self) -> str:
+        from normfree.report.notebook import table_html
+
+        label = "modules, and why they changed or stayed"
+        return table_html("Conversion", self.summary(), label, HEADS, self.rows(), self.different_notes())
+
     def __str__(self) -> str:
-        rows = [("module", "before", "after", "why"), *self.rows()]
+        rows = [HEADS, *self.rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = [self.summary(), ""]
         for row in rows:
             cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
             lines.append("  ".join([*cells, row[3]]).rstrip())
         return "\n".join([*lines, *(f"note: {note}" for note in self.different_notes())])
+
+
+class _IsConverted(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return conversion_of(instance) is not None
+
+
+class Converted(nn.Module, metaclass=_IsConverted):
+    """Any module with the record of its conversion: what :func:`normfree.convert` returns, to type checkers.
+
+    A converted model keeps its own class; ``isinstance(model, Converted)`` asks for the record.
+    """
+
+    conversion: Conversion
 
 
 def describe(change: Change) -> str:

@@ -200,7 +200,7 @@ def layers_to_standardize(
     """
     answers = {layer for layers in removed.values() for layer in layers} | _before(structure, removed)
     wanted = answers | _in_branches(structure, set(removed))
-    direct = _directly_followed(structure, removed)
+    direct = directly_followed(structure, removed)
     chosen, kept = [], {}
     for name in structure.layers:
         if name not in wanted:
@@ -214,7 +214,7 @@ def layers_to_standardize(
     return chosen, kept
 
 
-def _directly_followed(structure: Structure, removed: Iterable[str]) -> set[str]:
+def directly_followed(structure: Structure, removed: Iterable[str]) -> set[str]:
     """The layers whose output a removed norm takes."""
     calls = (call for name in removed for call in structure.norms[name])
     before = (structure.directly_behind(call.input, alone=False) for call in calls)

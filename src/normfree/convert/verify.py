@@ -21,7 +21,7 @@ from normfree.convert.norms import Normalization, Normalizations, reduced_axes
 from normfree.convert.record import AFFINE, Conversion, Kept
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
-from normfree.trace.inputs import Batch, examples_in
+from normfree.trace.inputs import Batch, examples_in, of_this_thread
 
 LEAST_ERROR = (1e-2, 0.1)
 """Relative error that is no rounding: TensorFloat-32 makes 1e-3, a norm that was misunderstood 0.1 and more; in half
@@ -52,10 +52,11 @@ def explain_failures(
         ValueError: it fails, or it calls one of the ``replaced`` modules, or one of the original's.
     """
     called: list[nn.Module] = []
+    is_here = of_this_thread()
     others = set(original.modules()) - set(converted.modules())
 
     def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if module in replaced or module in others:
+        if (module in replaced or module in others) and is_here():
             called.append(module)
 
     handle = register_module_forward_pre_hook(enter)

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.transforms import InterpolationMode, v2
 
-from normfree.common.checks import check_integer, invalid
+from normfree.common.checks import check_integer, invalid, required
 from normfree.data.config import AugmentationConfig
 from normfree.data.order import CROP, MIX, check_rank, generator
 
@@ -257,7 +256,6 @@ def _inside(centre: Tensor, half: Tensor, size: int) -> Tensor:
 
 # What a data worker does with one image
 
-BICUBIC = InterpolationMode.BICUBIC
 GREY = 128
 """What RandAugment fills uncovered corners with."""
 
@@ -282,8 +280,8 @@ class CentreCrop:
 
     def __init__(self, size: int, ratio: float = 1.0) -> None:
         self.size = size
-        side = round(size / ratio)
-        self.transform = v2.Compose([v2.Resize(side, BICUBIC), v2.CenterCrop(size)])
+        side, v2 = round(size / ratio), transforms()
+        self.transform = v2.Compose([v2.Resize(side, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])
 
     def __call__(self, image: Any, key: tuple[int, ...] = ()) -> Any:
         return image if image.size == (self.size, self.size) else self.transform(image)
@@ -302,10 +300,11 @@ class TrainingCrop:
         self.centre = None if config.crop == "inception" else CentreCrop(size)
         steps: list[Any] = []
         if self.centre is None:
-            steps.append(v2.RandomResizedCrop(size, config.area, config.aspect, BICUBIC))
+            v2 = transforms()
+            steps.append(v2.RandomResizedCrop(size, config.area, config.aspect, v2.InterpolationMode.BICUBIC))
         if config.randaugment_layers:
             steps.append(rand_augment(config))
-        self.transform = v2.Compose(steps) if steps else None
+        self.transform = transforms().Compose(steps) if steps else None
 
     def __call__(self, image: Any, key: tuple[int, ...]) -> Any:
         if self.centre is not None:
@@ -316,9 +315,19 @@ class TrainingCrop:
         return self.transform(image)
 
 
-def rand_augment(config: AugmentationConfig) -> v2.RandAugment:
+def rand_augment(config: AugmentationConfig) -> Any:
     """Return the RandAugment of torchvision, its magnitude on the paper's scale of 0 to 10."""
-    return v2.RandAugment(config.randaugment_layers, 3 * config.randaugment_magnitude, num_magnitude_bins=31, fill=GREY)
+    magnitude = 3 * config.randaugment_magnitude
+    return transforms().RandAugment(config.randaugment_layers, magnitude, num_magnitude_bins=31, fill=GREY)
+
+
+def transforms() -> Any:
+    """Return ``torchvision.transforms.v2``.
+
+    Raises:
+        ImportError: torchvision is not installed.
+    """
+    return required("torchvision.transforms.v2", "varying and cropping images")
 
 
 def seed_of(*key: int) -> int:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from normfree.common.checks import check_choice, check_flag, check_integer, check_number, check_seed, invalid
+from normfree.common.checks import check_choices, check_flag, check_integer, check_number, check_seed, invalid
+
+OnBadImage = Literal["error", "skip"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -49,7 +51,7 @@ class AugmentationConfig:
     MixUp takes the first half of each batch and CutMix the second."""
 
     def __post_init__(self) -> None:
-        check_choice("crop", self.crop, ("inception", "shift", "none"))
+        check_choices(self)
         for name in ("area", "aspect"):
             _check_range(name, getattr(self, name))
         if self.area[1] > 1:
@@ -112,7 +114,7 @@ class DataConfig:
     """Read in the order of the files, shuffled in blocks; auto: .tar shards only."""
     shuffle_block: int = 1024
     """Streamed images that are shuffled together."""
-    on_bad_image: Literal["error", "skip"] = "error"
+    on_bad_image: OnBadImage = "error"
     """What a damaged image does: stop with an error naming it, or be counted and replaced by another of its batch."""
     cache_folder: Path | None = None
     """Where downloads and converted parquet go; that of Hugging Face datasets (HF_HOME, XDG_CACHE_HOME) by default."""
@@ -134,10 +136,7 @@ class DataConfig:
         if self.num_classes is not None and self.num_classes > MOST_CLASSES:
             rule = f"must be at most {MOST_CLASSES:,}"
             raise invalid("num_classes", self.num_classes, rule, "pass the number of different labels")
-        check_choice("in_channels", self.in_channels, (None, 1, 3))
-        check_choice("in_memory", self.in_memory, ("auto", True, False))
-        check_choice("streaming", self.streaming, ("auto", True, False))
-        check_choice("on_bad_image", self.on_bad_image, ("error", "skip"))
+        check_choices(self)
         if not 0 < check_number("crop_ratio", self.crop_ratio) <= 1:
             raise invalid("crop_ratio", self.crop_ratio, "must be above 0 and at most 1", "pass 0.875")
         if self.in_memory is True and self.streaming is True:

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from normfree.common.checks import required
 from normfree.common.files import kind_of
 from normfree.common.text import first_line
 
@@ -38,8 +39,9 @@ def decode(source: bytes | str | Path, channels: int = 3) -> Any:
     Raises:
         DamagedImage: if it is empty, truncated, animated, no image, or so large that decoding it is an attack
             (Pillow's limit, 89 million pixels).
+        ImportError: Pillow is not installed.
     """
-    from PIL import Image
+    Image = required("PIL.Image", "decoding images")
 
     try:
         with warnings.catch_warnings():
@@ -57,7 +59,7 @@ def decode(source: bytes | str | Path, channels: int = 3) -> Any:
 
 def header_size(source: bytes | str | Path) -> tuple[int, int] | None:
     """Width and height as an image's header says; None of what is no image, which decoding will tell."""
-    from PIL import Image
+    Image = required("PIL.Image", "decoding images")
 
     try:
         with warnings.catch_warnings():

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from normfree.common.checks import check_integer, invalid
+from normfree.common.checks import check_integer, invalid, required
 from normfree.data.records import Record, RecordReader
 from normfree.data.sources import read_rows
 
@@ -76,6 +76,7 @@ class Share:
 
 def check_rank(rank: int, world_size: int) -> None:
     """Raise ``ValueError`` unless ``rank`` is one of ``world_size``."""
+    __tracebackhide__ = True
     check_integer("world_size", world_size, 1)
     if check_integer("rank", rank, 0) >= world_size:
         raise invalid("rank", rank, f"must be below world_size={world_size}", "pass the process's own rank")
@@ -135,12 +136,11 @@ class Shards:
 
     def open(self, index: int) -> Any:
         """Return the rows of one shard that this rank reads, as an iterable data set."""
-        from datasets.distributed import split_dataset_by_node
-
+        split_by_node = required("datasets.distributed", "a data source").split_dataset_by_node
         shard = self.rows.shard(num_shards=self.count, index=index)
         if self.whole:
             return shard
-        return split_dataset_by_node(shard, rank=self.rank, world_size=self.world_size, strategy="examples")
+        return split_by_node(shard, rank=self.rank, world_size=self.world_size, strategy="examples")
 
     def records(self, index: int, rows: Any, first: int = 0) -> Iterator[Record]:
         """Yield records of an open shard, of which ``first`` have been read before."""

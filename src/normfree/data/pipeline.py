@@ -480,7 +480,7 @@ def read_digits(*, training: bool) -> Pixels:
     Args:
         training: the four fifths to train on, or the fifth to test on.
     """
-    found: Any = required("sklearn.datasets", "the digits", "scikit-learn").load_digits()
+    found: Any = required("sklearn.datasets", "the digits").load_digits()
     # Values are 0 to 16; 255 / 16 rounds, and stays invertible.
     images = (torch.from_numpy(found.images) * (255 / 16)).round().to(torch.uint8).unsqueeze(-1)
     targets = torch.from_numpy(found.target).to(torch.int64)
@@ -531,6 +531,7 @@ class Decoded(NamedTuple):
 
 def check_failures(batch: Decoded, config: DataConfig) -> None:
     """Raise the ``ValueError`` that a damaged image is, unless damaged images are to be skipped."""
+    __tracebackhide__ = True
     if batch.failures and config.on_bad_image == "error":
         name, reason = batch.failures[0]
         remedy = "remove or replace it, or pass on_bad_image='skip'"

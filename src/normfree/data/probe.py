@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from normfree.common.checks import required
+from normfree.common.process import seeded
+from normfree.data.augmentation import transforms
 from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD
 from normfree.data.decode import DamagedImage, decode
 from normfree.data.sources import SUFFIXES
@@ -65,13 +67,12 @@ class _Cropped(ABC):
 
     def batches(self, shape: Sequence[int], *, count: int, seed: int) -> Iterator[Tensor]:
         """Draw batches of crops; the images are taken in a random order, again from the start when used up."""
-        from torchvision.transforms import v2
-
         if len(shape) != 4 or shape[1] != 3:
             raise ValueError(
                 f"input: images give batches of shape [N, 3, H, W], and the model takes {list(shape)}; "
                 "use --input gaussian"
             )
+        v2 = transforms()
         crop = v2.Compose(
             [
                 v2.ToImage(),
@@ -81,12 +82,11 @@ class _Cropped(ABC):
                 v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
             ]
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             order = torch.randperm(len(self)).tolist()
             state = torch.get_rng_state()
         for number in range(count):
-            with torch.random.fork_rng(devices=[]):
+            with seeded(seed):
                 torch.set_rng_state(state)
                 chosen = [order[(number * shape[0] + i) % len(order)] for i in range(shape[0])]
                 batch = torch.stack([crop(self.load(index)) for index in chosen])
@@ -95,15 +95,22 @@ class _Cropped(ABC):
 
 
 class Photographs(_Cropped):
-    """Random crops of the two photographs that ship with scikit-learn (a temple and a flower)."""
+    """Random crops of the two photographs that ship with scikit-learn (a temple and a flower).
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+
+    def __init__(self) -> None:
+        datasets: Any = required("sklearn.datasets", "input=photos")
+        self.images = datasets.load_sample_images().images
 
     def load(self, index: int) -> Tensor:
         """Photograph 0 or 1, uint8 [3, 427, 640]."""
-        images: Any = required("sklearn.datasets", "input=photos", "scikit-learn").load_sample_images()
-        return torch.from_numpy(images.images[index].copy()).permute(2, 0, 1)
+        return torch.from_numpy(self.images[index].copy()).permute(2, 0, 1)
 
     def __len__(self) -> int:
-        return 2
+        return len(self.images)
 
     def describe(self) -> dict[str, Any]:
         """Return what a record says of the input."""
@@ -147,9 +154,15 @@ class ImageFolder(_Cropped):
 
 
 def probe_named(name: str) -> Probe:
-    """Return the probe of that name: "gaussian", "photos", or a folder."""
+    """Return the probe of that name: "gaussian", "photos", or a folder.
+
+    Raises:
+        ValueError: there is no such folder, or no image in it.
+        ImportError: what images are read with is not installed.
+    """
     if name == "gaussian":
         return GaussianNoise()
+    transforms()  # now, and not when a model has been built
     if name == "photos":
         return Photographs()
     return ImageFolder(name)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
-from normfree.common.checks import invalid, suggestion
+from normfree.common.checks import invalid, required, suggestion
 from normfree.common.text import printable, shortened
 from normfree.data.config import MOST_CLASSES, DataConfig
 from normfree.data.decode import header_size
@@ -130,6 +130,7 @@ def check_classes(names: Sequence[str], wanted: Sequence[str] | None, source: st
     Raises:
         ValueError: naming some of both.
     """
+    __tracebackhide__ = True
     if wanted is not None and tuple(names) != tuple(wanted):
         rule = f"its classes ({list_names(names)}) are not the model's ({list_names(wanted)})"
         raise invalid("source", source, rule, "give data with the model's classes")
@@ -225,20 +226,19 @@ def find_columns(features: Any, config: DataConfig) -> Columns:
     Raises:
         ValueError: if there is no such column, or more than a guess would be needed.
     """
-    from datasets import ClassLabel, Image
-
+    datasets = required("datasets", "a data source")
     features = features or {}
-    images = [name for name, feature in features.items() if isinstance(feature, Image)]
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if not images and "image" in features and _holds_bytes(features["image"]):
         images = ["image"]
-    classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     classes += [name for name in LABEL_COLUMNS if name in features and name not in classes]
     image = _choose_column("image_column", config.image_column, images, features)
-    if not (isinstance(features[image], Image) or _holds_bytes(features[image])):
+    if not (isinstance(features[image], datasets.Image) or _holds_bytes(features[image])):
         rule = "the column holds no encoded images"
         raise invalid("image_column", image, rule, "name one of bytes, or of {bytes, path} as datasets writes it")
     label = _choose_column("label_column", config.label_column, [name for name in classes if name != image], features)
-    names = features[label].names if isinstance(features[label], ClassLabel) else None
+    names = features[label].names if isinstance(features[label], datasets.ClassLabel) else None
     return Columns(image, label, tuple(names) if names else None)
 
 

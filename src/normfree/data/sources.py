@@ -72,7 +72,9 @@ def find_source(config: DataConfig) -> Source:
 
     Raises:
         ValueError: if there is none of that name, or nothing in it.
+        ImportError: ``datasets`` is not installed, with which all of them are read.
     """
+    required("datasets", "a data source")
     name = config.source
     if name.startswith("hub:"):
         return HubSource(config)

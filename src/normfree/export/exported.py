@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,8 +16,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from normfree.common.checks import check_flag, check_number, invalid, required
-from normfree.common.text import one_line
+from normfree.common.process import one_thread_at_a_time
+from normfree.common.torch_compat import copy_model
 from normfree.export.comparison import (
+    Arguments,
     Difference,
     ExampleInput,
     arguments_of,
@@ -30,6 +31,7 @@ from normfree.export.comparison import (
 )
 from normfree.export.formats import ONNX, PROGRAM, Format, Opened, capture, quiet
 from normfree.nn.fold import fold
+from normfree.trace.preserve import given_back
 
 SEED = 0
 """Of the random inputs that a file is checked with, and of the weights a rehearsal draws."""
@@ -141,6 +143,7 @@ class Exported:
     rehearsal: Difference | None
 
 
+@one_thread_at_a_time()
 def export(
     kind: Format,
     model: nn.Module,
@@ -155,12 +158,19 @@ def export(
     check_flag("dynamic_batch", dynamic_batch)
     for package in kind.packages:
         with quiet():
-            required(package, "ONNX", " ".join(kind.packages))
+            required(package, "ONNX")
     arguments = arguments_of(example_input, dynamic_batch=dynamic_batch)
     given = _copied(model)
     if tolerance is None:
         tolerance = default_tolerance(chain(given.parameters(), given.buffers(), arguments.tensors))
     check_number("tolerance", tolerance, 0.0)
+    with given_back(given):  # it shares with the original what hooks and functions refer to, which no deep copy copies
+        return _export(kind, given, arguments, path, dynamic_batch=dynamic_batch, tolerance=tolerance)
+
+
+def _export(
+    kind: Format, given: nn.Module, arguments: Arguments, path: Path, *, dynamic_batch: bool, tolerance: float
+) -> Exported:
     names = output_names(arguments.run(given))
     generator = torch.Generator().manual_seed(SEED)
     traced = arguments.batch_size
@@ -225,11 +235,7 @@ def _copied(model: nn.Module) -> nn.Module:
         raise ValueError(f"model: {type(model).__name__} is no torch.nn.Module; pass one")
     if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
         raise ValueError("model: it has no weights yet (meta device); pass one with weights")
-    try:
-        return copy.deepcopy(model).cpu().eval()
-    except Exception as error:
-        remedy = "its attributes must be parameters, buffers and plain values"
-        raise ValueError(f"model: it cannot be copied: {one_line(error)}; {remedy}") from error
+    return copy_model(model).cpu().eval()
 
 
 def check_path(path: str | Path, suffix: str) -> Path:
@@ -238,6 +244,7 @@ def check_path(path: str | Path, suffix: str) -> Path:
     Raises:
         ValueError: another suffix, a folder of that name, a file where a folder should be, or no permission.
     """
+    __tracebackhide__ = True
     if not isinstance(path, (str, os.PathLike)):
         raise invalid("path", path, "must be a path", f"pass one such as 'model{suffix}'")
     path = Path(path)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from normfree.common.checks import required
+from normfree.common.process import one_thread_at_a_time
 from normfree.common.text import one_line
 from normfree.common.torch_compat import tree_map
 from normfree.export.comparison import Answer, Arguments
@@ -110,19 +112,23 @@ def _trace_failure(error: Exception, *, dynamic_batch: bool) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep exporters from printing, logging and warning; what matters they raise."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
+    """Keep exporters from printing, logging and warning; what matters they raise.
+
+    Streams, warnings and logging are the process's: two threads that changed them at once would leave them changed.
+    """
+    with (
+        one_thread_at_a_time(),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        disabled = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
             yield
-    finally:
-        logging.disable(disabled)
+        finally:
+            logging.disable(disabled)
 
 
 def _write_onnx(program: ExportedProgram, path: Path, output_names: Sequence[str]) -> None:
@@ -157,9 +163,7 @@ def _no_onnx_form(error: Exception) -> str:
 
 def _read_onnx(path: Path) -> Opened:
     """Check a file and open it with ONNX Runtime, on the CPU."""
-    import onnx
-    import onnxruntime
-
+    onnx, onnxruntime = required("onnx", "ONNX"), required("onnxruntime", "ONNX")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what matters is raised
     try:

@@ -5,6 +5,7 @@ from normfree.models.fixup_skipinit import FixUpResNet, SkipInitResNet
 from normfree.models.nf_regnet import NFRegNet
 from normfree.models.nf_resnet import NFResNet
 from normfree.models.nfnet import NFNet
+from normfree.models.overrides import ConvolutionName, Norm, Order, Overrides, Stem
 from normfree.models.pyramid import FeaturePyramidBackbone, PyramidLevel
 from normfree.models.registry import accepted_overrides, create_model, list_models
 from normfree.models.resnets import ResNet, ResNetV2
@@ -13,16 +14,21 @@ from normfree.models.scaffold import Backbone, FeatureInfo
 __all__ = [
     "BNRegNet",
     "Backbone",
+    "ConvolutionName",
     "FeatureInfo",
     "FeaturePyramidBackbone",
     "FixUpResNet",
     "NFNet",
     "NFRegNet",
     "NFResNet",
+    "Norm",
+    "Order",
+    "Overrides",
     "PyramidLevel",
     "ResNet",
     "ResNetV2",
     "SkipInitResNet",
+    "Stem",
     "accepted_overrides",
     "create_model",
     "list_models",

@@ -21,11 +21,11 @@ from normfree.common.checks import check_integer
 from normfree.models.nf_regnet import regnet_gate, regnet_head_channels, regnet_places, regnet_variants
 from normfree.models.registry import register
 from normfree.models.scaffold import Backbone, BlockPlace
-from normfree.nn import Activation, AveragePool2x2, ScaledConv2d, StochasticDepth, build_activation
+from normfree.nn import Activation, AveragePool2x2, PaddingStyle, ScaledConv2d, StochasticDepth, build_activation
 
 
 def _convolution_and_norm(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, *, groups: int = 1, padding: str
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, *, groups: int = 1, padding: PaddingStyle
 ) -> nn.Sequential:
     """Return a convolution (LeCun normal, no bias) and the batch norm of its output."""
     convolution = ScaledConv2d(
@@ -47,7 +47,7 @@ class BNRegNetBlock(nn.Module):
     """
 
     def __init__(
-        self, place: BlockPlace, activation: nn.Module, gate: Callable[[int], nn.Module], padding: str
+        self, place: BlockPlace, activation: nn.Module, gate: Callable[[int], nn.Module], padding: PaddingStyle
     ) -> None:
         super().__init__()
         inner, out = place.branch_channels, place.out_channels
@@ -106,7 +106,7 @@ class BNRegNet(Backbone):
         test_size: int,
         num_classes: int = 1000,
         in_channels: int = 3,
-        padding: str = "symmetric",
+        padding: PaddingStyle = "symmetric",
     ) -> None:
         network = (depths, base_widths, width, widths, in_channels, padding, stochdepth_rate)
         places = regnet_places(group_size, expansion, *network)

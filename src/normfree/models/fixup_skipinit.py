@@ -31,9 +31,10 @@ from torch import Tensor, nn
 
 from normfree.common.checks import check_number
 from normfree.models.nf_resnet import resnet_places, resnet_stem, resnet_variants
+from normfree.models.overrides import Stem
 from normfree.models.registry import register
 from normfree.models.scaffold import Backbone, BlockPlace
-from normfree.nn import Activation, ScaledConv2d, StochasticDepth, build_activation
+from normfree.nn import Activation, PaddingStyle, ScaledConv2d, StochasticDepth, build_activation
 from normfree.nn.recompute import with_origin
 
 
@@ -49,7 +50,7 @@ class SkipInitBlock(nn.Module):
     Source: De, Smith 2020.
     """
 
-    def __init__(self, place: BlockPlace, activation: nn.Module, skipinit_gain: float, padding: str) -> None:
+    def __init__(self, place: BlockPlace, activation: nn.Module, skipinit_gain: float, padding: PaddingStyle) -> None:
         super().__init__()
         convolution = partial(ScaledConv2d, padding=padding, init_scale=math.sqrt(2))
         inner, out = place.branch_channels, place.out_channels
@@ -95,10 +96,10 @@ class SkipInitResNet(Backbone):
         stochdepth_rate: float = 0.1,
         drop_rate: float = 0.25,
         skipinit_gain: float = 0.0,
-        stem: str = "imagenet",
+        stem: Stem = "imagenet",
         num_classes: int = 1000,
         in_channels: int = 3,
-        padding: str = "symmetric",
+        padding: PaddingStyle = "symmetric",
     ) -> None:
         places = resnet_places(depths, width, widths, in_channels, padding, stochdepth_rate)
         act, _ = build_activation(activation)
@@ -149,7 +150,7 @@ class FixUpBlock(nn.Module):
     Source: Zhang et al. 2019.
     """
 
-    def __init__(self, place: BlockPlace, activation: nn.Module, blocks: int, padding: str) -> None:
+    def __init__(self, place: BlockPlace, activation: nn.Module, blocks: int, padding: PaddingStyle) -> None:
         super().__init__()
         convolution = partial(ScaledConv2d, padding=padding, bias=False)
         inner, out = place.branch_channels, place.out_channels
@@ -204,16 +205,16 @@ class FixUpResNet(Backbone):
         activation: Activation = "relu",
         stochdepth_rate: float = 0.1,
         drop_rate: float = 0.25,
-        stem: str = "imagenet",
+        stem: Stem = "imagenet",
         num_classes: int = 1000,
         in_channels: int = 3,
-        padding: str = "symmetric",
+        padding: PaddingStyle = "symmetric",
     ) -> None:
         places = resnet_places(depths, width, widths, in_channels, padding, stochdepth_rate)
         act, _ = build_activation(activation)
         after = {"bias": ScalarBias(), "activation": copy.deepcopy(act)}
 
-        def stem_convolution(*shape: int, padding: str) -> ScaledConv2d:
+        def stem_convolution(*shape: int, padding: PaddingStyle) -> ScaledConv2d:
             return _he_fan_out(ScaledConv2d(*shape, padding=padding, bias=False))  # type: ignore[arg-type]
 
         super().__init__(

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from normfree.common.checks import check_flag, check_integer, check_number
 from normfree.models.registry import register
 from normfree.models.scaffold import BlockPlace, NFBackbone, NFStyle, block_places, grouped_branch, stage_channels
-from normfree.nn import Activation, AveragePool2x2, ScaledWSConv2d, SqueezeExcite, StochasticDepth
+from normfree.nn import Activation, AveragePool2x2, PaddingStyle, ScaledWSConv2d, SqueezeExcite, StochasticDepth
 
 # Widths, to be multiplied by `width`; depths; training and test image size; dropout.
 REGNET_SIZES: dict[int, tuple[tuple[int, ...], tuple[int, ...], int, int, float]] = {
@@ -190,7 +190,7 @@ class NFRegNet(NFBackbone):
         test_size: int,
         num_classes: int = 1000,
         in_channels: int = 3,
-        padding: str = "symmetric",
+        padding: PaddingStyle = "symmetric",
     ) -> None:
         network = (depths, base_widths, width, widths, in_channels, padding, stochdepth_rate)
         places = regnet_places(group_size, expansion, *network)

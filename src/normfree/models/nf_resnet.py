@@ -26,9 +26,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfree.common.checks import check_choice, check_flag, check_number
+from normfree.models.overrides import ConvolutionName, Stem
 from normfree.models.registry import register
 from normfree.models.scaffold import BlockPlace, NFBackbone, NFStyle, block_places, stage_channels
-from normfree.nn import Activation, MaxPool2d, ScaledConv2d, ScaledWSConv2d, SqueezeExcite, StochasticDepth
+from normfree.nn import (
+    Activation,
+    MaxPool2d,
+    PaddingStyle,
+    ScaledConv2d,
+    ScaledWSConv2d,
+    SqueezeExcite,
+    StochasticDepth,
+)
 
 RESNET_DEPTHS: dict[int, tuple[int, int, int, int]] = {
     50: (3, 4, 6, 3),
@@ -38,7 +47,7 @@ RESNET_DEPTHS: dict[int, tuple[int, int, int, int]] = {
     288: (24, 24, 24, 24),
     600: (50, 50, 50, 50),
 }
-CONVOLUTIONS: dict[str, type[ScaledConv2d]] = {"scaled_ws": ScaledWSConv2d, "scaled": ScaledConv2d}
+CONVOLUTIONS: dict[ConvolutionName, type[ScaledConv2d]] = {"scaled_ws": ScaledWSConv2d, "scaled": ScaledConv2d}
 
 
 class NFBlock(nn.Module):
@@ -109,7 +118,7 @@ def resnet_places(
     width: float,
     widths: Sequence[int] | None,
     in_channels: int,
-    padding: str,
+    padding: PaddingStyle,
     stochdepth_rate: float,
 ) -> list[list[BlockPlace]]:
     """Return the places of a ResNet's bottleneck blocks, of 64, 128, 256 and 512 channels times the width multiplier.
@@ -126,11 +135,11 @@ def resnet_places(
 
 
 def resnet_stem(
-    stem: str,
+    stem: Stem,
     convolution: Callable[..., nn.Module],
     in_channels: int,
     places: list[list[BlockPlace]],
-    padding: str,
+    padding: PaddingStyle,
     **layers: nn.Module,
 ) -> dict[str, Any]:
     """Return a ResNet's stem and its stride, as ``Backbone``'s arguments.
@@ -147,7 +156,7 @@ def resnet_stem(
     Raises:
         ValueError: another stem.
     """
-    large = check_choice("stem", stem, ("imagenet", "cifar")) == "imagenet"
+    large = check_choice("stem", stem, Stem) == "imagenet"
     first = convolution(in_channels, places[0][0].in_channels, *((7, 2) if large else (3, 1)), padding=padding)
     pool = {"pool": MaxPool2d(3, 2, padding=padding)} if large else {}
     return {"stem": nn.Sequential(OrderedDict(conv=first, **layers, **pool)), "stem_stride": 4 if large else 1}
@@ -194,14 +203,15 @@ class NFResNet(NFBackbone):
         stochdepth_rate: float = 0.1,
         drop_rate: float = 0.25,
         skipinit_gain: float = 0.0,
-        conv: str = "scaled_ws",
-        stem: str = "imagenet",
+        conv: ConvolutionName = "scaled_ws",
+        stem: Stem = "imagenet",
         num_classes: int = 1000,
         in_channels: int = 3,
-        padding: str = "symmetric",
+        padding: PaddingStyle = "symmetric",
     ) -> None:
         places = resnet_places(depths, width, widths, in_channels, padding, stochdepth_rate)
-        convolution = CONVOLUTIONS[check_choice("conv", conv, tuple(CONVOLUTIONS))]
+        check_choice("conv", conv, ConvolutionName)
+        convolution = CONVOLUTIONS[conv]
         style = NFStyle.of(activation, alpha, skipinit_gain, padding=padding, convolution=convolution)
         gated = partial(NFSqueezeExciteBlock, se_ratio=check_number("se_ratio", se_ratio, 0.0, exclusive=True))
         super().__init__(

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from normfree.common.checks import check_flag, check_integer, check_number
 from normfree.models.registry import register
 from normfree.models.scaffold import BlockPlace, NFBackbone, NFStyle, block_places, grouped_branch, stage_channels
-from normfree.nn import Activation, AveragePool2x2, ScaledWSConv2d, SqueezeExcite, StochasticDepth
+from normfree.nn import Activation, AveragePool2x2, PaddingStyle, ScaledWSConv2d, SqueezeExcite, StochasticDepth
 
 # Training and test image size, dropout; F_k has k + 1 times the depths of F0.
 NFNET_SIZES: dict[int, tuple[int, int, float]] = {
@@ -200,7 +200,7 @@ class NFNet(NFBackbone):
         test_size: int,
         num_classes: int = 1000,
         in_channels: int = 3,
-        padding: str = "symmetric",
+        padding: PaddingStyle = "symmetric",
     ) -> None:
         channels = stage_channels(depths, base_widths, width, widths, in_channels, padding, stochdepth_rate)
         stem_channels = (widths or base_widths)[0] // 2  # the width multiplier does not scale it

@@ -8,13 +8,15 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from torch import nn
 
 from normfree.common.checks import check_flag, invalid, suggestion
+from normfree.models.overrides import Overrides
 from normfree.models.scaffold import Backbone
 from normfree.nn.centring import centre_weights
+from normfree.nn.padding import PaddingStyle
 
 Family = TypeVar("Family", bound=type[Backbone])
 
@@ -84,8 +86,8 @@ def create_model(
     *,
     num_classes: int = 1000,
     in_channels: int = 3,
-    padding: str = "symmetric",
-    **overrides: Any,
+    padding: PaddingStyle = "symmetric",
+    **overrides: Unpack[Overrides],
 ) -> Backbone:
     """Build a freshly initialised model.
 
@@ -168,6 +170,7 @@ def check_backbone(model: object, otherwise: str = "pass a model that normfree.c
     Raises:
         ValueError: it is another one; the message names the part of it that would do, if there is one.
     """
+    __tracebackhide__ = True
     if isinstance(model, Backbone):
         return model
     parts = model.named_modules() if isinstance(model, nn.Module) else ()

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from normfree.common.checks import check_choice
 from normfree.models.nf_resnet import resnet_places, resnet_stem, resnet_variants
+from normfree.models.overrides import Norm, Order, Stem
 from normfree.models.registry import register
 from normfree.models.scaffold import Backbone, BlockPlace
-from normfree.nn import Activation, ScaledConv2d, StochasticDepth, build_activation
+from normfree.nn import Activation, PaddingStyle, ScaledConv2d, StochasticDepth, build_activation
 
 he_convolution = partial(ScaledConv2d, bias=False, init_scale=math.sqrt(2))
 """A convolution without bias, of He-normal (fan-in) weights."""
@@ -45,7 +46,7 @@ class PostActivationBlock(nn.Module):
     Source: He et al. 2016.
     """
 
-    def __init__(self, place: BlockPlace, activation: nn.Module, padding: str) -> None:
+    def __init__(self, place: BlockPlace, activation: nn.Module, padding: PaddingStyle) -> None:
         super().__init__()
         convolution = partial(he_convolution, padding=padding)
         inner, out = place.branch_channels, place.out_channels
@@ -95,10 +96,10 @@ class ResNet(Backbone):
         activation: Activation = "relu",
         stochdepth_rate: float = 0.0,
         drop_rate: float = 0.0,
-        stem: str = "imagenet",
+        stem: Stem = "imagenet",
         num_classes: int = 1000,
         in_channels: int = 3,
-        padding: str = "symmetric",
+        padding: PaddingStyle = "symmetric",
     ) -> None:
         places = resnet_places(depths, width, widths, in_channels, padding, stochdepth_rate)
         act, _ = build_activation(activation)
@@ -120,7 +121,7 @@ def _group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
-NORMS: dict[str | None, Callable[[int], nn.Module]] = {
+NORMS: dict[Norm, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,
     "group": _group_norm,
     "layer": lambda channels: nn.GroupNorm(1, channels),
@@ -128,15 +129,13 @@ NORMS: dict[str | None, Callable[[int], nn.Module]] = {
     None: lambda channels: nn.Identity(),
 }
 
-ORDERS = ("norm-act", "act-norm")
-
 
 @dataclass(frozen=True)
 class Preactivation:
     """Makes what precedes a convolution: a normalizer and an activation, in either order."""
 
-    norm: str | None
-    order: str
+    norm: Norm
+    order: Order
     activation: nn.Module
 
     def __call__(self, channels: int) -> nn.Sequential:
@@ -158,7 +157,7 @@ class PreactivationBlock(nn.Module):
     Source: He et al. 2016.
     """
 
-    def __init__(self, place: BlockPlace, preactivation: Preactivation, padding: str) -> None:
+    def __init__(self, place: BlockPlace, preactivation: Preactivation, padding: PaddingStyle) -> None:
         super().__init__()
         convolution = partial(he_convolution, padding=padding)
         inner, out = place.branch_channels, place.out_channels
@@ -202,18 +201,18 @@ class ResNetV2(Backbone):
         width: float = 4,
         widths: Sequence[int] | None = None,
         activation: Activation = "relu",
-        norm: str | None = "batch",
-        order: str = "norm-act",
+        norm: Norm = "batch",
+        order: Order = "norm-act",
         stochdepth_rate: float = 0.0,
         drop_rate: float = 0.0,
-        stem: str = "imagenet",
+        stem: Stem = "imagenet",
         num_classes: int = 1000,
         in_channels: int = 3,
-        padding: str = "symmetric",
+        padding: PaddingStyle = "symmetric",
     ) -> None:
         places = resnet_places(depths, width, widths, in_channels, padding, stochdepth_rate)
-        check_choice("norm", norm, tuple(NORMS))
-        check_choice("order", order, ORDERS)
+        check_choice("norm", norm, Norm)
+        check_choice("order", order, Order)
         preactivation = Preactivation(norm, order, build_activation(activation)[0])
         super().__init__(
             **resnet_stem(stem, he_convolution, in_channels, places, padding),

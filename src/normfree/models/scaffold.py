@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from normfree.common.checks import check_choice, check_integer, check_integers, check_number, check_rate, invalid
-from normfree.nn import PADDING_STYLES, Activation, ScaledConv2d, ScaledWSConv2d, build_activation, variance_plan
+from normfree.nn import Activation, PaddingStyle, ScaledConv2d, ScaledWSConv2d, build_activation, variance_plan
 
 STAGES = 4
 # A quarter of it are 2 channels, the fewest a standardised 1x1 convolution can take: one would be all mean.
@@ -28,7 +28,7 @@ def stage_channels(
     width: float,
     widths: Sequence[int] | None,
     in_channels: int,
-    padding: str,
+    padding: PaddingStyle,
     stochdepth_rate: float,
 ) -> tuple[int, ...]:
     """Check the arguments that all families share, and return the channels of the four stages.
@@ -56,7 +56,7 @@ def stage_channels(
         least = math.ceil(1000 * MINIMUM_WIDTH / min(base_widths)) / 1000
         raise invalid("width", width, rule, f"pass width={least} or more")
     check_integer("in_channels", in_channels, 1)
-    check_choice("padding", padding, PADDING_STYLES)
+    check_choice("padding", padding, PaddingStyle)
     check_rate("stochdepth_rate", stochdepth_rate)
     return channels
 
@@ -293,7 +293,7 @@ class NFStyle:
     gamma: float
     alpha: float
     skip_gain: float | None
-    padding: str
+    padding: PaddingStyle
     convolution: type[ScaledConv2d] = ScaledWSConv2d
 
     @classmethod

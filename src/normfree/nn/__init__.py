@@ -1,6 +1,15 @@
 """Layers of networks without normalizers, and the constants they need."""
 
-from normfree.nn.activations import ACTIVATIONS, OFFICIAL_GAMMA, Activation, Elementwise, build_activation, gamma
+from normfree.nn.activations import (
+    ACTIVATIONS,
+    OFFICIAL_GAMMA,
+    Activation,
+    ActivationName,
+    Elementwise,
+    GammaName,
+    build_activation,
+    gamma,
+)
 from normfree.nn.centring import centre_weights
 from normfree.nn.fold import Foldable, fold, has_foldable
 from normfree.nn.padding import (
@@ -8,6 +17,7 @@ from normfree.nn.padding import (
     AveragePool2x2,
     MaxPool2d,
     PaddedConv2d,
+    PaddingStyle,
     pad_same,
     same_padding,
     symmetric_padding,
@@ -56,6 +66,7 @@ __all__ = [
     "PADDING_STYLES",
     "VARIANCE_FLOOR",
     "Activation",
+    "ActivationName",
     "AveragePool2x2",
     "BranchEnd",
     "BranchScale",
@@ -64,6 +75,7 @@ __all__ = [
     "Copy",
     "Elementwise",
     "Foldable",
+    "GammaName",
     "KeptMean",
     "KeptMeanConv1d",
     "KeptMeanConv2d",
@@ -75,6 +87,7 @@ __all__ = [
     "MaxPool2d",
     "OutputCopy",
     "PaddedConv2d",
+    "PaddingStyle",
     "PlannedBlock",
     "ScaledConv2d",
     "ScaledWSConv1d",

@@ -13,18 +13,40 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from normfree.common.checks import invalid, suggestion
+from normfree.common.checks import choices_of, invalid, suggestion
+from normfree.common.process import seeded
 from normfree.nn import recompute
 
+ActivationName = Literal[
+    "celu",
+    "elu",
+    "gelu",
+    "gelu_exact",
+    "identity",
+    "leaky_relu",
+    "log_sigmoid",
+    "relu",
+    "relu6",
+    "selu",
+    "sigmoid",
+    "silu",
+    "soft_sign",
+    "softplus",
+    "tanh",
+]
+"""Of what a network can be built with."""
+
+GammaName = ActivationName | Literal["glu", "log_softmax"]
+"""Of what has a constant; the last two mix elements."""
+
 # The authors' published constants. They were sampled, not integrated, so they differ from the integral in
-# the third or fourth digit; pretrained weights need them as they stand. "glu" and "log_softmax" mix
-# elements and so have a constant here only.
+# the third or fourth digit; pretrained weights need them as they stand.
 OFFICIAL_GAMMA: dict[str, float] = {
     "celu": 1.270926833152771,
     "elu": 1.2716004848480225,
@@ -73,7 +95,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
 }
 
-Activation = str | Callable[..., Any]
+Activation = ActivationName | Callable[..., Any]
+"""A name, or a module, a factory of one or an elementwise function."""
 
 
 class Elementwise(nn.Module):
@@ -106,9 +129,10 @@ def build_activation(activation: Activation) -> tuple[nn.Module, float]:
         ValueError: unknown name; not a callable; not an elementwise function; works in place; draws random numbers.
     """
     if isinstance(activation, str):
-        if activation not in ACTIVATIONS:
-            raise invalid("activation", activation, "unknown name", suggestion(activation, ACTIVATIONS))
-        return ACTIVATIONS[activation](), gamma(activation)
+        if activation not in choices_of(ActivationName):
+            remedy = suggestion(activation, choices_of(ActivationName))
+            raise invalid("activation", activation, "unknown name", remedy)
+        return ACTIVATIONS[activation](), _NAMED[activation]
     if not callable(activation):
         remedy = f"pass a module, a function or one of {', '.join(ACTIVATIONS)}"
         raise invalid("activation", activation, "must be a name or a callable", remedy)
@@ -154,7 +178,7 @@ def _check_behaviour(activation: object, module: nn.Module) -> None:
     handed = [points.clone(), points.clone()]
     try:
         probe = copy.deepcopy(module).to(device="cpu", dtype=torch.float64)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), seeded(0):
             state = torch.get_rng_state()
             for training, copied in zip((True, False), handed, strict=True):
                 probe.train(training)(copied)
@@ -179,7 +203,7 @@ _FINE = np.polynomial.legendre.leggauss(15)
 _REMEDY = "pass an elementwise, deterministic function of a tensor, such as torch.tanh"
 
 
-def gamma(activation: str | Callable[[Tensor], Tensor]) -> float:
+def gamma(activation: GammaName | Callable[[Tensor], Tensor]) -> float:
     """Return the factor that restores unit variance after an activation of a standard Gaussian.
 
     ``gamma = 1 / sqrt(Var[act(z)]), z ~ N(0, 1)``
@@ -201,8 +225,8 @@ def gamma(activation: str | Callable[[Tensor], Tensor]) -> float:
     Source: Brock et al. 2021, section 4 (ReLU: ``sqrt(2 / (1 - 1/pi))``).
     """
     if isinstance(activation, str):
-        if activation not in _NAMED:
-            raise invalid("activation", activation, "unknown name", suggestion(activation, _NAMED))
+        if activation not in choices_of(GammaName):
+            raise invalid("activation", activation, "unknown name", suggestion(activation, choices_of(GammaName)))
         return _NAMED[activation]
     if not callable(activation):
         raise invalid("activation", activation, "must be a name or a callable", _REMEDY)

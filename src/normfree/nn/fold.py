@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TypeVar, overload
 
 from torch import nn
 
 from normfree.common.checks import invalid
 from normfree.common.torch_compat import copy_model
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _COMPUTE = ("forward", "convolve", "_conv_forward", "__call__")
 _DESCRIBE = ("folded", "plain", "plain_class")
@@ -58,6 +61,14 @@ def has_foldable(model: nn.Module) -> bool:
     return any(isinstance(module, (Foldable, Reparametrization)) for module in model.modules())
 
 
+@overload
+def fold(model: Foldable | Refined) -> nn.Module: ...
+
+
+@overload
+def fold(model: Model) -> Model: ...
+
+
 def fold(model: nn.Module) -> nn.Module:
     """Return a copy of a model in evaluation mode, its convolutions plain: what inference and exporters need.
 
@@ -72,7 +83,7 @@ def fold(model: nn.Module) -> nn.Module:
         model: any module; it is left as it is. A layer used twice is folded once, and used twice again.
 
     Returns:
-        The copy, with the names of the original's modules.
+        The copy, with the names of the original's modules; of the original's class, unless that is a layer to fold.
 
     Raises:
         ValueError: no module; a layer to fold has hooks or parametrizations, which a plain layer could not keep, or

@@ -11,7 +11,7 @@ padded cells, total // 2 of them before and the rest after: one more after when 
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch.fx
 import torch.nn.functional as F
@@ -21,7 +21,10 @@ from normfree.common.checks import check_choice
 from normfree.nn.fold import Refined
 from normfree.nn.recompute import Geometry, average_pool_2x2, convolve_recomputing, derive, origin_of
 
-PADDING_STYLES = ("symmetric", "same")
+PaddingStyle = Literal["symmetric", "same"]
+"""PyTorch's, or TensorFlow's."""
+
+PADDING_STYLES: tuple[PaddingStyle, ...] = get_args(PaddingStyle)
 
 Size2d = int | tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -92,7 +95,7 @@ class PaddedConv2d(nn.Conv2d):
         kernel_size: Size2d,
         stride: Size2d = 1,
         *,
-        padding: str | Size2d = "symmetric",
+        padding: PaddingStyle | Size2d = "symmetric",
         dilation: Size2d = 1,
         groups: int = 1,
         bias: bool = True,
@@ -101,7 +104,7 @@ class PaddedConv2d(nn.Conv2d):
     ) -> None:
         self.padding_style = padding if isinstance(padding, str) else "explicit"
         if isinstance(padding, str):
-            check_choice("padding", padding, PADDING_STYLES)
+            check_choice("padding", padding, PaddingStyle)
             if padding == "symmetric":
                 padding = symmetric_padding(kernel_size, dilation)
             elif padding_mode == "zeros":
@@ -159,8 +162,8 @@ class MaxPool2d(nn.MaxPool2d, Refined):
         ValueError: unknown padding style.
     """
 
-    def __init__(self, kernel_size: int, stride: int, *, padding: str = "symmetric") -> None:
-        self.padding_style = check_choice("padding", padding, PADDING_STYLES)
+    def __init__(self, kernel_size: int, stride: int, *, padding: PaddingStyle = "symmetric") -> None:
+        self.padding_style = check_choice("padding", padding, PaddingStyle)
         super().__init__(kernel_size, stride, symmetric_padding(kernel_size) if padding == "symmetric" else 0)
 
     def forward(self, input: Tensor) -> Tensor:

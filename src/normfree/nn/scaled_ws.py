@@ -39,7 +39,7 @@ from normfree.common.checks import check_number, invalid
 from normfree.common.text import first_line
 from normfree.common.torch_compat import in_function_transform, operations_are_followed
 from normfree.nn.fold import Foldable
-from normfree.nn.padding import PaddedConv2d, PaddingMode, Size2d
+from normfree.nn.padding import PaddedConv2d, PaddingMode, PaddingStyle, Size2d
 from normfree.nn.standardization import HALF, VARIANCE_FLOOR, standardize_natively
 
 Scale = float | Tensor
@@ -146,7 +146,7 @@ class ScaledConv2d(ScaledLayer, PaddedConv2d):
         kernel_size: Size2d,
         stride: Size2d = 1,
         *,
-        padding: str | Size2d = "symmetric",
+        padding: PaddingStyle | Size2d = "symmetric",
         dilation: Size2d = 1,
         groups: int = 1,
         bias: bool = True,
@@ -515,7 +515,7 @@ class ScaledWSConv2d(Standardized, ScaledConv2d):
         kernel_size: Size2d,
         stride: Size2d = 1,
         *,
-        padding: str | Size2d = "symmetric",
+        padding: PaddingStyle | Size2d = "symmetric",
         dilation: Size2d = 1,
         groups: int = 1,
         bias: bool = True,

@@ -369,6 +369,7 @@ def check_pairs(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str,
     Raises:
         ValueError: an item that is none.
     """
+    __tracebackhide__ = True
     if isinstance(parameters, Optimizer) or not isinstance(parameters, Iterable):
         rule = "must be a module, or give pairs (name, parameter)"
         remedy = "pass the model; AdaptiveGradientClipping takes the optimizer first and the model second"

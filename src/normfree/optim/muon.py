@@ -23,7 +23,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ NS_STEPS = 5
 EPS = 1e-7
 """Smallest Frobenius norm a matrix is divided by."""
 
-RULES = ("muon", "sgd")
+Rule = Literal["muon", "sgd"]
+"""By which a group of parameters is stepped."""
 
 
 def orthogonal(matrices: Tensor, steps: int = NS_STEPS) -> Tensor:
@@ -109,7 +110,7 @@ class Muon(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_choice("rule", group["rule"], RULES)
+            check_choice("rule", group["rule"], Rule)
             for number, parameter in enumerate(group["params"] if group["rule"] == "muon" else ()):
                 if parameter.dim() < 2:
                     name = group.get("param_names", {number: number})[number]

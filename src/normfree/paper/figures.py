@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from math import inf, pi, prod
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from normfree.common.checks import check_choice, check_integer
+from normfree.common.checks import check_choices, check_integer, required
 from normfree.models import create_model
 from normfree.report.plot import plot_signals
 from normfree.signal import SignalPropagation, spp, write_atomically, write_json
 
-DEPTHS = {"quick": (6, 6, 6, 6), "full": (50, 50, 50, 50)}
+Scale = Literal["quick", "full"]
+
+DEPTHS: dict[Scale, tuple[int, ...]] = {"quick": (6, 6, 6, 6), "full": (50, 50, 50, 50)}
 """Blocks per stage: the paper's 600 layers, or 72 for a look."""
 
 
@@ -74,13 +76,13 @@ class FigureSetting:
         seeds: each draws new weights and a new input; the plot shows the first.
     """
 
-    scale: str = "full"
+    scale: Scale = "full"
     image_size: int = 128
     batch_size: int = 8
     seeds: int = 3
 
     def __post_init__(self) -> None:
-        check_choice("scale", self.scale, tuple(DEPTHS))
+        check_choices(self)
         for name, least in (("image_size", 32), ("batch_size", 2), ("seeds", 1)):
             check_integer(name, getattr(self, name), least)
 
@@ -140,7 +142,11 @@ def make(figure: Figure, setting: FigureSetting, out: Path, on_progress: Callabl
 
     Returns:
         The paths written.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
+    required("matplotlib", "a figure")  # before the measurements, which take minutes
     out.mkdir(parents=True, exist_ok=True)
     measured: dict[str, list[SignalPropagation]] = {}
     for network in figure.networks:

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
-from normfree.common.checks import check_choice, check_integer
+from normfree.common.checks import check_choices, check_integer
 from normfree.common.files import write_atomically
 from normfree.train import RECIPES, NonFiniteLossError, TrainConfig, train
 
@@ -129,7 +129,9 @@ class Scale:
     decides: bool
 
 
-SCALES = {
+ScaleName = Literal["quick", "small", "full"]
+
+SCALES: dict[ScaleName, Scale] = {
     "quick": Scale(
         recipe="digits",
         depths={14: (1, 1, 1, 1), 26: (2, 2, 2, 2)},
@@ -196,13 +198,13 @@ class TableSetting:
         limit: steps of each run, for a rehearsal; None for all.
     """
 
-    scale: str = "quick"
+    scale: ScaleName = "quick"
     data: str | None = None
     seeds: int | None = None
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("scale", self.scale, tuple(SCALES))
+        check_choices(self)
         for name in ("seeds", "limit"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)

@@ -31,7 +31,7 @@ from normfree.report.panels import (
     panels_of,
     x_label,
 )
-from normfree.signal.monitor import Episode, SignalHistory
+from normfree.signal.monitor import SignalHistory
 from normfree.signal.propagation import SignalPropagation
 
 MOST_FRAMES = 200
@@ -243,16 +243,10 @@ def write_monitor_report(history: SignalHistory, path: str | Path, *, title: str
 
 
 def _records(history: SignalHistory) -> str:
-    count, steps = len(history), history.steps
-    told = f"{history.signals[-1].model}: {count} record{'' if count == 1 else 's'}, steps {steps[0]} to {steps[-1]}"
-    return told if count <= MOST_FRAMES else f"{told}; {MOST_FRAMES} of them, evenly spread, are on the slider"
+    told = f"{history.signals[-1].model}: {history.extent}"
+    return told if len(history) <= MOST_FRAMES else f"{told}; {MOST_FRAMES} of them, evenly spread, are on the slider"
 
 
 def episodes_list(history: SignalHistory) -> str:
     """The findings of a history, each with the steps it was there."""
-    return findings_list([finding_item(one.finding, escape(_when(one))) for one in history.episodes()])
-
-
-def _when(episode: Episode) -> str:
-    span = f"step {episode.first}" if episode.first == episode.last else f"steps {episode.first} to {episode.last}"
-    return f"{span}, the last record" if episode.ongoing else f"{span}, then gone"
+    return findings_list([finding_item(one.finding, escape(one.span)) for one in history.episodes()])

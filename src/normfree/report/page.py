@@ -18,7 +18,7 @@ from typing import Any
 
 from normfree.common.files import write_atomically
 from normfree.report.panels import is_layerwise, panels_of, shape_text, shorten
-from normfree.signal.propagation import SEVERITIES, BlockSignal, Entry, Finding, SignalPropagation
+from normfree.signal.propagation import SEVERITIES, BlockSignal, Curve, Entry, Finding, SignalPropagation
 
 
 def write_page(path: str | Path, *, title: str, body: str, data: Any, script: str, style: str = "") -> Path:
@@ -96,7 +96,7 @@ def findings_list(items: Sequence[str]) -> str:
     return listed if items else '<p class="no-finding">Nothing to report.</p>'
 
 
-CURVES = {
+CURVES: dict[Curve, str] = {
     "avg_channel_sq_mean": "squared mean",
     "avg_channel_var": "variance",
     "expected_var": "expected variance",
@@ -109,12 +109,12 @@ CURVES = {
 
 def numbers_tables(signal: SignalPropagation) -> str:
     """Every number of one model, folded away until it is asked for: a row a block, then a row a layer beside them."""
-    present = {panel.curve for panel in panels_of([signal])}
+    present: set[Curve] = {panel.curve for panel in panels_of([signal])}
     if any(block.expected_var is not None for block in signal.blocks):
         present.add("expected_var")
     unit = "weighted layer" if is_layerwise(signal) else "block"
     points = [("entry", signal.entry), *((str(block.index), block) for block in signal.blocks)]
-    columns = [name for name in CURVES if name in present]
+    columns: list[Curve] = [name for name in CURVES if name in present]
     tables = _table(f"{signal.model}: numbers of each {unit}", unit, points, columns)
     beside = [(_place(layer, signal), layer) for layer in signal.layers]
     beside += [("output", output) for output in signal.outputs]
@@ -124,7 +124,9 @@ def numbers_tables(signal: SignalPropagation) -> str:
     return tables
 
 
-def _table(summary: str, first: str, points: Sequence[tuple[str, Entry | BlockSignal]], columns: Sequence[str]) -> str:
+def _table(
+    summary: str, first: str, points: Sequence[tuple[str, Entry | BlockSignal]], columns: Sequence[Curve]
+) -> str:
     heads = [first.removeprefix("weighted "), "module", "shape", "channel axis", *(CURVES[name] for name in columns)]
     heads += ["dead channels", "remarks"]
     text = {"where", "module", "shape", "remarks"}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normfree.signal.propagation import SignalPropagation
+from normfree.signal.propagation import Curve, SignalPropagation
 
 # Okabe and Ito's palette without yellow (too faint on paper) and black (taken by the expected variance).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -36,7 +36,7 @@ class Panel:
         signed: the values may be negative, so the axis is always linear.
     """
 
-    curve: str
+    curve: Curve
     title: str
     reference: float | None = None
     signed: bool = False
@@ -86,7 +86,7 @@ def needs_log(panel: Panel, signals: Sequence[SignalPropagation]) -> bool:
     return not panel.signed and len(positive) > 1 and max(positive) / 100 > min(positive)
 
 
-def drawn_curve(signal: SignalPropagation, name: str) -> list[float | None]:
+def drawn_curve(signal: SignalPropagation, name: Curve) -> list[float | None]:
     """The curve as it is drawn: a squared mean that is rounding noise is zero, not 15 decades down."""
     values = signal.curve(name)
     if name != "avg_channel_sq_mean":
@@ -147,7 +147,7 @@ def shorten(text: str, width: int) -> str:
 
 def finite_values(panel: Panel, signals: Sequence[SignalPropagation]) -> list[float]:
     """Every finite value of the panel, expected variance and reference included."""
-    curves = [panel.curve, "expected_var"] if panel.curve == "avg_channel_var" else [panel.curve]
+    curves: list[Curve] = [panel.curve, "expected_var"] if panel.curve == "avg_channel_var" else [panel.curve]
     values = [value for signal in signals for curve in curves for value in drawn_curve(signal, curve)]
     finite = [float(value) for value in values if value is not None and math.isfinite(value)]
     return [*finite, panel.reference] if panel.reference is not None and finite else finite

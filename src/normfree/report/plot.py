@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normfree.common.checks import required
 from normfree.common.files import write_atomically
 from normfree.report.panels import (
     COLORS,
@@ -80,8 +81,9 @@ def plot_signals(
 
     Raises:
         ValueError: if there is no model to draw.
+        ImportError: if matplotlib is not installed.
     """
-    import matplotlib
+    matplotlib: Any = required("matplotlib", "the plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

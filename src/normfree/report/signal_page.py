@@ -131,13 +131,10 @@ def _model_data(signal: SignalPropagation, number: int) -> dict[str, Any]:
 
 
 def _verdict(signal: SignalPropagation, number: int) -> str:
-    counts = {severity: sum(f.severity == severity for f in signal.findings) for severity in SEVERITIES}
-    words = [f"{n} {severity}{'s' if n > 1 else ''}" for severity, n in counts.items() if n and severity != "info"]
-    worst = next((severity for severity in ("error", "warning") if counts[severity]), "healthy")
-    unit = "weighted layer" if is_layerwise(signal) else "block"
-    size = f"{len(signal.blocks)} {unit}{'' if len(signal.blocks) == 1 else 's'}"
-    verdict = f'<span class="verdict {worst}">{", ".join(words) or "healthy"}</span>'
-    return f'<li data-model="{number}">{escape(shorten(signal.model, 64))}: {size}, {verdict}</li>'
+    found = {finding.severity for finding in signal.findings}
+    worst = next((severity for severity in ("error", "warning") if severity in found), "healthy")
+    verdict = f'<span class="verdict {worst}">{signal.verdict}</span>'
+    return f'<li data-model="{number}">{escape(shorten(signal.model, 64))}: {signal.size}, {verdict}</li>'
 
 
 def _legend_item(signal: SignalPropagation, number: int) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise, takewhile
+from itertools import accumulate, groupby, pairwise, takewhile
 from math import isfinite, prod, sqrt
 from statistics import median
 from typing import Any
@@ -24,20 +24,6 @@ from normfree.signal.gradient_rules import gradient_explosion, gradient_vanishin
 from normfree.signal.nonfinite import NonFinite
 from normfree.signal.propagation import BESIDE, SEVERITIES, BlockSignal, Entry, Finding, SignalPropagation
 from normfree.signal.remedies import CONVERT, DOCS, FILL, RESET, make_finite, wake
-
-KINDS = (
-    "explosion",
-    "attenuation",
-    "mean_shift",
-    "branch_variance",
-    "silenced_branch",
-    "dead_channels",
-    "correlation_collapse",
-    "gradient_explosion",
-    "gradient_vanishing",
-    "zero_layer",
-    "non_finite",
-)
 
 
 def findings_of(signal: SignalPropagation, non_finite: NonFinite | None = None) -> tuple[Finding, ...]:
@@ -113,8 +99,7 @@ def _explosion(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[
     found += [each for output in signal.outputs if (each := _output_burst(signal, output))]
     if not found:
         return
-    # While all branches are silenced the network starts as its shortcuts, which do not explode.
-    silenced = bool(signal.blocks) and all(block.woken for block in signal.blocks)
+    silenced = _starts_as_shortcuts(signal)
     worst = min(found, key=lambda each: (not each.severe, -each.ratio))
     peak = "" if worst.peak is worst.over else f" to {worst.peak.avg_channel_var:.3g} at {worst.peak.place}"
     yield Finding(
@@ -141,6 +126,11 @@ def _explosion(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[
     )
 
 
+def _starts_as_shortcuts(signal: SignalPropagation) -> bool:
+    """Whether zero gains silence all branches: then the network has at first neither their growth nor their offset."""
+    return bool(signal.blocks) and all(block.woken for block in signal.blocks)
+
+
 @dataclass(frozen=True)
 class _Change:
     """A change of the variance along a stretch: how, from what, where it is first too much, and where it is most."""
@@ -162,8 +152,10 @@ def _growth(stretch: Stretch) -> _Change | None:
     """Steady growth over a whole stretch, or over its blocks or its layers alone."""
     points = [p for p in stretch.points if isfinite(p.avg_channel_var) and not p.last]
     runs = [list(run) for _, run in groupby(points, key=lambda point: point.kind)]
-    for run in [points, *runs] if len(runs) > 1 else runs:
-        first = points.index(run[0])
+    starts = list(accumulate(map(len, runs), initial=0))
+    for first, run in (
+        [(0, points), *zip(starts, runs, strict=False)] if len(runs) > 1 else zip(starts, runs, strict=False)
+    ):
         before = points[first - 1] if first else None
         base = max(stretch.start, before.avg_channel_var) if before else stretch.start
         over = next((p for p in run if p.avg_channel_var > EXPLODED * base > 0), None)
@@ -187,12 +179,12 @@ def _burst(stretch: Stretch) -> _Change | None:
     if not stretch.ends or stretch.start <= 0:
         return None
     points = [p for p in stretch.points if isfinite(p.avg_channel_var) and not p.renewed]
-    high = [p for p in points if p.last and p.avg_channel_var > BURST * stretch.start]
-    inner = reversed([p for p in points if not p.last])  # a small head is no normalizer: what is before it counts
-    high += takewhile(lambda p: p.avg_channel_var > BURST * stretch.start, inner)
+    inner = [p for p in points if not p.last]  # a small head is no normalizer: what is before it counts
+    ended_low = next((i for i in range(len(inner), 0, -1) if inner[i - 1].avg_channel_var <= BURST * stretch.start), 0)
+    at_the_end = {id(p) for p in inner[ended_low:]}
+    high = [p for p in points if p.avg_channel_var > BURST * stretch.start and (p.last or id(p) in at_the_end)]
     if not high:
         return None
-    high.sort(key=points.index)
     peak = max(high, key=_variance)
     severe = peak.avg_channel_var > FAR_BURST * stretch.start
     cause = _cause(stretch, high[0], 1, jump=True)
@@ -339,7 +331,8 @@ def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator
     ratio, worst = max(rated, key=lambda pair: pair[0])
     # A normalizer at the end takes the offset back together with the scale.
     kept = any(stretch.ends and any(p is worst for p in stretch.points) for stretch in along)
-    severity = "error" if ratio > LOST or (kept and _branch_growth(signal) > FED) else "warning"
+    lost = ratio > LOST or (kept and _branch_growth(signal) > FED)
+    severity = "error" if lost and not _starts_as_shortcuts(signal) else "warning"
     yield Finding(
         kind="mean_shift",
         severity=severity if worst.kind == "residual" else "info",

@@ -8,8 +8,7 @@ reversible networks); there the whole backward pass runs, and what it does to pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +148,8 @@ def _measure(
     )
     preserved.seed(seed)  # what the model draws is what it drew for the first batch
     generator = torch.Generator().manual_seed(seed)
-    with torch.enable_grad(), _leaves_untouched(model):
+    leaves = [tensor for tensor in preserved.tensors if tensor.is_leaf and tensor.requires_grad]
+    with torch.enable_grad(), without_gradient_hooks(leaves):  # a backward pass leaves no gradient on them
         with stack.followed(), recorder:
             outputs: list[Any] = [t for t in run_once(model, batch, stack) if t.requires_grad]
             recorder.take()
@@ -187,16 +187,6 @@ def _keep(found: dict[int, float], index: int, place: Place, gradient: Tensor | 
         if gradient.is_complex():
             gradient = torch.view_as_real(gradient)
         found[index] = gradient.double().square().mean().item()
-
-
-@contextmanager
-def _leaves_untouched(model: nn.Module) -> Iterator[None]:
-    """Have a backward pass leave no gradient on the model's leaves, and run none of the hooks they have."""
-    attributes = [value for module in model.modules() for value in vars(module).values()]
-    tensors = [*model.parameters(), *model.buffers(), *(a for a in attributes if isinstance(a, Tensor))]
-    leaves = [t for t in tensors if t.is_leaf and t.requires_grad]
-    with without_gradient_hooks(leaves):
-        yield
 
 
 def _differentiable(leaf: Any) -> Any:

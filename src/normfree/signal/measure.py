@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,10 @@ from normfree.trace.inputs import (
     tensors_of,
     unwrapped,
 )
-from normfree.trace.preserve import Preserved, untouched
+from normfree.trace.preserve import Mode, Preserved, untouched
 
-POINTS = ("auto", "residual", "layers")
+Points = Literal["auto", "residual", "layers"]
+"""What is plotted: residual additions, weighted layers, or (auto) the latter where there are none of the former."""
 
 
 def spp(
@@ -39,8 +40,8 @@ def spp(
     batch: Batch | Iterable[Batch] | None = None,
     *,
     name: str | None = None,
-    mode: str = "batch-statistics",
-    points: str = "auto",
+    mode: Mode = "batch-statistics",
+    points: Points = "auto",
     gradient: bool = True,
     wake: bool = True,
     seed: int = 0,
@@ -87,7 +88,8 @@ def spp(
     unnormalized ResNets", ICLR 2021, section 3. The input correlation and the gradient are additions.
     """
     model = unwrapped(model)
-    check_choice("points", points, POINTS)
+    check_choice("mode", mode, Mode)
+    check_choice("points", points, Points)
     check_seed(seed)
     check_present(model)
     with untouched(model, mode) as preserved:
@@ -229,7 +231,7 @@ class Measurement:
         batches, examples: how many were measured.
     """
 
-    def __init__(self, model: nn.Module, preserved: Preserved, *, points: str, wake: bool, seed: int) -> None:
+    def __init__(self, model: nn.Module, preserved: Preserved, *, points: Points, wake: bool, seed: int) -> None:
         self.model, self.preserved, self.wake, self.seed = model, preserved, wake, seed
         self.points = points
         self.first: Batch | None = None

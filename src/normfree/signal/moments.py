@@ -116,21 +116,23 @@ class Moments:
 
     def divide(self, factor: Tensor | float) -> Moments:
         """The moments of the values divided by ``factor`` (a number, or one per channel [C])."""
-        return Moments(self.count, self.mean / factor, self.deviation / factor**2)
+        cosine_sum, pairs = (0.0, 0) if isinstance(factor, Tensor) else (self.cosine_sum, self.pairs)
+        return Moments(self.count, self.mean / factor, self.deviation / factor**2, cosine_sum, pairs)
 
     def channels(self, kept: Tensor) -> Moments:
         """The moments of some channels alone (a mask [C])."""
         return Moments(self.count, self.mean[kept], self.deviation[kept])
 
 
-def channel_moments(x: Tensor, channel_axis: int, *, examples: int | None = None) -> Moments:
-    """Per-channel moments of ``x`` over every other axis.
+def channel_moments(x: Tensor, channel_axis: int, *, examples: int | None = None, divisor: float = 1.0) -> Moments:
+    """Per-channel moments of ``x / divisor`` over every other axis.
 
     Args:
         x: a floating-point activation of any shape, layout and precision.
         channel_axis: the axis that holds the channels.
         examples: the number of examples in the batch; given and found as the leading axis, the mean
             cosine similarity between the first few examples' flattened features is taken too.
+        divisor: a number that the values are divided by.
 
     Returns:
         The moments, in float64 on the CPU.
@@ -140,16 +142,16 @@ def channel_moments(x: Tensor, channel_axis: int, *, examples: int | None = None
         x, channel_axis = x.unsqueeze(0), 1
     correlated = examples is not None and examples > 1 and x.shape[0] == examples
     if x.numel() <= SMALL:
-        return _of_few(x, channel_axis % x.dim(), correlated=correlated)
+        return _of_few(x, channel_axis % x.dim(), correlated=correlated, divisor=divisor)
     moments, sq_length = _fast(x, channel_axis)
     moments = _refined(moments, x, channel_axis) if _trustworthy(moments) else _exact(x, channel_axis)
     if correlated:
         cosine_sum, pairs = _cosine_sum(x, sq_length)
         moments = Moments(moments.count, moments.mean, moments.deviation, cosine_sum, pairs)
-    return moments
+    return moments if divisor == 1 else moments.divide(divisor)
 
 
-def _of_few(x: Tensor, axis: int, *, correlated: bool) -> Moments:
+def _of_few(x: Tensor, axis: int, *, correlated: bool, divisor: float) -> Moments:
     """Moments that are computed later, with those of other small activations in the same calls.
 
     A call costs more than the few values it computes on: twenty calls for each of the thousands of activations of an
@@ -160,7 +162,7 @@ def _of_few(x: Tensor, axis: int, *, correlated: bool) -> Moments:
     if together is None or together.size + x.numel() > PIECE:
         together = _Together()
         _OPEN.together = ref(together)
-    return together.enter(x, axis, correlated=correlated)
+    return together.enter(x, axis, correlated=correlated, divisor=divisor)
 
 
 _OPEN = threading.local()
@@ -197,10 +199,12 @@ class _Together:
         self.size = 0
         self.entries: dict[tuple[torch.Size, int, bool], list[tuple[ref[_Later], Tensor]]] = {}
 
-    def enter(self, x: Tensor, axis: int, *, correlated: bool) -> Moments:
+    def enter(self, x: Tensor, axis: int, *, correlated: bool, divisor: float) -> Moments:
         """The moments of an activation, of whose values a copy is kept until they are computed."""
         moments = _Later(x.numel() // x.shape[axis], self)
         values = x.clone() if x.dtype == torch.float64 else x.double()
+        if divisor != 1:
+            values /= divisor
         self.entries.setdefault((x.shape, axis, correlated), []).append((ref(moments), values))
         self.size += x.numel()
         return moments
@@ -252,43 +256,70 @@ def _trustworthy(moments: Moments) -> bool:
 
 def _refined(moments: Moments, x: Tensor, axis: int) -> Moments:
     """The moments with those channels taken again whose own variance is lost beside their mean."""
-    doubtful = moments.var < SMALLEST_VAR_TO_SQ * moments.mean.square()
+    mean, deviation = moments.mean.numpy(), moments.deviation.numpy()
+    doubtful = deviation / moments.count < SMALLEST_VAR_TO_SQ * np.square(mean)
     if x.dtype == torch.float64 or not doubtful.any():
         return moments
-    again = _exact(x.index_select(axis, doubtful.nonzero().flatten().to(x.device)), axis)
-    mean, deviation = moments.mean.clone(), moments.deviation.clone()
-    mean[doubtful], deviation[doubtful] = again.mean, again.deviation
-    return Moments(moments.count, mean, deviation)
+    again = _exact(x.index_select(axis, torch.from_numpy(doubtful.nonzero()[0]).to(x.device)), axis)
+    mean, deviation = mean.copy(), deviation.copy()
+    mean[doubtful], deviation[doubtful] = again.mean.numpy(), again.deviation.numpy()
+    return _of_numbers(moments.count, mean, deviation)
 
 
-def _fast(x: Tensor, axis: int) -> tuple[Moments, Tensor | None]:
+def _fast(x: Tensor, axis: int) -> tuple[Moments, Numbers | None]:
     """Sums in the tensor's own precision (half precision is read as float32), merged in float64.
 
-    Also the squared length of each example, where rows are summed example by example: then it costs no reading.
+    Also the squared length of each example, [N], where rows are summed example by example: then it costs no reading.
+    Torch reads the tensor, and NumPy computes with the few numbers that are left, for a call of it costs a fifth.
     """
-    channels = x.shape[axis]
-    count = x.numel() // channels
-    total = torch.zeros(channels, dtype=torch.float64, device=x.device)
-    square = torch.zeros_like(total)
-    lengths: list[Tensor] = []
+    if x.stride(axis) == 1 and x.shape[axis] > 1:
+        return _of_columns(x, axis), None
+    channels, sums, norms = x.shape[axis], [], []
     for piece in _pieces(x):
-        if x.stride(axis) == 1 and channels > 1:
-            piece_count = piece.numel() // channels
-            for rows in piece.movedim(axis, -1).reshape(piece_count, channels).split(LONGEST_RUN["column"]):
-                mean, var = _column_moments(rows)
-                total += mean * len(rows)
-                square += (var + mean.square()) * len(rows)
-        else:
-            whole = piece.movedim(axis, 1).reshape(piece.shape[0], channels, -1)
-            squares = torch.zeros(whole.shape[:2], dtype=torch.float64, device=x.device)
-            for runs in _runs(whole):
-                total += runs.sum(3).double().sum((0, 2))
-                squares += torch.linalg.vector_norm(runs, dim=3).double().square().sum(2)
-            square += squares.sum(0)
-            lengths.append(squares.sum(1))
-    mean = total / count
-    deviation = (square - mean.square() * count).clamp_min(0)
-    return Moments(count, mean.cpu(), deviation.cpu()), torch.cat(lengths) if lengths else None
+        rows = piece.movedim(axis, 1).reshape(piece.shape[0], channels, -1)
+        runs = list(_runs(rows))
+        sums.append([part.sum(3) for part in runs])
+        norms.append([torch.linalg.vector_norm(part, dim=3) for part in runs])
+    total = np.concatenate([np.sum([_numbers(part).sum(2) for part in parts], 0) for parts in sums])
+    square = np.concatenate([np.sum([np.square(_numbers(part)).sum(2) for part in parts], 0) for parts in norms])
+    count = x.numel() // channels
+    with np.errstate(all="ignore"):  # what is not finite stays so
+        mean = total.sum(0) / count
+        deviation = np.maximum(square.sum(0) - np.square(mean) * count, 0)
+        return _of_numbers(count, mean, deviation), square.sum(1)
+
+
+def _of_columns(x: Tensor, axis: int) -> Moments:
+    """The moments where channels lie innermost: the statistics of a batch norm, merged over pieces in float64."""
+    channels, parts = x.shape[axis], []
+    for piece in _pieces(x):
+        rows = piece.movedim(axis, -1).reshape(piece.numel() // channels, channels)
+        for some in rows.split(min(LONGEST_RUN["column"], max(1, PIECE // channels))):
+            as_map = some.unsqueeze(0).unsqueeze(2).permute(0, 3, 1, 2)  # [1, C, R, 1], channels innermost
+            parts.append((len(some), *torch.batch_norm_update_stats(as_map, None, None, 0.0)))
+    count = x.numel() // channels
+    total, square = np.zeros(channels), np.zeros(channels)
+    with np.errstate(all="ignore"):
+        for number, mean, var in parts:
+            means = _numbers(mean)
+            total += means * number
+            square += (_numbers(var) + np.square(means)) * number
+        mean = total / count
+        return _of_numbers(count, mean, np.maximum(square - np.square(mean) * count, 0))
+
+
+Numbers = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def _numbers(values: Tensor) -> Numbers:
+    return values.resolve_neg().cpu().numpy().astype(np.float64)
+
+
+def _of_numbers(count: int, mean: Numbers, deviation: Numbers) -> Moments:
+    moments = Moments(count, torch.from_numpy(mean), torch.from_numpy(deviation))
+    averages = {"avg_channel_sq_mean": np.square(mean).mean(), "avg_channel_var": deviation.mean() / count}
+    moments.__dict__.update({name: float(value) for name, value in averages.items()})
+    return moments
 
 
 def _runs(rows: Tensor) -> Iterator[Tensor]:
@@ -301,13 +332,6 @@ def _runs(rows: Tensor) -> Iterator[Tensor]:
             yield part[:, :, :full].unflatten(2, (-1, run))
         if full < part.shape[2]:
             yield part[:, :, full:].unsqueeze(2)
-
-
-def _column_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each column of [R, C], rows contiguous; in float64."""
-    as_map = rows.unsqueeze(0).unsqueeze(2).permute(0, 3, 1, 2)  # [1, C, R, 1], channels innermost
-    mean, var = torch.batch_norm_update_stats(as_map, None, None, 0.0)
-    return mean.double(), var.double()
 
 
 def _pieces(x: Tensor) -> list[Tensor]:
@@ -330,7 +354,7 @@ def _exact(x: Tensor, axis: int) -> Moments:
     return moments
 
 
-def _cosine_sum(x: Tensor, sq_length: Tensor | None) -> tuple[float, int]:
+def _cosine_sum(x: Tensor, sq_length: Numbers | None) -> tuple[float, int]:
     """Summed cosine similarity of all pairs among the first examples, and their number.
 
     ``Σ_{i<j} uᵢ·uⱼ = (|Σ uᵢ|² − n) / 2`` for n unit vectors: two readings, or one where the lengths are known, and not
@@ -349,14 +373,15 @@ def _cosine_sum(x: Tensor, sq_length: Tensor | None) -> tuple[float, int]:
     if not 1e-30 < sq_length.min() <= sq_length.max() < 1e30:
         features = features.double()
         sq_length = _sq_lengths(features)
-    has_direction = sq_length != 0
-    number = int(has_direction.sum())
-    scale = torch.where(has_direction, sq_length, 1).rsqrt().to(features.dtype)
-    total = sum(_sq_lengths((scale @ part).unsqueeze(0)).item() for part in features.split(LONGEST_RUN["features"], 1))
-    return (total - number) / 2, number * (number - 1) // 2
+    number = int(np.count_nonzero(sq_length))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        unit = np.where(sq_length == 0, 0, 1 / np.sqrt(sq_length))
+    scale = torch.from_numpy(unit).to(device=features.device, dtype=features.dtype)
+    totals = [torch.linalg.vector_norm(scale @ part) for part in features.split(LONGEST_RUN["features"], 1)]
+    return (sum(total.item() ** 2 for total in totals) - number) / 2, number * (number - 1) // 2
 
 
-def _sq_lengths(rows: Tensor) -> Tensor:
+def _sq_lengths(rows: Tensor) -> Numbers:
     """Squared length of each row, in float64."""
     parts = rows.split(LONGEST_RUN["features"], 1)
-    return torch.stack([torch.linalg.vector_norm(part, dim=1).double().square() for part in parts]).sum(0)
+    return np.sum([np.square(_numbers(torch.linalg.vector_norm(part, dim=1))) for part in parts], 0)

@@ -17,14 +17,15 @@ from torch import Tensor, distributed, nn
 
 from normfree.common.checks import check_choice, required
 from normfree.common.files import read_json, refused, structured, write_atomically
-from normfree.common.text import first_line, one_line, quoted
+from normfree.common.process import seeded
+from normfree.common.text import first_line, one_line, quoted, short_repr, shortened
 from normfree.common.torch_compat import tree_map
-from normfree.signal.measure import spp
-from normfree.signal.propagation import SEVERITIES, Finding, SignalPropagation
+from normfree.signal.measure import Points, spp
+from normfree.signal.propagation import SEVERITIES, Curve, Finding, Kind, SignalPropagation
 from normfree.trace.inputs import Batch, unwrapped
-from normfree.trace.preserve import MODES
+from normfree.trace.preserve import Mode
 
-CURVES = ("avg_channel_sq_mean", "avg_channel_var", "residual_avg_channel_var", "avg_sq_gradient")
+CURVES: tuple[Curve, ...] = ("avg_channel_sq_mean", "avg_channel_var", "residual_avg_channel_var", "avg_sq_gradient")
 
 
 class SignalMonitor:
@@ -77,8 +78,8 @@ class SignalMonitor:
         writer: Any = None,
         tag: str = "signal",
         name: str | None = None,
-        mode: str = "batch-statistics",
-        points: str = "auto",
+        mode: Mode = "batch-statistics",
+        points: Points = "auto",
         gradient: bool = False,
         wake: bool = False,
         seed: int = 0,
@@ -87,7 +88,8 @@ class SignalMonitor:
             raise ValueError(f"every: {every!r} is no number of steps; give 1 or more, or None to go by the time")
         if not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f"share: {share!r} is no part of the time; give a number above 0 and up to 1, as 0.01")
-        check_choice("mode", mode, MODES)
+        check_choice("mode", mode, Mode)
+        check_choice("points", points, Points)
         self.model = unwrapped(model)
         _check_alone(self.model, mode)
         self.every, self.share, self.writer, self.tag = every, share, writer, tag
@@ -107,7 +109,7 @@ class SignalMonitor:
             if self._is_measuring_rank():
                 # The first measurement of a process loads a second or two of Python modules. That is start-up, and
                 # taken for the cost of a record it would put off the next one by minutes.
-                with torch.random.fork_rng(devices=[]):  # for the weight that is drawn
+                with seeded(0):  # for the weight that is drawn
                     spp(nn.Linear(1, 1), torch.zeros(2, 1), gradient=self._options["gradient"])
             self._began = perf_counter()
             if self._is_measuring_rank() and not self.history:
@@ -186,6 +188,12 @@ class SignalMonitor:
                     self.writer.add_scalar(f"{self.tag}/{curve}/{place}", value, self.steps)
         self.writer.add_scalar(f"{self.tag}/cost", self.cost, self.steps)
 
+    def __repr__(self) -> str:
+        return short_repr(self, f"at step {self.steps}: {self.history!r}")
+
+    def _repr_html_(self) -> str:
+        return self.history._repr_html_()
+
     def to_dict(self) -> dict[str, Any]:
         """The history as plain data, see ``SignalHistory.to_dict``."""
         return self.history.to_dict()
@@ -242,7 +250,7 @@ def _copy(batch: Batch | None) -> Batch | None:
     return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, plain)
 
 
-def _check_alone(model: nn.Module, mode: str) -> None:
+def _check_alone(model: nn.Module, mode: Mode) -> None:
     """Refuse a model whose forward pass rank 0 cannot run without the others: both would wait for ever."""
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return
@@ -264,7 +272,13 @@ SCHEMA = 1
 
 # Training may shift means, shrink branches and let the signal fade without harm: learnt gains and weights want it
 # so, and the thresholds of those findings are of networks at initialisation. These remain faults at any step.
-TRAINING_KINDS = ("non_finite", "explosion", "dead_channels", "correlation_collapse", "silenced_branch")
+TRAINING_KINDS: tuple[Kind, ...] = (
+    "non_finite",
+    "explosion",
+    "dead_channels",
+    "correlation_collapse",
+    "silenced_branch",
+)
 
 _NUMBER = "$float"  # how JSON writes a number that it has no word for
 
@@ -285,6 +299,12 @@ class Episode:
     ongoing: bool
     finding: Finding
 
+    @property
+    def span(self) -> str:
+        """The steps, in words."""
+        steps = f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
+        return f"{steps}, the last record" if self.ongoing else f"{steps}, then gone"
+
 
 class SignalHistory(list[tuple[int, SignalPropagation]]):
     """A list of (step, signal propagation plot), in the order of the steps."""
@@ -298,6 +318,24 @@ class SignalHistory(list[tuple[int, SignalPropagation]]):
     def signals(self) -> list[SignalPropagation]:
         """The plots."""
         return [signal for _, signal in self]
+
+    @property
+    def extent(self) -> str:
+        """How many records there are, and of which steps: "5 records, steps 0 to 40"."""
+        if not self:
+            return "no record"
+        count, steps = len(self), self.steps
+        return f"{count} record{'' if count == 1 else 's'}, steps {steps[0]} to {steps[-1]}"
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{one.finding.kind} ({one.span})" for one in self.episodes())
+        model = f"of {shortened(self.signals[-1].model, 60)}: " if self else "with "
+        return short_repr(self, f"{model}{self.extent}{'; ' if found else ''}{found}")
+
+    def _repr_html_(self) -> str:
+        from normfree.report.notebook import history_html
+
+        return history_html(self)
 
     def episodes(self) -> list[Episode]:
         """The findings that matter in training, see ``TRAINING_KINDS``, and the steps they lasted; the worst first.

@@ -23,7 +23,6 @@ from normfree.trace import operations as op
 from normfree.trace.graph import Additions, Node, Path, Residual
 from normfree.trace.operations import likely_axis
 from normfree.trace.recorder import Note, Recorder
-from normfree.trace.scaling import Factor
 
 # A bottleneck passes 3 weighted operations, an inverted one with squeeze-excite 5, attention 2, the longest blocks in
 # use 9 (HGNet). What is longer, or goes back to a higher resolution, is a network of its own beside a long skip
@@ -175,7 +174,11 @@ class PointRecorder(Recorder):
             return note.unscaled
         if not -x.dim() <= note.channel_axis < x.dim():  # a sum or a mean of everything has no channels
             return None
-        return before_scaling(channel_moments(x, note.channel_axis), note.factors)
+        divisor = prod(factor.value for factor in note.factors if not isinstance(factor.value, Tensor))
+        gains = [factor.value for factor in note.factors if isinstance(factor.value, Tensor)]
+        if divisor == 0:
+            return None
+        return before_gains(channel_moments(x, note.channel_axis, divisor=divisor), gains)
 
     # Points.
 
@@ -254,8 +257,7 @@ class PointRecorder(Recorder):
 
     def _is_read_once(self, last: int) -> bool:
         """Whether the sum before was read by its activation alone; where one was, all are."""
-        sums = (visit for visit in reversed(self.visits[: last + 1]) if visit.sum is not None)
-        before = next(sums, None)
+        before = next((visit for i in range(last, -1, -1) if (visit := self.visits[i]).sum is not None), None)
         return before is None or before.node.note.uses <= 1
 
     def _visit(
@@ -464,21 +466,18 @@ class PointRecorder(Recorder):
         return self._point(tensor, "output", name=f"output {index}", after=self.nodes[tensor].note.point)
 
 
-def before_scaling(moments: Moments, factors: Sequence[Factor]) -> Moments | None:
-    """The moments before the factors were multiplied in; None if they left nothing to see.
+def before_gains(moments: Moments, gains: Sequence[Tensor]) -> Moments | None:
+    """The moments before gains of the channels [C] were multiplied in; None if they left nothing to see.
 
-    Channels that a vector factor silences have no trace of what they were and are left out.
+    Channels that a gain silences have no trace of what they were and are left out.
     """
-    for factor in factors:
-        value = factor.value
-        if isinstance(value, Tensor):
-            if value.numel() != moments.mean.numel():
-                return None
-            kept = value != 0
-            moments, value = moments.channels(kept), value[kept]
-        if value.numel() == 0 if isinstance(value, Tensor) else value == 0:
+    for gain in gains:
+        if gain.numel() != moments.mean.numel():
             return None
-        moments = moments.divide(value)
+        kept = gain != 0
+        if not kept.any():
+            return None
+        moments = moments.channels(kept).divide(gain[kept])
     return moments
 
 
@@ -492,7 +491,12 @@ def weight_gain(name: str, args: Sequence[Any]) -> float | None:
         fan_in = weight.numel() / weight.shape[1] / prod(args[3]) if transposed else weight[0].numel()
     else:
         fan_in = weight.shape[1] if name == "linear" else weight.shape[0]
-    return float((weight.detach().double().square().mean() * fan_in).sqrt())
+    inner_last = sorted(range(weight.dim()), key=lambda axis: -weight.stride(axis))
+    rows = weight.detach().permute(inner_last).flatten(1)
+    lengths = torch.linalg.vector_norm(rows.float(), dim=1)
+    if not 1e-15 < lengths.min() <= lengths.max() < 1e15:  # squares that single precision may not hold
+        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return (torch.linalg.vector_norm(lengths.double()) * (fan_in / weight.numel()) ** 0.5).item()
 
 
 def _enlarges(node: Node) -> bool:

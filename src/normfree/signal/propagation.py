@@ -4,17 +4,53 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+from normfree.common.checks import check_choice
 from normfree.common.files import write_atomically
+from normfree.common.text import short_repr, shortened
+from normfree.trace.preserve import Mode
 
 SCHEMA = 1
 
-SEVERITIES = ("error", "warning", "info")
+Severity = Literal["error", "warning", "info"]
 """Of findings, the most serious first."""
+
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+
+Kind = Literal[
+    "explosion",
+    "attenuation",
+    "mean_shift",
+    "branch_variance",
+    "silenced_branch",
+    "dead_channels",
+    "correlation_collapse",
+    "gradient_explosion",
+    "gradient_vanishing",
+    "zero_layer",
+    "non_finite",
+]
+"""Of findings."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+Curve = Literal[
+    "avg_channel_sq_mean",
+    "avg_channel_var",
+    "residual_avg_channel_var",
+    "expected_var",
+    "input_correlation",
+    "avg_sq_gradient",
+    "dead_channels",
+    "activated_avg_channel_sq_mean",
+    "activated_avg_channel_var",
+]
+"""What is measured at every block: the attributes of :class:`BlockSignal` of that name."""
 
 BESIDE = -1
 """The index, while findings are looked for, of a layer beside the blocks: it is not on the plot's axis."""
@@ -137,6 +173,15 @@ class BlockSignal(Position):
         name = self.name or "the model itself"
         return f"layer {name}" if self.index == BESIDE else f"block {self.index} ({name})"
 
+    def __repr__(self) -> str:
+        return short_repr(self, f"of {shortened(self.place, 120)}: {self._numbers}")
+
+    @property
+    def _numbers(self) -> str:
+        branch = self.residual_avg_channel_var
+        told = f"squared mean {self.avg_channel_sq_mean:.4g}  variance {self.avg_channel_var:.4g}"
+        return told if branch is None else f"{told}  branch {branch:.4g}"
+
     @property
     def index_on_plot(self) -> int | None:
         """The index of the point on the plot's axis, None beside it."""
@@ -148,9 +193,7 @@ class Finding:
     """One thing worth knowing about the signal, in plain words.
 
     Attributes:
-        kind: "explosion", "attenuation", "mean_shift", "branch_variance", "silenced_branch",
-            "dead_channels", "correlation_collapse", "gradient_explosion", "gradient_vanishing",
-            "zero_layer" or "non_finite".
+        kind: one of :data:`Kind`.
         severity: "error" (it will not train as it is), "warning" or "info".
         block: index of the block where it shows first; None for the model as a whole, or where it shows in a layer
             beside the blocks, which the message names.
@@ -160,13 +203,16 @@ class Finding:
         docs: the place in this project's documentation, page and anchor.
     """
 
-    kind: str
-    severity: str
+    kind: Kind
+    severity: Severity
     block: int | None
     message: str
     remedy: str
     code: str = ""
     docs: str = ""
+
+    def __repr__(self) -> str:
+        return short_repr(self, f"{self.severity}: {self.kind}: {self.message}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +229,7 @@ class SignalPropagation:
     """
 
     model: str
-    mode: str
+    mode: Mode
     input: dict[str, Any]
     entry: Entry
     blocks: tuple[BlockSignal, ...]
@@ -193,11 +239,26 @@ class SignalPropagation:
     outputs: tuple[BlockSignal, ...] = ()
     entries: tuple[Entry, ...] = ()
 
-    def curve(self, name: str) -> list[float | None]:
-        """One curve as a list: point 0 is the entry (None for what only blocks have), then each block."""
-        known = {f.name for f in fields(BlockSignal)}
-        if name not in known:
-            raise ValueError(f"curve: unknown name {name!r}; it must be an attribute of a block: {sorted(known)}")
+    @property
+    def size(self) -> str:
+        """How many points the plot has, and what they are: "8 blocks"."""
+        unit = "weighted layer" if self.blocks and all(block.kind == "layer" for block in self.blocks) else "block"
+        return f"{len(self.blocks)} {unit}{'' if len(self.blocks) == 1 else 's'}"
+
+    @property
+    def verdict(self) -> str:
+        """What the findings come to: "2 errors, 1 warning", or "healthy" where there is neither."""
+        counts = Counter(finding.severity for finding in self.findings if finding.severity != "info")
+        told = (f"{counts[one]} {one}{'' if counts[one] == 1 else 's'}" for one in SEVERITIES if counts[one])
+        return ", ".join(told) or "healthy"
+
+    def curve(self, name: Curve) -> list[float | None]:
+        """One curve as a list: point 0 is the entry (None for what only blocks have), then each block.
+
+        Raises:
+            ValueError: if no curve has that name.
+        """
+        check_choice("name", name, Curve)
         return [getattr(self.entry, name, None), *(getattr(block, name) for block in self.blocks)]
 
     def renamed(self, model: str) -> SignalPropagation:
@@ -237,7 +298,7 @@ class SignalPropagation:
 
         return write_report([self], path)
 
-    def assert_healthy(self, *, ignore: Iterable[str] = ()) -> None:
+    def assert_healthy(self, *, ignore: Iterable[Kind] = ()) -> None:
         """Fail with the findings as message if any is an error; meant for a model's own test suite.
 
         Args:
@@ -247,11 +308,8 @@ class SignalPropagation:
             ValueError: if ``ignore`` names no kind of finding.
             AssertionError: with one line per finding of severity "error".
         """
-        from normfree.signal.findings import KINDS
-
-        ignored = set(ignore)
-        if unknown := ignored - set(KINDS):
-            raise ValueError(f"ignore: unknown kinds of finding {sorted(unknown)}; known are {sorted(KINDS)}")
+        __tracebackhide__ = True
+        ignored = {check_choice("ignore", kind, Kind) for kind in ignore}
         errors = [f for f in self.findings if f.severity == "error" and f.kind not in ignored]
         if errors:
             lines = [f"the signal of {self.model} is not healthy at initialisation:"]
@@ -259,17 +317,21 @@ class SignalPropagation:
                 lines += [f"  {found.kind}: {found.message} Remedy: {found.remedy} See {found.docs}.", found.code]
             raise AssertionError("\n".join(lines))
 
+    def __repr__(self) -> str:
+        kinds = dict.fromkeys(finding.kind for finding in self.findings if finding.severity != "info")
+        found = f" ({', '.join(kinds)})" if kinds else ""
+        return short_repr(self, f"of {shortened(self.model, 60)}: {self.size}, {self.verdict}{found}")
+
     def __str__(self) -> str:
-        lines = [f"SignalPropagation of {self.model}: {len(self.blocks)} points, mode {self.mode}"]
-        for block in self.blocks:
-            residual = block.residual_avg_channel_var
-            branch = "" if residual is None else f"  branch {residual:.4g}"
-            lines.append(
-                f"  {block.index:3d} {block.name}: squared mean {block.avg_channel_sq_mean:.4g}"
-                f"  variance {block.avg_channel_var:.4g}{branch}"
-            )
+        lines = [f"SignalPropagation of {self.model}: {self.size}, mode {self.mode}"]
+        lines += [f"  {block.index:3d} {block.name}: {block._numbers}" for block in self.blocks]
         lines += [f"  {f.severity}: {f.message}" for f in self.findings]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from normfree.report.notebook import signal_html
+
+        return signal_html(self)
 
 
 def write_json(path: str | Path, signals: Iterable[SignalPropagation]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.data import DataLoader
 
 from normfree.common.text import first_line
-from normfree.common.torch_compat import tree_leaves, tree_map
+from normfree.common.torch_compat import current_autograd_node, tree_leaves, tree_map
 
 Batch = Any
 """A tensor (one argument), a tuple (positional arguments) or a mapping (keyword arguments) of tensors."""
@@ -66,6 +67,7 @@ def check_batch(batch: Batch, argument: str = "batch") -> None:
     Raises:
         ValueError: saying which.
     """
+    __tracebackhide__ = True
     tensors = tensors_of(batch)
     if not tensors:
         raise ValueError(f"{argument}: it holds no tensor; give a tensor, a tuple or a dict of tensors")
@@ -186,6 +188,15 @@ def tensors_in(output: Any) -> list[Tensor]:
     return found
 
 
+def of_this_thread() -> Callable[[], bool]:
+    """A test whether what calls it runs in this thread, or in one of autograd's.
+
+    Torch's hooks for all modules are called in all threads, and another may run the same modules meanwhile.
+    """
+    here = threading.get_ident()
+    return lambda: threading.get_ident() == here or current_autograd_node() is not None
+
+
 class ModuleStack:
     """The modules of one model that are running now, outermost first."""
 
@@ -202,16 +213,17 @@ class ModuleStack:
     @contextmanager
     def followed(self, on_enter: Callable[[nn.Module, tuple[Any, ...]], None] | None = None) -> Iterator[None]:
         """Keep the stack while the context is open; ``on_enter`` sees each module and its inputs."""
+        is_here = of_this_thread()
 
         def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if module in self.names:
+            if module in self.names and is_here():
                 self.running.append(module)
                 self.last_running = self.name
                 if on_enter is not None:
                     on_enter(module, inputs)
 
         def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if module in self.names:
+            if module in self.names and is_here():
                 while self.running and self.running.pop() is not module:
                     pass
 

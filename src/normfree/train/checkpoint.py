@@ -400,6 +400,7 @@ def check_same_run(config: TrainConfig) -> None:
     Raises:
         ValueError: naming the fields that differ; or it holds checkpoints, and not what they are of.
     """
+    __tracebackhide__ = True
     path = config.folder / CONFIG
     if kind_of(path) == "nothing":
         if any((config.folder / CHECKPOINTS).glob("*step_*")):
@@ -435,6 +436,7 @@ def check_conditions(folder: Path, now: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming what differs, and how to go on all the same.
     """
+    __tracebackhide__ = True
     before, changes = read_json(folder / CONFIG, "run"), []
     for name, was, is_now in zip(CONDITIONS, _conditions(before), _conditions(now), strict=True):
         if was is not None and was != is_now:

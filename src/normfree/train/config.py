@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from normfree.common.checks import check_choice, check_flag, check_integer, check_number, check_rate, invalid
+from normfree.common.checks import check_choices, check_flag, check_integer, check_number, check_rate, invalid
 from normfree.common.files import structured
 from normfree.common.text import first_line
 from normfree.data import DataConfig
 from normfree.models.registry import accepted_overrides, parse_overrides
+from normfree.optim import Rule
 
 Config = TypeVar("Config")
+
+Accelerator = Literal["auto", "cpu", "cuda"]
+Strategy = Literal["auto", "ddp", "fsdp"]
+Precision = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,7 @@ class OptimizerConfig:
     Biases, gains, skip gains and a normalizer's parameters are not decayed.
     """
 
-    rule: Literal["sgd", "muon"] = "sgd"
+    rule: Rule = "sgd"
     """sgd: Nesterov SGD for all parameters. muon: orthogonalized steps (normfree.optim.Muon) for the weights of
     convolutions and linear layers but the final ones, Nesterov SGD for the rest."""
     learning_rate: float = 0.1
@@ -55,7 +59,7 @@ class OptimizerConfig:
     """Learning rate of the final layers as a share of the others'."""
 
     def __post_init__(self) -> None:
-        check_choice("rule", self.rule, ("sgd", "muon"))
+        check_choices(self)
         for name in ("learning_rate", "sgd_learning_rate"):
             check_number(name, getattr(self, name), 0, exclusive=True)
         if self.reference_batch is not None:
@@ -102,11 +106,11 @@ class TrainConfig:
     """Decay of the weights' exponential moving average, which is then what is evaluated; None: no average."""
     seed: int = 0
     """Of initialisation, order, augmentation and dropout."""
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    accelerator: Accelerator = "auto"
     """auto: GPUs if there are any."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    strategy: Strategy = "auto"
     """auto: one process, or DistributedDataParallel under torchrun; fsdp shards weights, gradients and optimizer."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     """auto: bf16 (mixed with fp32) where the hardware multiplies it natively, recent CPUs too; else fp32."""
     channels_last: bool = True
     """Keep images and filters with channels last, which convolutions are faster with."""
@@ -154,8 +158,7 @@ class TrainConfig:
             check_rate("average_decay", self.average_decay)
         for name in ("channels_last", "compile"):
             check_flag(name, getattr(self, name))
-        for name in ("accelerator", "strategy", "precision", "on_nonfinite", "on_changed"):
-            check_choice(name, getattr(self, name), typing.get_args(typing.get_type_hints(type(self))[name]))
+        check_choices(self)
         if self.optimizer.warmup_epochs > self.epochs:
             rule = f"is longer than all {self.epochs} epochs"
             raise invalid("warmup_epochs", self.optimizer.warmup_epochs, rule, "pass fewer, or train for longer")

@@ -16,12 +16,13 @@ from torch.optim import Optimizer
 from normfree.common.checks import invalid, required
 from normfree.common.torch_compat import cpu_multiplies_bf16
 from normfree.models import Backbone, create_model
+from normfree.train.config import Accelerator, Precision, Strategy
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
-def device_type(accelerator: str) -> str:
+def device_type(accelerator: Accelerator) -> str:
     """Return "cuda" or "cpu" for a choice of ``TrainConfig.accelerator``.
 
     Raises:
@@ -45,7 +46,7 @@ def multiplies_bf16(device: str) -> bool:
     return cpu_multiplies_bf16()
 
 
-def resolve_precision(precision: str, device: str) -> str:
+def resolve_precision(precision: Precision, device: str) -> str:
     """Return "bf16" or "fp32" for a choice of ``TrainConfig.precision``."""
     if precision != "auto":
         return precision
@@ -56,7 +57,7 @@ FABRIC_PRECISION = {"bf16": "bf16-mixed", "fp32": "32-true"}
 """What Fabric calls a precision."""
 
 
-def launch(accelerator: str, precision: str, strategy: str = "auto") -> Fabric:
+def launch(accelerator: Accelerator, precision: Precision, strategy: Strategy = "auto") -> Fabric:
     """Return Lightning Fabric for choices of ``TrainConfig``'s fields, as ``torchrun`` started the process or alone.
 
     Raises:

@@ -133,6 +133,7 @@ def check_logits(logits: object, examples: int, classes: int | None) -> None:
     Raises:
         ValueError: it is something else.
     """
+    __tracebackhide__ = True
     shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != examples:
         raise ValueError(f"model: it returns {shape} for {examples} images, not a number per class; give a classifier")

@@ -15,7 +15,7 @@ from normfree.common.checks import invalid, required
 from normfree.common.files import kind_of, read_json, refused, structured
 from normfree.common.text import first_line, one_line, quoted
 from normfree.data import DataConfig
-from normfree.signal.nonfinite import check_finite
+from normfree.signal.nonfinite import check_finite, check_statistics
 from normfree.train.checkpoint import CHECKPOINTS, CONFIG, MANIFEST, MODEL, CheckpointStore, verify_checkpoint
 from normfree.weights import load
 
@@ -87,13 +87,14 @@ def open_trained(
 
 
 def _usable(network: nn.Module, path: Path) -> nn.Module:
-    """The network, of one precision, once its weights are known to be numbers.
+    """The network, of one precision, once its weights and statistics are known to be numbers.
 
     Raises:
-        ValueError: a weight is not finite.
+        ValueError: a weight is not finite, or a statistic none.
     """
     try:
         check_finite(network)
+        check_statistics(network)
     except ValueError as error:
         raise refused("model", path, first_line(error), "give weights that training has not destroyed") from error
     kinds = {tensor.dtype for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()}

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import SGD, Optimizer
 
-from normfree.common.checks import check_integer, check_number, invalid
+from normfree.common.checks import check_integer, check_number, invalid, required
 from normfree.common.files import kind_of, parse_json, read_json, write_atomically
-from normfree.common.text import first_line, quoted
+from normfree.common.text import first_line, quoted, short_repr
 from normfree.data import open_evaluation, open_training
 from normfree.models import Backbone, create_model
 from normfree.models.registry import CENTRED
@@ -43,7 +43,7 @@ from normfree.optim import (
 from normfree.report.training_page import write_training_report
 from normfree.signal import SignalMonitor
 from normfree.signal.nonfinite import check_finite, first_non_finite
-from normfree.trace.preserve import untouched
+from normfree.trace.preserve import Writes, untouched
 from normfree.train.checkpoint import (
     AVERAGED,
     CHECKPOINTS,
@@ -61,7 +61,7 @@ from normfree.train.checkpoint import (
 from normfree.train.config import OptimizerConfig, TrainConfig, to_dict
 from normfree.train.distributed import FABRIC_PRECISION, ShardedStates, WholeStates, launch, resolve_precision, shard
 from normfree.train.evaluation import Evaluation, evaluate
-from normfree.train.records import Records, Row, provenance
+from normfree.train.records import EVALUATION, Records, Row, provenance, read_rows
 from normfree.weights import save
 
 if TYPE_CHECKING:
@@ -99,7 +99,10 @@ def train(config: TrainConfig, console: Console | None = None) -> Summary:
             would go on to other bits, for another torch, precision, device, number of threads or other images, unless
             ``config.on_changed`` is "continue".
         OSError: naming a file that could not be written.
+        ImportError: a package that training needs is not installed.
     """
+    for package in ("torchmetrics", "tensorboard"):  # used only after an epoch
+        required(package, "training")
     fabric = launch(config.accelerator, config.precision, config.strategy)
     stop = StopRequest()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop.on_sigterm(), ExitStack() as folder:
@@ -122,6 +125,24 @@ class Summary:
 
     folder: Path
     metrics: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return short_repr(self, f"of {self.folder}: {self._told}")
+
+    @property
+    def _told(self) -> str:
+        accuracy = "" if self.accuracy is None else f", top-1 {100 * self.accuracy:.2f} %"
+        return f"{self.metrics['status']} at step {self.metrics['step']}{accuracy}"
+
+    def _repr_html_(self) -> str:
+        from normfree.report.notebook import table_html
+
+        rows = [
+            ["" if row[name] is None else f"{row[name]:.6g}" for name in EVALUATION]
+            for row in read_rows(self.folder / "eval.csv")
+        ]
+        notes = [f"curves, signal and confusion: {self.folder / REPORT}"] if (self.folder / REPORT).exists() else []
+        return table_html(f"Training in {self.folder}", self._told, "evaluations", EVALUATION, rows, notes)
 
     @property
     def finished(self) -> bool:
@@ -759,7 +780,8 @@ def _find_nonfinite(trainer: Trainer, batch: Batch) -> str | None:
         return f"the images themselves have {bad} values that are not finite"
     network, state = trainer.network, torch.get_rng_state()
     with untouched(network, "train") as preserved, torch.no_grad(), trainer.fabric.autocast():
-        loss = trainer.criterion(network(images), targets)
+        with Writes(preserved):
+            loss = trainer.criterion(network(images), targets)
         if torch.isfinite(loss):
             return None
         torch.set_rng_state(state)

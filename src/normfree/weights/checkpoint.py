@@ -126,6 +126,7 @@ def check_depths(depths: Any, tensors: int) -> None:
     Raises:
         ValueError: it has, or they are no depths.
     """
+    __tracebackhide__ = True
     blocks = depths if isinstance(depths, (list, tuple)) else [depths]
     if not all(is_integer(depth) for depth in blocks) or sum(blocks) > tensors:
         raise invalid("depths", depths, f"must be integers of at most {tensors} in all, for so many tensors", "mend it")
@@ -214,6 +215,7 @@ def check_target(path: str | Path) -> Path:
     Raises:
         ValueError: a folder, or a name that promises another form.
     """
+    __tracebackhide__ = True
     if not isinstance(path, (str, os.PathLike)):
         raise invalid("path", type(path).__name__, "must be a path", f"pass one such as 'model{SUFFIX}'")
     path = Path(path)
@@ -252,6 +254,7 @@ def check_fits(model: nn.Module, stored: Stored) -> None:
     Raises:
         ValueError: naming the first tensor that differs.
     """
+    __tracebackhide__ = True
     own = cast(nn.Module, fold(model) if stored.folded else model).state_dict()
     for name in sorted({*own, *stored.tensors}):
         mine, theirs = own.get(name), stored.tensors.get(name)
@@ -270,6 +273,7 @@ def check_number_kind(stored: Stored, name: str, mine: Tensor, theirs: Tensor) -
     Raises:
         ValueError: naming the tensor.
     """
+    __tracebackhide__ = True
     if theirs.dtype not in FLOATING and (mine.is_floating_point() or theirs.is_floating_point() or theirs.is_complex()):
         rule = f"{name} holds {_dtype_name(theirs.dtype)}, which are no weights"
         raise stored.error(rule, "save the model in float32, float64, float16 or bfloat16")

@@ -79,6 +79,7 @@ def check_names(argument: str, model: str, wanted: Iterable[str], given: Iterabl
     Raises:
         ValueError: names are missing, or left over.
     """
+    __tracebackhide__ = True
     wanted, given = list(wanted), list(given)
     missing = [name for name in wanted if name not in set(given)]
     left = [name for name in given if name not in set(wanted)]
@@ -117,6 +118,7 @@ def check_shapes(
     Raises:
         ValueError: a shape differs; the message names both tensors of the first, and counts the rest.
     """
+    __tracebackhide__ = True
     unlike = [name for name, value in values.items() if value.shape != targets[name].shape]
     if unlike:
         name = unlike[0]

@@ -261,6 +261,7 @@ def check_sizes(model: nn.Module, names: Mapping[str, str], state_dict: Mapping[
         ValueError: widths of the stem, the stages, the branches, the gates or the head differ; the message lists
             both, once per kind.
     """
+    __tracebackhide__ = True
     ours = dict(model.named_parameters())
     differences = []
     for kind, pattern in _KINDS.items():
