@@ -61,7 +61,6 @@ MISTAKES = {
     "precision": ({"precision": "fp8"}, "precision='fp8': unknown choice; choose one of 'auto'"),
     "nonfinite": ({"on_nonfinite": "ignore"}, "on_nonfinite"),
     "limit": ({"limit_train_steps": 0}, "limit_train_steps"),
-    "warm-up": ({"epochs": 3}, "warmup_epochs=5: is longer than all 3 epochs"),
     "signal": ({"signal_every": -1}, "signal_every"),
 }
 

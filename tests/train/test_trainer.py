@@ -275,7 +275,6 @@ MISTAKES = {
     "field": (["train", "digits", "--epochs", "0"], "epochs=0: must be an integer"),
     "model": (["train", "digits", "--model", "nf_resnet51"], "did you mean nf_resnet50"),
     "source": (["train", "cifar", "--data.source", "{dir}/none", "--out", "{dir}/o"], "there is no such folder"),
-    "too large a batch": (["train", "digits", "--batch-size", "4096", "--out", "{dir}/o"], "--batch-size=4096"),
     "a file for a folder": (["train", "digits", "--out", "{dir}/text.png"], "is a file; give a folder"),
 }
 

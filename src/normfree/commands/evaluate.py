@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,7 +20,15 @@ from normfree.commands.shared import Original, Terminal, TrainedModel, check_opt
 from normfree.common.checks import invalid
 from normfree.common.files import refused, write_atomically
 from normfree.common.text import quoted
-from normfree.data import DataConfig, EvaluationData, OnBadImage, open_evaluation
+from normfree.data import (
+    DataConfig,
+    EvaluationData,
+    OnBadImage,
+    identify_training,
+    open_evaluation,
+    with_any_split,
+)
+from normfree.data.holdout import HoldoutSource
 from normfree.train.config import Accelerator, Precision
 
 if TYPE_CHECKING:
@@ -61,7 +70,7 @@ class Evaluate(_Trained):
     source: str | None = None
     """Other data: digits, a folder, *.parquet, *.tar, hub:OWNER/NAME."""
     split: str | None = None
-    """Split to evaluate on; validation if there is one, else test, by default."""
+    """Split to evaluate on; by default that of the run's data, else validation if there is one, else test, else all."""
     batch_size: int | None = None
     """Images at once; 256 by default."""
     workers: int | None = None
@@ -120,12 +129,28 @@ class Evaluate(_Trained):
             # What was found in the run's own data does not hold for others.
             changes |= {"in_memory": "auto", "streaming": "auto", "image_column": None, "label_column": None}
             changes |= {"num_classes": None, "evaluation_examples": None}
-        return open_evaluation(
-            dataclasses.replace(config, **{"batch_size": 256, **changes}),
-            rank=rank,
-            world_size=world_size,
-            classes=trained.class_names,
-        )
+        config = dataclasses.replace(config, **{"batch_size": 256, **changes})
+        config = self._with_split(config, trained)
+        return open_evaluation(config, rank=rank, world_size=world_size, classes=trained.class_names)
+
+    def _with_split(self, config: DataConfig, trained: Trained) -> DataConfig:
+        """The config with what the run held out, of the same images wherever they lie; other data are taken whole.
+
+        Raises:
+            ValueError: if the run's folder has other images now, and those held out would be others.
+        """
+        known = trained.data
+        if known is not None and known.holdout:
+            seen = {name: value for name, value in trained.training_data.items() if name != "examples"}
+            if self.source in (None, known.source):
+                if self.split in (None, HoldoutSource.name) and identify_training(config) != seen:
+                    rule = "has other images than the run held some out of, which it may have been trained on"
+                    raise invalid("source", config.source, rule, "restore them, or give other images by --source")
+                return config
+            with contextlib.suppress(ValueError):  # no such split
+                if identify_training(config) == seen:
+                    return config
+        return with_any_split(dataclasses.replace(config, holdout=None)) if self.source is not None else config
 
 
 @dataclass(frozen=True, kw_only=True)

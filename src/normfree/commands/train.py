@@ -68,4 +68,7 @@ class Train:
         )
         accuracy = f"accuracy {100 * found['top1']:.2f} %{top5} of {found['examples']:,} images"
         console.say(f"{accuracy}, {metrics['seconds']:.1f} s of training{counts}")
-        console.say_written([summary.folder])
+        if summary.repeated:
+            console.say(f"{summary.folder} holds this run already: nothing was trained; another --out trains it again")
+        else:
+            console.say_written([summary.folder])

@@ -7,12 +7,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from normfree.common.checks import check_choices, check_flag, check_integer, check_number, check_seed, invalid
+from normfree.common.checks import (
+    check_choices,
+    check_flag,
+    check_integer,
+    check_number,
+    check_rate,
+    check_seed,
+    invalid,
+)
 
 OnBadImage = Literal["error", "skip"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+HOLDOUT = 0.1
+"""Share that is held out where none is asked for and the data have no split to evaluate on."""
 
 MOST_CLASSES = 1_000_000
 """Classes a network has at most; labels that number more are identifiers."""
@@ -80,7 +91,12 @@ class DataConfig:
     training_split: str = "train"
     """Split to train on."""
     evaluation_split: str | None = None
-    """Split to evaluate on; validation if there is one, else test."""
+    """Split to evaluate on; what is held out, if anything is, else validation if there is one, else test."""
+    holdout: float | None = None
+    """Share of the training images that is held out to evaluate on, of each class, as a split called holdout. By
+    default 0.1 in `normfree train` where the data have no split to evaluate on, else none."""
+    holdout_seed: int = 0
+    """Of the choice of what is held out, which `--seed` does not change."""
     image_column: str | None = None
     """Column of the images; the first that holds images by default."""
     label_column: str | None = None
@@ -130,6 +146,9 @@ class DataConfig:
             check_integer(name, getattr(self, name), 1)
         check_integer("workers", self.workers, 0)
         check_seed(self.seed)
+        check_integer("holdout_seed", self.holdout_seed, 0)
+        if self.holdout is not None:
+            check_rate("holdout", self.holdout)
         for name in ("num_classes", "examples", "evaluation_examples", "image_size"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)

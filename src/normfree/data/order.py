@@ -34,6 +34,18 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.default_rng(words)
 
 
+class TooFewExamples(ValueError):
+    """There are fewer examples than a step of all ranks takes.
+
+    Attributes:
+        examples: how many there are.
+    """
+
+    def __init__(self, message: str, examples: int) -> None:
+        super().__init__(message)
+        self.examples = examples
+
+
 @dataclass(frozen=True, kw_only=True)
 class Share:
     """One rank's part of the examples.
@@ -46,7 +58,8 @@ class Share:
         world_size: number of processes.
 
     Raises:
-        ValueError: if the examples do not fill one step, or the rank is none of the world's.
+        TooFewExamples: if the examples do not fill one step.
+        ValueError: if the rank is none of the world's.
     """
 
     examples: int
@@ -59,7 +72,8 @@ class Share:
         check_rank(self.rank, self.world_size)
         if self.examples < self.batch_size * self.world_size:
             rule = f"{self.world_size} rank(s) of that batch need more than the {self.examples} examples there are"
-            raise invalid("batch_size", self.batch_size, rule, "pass a smaller batch_size")
+            error = invalid("batch_size", self.batch_size, rule, "pass a smaller batch_size")
+            raise TooFewExamples(str(error), self.examples)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -29,9 +29,10 @@ from normfree.common.torch_compat import end_workers
 from normfree.data.augmentation import Augmentation, CentreCrop, Crop, Standardization, TrainingCrop
 from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from normfree.data.decode import DamagedImage, decode
+from normfree.data.holdout import HoldoutSource
 from normfree.data.order import Place, Shards, Share, Stream, check_rank, evaluation_indices
 from normfree.data.records import OpenSplit, Record, check_classes, open_split, resolve
-from normfree.data.sources import choose_split, fingerprint
+from normfree.data.sources import choose_split, find_source, fingerprint
 
 DIGITS_SPLITS = ("train", "test")
 
@@ -194,6 +195,16 @@ def open_evaluation(
     return EvaluationData(split, _Repeated(order), alone=world_size == 1)
 
 
+def identify_training(config: DataConfig) -> dict[str, Any]:
+    """Return what tells a config's training images from others, as :meth:`Split.identity` does, without opening them.
+
+    Raises:
+        ValueError: if there is no such source or split.
+    """
+    source = find_source(config)
+    return fingerprint(source, choose_split(source.splits, config, training=True))
+
+
 class EvaluationData:
     """Batches of one rank, as of :class:`TrainingData`, the last one shorter; made by :func:`open_evaluation`.
 
@@ -203,11 +214,13 @@ class EvaluationData:
         config: resolved.
         class_names: of the targets.
         examples: over all ranks; None where only reading everything would tell.
+        opened: their rows; None of the digits.
         bad_images: reason by name of each damaged image met so far.
     """
 
     def __init__(self, split: Split, order: Iterable[list[Example]], *, alone: bool) -> None:
         self.config, self.class_names, self.examples = split.config, split.class_names, split.examples
+        self.opened = split.opened
         self.bad_images: dict[str, str] = dict(split.failures)
         self._alone = alone
         crop = CentreCrop(self.config.size, self.config.crop_ratio)
@@ -228,6 +241,18 @@ class EvaluationData:
                 yield batch.images, batch.targets
         if self._alone and not given:
             raise self.no_image()
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the images were held out of the training split."""
+        return self.opened is not None and self.opened.split == HoldoutSource.name
+
+    def absent_classes(self) -> list[str]:
+        """Return the classes that no image is of; of what is not streamed."""
+        assert self.opened is not None
+        labels = self.opened.rows[self.opened.reader.columns.label]
+        present = {label if isinstance(label, str) else self.class_names[label] for label in labels}
+        return [name for name in self.class_names if name not in present]
 
     def no_image(self) -> ValueError:
         """Return (not raise) the error that there is no image to evaluate on."""
@@ -337,7 +362,9 @@ def _complete_digits(config: DataConfig) -> DataConfig:
     for name, value in (("image_size", 8), ("in_channels", 1), ("num_classes", 10)):
         if getattr(config, name) not in (None, value):
             raise invalid(name, getattr(config, name), f"the digits have {value}", "leave it out")
-    return replace(config, image_size=8, in_channels=1, num_classes=10, in_memory=True)
+    if config.holdout:
+        raise invalid("holdout", config.holdout, "the digits have a split to test on", "leave it out")
+    return replace(config, image_size=8, in_channels=1, num_classes=10, in_memory=True, holdout=0.0)
 
 
 # Which examples make each batch

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
-from normfree.common.checks import invalid, required, suggestion
+from normfree.common.checks import invalid
 from normfree.common.text import printable, shortened
+from normfree.data.columns import Columns, find_columns
 from normfree.data.config import MOST_CLASSES, DataConfig
 from normfree.data.decode import header_size
+from normfree.data.holdout import hold_out, is_streamed
 from normfree.data.sources import Namer, Source, choose_split, find_source, read_rows
 
 
@@ -28,8 +30,10 @@ def open_split(config: DataConfig, *, training: bool, classes: Sequence[str] | N
         ValueError: if the source, the split or a column is not there, labels are missing, or the classes are others.
     """
     source = find_source(config)
+    if config.holdout:
+        source = hold_out(source, config)
     split = choose_split(source.splits, config, training=training)
-    streamed = source.streams if config.streaming == "auto" else config.streaming
+    streamed = is_streamed(source, config)
     rows = source.rows(split, streaming=streamed)
     columns = find_columns(rows.features, config)
     numbered = split  # the training labels number the classes, or those of the split itself where there are none
@@ -100,7 +104,7 @@ MEMORY = 2**30
 
 
 def resolve(config: DataConfig, opened: OpenSplit) -> DataConfig:
-    """Return the config with classes, channels, size and place (memory or not) as the data say."""
+    """Return the config with classes, channels, size, place (memory or not) and holdout as the data say."""
     sizes = {size for record in opened.sample() if (size := header_size(record.image)) is not None}
     (width, height) = next(iter(sizes)) if len(sizes) == 1 else (0, 1)
     size = config.image_size or (width if width == height else USUAL_SIZE)
@@ -115,6 +119,7 @@ def resolve(config: DataConfig, opened: OpenSplit) -> DataConfig:
         in_channels=1 if channels == 1 else 3,
         image_size=size,
         in_memory=in_memory,
+        holdout=config.holdout or 0.0,
     )
 
 
@@ -202,60 +207,6 @@ def _check_labels(rows: Any, reader: RecordReader) -> None:
 
 
 # Rows
-
-
-class Columns(NamedTuple):
-    """Where a table keeps what we need."""
-
-    image: str
-    label: str
-    class_names: tuple[str, ...] | None
-    """As the table declares them."""
-
-
-LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
-
-
-def find_columns(features: Any, config: DataConfig) -> Columns:
-    """Find the images and labels of a table.
-
-    Args:
-        features: of a Hugging Face data set, by column; None where it knows none.
-        config: whose ``image_column`` and ``label_column`` go first.
-
-    Raises:
-        ValueError: if there is no such column, or more than a guess would be needed.
-    """
-    datasets = required("datasets", "a data source")
-    features = features or {}
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if not images and "image" in features and _holds_bytes(features["image"]):
-        images = ["image"]
-    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    classes += [name for name in LABEL_COLUMNS if name in features and name not in classes]
-    image = _choose_column("image_column", config.image_column, images, features)
-    if not (isinstance(features[image], datasets.Image) or _holds_bytes(features[image])):
-        rule = "the column holds no encoded images"
-        raise invalid("image_column", image, rule, "name one of bytes, or of {bytes, path} as datasets writes it")
-    label = _choose_column("label_column", config.label_column, [name for name in classes if name != image], features)
-    names = features[label].names if isinstance(features[label], datasets.ClassLabel) else None
-    return Columns(image, label, tuple(names) if names else None)
-
-
-def _choose_column(argument: str, wanted: str | None, candidates: Sequence[str], features: Any) -> str:
-    if wanted is not None and wanted not in features:
-        raise invalid(argument, wanted, "the data have no such column", suggestion(wanted, features))
-    if wanted is None and not candidates:
-        known = ", ".join(features) or "none"
-        kind = "images" if argument == "image_column" else "labels"
-        rule = f"no column is seen to hold {kind} (columns: {known})"
-        raise invalid(argument, None, rule, f"pass {argument}, or other data")
-    return candidates[0] if wanted is None else wanted
-
-
-def _holds_bytes(feature: Any) -> bool:
-    inner = feature.get("bytes") if isinstance(feature, dict) else feature
-    return getattr(inner, "dtype", None) in ("binary", "large_binary")
 
 
 class Record(NamedTuple):

@@ -165,7 +165,8 @@ class FolderSource:
 
     def files(self, split: str) -> dict[str, str]:
         paths = self._table(split).data.column("image").combine_chunks().field("path").to_pylist()
-        start = len(str(self.folders[split])) + 1
+        folder = str(self.folders[split])
+        start = 0 if folder == "." else len(os.path.join(folder, ""))  # Path(".") / "cat" is "cat"
         return {path[start:]: path for path in paths}
 
 
@@ -426,7 +427,7 @@ WORDS = {
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
-EVALUATION = ("validation", "test")
+EVALUATION = ("holdout", "validation", "test")
 """Splits to evaluate on where none is named, the first there is."""
 
 
@@ -444,6 +445,11 @@ def group_by_split(names: Iterable[str]) -> dict[str, list[str]]:
     return groups
 
 
+def evaluation_splits(splits: Sequence[str]) -> list[str]:
+    """Return those of the splits that are to evaluate on, the first choice first."""
+    return [split for name in EVALUATION for split in splits if name in (split, split_of(split))]
+
+
 def choose_split(splits: Sequence[str], config: DataConfig, *, training: bool) -> str:
     """Return the split a config asks for, as the source calls it.
 
@@ -453,10 +459,11 @@ def choose_split(splits: Sequence[str], config: DataConfig, *, training: bool) -
     names = ", ".join(splits)
     wanted = config.training_split if training else config.evaluation_split
     if wanted is None:
-        found = [split for name in EVALUATION for split in splits if name in (split, split_of(split))]
+        found = evaluation_splits(splits)
         if not found:
             rule = f"the data have no split to evaluate on (splits: {names})"
-            raise invalid("evaluation_split", None, rule, f"pass evaluation_split={splits[0]!r} to evaluate on that")
+            remedy = f"pass evaluation_split={splits[0]!r} to evaluate on that, or holdout=0.1 to hold some out"
+            raise invalid("evaluation_split", None, rule, remedy)
         return found[0]
     if wanted in splits:
         return wanted

@@ -38,7 +38,7 @@ from normfree.common.files import (
 )
 from normfree.common.text import first_line, printable, quoted, shortened
 from normfree.common.torch_compat import tree_leaves
-from normfree.train.config import FREE, TrainConfig, to_dict
+from normfree.train.config import FREE, TrainConfig, flatten, to_dict
 
 CONFIG, METRICS, CHECKPOINTS, MODEL, SIGNAL, REPORT = (
     "config.json",
@@ -311,15 +311,16 @@ class RunFolder:
     that ends. Processes that are forked meanwhile do not hold it. What interruptions have left half-written is removed.
 
     Args:
-        config: of the run; its folder is made if it is missing.
+        config: of the run.
+        folder: its folder, made if it is missing.
 
     Raises:
         ValueError: on entering, if another process or thread has the folder, which the message names; or if it holds
             another run.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config, self.folder = config, config.folder
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
         self._made = False
         self._file: int | None = None
 
@@ -349,7 +350,7 @@ class RunFolder:
             os.write(self._file, f"process {os.getpid()} on {platform.node()} since {since}\n".encode())
             remove_stale(self.folder, locked=True)
             CheckpointStore(self.folder / CHECKPOINTS).clean()
-            check_same_run(self.config)
+            check_same_run(self.config, self.folder)
         except BaseException as error:
             self.__exit__()
             raise (file_error(error, path) if isinstance(error, OSError) else error) from error
@@ -394,36 +395,53 @@ def _leads_to(path: Path, file: int) -> bool:
         return False
 
 
-def check_same_run(config: TrainConfig) -> None:
+def find_folder(config: TrainConfig) -> Path:
+    """Return the folder of a run: ``config.out``, else the first of runs/NAME, runs/NAME-2, … without another run.
+
+    Raises:
+        ValueError: as of :func:`differences`.
+    """
+    folder = config.folder
+    if config.out is None:
+        number = 2
+        while differences(config, folder):
+            folder, number = config.folder.with_name(f"{config.name}-{number}"), number + 1
+    return folder
+
+
+def check_same_run(config: TrainConfig, folder: Path) -> None:
     """Raise if a folder holds another run.
 
     Raises:
-        ValueError: naming the fields that differ; or it holds checkpoints, and not what they are of.
+        ValueError: naming the fields that differ; or as of :func:`differences`.
     """
     __tracebackhide__ = True
-    path = config.folder / CONFIG
+    if changed := differences(config, folder):
+        rule = f"holds a run with another {', '.join(changed)}"
+        raise refused("out", folder, rule, "pass another --out, or the run's own settings to go on with it")
+
+
+def differences(config: TrainConfig, folder: Path) -> list[str]:
+    """Return the fields in which a run in a folder differs from a config, none where there is no run.
+
+    A field that the run's version did not have is at its default, which does what was done before there was a choice.
+
+    Raises:
+        ValueError: the folder holds checkpoints, and not what they are of, or a damaged config.
+    """
+    path = folder / CONFIG
     if kind_of(path) == "nothing":
-        if any((config.folder / CHECKPOINTS).glob("*step_*")):
+        if any((folder / CHECKPOINTS).glob("*step_*")):
             rule = f"holds checkpoints and no {CONFIG} that says of what run"
-            remedy = f"restore {CONFIG} from a copy, or pass another --out"
-            raise refused("out", config.folder, rule, remedy)
-        return
+            raise refused("out", folder, rule, f"restore {CONFIG} from a copy, or pass another --out")
+        return []
     before = read_json(path, "run").get("config")
     if not isinstance(before, dict):
         raise refused("run", path, "does not say how its run was configured", "restore it from a copy")
-    before, now = _flatten(before), _flatten(json.loads(json.dumps(to_dict(config))))
-    changed = [name for name in sorted({*before, *now} - FREE) if before.get(name, ...) != now.get(name, ...)]
-    if changed:
-        rule = f"holds a run with another {', '.join(changed)}"
-        raise refused("out", config.folder, rule, "pass another --out, or the run's own settings to go on with it")
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings, by their dotted names."""
-    leaves: dict[str, Any] = {}
-    for name, value in values.items():
-        leaves |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return leaves
+    default = TrainConfig(name=config.name, model=config.model)
+    before = {**flatten(to_dict(default)), **flatten(before)}
+    now = flatten(json.loads(json.dumps(to_dict(config))))
+    return [name for name in sorted({*before, *now} - FREE) if before.get(name, ...) != now.get(name, ...)]
 
 
 def check_conditions(folder: Path, now: Mapping[str, Any]) -> None:

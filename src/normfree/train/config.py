@@ -22,6 +22,9 @@ Accelerator = Literal["auto", "cpu", "cuda"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 Precision = Literal["auto", "bf16", "fp32"]
 
+STEPS = 4
+"""Steps of an epoch, at least, where the batch is made smaller."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -45,7 +48,7 @@ class OptimizerConfig:
     """Of weights; the paper takes 5e-5 for NF-ResNets and 1e-4 for their twins with BatchNorm. With
     `--optimizer.rule muon`, of the final layers and embeddings, and decoupled of matrices that are not standardized."""
     warmup_epochs: float = 5
-    """Epochs in which the learning rate grows from 0; at most all."""
+    """Epochs in which the learning rate grows from 0; of a run less than twice as long, a quarter."""
     final_learning_rate: float = 0.0
     """Where the cosine ends."""
     clip_factor: float | None = None
@@ -99,7 +102,7 @@ class TrainConfig:
     epochs: int = 90
     """Passes over the training images."""
     batch_size: int = 1024
-    """Images per optimizer step, over all ranks."""
+    """Images per optimizer step, over all ranks; where there are fewer to train on, as many as give four steps."""
     label_smoothing: float = 0.1
     """Share of the target that is spread over all classes."""
     average_decay: float | None = None
@@ -125,7 +128,7 @@ class TrainConfig:
     """Steps between signal propagation plots of the network in training; None: as often as a hundredth of the
     time allows; 0: none."""
     log_every: int = 20
-    """Steps between rows of train.csv and TensorBoard."""
+    """Steps between rows of train.csv and TensorBoard, of which each epoch has one at least."""
     evaluate_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_every: int | None = None
@@ -159,9 +162,6 @@ class TrainConfig:
         for name in ("channels_last", "compile"):
             check_flag(name, getattr(self, name))
         check_choices(self)
-        if self.optimizer.warmup_epochs > self.epochs:
-            rule = f"is longer than all {self.epochs} epochs"
-            raise invalid("warmup_epochs", self.optimizer.warmup_epochs, rule, "pass fewer, or train for longer")
 
     def _check_model(self) -> None:
         accepted = accepted_overrides(self.model_name)
@@ -184,6 +184,28 @@ class TrainConfig:
     def folder(self) -> Path:
         """Where the run's files go."""
         return self.out if self.out is not None else Path("runs") / self.name
+
+    def fitted(self, examples: int, world_size: int) -> TrainConfig:
+        """Return the config with a batch that the images fill, and a warm-up that leaves time to train.
+
+        A batch of more images than there are is halved until an epoch has four steps, and the bound of the gradient's
+        norm grows with one over its root; a warm-up of more than half of the run takes a quarter of it.
+
+        Args:
+            examples: to train on.
+            world_size: number of ranks, of which the batch stays a multiple.
+        """
+        batch_size, warmup = self.batch_size, self.optimizer.warmup_epochs
+        if batch_size > examples:
+            while batch_size > world_size and STEPS * batch_size > examples:
+                batch_size = max(batch_size // 2 // world_size, 1) * world_size
+        if 2 * warmup > self.epochs:
+            warmup = self.epochs / 4
+        optimizer = dataclasses.replace(self.optimizer, warmup_epochs=warmup)
+        if optimizer.clip_norm is not None:  # what is clipped is mostly noise: one over the root of the batch
+            bound = optimizer.clip_norm * (self.batch_size / batch_size) ** 0.5
+            optimizer = dataclasses.replace(optimizer, clip_norm=bound)
+        return dataclasses.replace(self, batch_size=batch_size, optimizer=optimizer)
 
     def accumulation(self, world_size: int) -> int:
         """Return how many batches of each rank make one optimizer step.
@@ -222,6 +244,14 @@ def to_dict(config: Any) -> dict[str, Any]:
         for one in dataclasses.fields(config)
         for value in [getattr(config, one.name)]
     }
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings, by their dotted names."""
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        leaves |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return leaves
 
 
 def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:

@@ -1,4 +1,4 @@
-"""What a run records: its curves as CSV files and in TensorBoard, a line of progress, and where it came from."""
+"""What a run records: its curves as CSV files and in TensorBoard, and where it came from."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 
 from normfree.common.checks import required
 from normfree.common.files import file_error, kind_of, read_bytes, refused, write_atomically
 from normfree.common.text import first_line
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 TRAINING = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "clip_fraction", "images_per_second", "seconds")
 EVALUATION = ("step", "epoch", "loss", "top1", "top5", "examples", "seconds")
@@ -31,13 +28,11 @@ Row = dict[str, float | None]
 
 
 class Records:
-    """The curves of a run; the bar is drawn on a terminal alone, a line for each evaluation everywhere.
+    """The curves of a run, on disk for good when the context ends.
 
     Args:
         folder: of the run.
         step: at which it goes on; 0 at its beginning.
-        last_step: at which it ends.
-        console: to print to; None for silence.
 
     Attributes:
         training: a row every few steps.
@@ -45,61 +40,31 @@ class Records:
         board: TensorBoard's writer.
     """
 
-    def __init__(self, folder: Path, step: int, last_step: int, console: Console | None = None) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
         required("tensorboard", "a run's record")
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
         from torch.utils.tensorboard import SummaryWriter
 
         self.training = Curve(folder / "train.csv", TRAINING, step)
         self.evaluation = Curve(folder / "eval.csv", EVALUATION, step)
         self._board_folder = folder / "tensorboard"
         self.board = SummaryWriter(str(self._board_folder), purge_step=step + 1 if step else None)
-        self.console = console
-        self.progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            TextColumn("step {task.completed}/{task.total}  {task.fields[figures]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=console or Console(quiet=True),
-            transient=True,
-            disable=console is None or not console.is_terminal,
-        )
-        self._task = self.progress.add_task("", total=last_step, completed=step, epoch="", figures="")
 
-    @contextmanager
-    def showing_progress(self) -> Iterator[None]:
-        """Show the progress while the context is open, and have everything on disk at its end."""
-        try:
-            with self.progress:
-                yield
-        finally:
-            with self._naming_the_board():
-                self.board.close()
+    def __enter__(self) -> Self:
+        return self
 
-    def advance(self, step: int) -> None:
-        """Show the number of steps taken."""
-        self.progress.update(self._task, completed=step)
+    def __exit__(self, *_: object) -> None:
+        with self._naming_the_board():
+            self.board.close()
 
-    def log_training(self, row: Row, epoch: str) -> None:
-        """Record a stretch of training; ``epoch`` is shown beside the bar."""
+    def log_training(self, row: Row) -> None:
+        """Record a stretch of training."""
         self.training.add(row)
         self._to_board("train", row)
-        figures = f"loss {row['loss'] or float('nan'):.3f}  {row['images_per_second']:,.0f} images/s"
-        self.progress.update(self._task, figures=figures, epoch=epoch)
 
-    def log_evaluation(self, row: Row, epochs: int) -> None:
-        """Record an evaluation, and print it as one line, above the bar where there is one."""
+    def log_evaluation(self, row: Row) -> None:
+        """Record an evaluation."""
         self.evaluation.add(row)
         self._to_board("eval", row)
-        last: dict[str, Any] = self.training.rows[-1] if self.training.rows else {}
-        loss, speed = last.get("loss"), last.get("images_per_second")
-        figures = [f"accuracy {100 * (row['top1'] or 0):.2f} %", f"test loss {row['loss']:.4f}"]
-        figures += [f"training loss {loss:.4f}"] if loss is not None else []
-        figures += [f"{speed:,.0f} images/s"] if speed is not None else []
-        line = f"epoch {row['epoch']:g}/{epochs}  step {row['step']}  " + "  ".join(figures)
-        if self.console is not None:
-            self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _to_board(self, kind: str, row: Row) -> None:
         with self._naming_the_board():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,14 @@ class Trained:
         exported: whether it is an exported file, which knows its precision and device itself.
         data: as the run it comes from resolved them, in the size the network is evaluated at; None without a run.
         class_names: of the logits; None without a run.
+        training_data: what tells the images it was trained on from others; empty where that is not known.
     """
 
     network: nn.Module
     exported: bool
     data: DataConfig | None
     class_names: tuple[str, ...] | None
+    training_data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def in_channels(self) -> Literal[1, 3] | None:
@@ -76,14 +78,14 @@ def open_trained(
     if not path.exists():
         raise ValueError(f"model: there is no {quoted(str(path))}; give {FORMS}")
     found = find_run(path if run is None else Path(run), required=run is not None)
-    data, names = (None, None) if found is None else (found.data, found.classes)
+    data, names, images = (None, None, {}) if found is None else (found.data, found.classes, found.training_data)
     if opener := {".onnx": OnnxNetwork, ".pt2": ProgramNetwork}.get(path.suffix):
         network = opener(path)
         if data is not None and network.size is not None:
             data = dataclasses.replace(data, image_size=network.size)
-        return Trained(network, True, data, names)
+        return Trained(network, True, data, names, images)
     weights = weights_of(path)
-    return Trained(_usable(opened(weights), weights), False, data, names)
+    return Trained(_usable(opened(weights), weights), False, data, names, images)
 
 
 def _usable(network: nn.Module, path: Path) -> nn.Module:
@@ -134,10 +136,12 @@ class RunData:
     Attributes:
         data: as the run resolved them, in the size the network is evaluated at.
         classes: names of the logits.
+        training_data: what tells the images it was trained on from others.
     """
 
     data: DataConfig
     classes: tuple[str, ...]
+    training_data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find_run(path: Path, *, required: bool = False) -> RunData | None:
@@ -155,7 +159,8 @@ def find_run(path: Path, *, required: bool = False) -> RunData | None:
         if not isinstance(config, dict) or not isinstance(described.get("derived"), dict):
             continue  # a file of that name of something else
         try:
-            known = {field.name: described["derived"].get(field.name) for field in dataclasses.fields(RunData)}
+            names = {one.name for one in dataclasses.fields(RunData)}
+            known = {name: value for name, value in described["derived"].items() if name in names}
             derived = structured(RunData, known)
             size = config.get("evaluation_size") or derived.data.image_size
             return dataclasses.replace(derived, data=dataclasses.replace(derived.data, image_size=size))

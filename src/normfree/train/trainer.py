@@ -28,7 +28,7 @@ from torch.optim import SGD, Optimizer
 from normfree.common.checks import check_integer, check_number, invalid, required
 from normfree.common.files import kind_of, parse_json, read_json, write_atomically
 from normfree.common.text import first_line, quoted, short_repr
-from normfree.data import open_evaluation, open_training
+from normfree.data import TooFewExamples, TrainingData, list_names, open_evaluation, open_training, with_holdout
 from normfree.models import Backbone, create_model
 from normfree.models.registry import CENTRED
 from normfree.optim import (
@@ -57,10 +57,13 @@ from normfree.train.checkpoint import (
     CheckpointStore,
     RunFolder,
     check_conditions,
+    differences,
+    find_folder,
 )
 from normfree.train.config import OptimizerConfig, TrainConfig, to_dict
 from normfree.train.distributed import FABRIC_PRECISION, ShardedStates, WholeStates, launch, resolve_precision, shard
 from normfree.train.evaluation import Evaluation, evaluate
+from normfree.train.progress import Progress
 from normfree.train.records import EVALUATION, Records, Row, provenance, read_rows
 from normfree.weights import save
 
@@ -84,6 +87,8 @@ Result = TypeVar("Result")
 def train(config: TrainConfig, console: Console | None = None) -> Summary:
     """Train a network, or go on with a run of the same config where its newest checkpoint left it.
 
+    Where ``config.out`` is None and runs/NAME holds another run, this one has runs/NAME-2, and so on.
+
     On ``torchrun`` every process calls this; rank 0 writes. SIGTERM makes it write a checkpoint and return.
 
     Args:
@@ -94,10 +99,10 @@ def train(config: TrainConfig, console: Console | None = None) -> Summary:
         What came of it.
 
     Raises:
-        ValueError: if the folder holds a run of another config, or another process is writing to it; if data, network
-            and batch do not fit together; if the loss is no longer finite; if all checkpoints are damaged; if the run
-            would go on to other bits, for another torch, precision, device, number of threads or other images, unless
-            ``config.on_changed`` is "continue".
+        ValueError: if ``config.out`` holds a run of another config, or another process is writing to it; if data,
+            network and batch do not fit together; if the loss is no longer finite; if all checkpoints are damaged; if
+            the run would go on to other bits, for another torch, precision, device, number of threads or other images,
+            unless ``config.on_changed`` is "continue".
         OSError: naming a file that could not be written.
         ImportError: a package that training needs is not installed.
     """
@@ -107,11 +112,11 @@ def train(config: TrainConfig, console: Console | None = None) -> Summary:
     stop = StopRequest()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop.on_sigterm(), ExitStack() as folder:
 
-        def lock() -> None:
-            folder.enter_context(RunFolder(config))
+        def lock() -> Path:
+            return folder.enter_context(RunFolder(config, find_folder(config))).folder
 
-        on_rank_zero(fabric, lock)
-        return Trainer(config, fabric, console if fabric.is_global_zero else None, stop).run()
+        place = on_rank_zero(fabric, lock)
+        return Trainer(config, fabric, console if fabric.is_global_zero else None, stop, place).run()
 
 
 @dataclass(frozen=True)
@@ -121,10 +126,12 @@ class Summary:
     Attributes:
         folder: of the run.
         metrics: all of it; "status" is "finished", or "stopped" if the run was asked to stop before its end.
+        repeated: whether it had come to its end before, and nothing was trained.
     """
 
     folder: Path
     metrics: dict[str, Any]
+    repeated: bool = False
 
     def __repr__(self) -> str:
         return short_repr(self, f"of {self.folder}: {self._told}")
@@ -212,8 +219,10 @@ class Trainer:
         fabric: of this process.
         console: to print to; None for silence.
         stop: asks the run to end early.
+        folder: of the run; the config's by default.
 
     Attributes:
+        config: of the run, fitted to its images and its length; ``chosen`` is as it was given.
         data: this rank's training images.
         evaluation_data: this rank's images to evaluate on.
         network: the network itself.
@@ -230,25 +239,30 @@ class Trainer:
         evaluation: the last one, if it was at this step.
         monitor: records the signal; None where it is not recorded.
         records: the curves; of rank 0 alone, while it trains.
+        progress: shows where the run is.
 
     Raises:
         ValueError: if data, network and batch do not fit together.
     """
 
     def __init__(
-        self, config: TrainConfig, fabric: Fabric, console: Console | None = None, stop: StopRequest | None = None
+        self,
+        config: TrainConfig,
+        fabric: Fabric,
+        console: Console | None = None,
+        stop: StopRequest | None = None,
+        folder: Path | None = None,
     ) -> None:
-        self.config, self.fabric, self.console, self.stop = config, fabric, console, stop or StopRequest()
-        self.folder, self.store = config.folder, CheckpointStore(config.folder / CHECKPOINTS, config.keep)
+        self.chosen, self.fabric, self.console, self.stop = config, fabric, console, stop or StopRequest()
+        self.folder = folder or config.folder
+        self.store = CheckpointStore(self.folder / CHECKPOINTS, config.keep)
         rank, world_size = fabric.global_rank, fabric.world_size
 
+        config, self.data = self._open_data()
+        self.config = config
         self.accumulation = config.accumulation(world_size)
-        self.data = open_training(config.rank_data(world_size), rank=rank, world_size=world_size)
         self.augmentation = self.data.augmentation().to(fabric.device)
         self.steps_per_epoch = self.data.steps_per_epoch // self.accumulation
-        if self.steps_per_epoch < 1:
-            rule = f"is more than the {self.data.examples} training images"
-            raise invalid("batch_size", config.batch_size, rule, "pass a smaller one")
         self.total_steps = config.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, config.limit_train_steps or self.total_steps)
         self.step, self.skipped, self.seconds = 0, 0, 0.0
@@ -272,6 +286,7 @@ class Trainer:
         self.evaluation: Evaluation | None = None
         self.monitor = self._build_monitor()
         self.records: Records | None = None
+        self.progress = Progress(None, 0, self.last_step, config.epochs)
         self.start_clock()
         self._start_stretch()
 
@@ -291,6 +306,20 @@ class Trainer:
         return self.network if self.average is None else self.average.module
 
     # Building
+
+    def _open_data(self) -> tuple[TrainConfig, TrainingData]:
+        """Open this rank's training images; returns them with the config that they and the run's length allow."""
+        config, rank, world_size = self.chosen, self.fabric.global_rank, self.fabric.world_size
+        config = dataclasses.replace(config, data=with_holdout(config.data))
+        try:
+            data = open_training(config.rank_data(world_size), rank=rank, world_size=world_size)
+            examples = data.examples
+        except TooFewExamples as few:
+            data, examples = None, few.examples
+        fitted = config.fitted(examples, world_size)
+        if data is None or fitted.batch_size != config.batch_size:
+            data = open_training(fitted.rank_data(world_size), rank=rank, world_size=world_size)
+        return fitted, data
 
     def _build_network(self) -> Backbone:
         """Build the network, drawn from the seed."""
@@ -368,10 +397,13 @@ class Trainer:
 
     def run(self) -> Summary:
         """Train to the end, or to a request to stop; a run that has ended before is only summed up."""
+        if self.folder != self.chosen.folder:
+            others = list_names(differences(self.chosen, self.chosen.folder))
+            self._say(f"{self.chosen.folder} holds a run with another {others}: this one's folder is {self.folder}")
         checkpoint = on_rank_zero(self.fabric, lambda: self.store.newest(set_aside=True))
         metrics = on_rank_zero(self.fabric, lambda: None if checkpoint is None else self._read_metrics(checkpoint.step))
         if metrics is not None:
-            return Summary(self.folder, metrics)
+            return Summary(self.folder, metrics, repeated=True)
         description = on_rank_zero(self.fabric, self.describe)
         if checkpoint is not None:
             if self.config.on_changed == "error":
@@ -380,8 +412,8 @@ class Trainer:
         if not self.fabric.is_global_zero:
             return self._summarize(self.fit(), description)
         write_atomically(self.folder / CONFIG, json.dumps(description, indent=1) + "\n")
-        if 0 < self.step < self.last_step and self.console is not None:
-            self.console.print(f"going on from step {self.step} of {self.last_step}", highlight=False)
+        for line in self._plan():
+            self._say(line)
         with self.recording():
             return self._summarize(self.fit(), description)
 
@@ -402,7 +434,9 @@ class Trainer:
             "precision": FABRIC_PRECISION[resolve_precision(self.config.precision, device.type)],
             "device": str(device),
             "ranks": self.fabric.world_size,
+            "batch_size": self.config.batch_size,
             "accumulation": self.accumulation,
+            "warmup_epochs": self.config.optimizer.warmup_epochs,
             "steps_per_epoch": self.steps_per_epoch,
             "steps": self.total_steps,
             "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
@@ -410,7 +444,32 @@ class Trainer:
             "classes": list(self.data.class_names),
             "training_data": self.data.identity(),
         }
-        return {"config": to_dict(self.config), "derived": derived, **provenance()}
+        return {"config": to_dict(self.chosen), "derived": derived, **provenance()}
+
+    def _plan(self) -> Iterator[str]:
+        """Say on what the run trains and evaluates, for how long, and what differs from what was chosen."""
+        chosen, config, data = self.chosen, self.config, self.data
+        names, evaluated = list_names(data.class_names), self.evaluation_data.examples
+        yield f"training on {data.examples:,} images of {data.num_classes:,} classes ({names})"
+        if self.evaluation_data.held_out:
+            why = "" if chosen.data.holdout else ", for the data have no split to evaluate on"
+            yield f"evaluating on {evaluated:,} more, held out by class (--data.holdout {config.data.holdout:g}){why}"
+            if absent := self.evaluation_data.absent_classes():
+                yield f"no image of {list_names(absent)} is held out: that takes two different ones"
+        elif evaluated is not None:
+            yield f"evaluating on {evaluated:,}"
+        if config.batch_size != chosen.batch_size:
+            yield f"--batch-size {config.batch_size} instead of {chosen.batch_size}, for there are too few images"
+        if (now := config.optimizer.clip_norm) != (before := chosen.optimizer.clip_norm):
+            yield f"--optimizer.clip-norm {now:g} instead of {before:g}, for a smaller batch has more noise"
+        if (now := config.optimizer.warmup_epochs) != (before := chosen.optimizer.warmup_epochs):
+            yield f"--optimizer.warmup-epochs {now:g} instead of {before:g}, a quarter of the run's {config.epochs}"
+        if 0 < self.step < self.last_step:
+            yield f"going on from step {self.step} of {self.last_step}"
+
+    def _say(self, text: str) -> None:
+        if self.console is not None:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def fit(self) -> bool:
         """Train from where the run stands; returns whether the end was reached, and not a request to stop."""
@@ -540,12 +599,24 @@ class Trainer:
     def evaluate(self) -> None:
         """Evaluate the network, averaged where weights are averaged."""
         limit = self.config.limit_eval_steps
+        self.progress.evaluating()
         self.evaluation = evaluate(
             self.final_network, self.evaluation_data, self.fabric, limit=limit, sharded=self.sharded
         )
         if self.records is not None:
             row: Row = {"step": self.step, "epoch": self._fraction_of_epochs(), **self.evaluation.figures()}
-            self.records.log_evaluation({**row, "seconds": round(self.seconds, 3)}, self.config.epochs)
+            self.records.log_evaluation({**row, "seconds": round(self.seconds, 3)})
+            self.progress.say(self._evaluation_line(row))
+
+    def _evaluation_line(self, row: Row) -> str:
+        """An evaluation and the stretch of training before it, in words."""
+        assert self.records is not None
+        last: Mapping[str, Any] = self.records.training.rows[-1] if self.records.training.rows else {}
+        loss, speed = last.get("loss"), last.get("images_per_second")
+        parts = [f"epoch {row['epoch']:g}/{self.config.epochs}", f"step {row['step']}"]
+        parts += [f"accuracy {100 * (row['top1'] or 0):.2f} %", f"test loss {row['loss']:.4f}"]
+        parts += [f"training loss {loss:.4f}"] if loss is not None else []
+        return "  ".join([*parts, f"{speed:,.0f} images/s"] if speed is not None else parts)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint; one with weights that are not finite is refused.
@@ -630,11 +701,12 @@ class Trainer:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record and show what happens while the context is open; on rank 0."""
-        self.records = Records(self.folder, self.step, self.last_step, self.console)
+        self.records = Records(self.folder, self.step)
+        self.progress = Progress(self.console, self.step, self.last_step, self.config.epochs)
         if self.monitor is not None:
             self.monitor.writer = self.records.board
         self._start_stretch()
-        with self.records.showing_progress():
+        with self.records, self.progress:
             yield
 
     def start_clock(self) -> None:
@@ -659,7 +731,8 @@ class Trainer:
             return
         self._losses.append(outcome.loss)
         self._images += outcome.images
-        if self.step % self.config.log_every == 0 or self.step == self.last_step:
+        self.progress.advance(self.step, min(self.epoch + 1, self.config.epochs), outcome.loss, outcome.images)
+        if self.step % min(self.config.log_every, self.steps_per_epoch) == 0 or self.step == self.last_step:
             finite = [loss for loss in self._losses if math.isfinite(loss)]
             clip_fraction = getattr(self.optimizer, "clip_fraction", None)
             row: Row = {
@@ -672,10 +745,9 @@ class Trainer:
                 "images_per_second": self._images / max(self.seconds - self._began, 1e-9),
                 "seconds": round(self.seconds, 3),
             }
-            epochs = self.config.epochs
-            self.records.log_training(row, epoch=f"{min(self.epoch + 1, epochs)}/{epochs}")
+            self.records.log_training(row)
+            self.progress.show_figures(row["loss"], row["images_per_second"] or 0.0)
             self._start_stretch()
-        self.records.advance(self.step)
 
     def _fraction_of_epochs(self) -> float:
         return round(self.step / self.steps_per_epoch, 4)
