@@ -71,7 +71,7 @@ def test_a_row_has_blocks_verdicts_both_conversions_a_step_and_the_folds(foreign
     sick = rows["own:exploding"]
     assert "explosion" in {kind for severity, kind, _ in sick["findings"] if severity == "error"}
     assert sick["stated"] == sick["blocks"] == 0
-    assert set(sick["failed"]) == {"fresh", "pretrained"} and "normalizer" in sick["failed"]["fresh"]
+    assert set(sick["failed"]) == {"pretrained"} and "normalizer" in sick["failed"]["pretrained"]
     assert "| with the verdict that an expert expects | 2 |" in page
     assert "| pretrained conversions, within 1e-4 | 1, 1 |" in page
     assert "Expected to be sick: it is so." in page
