@@ -5,6 +5,8 @@ IS_SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c '$(IS_SUPPORTED)' 2>/dev/null && echo $$p && break; done),python3)
 PYTEST_ARGS ?= -n 2
+# Of `make test`: tests of more than ten seconds, whose subjects others cover, run in `make test-all`.
+QUICK := -m "not slow"
 BENCH_ARGS ?=
 # Of the machine with the GPU, which has torch and needs no .venv: a Python that runs src/ as it is.
 GPU_PYTHON ?= python3
@@ -16,16 +18,19 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench gpu site constraints clean FORCE
+.PHONY: help demo test test-all lint format bench gpu site constraints clean FORCE
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(STAMP)  ## plot three ResNet-50s and train three small ones, into out/demo
 	$(VENV)/bin/normfree demo --out out/demo
 
-test: lint  ## everything CI runs: lint, types, tests (PYTEST_ARGS="-n 2")
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) pytest $(PYTEST_ARGS)
+test: lint  ## lint, types and all tests but the slow ones (PYTEST_ARGS="-n 2")
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) pytest $(QUICK) $(PYTEST_ARGS)
+
+test-all: QUICK :=
+test-all: test  ## the slow ones, too
 
 lint: $(STAMP)  ## check style, formatting and types
 	$(RUN) ruff check .

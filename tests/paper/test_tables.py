@@ -102,6 +102,7 @@ def test_gamma_is_the_integral_beside_the_official_constants(tmp_path):
     assert "| relu | 1.712858550 | 1.713958859 | +6.4e-04 |" in page and "does not agree" not in page
 
 
+@pytest.mark.slow
 def test_properties_hold_without_normalizers_and_not_with_batchnorm(tmp_path, monkeypatch):
     monkeypatch.setattr(properties, "SIZE", 32)
     monkeypatch.setattr(properties, "BATCH", 8)

@@ -170,6 +170,7 @@ def test_the_plan_is_what_is_drawn():
 DEEP = {"depths": (50, 50, 50, 50), "widths": (32,) * 4}
 
 
+@pytest.mark.slow
 def test_no_mean_shift_through_200_standardized_blocks():
     """At most 2 % of the variance. 16 examples of 5×5 at the end are 400 values: their own mean is 0.25 %."""
     sample = Sample(2, 16, 160, "nf_resnet50", **DEEP)

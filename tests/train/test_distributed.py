@@ -67,6 +67,7 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again_when_a_rank_is_killed(tmp_path):
     changes = {"average_decay": 0.9, "checkpoint_every": 3, "data": {"batch_size": 64}}
     whole = start(tmp_path / "whole", TORCHRUN, **changes)
@@ -98,7 +99,7 @@ def test_the_command_says_it_too(tmp_path):
     assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
 
 
-@pytest.mark.parametrize("rule", ["sgd", "muon"])
+@pytest.mark.parametrize("rule", [pytest.param("sgd", marks=pytest.mark.slow), "muon"])
 def test_sharded_training_is_the_unsharded_one_and_resumes(rule, tmp_path):
     """FSDP, with scalars that it cannot shard, clipping and averaging; weights to the rounding of another order."""
     common = {"limit_train_steps": 4, "limit_eval_steps": 1, "checkpoint_every": 2, "data": {"batch_size": 64}}

@@ -138,6 +138,7 @@ ARCHIVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_archives_take_no_more_memory_than_the_model(tmp_path, name):
     import tracemalloc

@@ -66,6 +66,7 @@ def test_logits_are_timms(name, scale):
         assert distance(model, other, dtype) < tolerance
 
 
+@pytest.mark.slow
 def test_whole_dm_nfnet_f0():
     other = theirs("dm_nfnet_f0")
     model = create_model("nfnet_f0", padding="same", activation="gelu_exact")
