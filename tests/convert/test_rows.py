@@ -82,6 +82,21 @@ def test_layers_of_branches_start_at_zero():
     assert not biases(nn.Sequential(nn.Linear(64, 64), *(Block() for _ in range(40)), nn.Linear(64, 4)))
 
 
+class FusedNorm(nn.BatchNorm1d):
+    """A norm with its activation in its own forward, as timm writes it."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, input):
+        return self.act(super().forward(input))
+
+
+def test_fused_norms_do_not_hide_a_row():
+    assert len(biases(dense(30, nn.Identity, FusedNorm))) == 29
+
+
 def test_pools_do_not_end_a_row():
     channels = 16
     parts = [nn.Conv2d(3, channels, 3, padding=1), nn.ReLU()]

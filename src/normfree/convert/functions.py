@@ -97,7 +97,9 @@ class Functions:
             norm, step = self.structure.norm_at.get(node), self.structure.flow.made_by.get(node)
             if norm is not None and norm.name in self.removed:
                 node = norm.input
-            elif step is not None and passes_unchanged(step):
+            elif step is None:
+                return None
+            elif passes_unchanged(step) or (step.name in op.NORM and step.module in self.removed):
                 node = step.inputs[0]
             else:
                 return None
