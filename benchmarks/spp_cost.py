@@ -12,8 +12,8 @@ Four questions, each answered in the same process or in fresh ones, interleaved:
    idle model holds (VmHWM, reset before the call), with every block above 64 KiB mapped by itself, so that what
    is freed is gone.
 3. Depth. The overhead of ``spp`` per block for networks of 16 to 200 blocks: constant if the cost is linear.
-4. Other networks. The time of ``spp`` by that of a plain pass, in turns, for the networks of
-   :mod:`benchmarks.spp_networks`: segmentation, language, volumes, detection, unrolled cells, sums of everything.
+4. Other networks. The time of ``spp`` without and with the gradient by that of a plain pass, in turns, for the networks
+   of :mod:`benchmarks.spp_networks`: segmentation, language, volumes, detection, unrolled cells, sums of everything.
 """
 
 from __future__ import annotations
@@ -176,17 +176,25 @@ def deepened(family: str, depths: dict[int, str], rounds: int) -> dict[str, Any]
 
 
 def compared(names: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Question 4: seconds of both, and the ratio within each round."""
+    """Question 4: seconds of each, and the ratios within each round."""
     rows = {}
     for name in names:
         build, draw, target = NETWORKS[name]
         torch.manual_seed(0)
         model, x = build(), draw()
-        plain(model, x), spp(model, x)
-        times = interleaved({"plain": partial(plain, model, x), "spp": partial(spp, model, x)}, rounds=rounds)
-        ratio = spread(ratios(times["spp"], times["plain"]))
-        seconds_of = {way: spread(values) for way, values in times.items()}
-        rows[name] = {"seconds": seconds_of, "ratio": ratio, "target": target}
+        ways = {
+            "plain": partial(plain, model, x),
+            "spp": partial(spp, model, x, gradient=False),
+            "with gradient": partial(spp, model, x),
+        }
+        for run in ways.values():
+            run()
+        times = interleaved(ways, rounds=rounds)
+        rows[name] = {
+            "seconds": {way: spread(values) for way, values in times.items()},
+            "ratios": {way: spread(ratios(times[way], times["plain"])) for way in ways if way != "plain"},
+            "target": target,
+        }
     return rows
 
 
@@ -224,10 +232,12 @@ def table(result: dict[str, Any]) -> str:
         cells = [f"{found['milliseconds_per_block'][count]['median']:.2f}" for count in counts]
         exponent = "–" if found["exponent"] is None else f"{found['exponent']:.2f}"
         lines.append(f"| {family}… | {' | '.join(cells)} | {exponent} |")
-    lines += ["", "| other networks | plain, seconds | spp, seconds | spp / plain | target |", "|---" * 5 + "|"]
+    lines += ["", "| other networks | plain, seconds | spp / plain | target | with the gradient / plain |"]
+    lines.append("|---" * 5 + "|")
     for name, row in result["networks"].items():
-        cells = [shown(row["seconds"][way]) for way in ("plain", "spp")]
-        lines.append(f"| {name} | {' | '.join(cells)} | {shown(row['ratio'])} | {row['target'] or 'linear'} |")
+        measured, backward = (shown(row["ratios"][way]) for way in ("spp", "with gradient"))
+        cells = [name, shown(row["seconds"]["plain"]), measured, str(row["target"] or "linear"), backward]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
