@@ -9,10 +9,13 @@ and by the tests.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
+import logging
 import os
 import pickle
+import random
 import re
 import resource
 import shutil
@@ -20,10 +23,14 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
+import threading
 import time
+import types
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -935,6 +942,63 @@ for command in ("evaluate", "predict"):
     attack("wrong", f"{command}: weights of two precisions", act, promise=WORKS)
 
 
+STATISTICS = {"NaN": float("nan"), "infinity": float("inf"), "minus five": -5.0}
+
+
+def normalized(change: Callable[[Any], None], words: list[str]) -> Callable[[Path], list[str]]:
+    """A network with normalizers, with other tensors, given to a command."""
+
+    def act(folder: Path) -> list[str]:
+        torch.manual_seed(0)
+        model = normfree.create_model("resnetv2_50", **SMALL)
+        with torch.no_grad():
+            change(model)
+        normfree.save(model, folder / "model.safetensors")
+        image_in(folder)
+        return words
+
+    return act
+
+
+def fill_variance(value: float) -> Callable[[Any], None]:
+    """One running variance with a value."""
+    return lambda model: next(b for name, b in model.named_buffers() if name.endswith("running_var"))[0].fill_(value)
+
+
+def fill_weights(model: Any) -> None:
+    """Weights so large that the outputs overflow."""
+    for parameter in model.parameters():
+        parameter.fill_(1e30)
+
+
+for words in (
+    ["evaluate", "model.safetensors", "--source", "digits", "--limit-eval-steps", "1"],
+    ["predict", "model.safetensors", "image.png"],
+    ["convert", "model.safetensors", "--start", "pretrained", "--image-size", "16", "--out", "c.safetensors"],
+    ["export", "model.safetensors", "--image-size", "16", "--out", "m.onnx"],
+):
+    for title, value in STATISTICS.items():
+        attack("wrong", f"{words[0]}: a running variance of {title}", normalized(fill_variance(value), words), "model")
+    if words[0] in ("evaluate", "predict"):
+        attack("wrong", f"{words[0]}: weights of 1e30", normalized(fill_weights, words), "model.safetensors")
+
+
+def headless(words: list[str]) -> Callable[[Path], list[str]]:
+    """A network without a classifier, given to a command."""
+
+    def act(folder: Path) -> list[str]:
+        torch.manual_seed(0)
+        normfree.save(normfree.create_model("nf_resnet50", **{**SMALL, "num_classes": 0}), folder / "model.safetensors")
+        image_in(folder)
+        return words
+
+    return act
+
+
+for words in (["predict", "model.safetensors", "image.png"], ["evaluate", "model.safetensors", "--source", "digits"]):
+    attack("wrong", f"{words[0]}: features without a classifier", headless(words), "no classifier")
+
+
 def other_data(names: list[str], *options: str, run: bool = True) -> Callable[[Path], list[str]]:
     """An evaluation of the run, or its weights alone, on class folders."""
 
@@ -954,7 +1018,7 @@ attack("wrong", "data of eleven classes", other_data([*TEN, "10"]), "classes")
 attack("wrong", "data of ten other classes", other_data([f"animal{number}" for number in TEN]), "classes")
 attack("wrong", "weights alone, on data of two classes", other_data(TEN[:2], run=False), "classes")
 for split in ("validation", "tset", "test2", "train1", "", "\x1b[31m"):
-    attack("wrong", f"a split {split!r}", other_data(TEN, "--split", split), "test")
+    attack("wrong", f"a split {split!r}", other_data(TEN, "--split", split), "test" if split else "empty")
 
 
 def digits_split(folder: Path) -> list[str]:
@@ -963,6 +1027,247 @@ def digits_split(folder: Path) -> list[str]:
 
 
 attack("wrong", "a split that the digits do not have", digits_split, "test")
+
+
+# --- 6: what is left behind ---------------------------------------------------------------------------------------
+
+
+class Holder(torch.nn.Module):
+    """A network that holds something, and whose forward changes it."""
+
+    def __init__(self, held: Any, change: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.layer, self.held, self.change = torch.nn.Linear(6, 6), held, change
+        self.register_buffer("seen", torch.arange(6.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x + layer(x)."""
+        self.change(self, x)
+        return x + self.layer(x)
+
+
+def given_back(make: Callable[[], Any], change: Callable[[Any, Any], Any], look: Callable[[Any], Any]) -> None:
+    """Measure, convert and export a network that changes what it holds; raises if that is seen afterwards.
+
+    What cannot be copied or traced may be refused by the latter two.
+    """
+
+    def convert(model: Any, x: torch.Tensor) -> None:
+        normfree.convert(torch.nn.Sequential(model, torch.nn.BatchNorm1d(6)), x)
+
+    def export(model: Any, x: torch.Tensor) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            normfree.export.to_program(model, x, Path(folder) / "m.pt2", tolerance=10.0)
+
+    for run in (normfree.spp, convert, export):
+        torch.manual_seed(0)
+        model, x = Holder(make(), change), torch.ones(4, 6).cumsum(0)
+        before, states = look(model), random_states()
+        with contextlib.suppress(*() if run is normfree.spp else (ValueError,)):
+            run(model, x)
+        if look(model) != before or random_states() != states:
+            raise RuntimeError(f"{before} became {look(model)}, or a random state moved")
+
+
+def random_states() -> tuple[Any, ...]:
+    """Of torch, Python and NumPy."""
+    import numpy as np
+
+    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+
+
+def append_deep(module: Any, x: Any) -> None:
+    """Add to a cache of caches, count, and draw."""
+    module.held["layers"][0].keys.append(x)
+    module.held["layers"][0].length += 1
+    module.held["mask"].add_(1)
+    torch.rand(1), random.random()
+
+
+def draw_own(module: Any, x: Any) -> None:
+    """Draw from generators of the network's own."""
+    torch.rand(1, generator=module.held[0])
+    module.held[1].random(), module.held[2].random()
+
+
+def own_generators() -> list[Any]:
+    """One of each library."""
+    import numpy as np
+
+    return [torch.Generator().manual_seed(1), np.random.default_rng(1), random.Random(1)]
+
+
+def own_array() -> Any:
+    """A NumPy array."""
+    import numpy as np
+
+    return np.arange(4.0)
+
+
+def closed_over() -> Callable[[], None]:
+    """A function that counts in a variable, and notes in a list, of the function around it."""
+    count, notes = 0, list[int]()
+
+    def call() -> None:
+        nonlocal count
+        count += 1
+        notes.append(count)
+
+    return call
+
+
+def shown_caches(model: Any) -> Any:
+    """What the caches of :func:`append_deep` hold."""
+    cache = model.held["layers"][0]
+    return list(model.held), cache.length, len(cache.keys), model.held["mask"].tolist()
+
+
+STATE: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], Any], Callable[[Any], Any]]] = {
+    "caches in lists, dicts and objects": (
+        lambda: {"layers": [types.SimpleNamespace(keys=[], length=0)], "mask": torch.zeros(2)},
+        append_deep,
+        shown_caches,
+    ),
+    "a NumPy array": (own_array, lambda m, x: m.held.fill(7), lambda m: m.held.tolist()),
+    "generators": (
+        own_generators,
+        draw_own,
+        lambda m: (m.held[0].get_state().tolist(), str(m.held[1].bit_generator.state), m.held[2].getstate()),
+    ),
+    "a buffer that is resized": (dict, lambda m, x: m.seen.resize_(99), lambda m: m.seen.tolist()),
+    "a buffer with other data": (
+        dict,
+        lambda m, x: setattr(m.seen, "data", torch.zeros(2)),
+        lambda m: (m.seen.data_ptr(), m.seen.tolist()),
+    ),
+    "a buffer that is deleted": (
+        dict,
+        lambda m, x: m._buffers.pop("seen", None),
+        lambda m: [name for name, _ in m.named_buffers()],
+    ),
+    "a parameter that is added": (
+        dict,
+        lambda m, x: m.register_parameter("late", torch.nn.Parameter(x[0].detach().clone())),
+        lambda m: [name for name, _ in m.named_parameters()],
+    ),
+    "variables of a function": (
+        closed_over,
+        lambda m, x: m.held(),
+        lambda m: [str(cell.cell_contents) for cell in m.held.__closure__],
+    ),
+    "a network that is not registered": (
+        lambda: [torch.nn.BatchNorm1d(6)],
+        lambda m, x: m.held[0](x),
+        lambda m: (m.held[0].running_mean.tolist(), m.held[0].num_batches_tracked.tolist()),
+    ),
+    "a lock": (threading.Lock, lambda m, x: setattr(m, "more", x), lambda m: hasattr(m, "more")),
+    "torch's settings": (
+        dict,
+        lambda m, x: (torch.set_num_threads(2), torch.use_deterministic_algorithms(True, warn_only=True)),
+        lambda m: (torch.get_num_threads(), torch.get_deterministic_debug_mode(), torch.set_num_threads(1)),
+    ),
+}
+for title, (make, change, look) in STATE.items():
+    attack(
+        "state", f"what is left of {title}", lambda folder, of=(make, change, look): lambda: given_back(*of), "", WORKS
+    )
+
+
+def lock_array(module: Any, x: Any) -> None:
+    """Write to an array, and lock it and the array that it is a view of."""
+    array = module.held
+    array[0] = 9
+    array.base.flags.writeable = array.flags.writeable = False
+
+
+def own_view() -> Any:
+    """A view of a NumPy array."""
+    return own_array()[:3]
+
+
+def empty_weight(module: Any, x: Any) -> None:
+    """Give up a parameter's memory."""
+    module.layer.weight.untyped_storage().resize_(0)
+    raise RuntimeError("and it fails besides")
+
+
+for title, make, change, named in (
+    ("an array that is locked", own_view, lock_array, "held"),
+    ("a parameter without memory", dict, empty_weight, "layer.weight"),
+    ("itself", dict, lambda module, x: normfree.spp(module, x), "measured already"),
+):
+
+    def measured(folder: Path, make: Any = make, change: Any = change) -> Callable[[], Any]:
+        """A measurement that cannot be undone."""
+        return lambda: normfree.spp(Holder(make(), change), torch.ones(4, 6))
+
+    attack("state", f"a model that measures {title}" if title == "itself" else title, measured, named)
+
+
+def in_threads(run: Callable[[int], Any], compare: Callable[[], Any]) -> Callable[[Path], Callable[[], None]]:
+    """Runs in four threads at once, as alone, with the same state of the process before and after."""
+
+    def act(folder: Path) -> Callable[[], None]:
+        alone = [run(number) for number in range(4)]
+
+        def call() -> None:
+            before = compare()
+            with ThreadPoolExecutor(4) as pool:
+                found = list(pool.map(run, range(4)))
+            if found != alone or compare() != before:
+                raise RuntimeError("threads gave something else than one after the other, or left something")
+
+        return call
+
+    return act
+
+
+def drawing(module: Any, x: Any) -> None:
+    """Draw from every global generator, slowly."""
+    import numpy as np
+
+    module.held.append(torch.rand(1) + random.random() + np.random.rand())
+    time.sleep(0.002)
+    module.layer.bias.data.add_(module.held[-1])
+
+
+@functools.cache
+def networks() -> tuple[list[Holder], torch.nn.Module]:
+    """Four that draw, and one with a normalizer."""
+    torch.manual_seed(0)
+    normalized = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    return [Holder([], drawing) for _ in range(4)], normalized
+
+
+def measure_one(number: int) -> Any:
+    """The plot of one of four networks."""
+    return normfree.spp(networks()[0][number], torch.ones(4, 6).cumsum(0), seed=number).to_dict()
+
+
+def convert_one(number: int) -> Any:
+    """The weights of one network's conversion from a seed."""
+    converted = normfree.convert(networks()[1], torch.arange(768.0).sin().view(4, 3, 8, 8), seed=number)
+    return {name: tensor.tolist() for name, tensor in converted.state_dict().items()}
+
+
+def export_one(number: int) -> Any:
+    """The difference of an exported network."""
+    with tempfile.TemporaryDirectory() as folder:
+        return normfree.export.to_program(networks()[1], torch.ones(2, 3, 8, 8), Path(folder) / "m.pt2").file.relative
+
+
+def of_the_process() -> Any:
+    """Random states, streams, warnings and logging."""
+    return random_states(), sys.stdout, sys.stderr, list(warnings.filters), logging.root.manager.disable
+
+
+for title, run in {
+    "four models": measure_one,
+    "one model": lambda number: measure_one(0),
+    "conversions of one model": convert_one,
+    "exports of one model": export_one,
+}.items():
+    attack("state", f"four threads, {title}", in_threads(run, of_the_process), "", WORKS)
 
 
 # --- 7: arguments and factories -----------------------------------------------------------------------------------
@@ -985,6 +1290,10 @@ for words in (
     ["predict", "none", "x.png", "--top", str(10**30)],
     ["evaluate", "[bold"],
     ["models", "[/nothing]"],
+    ["spp", ""],
+    ["spp", "nf_resnet50:width=1", "--out", ""],
+    ["spp", "nf_resnet50:width=1", "--input", ""],
+    ["spp", "nf_resnet50:width=1", "--batches", str(10**15)],
 ):
     shown = " ".join(words).encode("unicode_escape").decode()[:60]
     attack("argument", f"normfree {shown}", lambda folder, words=words: list(words))
@@ -998,6 +1307,19 @@ for title, body in {
     "recurses": "return net()",
     "returns nothing": "return None",
     "returns itself": "return net",
+    "exits with escapes": f"import sys; sys.exit({ESCAPES!r})",
+    "raises what only ends generators": "raise GeneratorExit",
+    "raises what only ends tasks": "import asyncio; raise asyncio.CancelledError",
+    "raises something of its own": "raise type('Own', (BaseException,), {})('x')",
+    "raises what cannot say itself": "raise type('Mute', (Exception,), {'__str__': lambda self: None})",
+    "raises many errors": f"raise ExceptionGroup({ESCAPES!r}, [ValueError({ESCAPES!r}), OSError()])",
+    "ends an iteration": "raise StopIteration",
+    "is a generator": "yield 1",
+    "is a coroutine": "async def own(): pass\n    return own()",
+    "returns a batch without values": "import torch; return torch.nn.Linear(3, 3), torch.zeros(2, 3, device='meta')",
+    "returns a batch of text": "import torch; return torch.nn.Linear(3, 3), 'batch'",
+    "returns a batch of NaN": "import torch; return torch.nn.Linear(3, 3), torch.full((2, 3), float('nan'))",
+    "returns a state dict": "import torch; return torch.nn.Linear(3, 3).state_dict()",
 }.items():
 
     def factory(folder: Path, body: str = body) -> list[str]:
@@ -1005,7 +1327,62 @@ for title, body in {
         (folder / "nets.py").write_text(f"def net():\n    {body}\n")
         return ["spp", "nets.py:net"]
 
-    attack("argument", f"a factory that {title}", factory, "nets.py")
+    attack("argument", f"a factory that {title}", factory, "batch" if "a batch" in title else "nets.py")
+
+for title, content in {
+    "that is cut off": b"def net(:\n",
+    "of null bytes": b"def net():\n\0 return 1",
+    "in UTF-16": "def net(): pass".encode("utf-16"),
+    "in no encoding": b"# coding: nothing\n",
+    "of nothing": b"",
+    "nested 500 times": b"x=" + b"(" * 500 + b")" * 500,
+    "that raises escapes": f"raise ValueError({ESCAPES!r})".encode(),
+    "that exits": b"import sys; sys.exit()",
+    "that raises something of its own": b"raise type('Own', (BaseException,), {})",
+    "whose factory is a number": b"net = 5",
+    "whose factory wants arguments": b"def net(a, *, b): pass",
+}.items():
+
+    def program(folder: Path, content: bytes = content) -> list[str]:
+        """A file of a factory."""
+        (folder / "nets.py").write_bytes(content)
+        return ["spp", "nets.py:net"]
+
+    attack("argument", f"a program {title}", program, "nets.py")
+
+FORWARD = """import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
+    def forward(self, x):
+        {body}
+def net():
+    return Net(), torch.rand(2, 3, 8, 8)
+"""
+for title, body in {
+    "exits": "import sys; sys.exit()",
+    "raises something of its own": "raise type('Own', (BaseException,), {})",
+    "raises nothing said": "raise RuntimeError",
+    "raises escapes": f"raise RuntimeError({ESCAPES!r})",
+    "raises what cannot say itself": "raise type('Mute', (Exception,), {'__str__': lambda self: None})",
+    "recurses": "return self(x)",
+    "returns nothing": "return None",
+}.items():
+    for words in (
+        ["spp", "nets.py:net"],
+        ["doctor", "nets.py:net"],
+        ["convert", "nets.py:net", "--out", "c.safetensors"],
+        ["export", "nets.py:net", "--out", "m.onnx"],
+        ["benchmark", "nets.py:net", "--seconds", "0.1", "--batch-size", "2", "--image-size", "8"],
+    ):
+
+        def failing(folder: Path, body: str = body, words: list[str] = words) -> list[str]:
+            """A model whose forward fails."""
+            (folder / "nets.py").write_text(FORWARD.format(body=body))
+            return words
+
+        attack("argument", f"{words[0]}: a forward that {title}", failing, "model: ")
 
 
 def tried(folder: Path, chosen: Callable[[Attack], bool] = lambda one: True) -> list[dict[str, Any]]:

@@ -341,6 +341,7 @@ KINDS = {
     "hang": "special files: pipes, devices, sockets and folders in the place of files",
     "damage": "damaged and forged files: one line that names the file",
     "wrong": "answers: right, or refused",
+    "state": "state: a model and the process are given back as they were, also in threads",
     "argument": "arguments and factories: one line, whatever they are",
 }
 

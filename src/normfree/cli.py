@@ -39,9 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         command = _parse(words)
-        from normfree.commands.shared import Terminal
-
-        code = command.run(Terminal(width=None if sys.stdout.isatty() else WIDTH)) or 0
+        code = _run(command)
         sys.stdout.flush()
         return _fail("", code) if interrupt.happened() else code  # a library may have caught the interrupt
     except BrokenPipeError:  # `| head` has read enough
@@ -58,6 +56,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         said = f"{one_line(error)}; if no argument explains it, report it with what NORMFREE_TRACEBACK=1 prints"
         return _fail(said, 2 if isinstance(error, (MemoryError, OverflowError)) else 3)
+
+
+def _run(command: Any) -> int:
+    """Run a command; the code of a model that it runs may raise what ends a process without a word.
+
+    Raises:
+        ValueError: it did.
+    """
+    from normfree.commands.shared import Terminal
+
+    try:
+        return command.run(Terminal(width=None if sys.stdout.isatty() else WIDTH)) or 0
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise ValueError(f"model: its code ended the program with {one_line(error)}; have it raise an error") from error
 
 
 def _open_streams() -> None:
@@ -105,6 +119,8 @@ def _parse(words: list[str]) -> Any:
     if not words or words[0] in ("-h", "--help"):
         print(_help())
         raise SystemExit(0)
+    if "" in words:
+        raise ValueError(f"argument {words.index('') + 1} is empty, as of an unset variable; give a value")
     if not words[0].startswith("-") and words[0] not in COMMANDS:
         from normfree.common.checks import suggestion
 

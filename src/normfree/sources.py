@@ -311,7 +311,9 @@ def _from_file(source: str) -> Built:
             made = _call_factory(file, factory)
     except _Explained:
         raise
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a program that exits, too
         raise ValueError(f"model: {quoted(source)} failed with {one_line(error)}") from error
     model, batch = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):

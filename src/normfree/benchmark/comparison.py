@@ -63,7 +63,7 @@ def measure(
         spread), ``raw_seconds`` and in training ``peak_bytes``; and ``targets`` as they were met.
 
     Raises:
-        ValueError: a model that there is not.
+        ValueError: a model that there is not, or that fails.
     """
     device = torch.device(device)
     load = os.getloadavg()[0]
@@ -83,8 +83,13 @@ def measure(
                 for _ in range(WARM_UP):
                     call()
             except Exception as error:
-                if not lenient:
+                if not lenient and isinstance(error, (ValueError, ImportError, OSError, MemoryError)):
                     raise
+                if not lenient:
+                    raise ValueError(
+                        f"model: {contender.label} fails in {part.task} on images {list(shape)} ({one_line(error)}); "
+                        "give a model that returns logits for them"
+                    ) from error
                 result["failed"] = first_line(error) if isinstance(error, ValueError) else one_line(error)
             else:
                 calls[contender.label] = call

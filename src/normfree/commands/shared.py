@@ -52,6 +52,7 @@ ImageSize = Annotated[
 Seed = Annotated[int, tyro.conf.arg(help="Of initialisation and input.")]
 Folder = Annotated[Path, tyro.conf.arg(help="Folder to write to.")]
 
+MOST_BATCHES = 1_000_000
 _AT_LEAST_ONE = ("batch_size", "batches", "image_size", "rounds", "limit_eval_steps", "top")
 
 
@@ -75,6 +76,8 @@ def check_options(options: Any) -> None:
             check_seed(value)
         if field.name in _AT_LEAST_ONE and value is not None:
             check_integer(field.name, value, 1)
+            if field.name == "batches" and value > MOST_BATCHES:
+                raise invalid("batches", value, f"must be at most {MOST_BATCHES:,}", "measure fewer")
 
 
 def with_option_names(message: str, command: type[Any]) -> str:

@@ -47,10 +47,10 @@ from normfree.convert.structure import Structure, directly_followed, training_st
 from normfree.convert.unnormalized import LAST, STANDARDIZED
 from normfree.convert.verify import explain_failures, first_mismatching_norm, note_leak
 from normfree.signal import spp
-from normfree.signal.nonfinite import check_finite, check_present, check_statistics
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
 from normfree.trace.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of, unwrapped
+from normfree.trace.weights import check_finite, check_present, check_statistics
 
 ALPHA, SKIP_GAIN = 0.2, 1.0
 """Of residual branches, where nothing else is asked for."""

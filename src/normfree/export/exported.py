@@ -32,6 +32,7 @@ from normfree.export.comparison import (
 from normfree.export.formats import ONNX, PROGRAM, Format, Opened, capture, quiet
 from normfree.nn.fold import fold
 from normfree.trace.preserve import given_back
+from normfree.trace.weights import check_statistics
 
 SEED = 0
 """Of the random inputs that a file is checked with, and of the weights a rehearsal draws."""
@@ -164,6 +165,7 @@ def export(
     if tolerance is None:
         tolerance = default_tolerance(chain(given.parameters(), given.buffers(), arguments.tensors))
     check_number("tolerance", tolerance, 0.0)
+    check_statistics(given)
     with given_back(given):  # it shares with the original what hooks and functions refer to, which no deep copy copies
         return _export(kind, given, arguments, path, dynamic_batch=dynamic_batch, tolerance=tolerance)
 

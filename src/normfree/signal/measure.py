@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normfree.common.checks import check_choice, check_seed
 from normfree.signal.findings import findings_of
 from normfree.signal.gradients import Gradients, sq_gradients
-from normfree.signal.nonfinite import check_finite, check_present, first_non_finite
+from normfree.signal.nonfinite import first_non_finite
 from normfree.signal.points import Plan, Point, PointRecorder, Recording
 from normfree.signal.propagation import BlockSignal, Entry, Position, SignalPropagation
 from normfree.trace.inputs import (
@@ -30,6 +30,7 @@ from normfree.trace.inputs import (
     unwrapped,
 )
 from normfree.trace.preserve import Mode, Preserved, untouched
+from normfree.trace.weights import check_finite, check_present
 
 Points = Literal["auto", "residual", "layers"]
 """What is plotted: residual additions, weighted layers, or (auto) the latter where there are none of the former."""

@@ -74,6 +74,10 @@ def check_batch(batch: Batch, argument: str = "batch") -> None:
     for tensor in tensors:
         if tensor.numel() == 0:
             raise ValueError(f"{argument}: a tensor of shape {tuple(tensor.shape)} is empty; give at least one example")
+        if tensor.is_meta:
+            raise ValueError(
+                f"{argument}: a tensor of shape {tuple(tensor.shape)} is on the meta device, without values"
+            )
         if tensor.is_floating_point() and (bad := int((~torch.isfinite(_values(tensor))).sum())):
             raise ValueError(
                 f"{argument}: {bad} of {tensor.numel()} input values are not finite; clean the input first"
@@ -243,7 +247,9 @@ def run_once(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]
     """Call the model; its output tensors, or one line that says where and why it failed."""
     try:
         output = call(model, tree_map(lambda leaf: leaf, batch))  # in containers that a model may write into
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a forward that exits, too
         shapes = ", ".join(str(list(t.shape)) for t in tensors_of(batch))
         where = f" in {stack.last_running}" if stack.last_running else ""
         reason = first_line(error).rstrip(".")

@@ -15,7 +15,7 @@ from normfree.common.checks import invalid, required
 from normfree.common.files import kind_of, read_json, refused, structured
 from normfree.common.text import first_line, one_line, quoted
 from normfree.data import DataConfig
-from normfree.signal.nonfinite import check_finite, check_statistics
+from normfree.trace.weights import check_finite, check_statistics
 from normfree.train.checkpoint import CHECKPOINTS, CONFIG, MANIFEST, MODEL, CheckpointStore, verify_checkpoint
 from normfree.weights import load
 
@@ -89,16 +89,18 @@ def open_trained(
 
 
 def _usable(network: nn.Module, path: Path) -> nn.Module:
-    """The network, of one precision, once its weights and statistics are known to be numbers.
+    """The network, of one precision, once it is known to have a classifier, and numbers as weights and statistics.
 
     Raises:
-        ValueError: a weight is not finite, or a statistic none.
+        ValueError: it has not.
     """
     try:
         check_finite(network)
         check_statistics(network)
+        if getattr(network, "num_classes", None) == 0:
+            raise ValueError("model: it has no classifier, and its features are no classes")
     except ValueError as error:
-        raise refused("model", path, first_line(error), "give weights that training has not destroyed") from error
+        raise refused("model", path, first_line(error), "give the weights of a trained network") from error
     kinds = {tensor.dtype for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()}
     return network.float() if len(kinds) > 1 else network
 

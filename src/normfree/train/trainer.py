@@ -42,8 +42,9 @@ from normfree.optim import (
 )
 from normfree.report.training_page import write_training_report
 from normfree.signal import SignalMonitor
-from normfree.signal.nonfinite import check_finite, first_non_finite
+from normfree.signal.nonfinite import first_non_finite
 from normfree.trace.preserve import Writes, untouched
+from normfree.trace.weights import check_finite
 from normfree.train.checkpoint import (
     AVERAGED,
     CHECKPOINTS,
