@@ -275,6 +275,17 @@ def test_a_normalization_in_the_forward_holds_the_variance_too():
         normfree.convert(Held(), noise(16, 32))
 
 
+def test_a_branch_that_normalizes_in_its_forward_stays():
+    class Grouped(Block):
+        def forward(self, x):
+            return x + F.group_norm(self.second(torch.relu(self.first(x))), 4)
+
+    model = headed(nn.Conv2d(3, 16, 3, padding=1), *(Grouped() for _ in range(2)), *(Block() for _ in range(2)))
+    record = normfree.convert(model, IMAGES).conversion
+    assert {change.name.partition(".")[0] for change in record.changes} == {"3", "4"}
+    assert {one.name for one in record.norms_left} == {"1", "2"}
+
+
 class Attends(nn.Module):
     """A transformer's layer without norms, with weights of a size."""
 

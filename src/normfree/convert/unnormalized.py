@@ -241,7 +241,10 @@ class _Search:
     def _is_without_norm(self, addition: Addition) -> bool:
         """Whether an addition ends a branch with no norm in it, that something follows or a layer comes before."""
         structure, ahead = self.structure, self.ahead.get(addition.output, _Ahead())
-        if norms_in(structure, structure.region(addition, addition.branch)) or is_fusion(structure, addition):
+        region = structure.region(addition, addition.branch)
+        if norms_in(structure, region) or is_fusion(structure, addition):
+            return False
+        if any(self.flow.made_by.get(node) in self.normalizing for node in region):
             return False
         if ahead.norm and not (ahead.layers or ahead.weight):
             return False
