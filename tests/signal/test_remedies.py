@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import normfree
-from normfree.signal.findings import KINDS
+from normfree.signal import KINDS
 
 DOCS = Path(__file__).parents[2]
 X = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
