@@ -70,16 +70,23 @@ def test_a_saturating_function_has_no_better_place():
     assert biases(dense(60, nn.SiLU)) and biases(dense(60, nn.GELU))
 
 
-def test_layers_of_branches_start_at_zero():
+def test_a_row_may_lie_in_a_branch():
+    """A short branch starts at zero, for its shortcut ends each row; one of 24 layers is a row by itself."""
+
     class Block(nn.Module):
-        def __init__(self):
+        def __init__(self, count):
             super().__init__()
-            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.layers = nn.ModuleList([nn.Linear(64, 64) for _ in range(count)])
 
         def forward(self, x):
-            return x + self.second(torch.relu(self.first(torch.relu(x))))
+            y = x
+            for layer in self.layers:
+                y = layer(torch.relu(y))
+            return x + y
 
-    assert not biases(nn.Sequential(nn.Linear(64, 64), *(Block() for _ in range(40)), nn.Linear(64, 4)))
+    assert not biases(nn.Sequential(nn.Linear(64, 64), *(Block(2) for _ in range(40)), nn.Linear(64, 4)))
+    found = biases(nn.Sequential(nn.Linear(64, 64), Block(24), nn.Linear(64, 4)))
+    assert set(found) == {f"1.layers.{index}" for index in range(23)}
 
 
 class FusedNorm(nn.BatchNorm1d):

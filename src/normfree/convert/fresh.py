@@ -31,7 +31,7 @@ from normfree.convert.dataflow import (
 from normfree.convert.functions import Functions
 from normfree.convert.record import BARE, SCALED, UNITS, WITH_ACTIVATION, Beta, Change, Kept
 from normfree.convert.rows import biases_of_rows
-from normfree.convert.structure import Structure, WeightedMap, layers_in, layers_to_standardize
+from normfree.convert.structure import Structure, WeightedMap, layers_to_standardize
 from normfree.convert.unnormalized import Unnormalized, find_unnormalized
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
@@ -105,9 +105,7 @@ def fresh_plan(
     other = structure.flow.dropped | {node for node in variance if _is_multiple(made_by.get(node))}
     planned = {node: value for node, value in variance.items() if node not in other}
     functions = Functions(structure, gone, planned)
-    scaled = (structure.region(ending.addition, ending.addition.branch) for ending in found if ending.modules)
-    in_branches = {name for region in scaled for name in layers_in(structure, region)}
-    biases = biases_of_rows(structure, functions, chosen, in_branches)
+    biases = biases_of_rows(structure, functions, chosen)
     scales = input_scales(structure, chosen, functions, biases)
     for name in {name for ending in found for name in ending.absorbing}:
         scales[name] = InputScale(None, "measured, for what it reads is scaled by the end of a branch, too")

@@ -14,7 +14,7 @@ chi(b)ⁿ is :data:`MOST_GROWTH` at most; a shorter row starts at 0, as everywhe
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from normfree.convert.dataflow import passes_unchanged
 from normfree.convert.functions import Function, Functions
@@ -36,18 +36,15 @@ LINEAR = 1 + 1e-4
 """Gains below are of functions that are linear, but for rounding."""
 
 
-def biases_of_rows(
-    structure: Structure, functions: Functions, chosen: Collection[str], in_branches: Container[str]
-) -> dict[str, float]:
+def biases_of_rows(structure: Structure, functions: Functions, chosen: Collection[str]) -> dict[str, float]:
     """The bias that each layer in a long row starts with; layers that start at 0 are not among them.
 
     Args:
         structure: of the model.
         functions: between its layers.
         chosen: names of the layers to be standardized.
-        in_branches: those of residual branches, which are scaled: their part in the gradient is small.
     """
-    rows = _Rows(structure, functions, chosen, in_branches)
+    rows = _Rows(structure, functions, chosen)
     return {name: bias for name in rows.after if (bias := rows.bias_of(name))}
 
 
@@ -58,13 +55,11 @@ class _Rows:
         before, after: of each layer, the layers linked to it, and the function between the two.
     """
 
-    def __init__(
-        self, structure: Structure, functions: Functions, chosen: Collection[str], in_branches: Container[str]
-    ) -> None:
+    def __init__(self, structure: Structure, functions: Functions, chosen: Collection[str]) -> None:
         self.structure, self.functions, self.chosen = structure, functions, set(chosen)
         self.before: dict[str, dict[str, Function]] = {}
         self.after: dict[str, dict[str, Function]] = {}
-        once = {name for name, calls in structure.layers.items() if len(calls) == 1 and name not in in_branches}
+        once = {name for name, calls in structure.layers.items() if len(calls) == 1}
         for name in structure.layers:
             link = self._link_before(structure.layers[name][0].input) if name in once else None
             if link is not None and link[0] in once & self.chosen:
@@ -118,7 +113,8 @@ class _Rows:
         while node is not None:
             if (function := self.functions.feeding(node)) is not None:
                 layer = self.functions.layer_behind(function.base)
-                return None if layer is None else (layer, function)
+                is_unit = self.functions.planned[function.base] == 1
+                return (layer, function) if layer is not None and is_unit else None
             step = flow.made_by.get(node)
             if step is None or len(step.inputs) != 1 or not (passes_unchanged(step) or step.name in op.POOL):
                 return None
