@@ -23,11 +23,19 @@ LONGEST_TURN = 600.0
 """Seconds that a thread waits for one turn of another before it is told: were they to wait for each other, for ever."""
 
 
+POLL = 0.005
+"""Seconds between two looks at whose turn it is; a turn is a forward pass or more."""
+
+
 class _Turn:
-    """Whose turn it is. The condition is held for moments only: no thread waits, and no code of others runs, in it."""
+    """Whose turn it is. The lock is held for moments only: no thread waits, and no code of others runs, in it.
+
+    It is one of C: an interrupt can come between the acquisition and the body of a ``with`` where ``__enter__`` is
+    written in Python, as a condition's is, and would leave it locked for all other threads.
+    """
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
+        self.lock = threading.Lock()
         self.holder: int | None = None
         self.number = 0
 
@@ -52,28 +60,27 @@ def one_thread_at_a_time() -> Iterator[None]:
     Raises:
         ValueError: if another thread has one turn for longer than :data:`LONGEST_TURN`.
     """
-    turn, me, mine = _turn, threading.get_ident(), False
+    turn, me, mine, number, since = _turn, threading.get_ident(), False, -1, 0.0
     try:
-        with turn.changed:
-            number, since = turn.number, time.monotonic()
-            while turn.holder not in (None, me):
-                turn.changed.wait(min(1.0, LONGEST_TURN))
+        while True:
+            with turn.lock:
+                if turn.holder is None:
+                    turn.number += 1
+                    turn.holder, mine = me, True  # an interrupt is raised at calls and jumps, so not between these two
+                if turn.holder == me:
+                    break
                 if turn.number != number:
                     number, since = turn.number, time.monotonic()
-                elif time.monotonic() - since > LONGEST_TURN:
-                    raise ValueError(
-                        f"model: another thread has been measuring or exporting for {LONGEST_TURN:.0f} s, and this one "
-                        "waits for its turn; do so in one thread, and let no model wait for a thread that measures"
-                    )
-            if turn.holder is None:
-                turn.number += 1
-                turn.holder, mine = me, True  # an interrupt is raised at calls and jumps, so not between these two
+            if time.monotonic() - since > LONGEST_TURN:
+                raise ValueError(
+                    f"model: another thread has been measuring or exporting for {LONGEST_TURN:.0f} s, and this one "
+                    "waits for its turn; do so in one thread, and let no model wait for a thread that measures"
+                )
+            time.sleep(POLL)
         yield
     finally:
         if mine:
             turn.holder = None
-            with turn.changed:
-                turn.changed.notify()
 
 
 class Kept(Protocol):
