@@ -168,16 +168,6 @@ def test_mean_shift():
     assert pytest.approx(COLLAPSED / (1 - COLLAPSED)) == LOST
 
 
-@pytest.mark.parametrize(("gain", "severity"), [(1.0, "error"), (0.0, "warning")])
-def test_an_offset_of_branches_that_start_at_zero_is_to_come(gain, severity):
-    blocks = [Gated(gain) for _ in range(6)]
-    for block in blocks:
-        block.layer = nn.Sequential(nn.ReLU(), nn.Linear(48, 48))
-        nn.init.normal_(block.layer[1].weight, std=0.01)
-        nn.init.constant_(block.layer[1].bias, 10.0)
-    assert ("mean_shift", severity) in findings(nn.Sequential(*blocks))
-
-
 def test_an_offset_of_the_input_is_not_the_network_s_doing():
     assert "mean_shift" not in kinds(net(gain=HE, scale=0.05), X + 3.0)
 

@@ -99,7 +99,8 @@ def _explosion(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[
     found += [each for output in signal.outputs if (each := _output_burst(signal, output))]
     if not found:
         return
-    silenced = _starts_as_shortcuts(signal)
+    # While all branches are silenced the network starts as its shortcuts, which do not explode.
+    silenced = bool(signal.blocks) and all(block.woken for block in signal.blocks)
     worst = min(found, key=lambda each: (not each.severe, -each.ratio))
     peak = "" if worst.peak is worst.over else f" to {worst.peak.avg_channel_var:.3g} at {worst.peak.place}"
     yield Finding(
@@ -124,11 +125,6 @@ def _explosion(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[
         ),
         code=CONVERT,
     )
-
-
-def _starts_as_shortcuts(signal: SignalPropagation) -> bool:
-    """Whether zero gains silence all branches: then the network has at first neither their growth nor their offset."""
-    return bool(signal.blocks) and all(block.woken for block in signal.blocks)
 
 
 @dataclass(frozen=True)
@@ -331,8 +327,7 @@ def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator
     ratio, worst = max(rated, key=lambda pair: pair[0])
     # A normalizer at the end takes the offset back together with the scale.
     kept = any(stretch.ends and any(p is worst for p in stretch.points) for stretch in along)
-    lost = ratio > LOST or (kept and _branch_growth(signal) > FED)
-    severity = "error" if lost and not _starts_as_shortcuts(signal) else "warning"
+    severity = "error" if ratio > LOST or (kept and _branch_growth(signal) > FED) else "warning"
     yield Finding(
         kind="mean_shift",
         severity=severity if worst.kind == "residual" else "info",
