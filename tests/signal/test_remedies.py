@@ -91,7 +91,7 @@ SICK = {
         lambda: (images(Block(std=0.0), Block()), IMAGES),
     ],
     "dead_channels": [
-        lambda: (changed(dense(3), lambda m: m[2].weight[:8].zero_()), X),
+        lambda: (changed(dense(3, gain=1.5), lambda m: m[2].weight[:8].zero_()), X),
         lambda: (changed(dense(3), lambda m: m[0].bias.fill_(-50.0)), X),
     ],
     "zero_layer": [lambda: (changed(dense(3), lambda m: m[-1].weight.zero_()), X)],
