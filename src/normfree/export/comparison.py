@@ -54,8 +54,8 @@ class Arguments:
                 return model(*positional, **named)
         except Exception as error:
             shapes = ", ".join(str(list(tensor.shape)) for tensor in self.tensors)
-            remedy = "pass an example that its forward takes"
-            raise ValueError(f"example_input: the model fails on {shapes} with {one_line(error)}; {remedy}") from error
+            name, remedy = type(model).__name__, "give an example_input that its forward takes"
+            raise ValueError(f"model: {name} failed on {shapes} with {one_line(error)}; {remedy}") from error
 
     def call(self, model: nn.Module) -> list[Tensor]:
         """Return the tensors of what a model returns."""

@@ -103,11 +103,15 @@ def examples_in(batch: Batch) -> int | None:
 
 
 def placed_like(model: nn.Module, batch: Batch) -> Batch:
-    """The batch on the device of the model's parameters."""
+    """The batch on the device of the model's parameters; tensors without values stay, for :func:`check_batch`."""
     parameter = next(model.parameters(), None)
     if parameter is None:
         return batch
-    return tree_map(lambda leaf: leaf.to(parameter.device) if isinstance(leaf, Tensor) else leaf, batch)
+
+    def place(leaf: Any) -> Any:
+        return leaf.to(parameter.device) if isinstance(leaf, Tensor) and not leaf.is_meta else leaf
+
+    return tree_map(place, batch)
 
 
 def copy_of(batch: Batch) -> Batch:
