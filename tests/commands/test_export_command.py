@@ -122,7 +122,7 @@ MISTAKES = {
     "two formats": (["{file}:plain", "--format", "pt2", "--out", "{dir}/m.onnx"], r"does not end in \.pt2; rename"),
     "batch of none": (["{file}:plain", "--batch-size", "0"], r"--batch-size=0"),
     "size of none": (["{file}:plain", "--image-size", "0"], r"--image-size=0"),
-    "size too small": (["{file}:plain", "--image-size", "1"], r"example_input: the model fails on \[1, 3, 1, 1\]"),
+    "size too small": (["{file}:plain", "--image-size", "1"], r"model: .* failed on \[1, 3, 1, 1\]"),
     "size of no image": (
         ["{file}:tokens", "--image-size", "8"],
         r"--image-size=8: .* takes \[4\], not an image",
@@ -132,7 +132,7 @@ MISTAKES = {
     "tolerance below zero": (["{file}:plain", "--tolerance", "-1"], r"tolerance=-1\.0: must be"),
     "no difference allowed": (["{tiny}", "--image-size", "33", "--tolerance", "0"], r"differs from it by .* tolerance"),
     "unknown input": (["{file}:unknown"], r"the shape of its input cannot be inferred; let FACTORY"),
-    "model that does not fit together": (["{file}:misfit"], r"\[1, 3, 224, 224\] with RuntimeError: .*; pass"),
+    "model that does not fit together": (["{file}:misfit"], r"\[1, 3, 224, 224\] with RuntimeError: .*; give"),
     "control flow on data": (["{file}:branching"], r"branches on the values of a tensor \(.*torch\.where"),
     "a file where a folder should be": (["{file}:plain", "--out", "{file}/m.onnx"], r"is a file, not a folder"),
     "two models": (["{file}:plain", "{file}:two"], r"Unrecognized|unrecognized"),

@@ -54,7 +54,7 @@ class Arguments:
                 return model(*positional, **named)
         except Exception as error:
             shapes = ", ".join(str(list(tensor.shape)) for tensor in self.tensors)
-            name, remedy = type(model).__name__, "give an example_input that its forward takes"
+            name, remedy = type(model).__name__, "give an example input that its forward takes"
             raise ValueError(f"model: {name} failed on {shapes} with {one_line(error)}; {remedy}") from error
 
     def call(self, model: nn.Module) -> list[Tensor]:
