@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from normfree.common.checks import check_choices, check_flag, check_integer, check_number, check_rate, invalid
+from normfree.common.checks import check_choice, check_choices, check_flag, check_integer, check_number, check_rate, invalid
 from normfree.common.files import structured
 from normfree.common.text import first_line
 from normfree.data import DataConfig
@@ -21,6 +21,7 @@ Config = TypeVar("Config")
 Accelerator = Literal["auto", "cpu", "cuda"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 Precision = Literal["auto", "bf16", "fp32"]
+Log = Literal["tensorboard", "wandb", "mlflow"]
 
 STEPS = 4
 """Steps of an epoch, at least, where the batch is made smaller."""
@@ -129,6 +130,8 @@ class TrainConfig:
     time allows; 0: none."""
     log_every: int = 20
     """Steps between rows of train.csv and TensorBoard, of which each epoch has one at least."""
+    log: tuple[Log, ...] = ("tensorboard",)
+    """Where the curves go besides train.csv and eval.csv: TensorBoard, Weights & Biases, MLflow."""
     evaluate_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_every: int | None = None
@@ -162,6 +165,10 @@ class TrainConfig:
         for name in ("channels_last", "compile"):
             check_flag(name, getattr(self, name))
         check_choices(self)
+        if not isinstance(self.log, tuple) or len(set(self.log)) < len(self.log):
+            raise invalid("log", self.log, "must be a tuple of different loggers", "name each once")
+        for name in self.log:
+            check_choice("log", name, Log)
 
     def _check_model(self) -> None:
         accepted = accepted_overrides(self.model_name)
@@ -230,7 +237,7 @@ class TrainConfig:
 
 
 FREE = frozenset(
-    {"out", "name", "accelerator", "on_nonfinite", "on_changed", "signal_every", "log_every", "evaluate_every"}
+    {"out", "name", "accelerator", "on_nonfinite", "on_changed", "signal_every", "log", "log_every", "evaluate_every"}
     | {"checkpoint_every", "keep", "limit_train_steps", "limit_eval_steps"}
     | {"data.workers", "data.prefetch", "data.cache_folder", "data.on_bad_image"}
 )

@@ -1,4 +1,4 @@
-"""What a run records: its curves as CSV files and in TensorBoard, and where it came from."""
+"""What a run records: its curves as CSV files and by its loggers, and where it came from."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from normfree.common.checks import required
 from normfree.common.files import file_error, kind_of, read_bytes, refused, write_atomically
 from normfree.common.text import first_line
+from normfree.train.loggers import Loggers
 
 TRAINING = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "clip_fraction", "images_per_second", "seconds")
 EVALUATION = ("step", "epoch", "loss", "top1", "top5", "examples", "seconds")
@@ -33,51 +32,37 @@ class Records:
     Args:
         folder: of the run.
         step: at which it goes on; 0 at its beginning.
+        loggers: that take the curves too.
 
     Attributes:
         training: a row every few steps.
         evaluation: a row for each evaluation.
-        board: TensorBoard's writer.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
-        required("tensorboard", "a run's record")
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, folder: Path, step: int, loggers: Loggers) -> None:
         self.training = Curve(folder / "train.csv", TRAINING, step)
         self.evaluation = Curve(folder / "eval.csv", EVALUATION, step)
-        self._board_folder = folder / "tensorboard"
-        self.board = SummaryWriter(str(self._board_folder), purge_step=step + 1 if step else None)
+        self.loggers = loggers
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._naming_the_board():
-            self.board.close()
+        self.loggers.close()
 
     def log_training(self, row: Row) -> None:
         """Record a stretch of training."""
         self.training.add(row)
-        self._to_board("train", row)
+        self._pass_on("train", row)
 
     def log_evaluation(self, row: Row) -> None:
         """Record an evaluation."""
         self.evaluation.add(row)
-        self._to_board("eval", row)
+        self._pass_on("eval", row)
 
-    def _to_board(self, kind: str, row: Row) -> None:
-        with self._naming_the_board():
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self.board.add_scalar(f"{kind}/{name}", value, int(row["step"] or 0))
-
-    @contextmanager
-    def _naming_the_board(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise file_error(error, self._board_folder) from error
+    def _pass_on(self, kind: str, row: Row) -> None:
+        scalars = {f"{kind}/{name}": value for name, value in row.items() if name != "step" and value is not None}
+        self.loggers.log(scalars, int(row["step"] or 0))
 
 
 class Curve:
@@ -159,7 +144,7 @@ def provenance() -> dict[str, Any]:
     return {
         "command": shlex.join(["normfree", *sys.argv[1:]]),
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: version(package) for package in PACKAGES},
         "commit": commit(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -179,7 +164,8 @@ def commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Return the installed version of a package; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

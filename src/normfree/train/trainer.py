@@ -64,6 +64,7 @@ from normfree.train.checkpoint import (
 from normfree.train.config import OptimizerConfig, TrainConfig, to_dict
 from normfree.train.distributed import FABRIC_PRECISION, ShardedStates, WholeStates, launch, resolve_precision, shard
 from normfree.train.evaluation import Evaluation, evaluate
+from normfree.train.loggers import Loggers, check_loggers
 from normfree.train.progress import Progress
 from normfree.train.records import EVALUATION, Records, Row, provenance, read_rows
 from normfree.weights import save
@@ -107,8 +108,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Summary:
         OSError: naming a file that could not be written.
         ImportError: a package that training needs is not installed.
     """
-    for package in ("torchmetrics", "tensorboard"):  # used only after an epoch
-        required(package, "training")
+    required("torchmetrics", "training")  # used only after an epoch
+    check_loggers(config.log)
     fabric = launch(config.accelerator, config.precision, config.strategy)
     stop = StopRequest()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop.on_sigterm(), ExitStack() as folder:
@@ -415,7 +416,7 @@ class Trainer:
         write_atomically(self.folder / CONFIG, json.dumps(description, indent=1) + "\n")
         for line in self._plan():
             self._say(line)
-        with self.recording():
+        with self.recording(description):
             return self._summarize(self.fit(), description)
 
     def _read_metrics(self, step: int) -> dict[str, Any] | None:
@@ -700,12 +701,15 @@ class Trainer:
     # Records
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self, description: Mapping[str, Any]) -> Iterator[None]:
         """Record and show what happens while the context is open; on rank 0."""
-        self.records = Records(self.folder, self.step)
+        derived = {name: value for name, value in description["derived"].items() if name not in ("data", "classes")}
+        settings = {**description["config"], "derived": derived}
+        loggers = Loggers(self.config.log, self.folder, self.step, settings)
+        self.records = Records(self.folder, self.step, loggers)
         self.progress = Progress(self.console, self.step, self.last_step, self.config.epochs)
         if self.monitor is not None:
-            self.monitor.writer = self.records.board
+            self.monitor.writer = loggers
         self._start_stretch()
         with self.records, self.progress:
             yield
@@ -781,6 +785,7 @@ class Trainer:
                 page = self.folder / REPORT
                 write_training_report(page, description, metrics, training, evaluation, history)
             write_atomically(self.folder / METRICS, json.dumps({**metrics, **provenance()}, indent=1) + "\n")
+            self.records.loggers.status = metrics["status"]
         self.fabric.barrier()
         return Summary(self.folder, metrics)
 
