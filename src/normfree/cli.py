@@ -21,6 +21,10 @@ from normfree.common.text import LONGEST, all_lines, one_line, shortened
 WIDTH = 110
 """Columns of what is not read on a terminal."""
 
+COMPLETION = "--tyro-print-completion"
+SHELLS = ("bash", "zsh", "fish")
+"""Shells that the parser writes completions for."""
+
 DESCRIPTION = "Design, inspect, train and ship networks without normalizers."
 
 
@@ -121,25 +125,49 @@ def _parse(words: list[str]) -> Any:
         raise SystemExit(0)
     if "" in words:
         raise ValueError(f"argument {words.index('') + 1} is empty, as of an unset variable; give a value")
+    if words[0].startswith("--tyro-"):
+        print(_completion(words))
+        raise SystemExit(0)
     if not words[0].startswith("-") and words[0] not in COMMANDS:
         from normfree.common.checks import suggestion
 
         raise ValueError(f"there is no command {words[0]!r}; {suggestion(words[0], COMMANDS)}")
     import tyro
 
+    commands: dict[str, Any] = dict.fromkeys(COMMANDS, _Other)
+    if words[0] in COMMANDS:
+        command = commands[words[0]] = command_class(words[0])
+        if hasattr(command, "reading"):  # a file of settings, which are the defaults then
+            commands[words[0]], words = command.reading(words)
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.extras.subcommand_cli_from_dict(
-                {name: command_class(name) if name == words[0] else _Other for name in COMMANDS},
-                prog="normfree",
-                description=DESCRIPTION,
-                args=words,
-            )
+            return tyro.extras.subcommand_cli_from_dict(commands, prog="normfree", description=DESCRIPTION, args=words)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise ValueError(_first_sentence(told.getvalue())) from None
+
+
+def _completion(words: list[str]) -> str:
+    """The script that completes commands and options in a shell.
+
+    Raises:
+        ValueError: the words ask for something else, or a shell that there is no script for.
+    """
+    import tyro
+
+    from normfree.common.checks import check_choice
+
+    if words[0] != COMPLETION:
+        raise ValueError(f"there is no option {words[0]!r}; write what {COMPLETION} prints to a file")
+    shell = check_choice(COMPLETION, words[1] if len(words) > 1 else "", SHELLS)
+    commands: dict[str, Any] = {name: command_class(name) for name in COMMANDS}
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
+        tyro.extras.subcommand_cli_from_dict(commands, prog="normfree", args=[COMPLETION, shell])
+    # The script tells candidates apart by lines, and a help of several lines would be several of them.
+    return re.sub(r"^.*COMPLETION_SPEC = .*$", lambda line: re.sub(r"\\+n", " ", line[0]), told.getvalue(), flags=re.M)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import operator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from normfree.commands.shared import Terminal, check_folder
+from normfree.common.checks import invalid, suggestion
 from normfree.train.config import TrainConfig
+from normfree.train.config_file import read_config
 from normfree.train.recipes import RECIPES
 
 
@@ -45,6 +49,38 @@ class Train:
 
     recipe: Recipe
     """What to train, how, on what."""
+    config: Annotated[Path | None, tyro.conf.CascadeSubcommandArgs] = None
+    """File of settings to begin with: a run's config.json, or YAML such as `data: {source: pets}`; other options change
+    them. With a model in the file, RECIPE can be left out."""
+
+    @classmethod
+    def reading(cls, words: Sequence[str]) -> tuple[type[Train], list[str]]:
+        """Return the command whose defaults are those of the config file that words ask for, and the words for it.
+
+        Args:
+            words: those of the command line, the command's name first.
+
+        Raises:
+            ValueError: as of ``read_config``; or there are two files.
+        """
+        places = [place for place, word in enumerate(words) if word == "--config" or word.startswith("--config=")]
+        if not places:
+            return cls, list(words)
+        if len(places) > 1:
+            raise ValueError("config: there are two files; give one")
+        file = words[places[0]].partition("=")[2] or next(iter(words[places[0] + 1 :]), None)
+        if file is None:
+            return cls, list(words)
+        rest = [*words[: places[0]], *words[places[0] + 2 - ("=" in words[places[0]]) :]]
+        recipe = rest[1] if len(rest) > 1 and not rest[1].startswith("-") else None
+        if recipe is not None and recipe not in RECIPES:
+            raise invalid("recipe", recipe, "there is no such recipe", suggestion(recipe, RECIPES))
+        config, _ = read_config(file, None if recipe is None else RECIPES[recipe]())
+        hint = Annotated[TrainConfig, tyro.conf.arg(name="")]
+        fields = [("recipe", hint, field(default=config))]
+        kind = make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True, kw_only=True)
+        kind.__doc__ = cls.__doc__
+        return kind, [rest[0], "--config", file, *rest[1 if recipe is None else 2 :]]
 
     def __post_init__(self) -> None:
         check_folder(self.recipe.folder)
@@ -53,6 +89,8 @@ class Train:
         """Train, and say what came of it."""
         from normfree.train.trainer import train
 
+        if self.config is not None and (lacking := read_config(self.config, self.recipe)[1]):
+            console.say(f"{self.config} says nothing of {', '.join(lacking)}, at their defaults")
         summary = train(self.recipe, console)
         metrics = summary.metrics
         if not summary.finished:

@@ -1,7 +1,8 @@
 """Training: recipes, the loop, checkpoints."""
 
 from normfree.train.checkpoint import Checkpoint, CheckpointStore
-from normfree.train.config import Accelerator, OptimizerConfig, Precision, Strategy, TrainConfig
+from normfree.train.config import Accelerator, Log, OptimizerConfig, Precision, Strategy, TrainConfig
+from normfree.train.config_file import read_config
 from normfree.train.recipes import RECIPES
 from normfree.train.trainer import NonFiniteLossError, Summary, train
 
@@ -10,11 +11,13 @@ __all__ = [
     "Accelerator",
     "Checkpoint",
     "CheckpointStore",
+    "Log",
     "NonFiniteLossError",
     "OptimizerConfig",
     "Precision",
     "Strategy",
     "Summary",
     "TrainConfig",
+    "read_config",
     "train",
 ]
