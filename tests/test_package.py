@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from benchmarks.install import clean_environment, environment, link, pip, required_by
-from normfree.common.checks import EXTRAS
+from normfree.common.checks import EXTRAS, SERVICES
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -159,7 +159,7 @@ def imported(node, *, called=False):
 def test_what_the_core_lacks_is_asked_for_by_its_extra_wherever_it_is_imported():
     core = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
     theirs = {"triton", "pyarrow"}  # torch brings the one where it can; datasets the other
-    optional = {package for packages in EXTRAS.values() for package in packages}
+    optional = {package for packages in EXTRAS.values() for package in packages} | set(SERVICES)
     for file in (ROOT / "src").rglob("*.py"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         found = {pair for pair in imported(tree) if pair[0] not in sys.stdlib_module_names and pair[0] != "normfree"}

@@ -19,7 +19,7 @@ from normfree.data.sources import find_source
 from normfree.export import to_onnx
 from normfree.signal.monitor import lightning_callback
 from normfree.sources import build
-from normfree.train import RECIPES, train
+from normfree.train import RECIPES, read_config, train
 
 USES = {
     "matplotlib": lambda: normfree.spp(torch.nn.Linear(2, 2), torch.randn(4, 2)).plot(),
@@ -36,6 +36,7 @@ USES = {
     "timm": lambda: build("timm:nf_resnet50"),
     "sklearn": lambda: read_digits(training=True),
     "datasets": lambda: find_source(DataConfig(source="no/folder")),
+    "yaml": lambda: read_config("own.yaml"),
 }
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import normfree
 from normfree.signal import SignalHistory, SignalMonitor, monitor, spp
+from normfree.signal.monitor import lightning_callback, transformers_callback
 from normfree.signal.propagation import BlockSignal, Entry, Finding, SignalPropagation
 
 
@@ -327,7 +329,6 @@ def test_fabric_callback():
 @pytest.mark.filterwarnings("ignore")  # of the trainer's own
 def test_lightning_callback_counts_optimizer_steps():
     lightning = pytest.importorskip("lightning.pytorch")
-    from normfree.signal.monitor import lightning_callback
 
     class Task(lightning.LightningModule):
         def __init__(self):
@@ -356,9 +357,78 @@ def test_lightning_callback_counts_optimizer_steps():
     assert monitor.history.steps == [0, 2, 4, 6]
 
 
-def test_what_is_missing_is_named(monkeypatch):
-    from normfree.signal.monitor import lightning_callback
+class LossOf(nn.Module):
+    """A model as Hugging Face's Trainer takes it."""
 
-    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
-    with pytest.raises(ImportError, match=r"pip install 'normfree\[train\]'"):
-        lightning_callback(SignalMonitor(built()[0], PROBE))
+    def __init__(self):
+        super().__init__()
+        self.net = built()[0]
+
+    def forward(self, inputs, labels):
+        return {"loss": (self.net(inputs) - labels).square().mean()}
+
+
+@pytest.mark.filterwarnings("ignore")  # of the trainer's own
+def test_transformers_callback_counts_optimizer_steps_and_goes_on(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    examples = [{"inputs": torch.randn(4), "labels": torch.zeros(6)} for _ in range(48)]
+
+    def trained(folder, steps, **options):
+        torch.manual_seed(0)
+        model = LossOf()
+        monitor = SignalMonitor(model.net, PROBE, every=2)
+        arguments = transformers.TrainingArguments(
+            str(folder), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=steps, use_cpu=True,
+            save_steps=3, report_to=[], disable_tqdm=True, lr_scheduler_type="constant",
+        )  # fmt: skip
+        callback = transformers_callback(monitor)
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=examples, callbacks=[callback])
+        trainer.train(**options)
+        return monitor
+
+    whole = trained(tmp_path / "whole", 6)
+    assert whole.history.steps == [0, 2, 4, 6]
+    trained(tmp_path / "part", 3)
+    part = trained(tmp_path / "part", 6, resume_from_checkpoint=True)
+    # The first part ended at 3, and the record of its last step came after its checkpoint.
+    assert part.history.steps == [0, 2, 4, 6] and part.history[:2] == whole.history[:2]
+
+
+def test_transformers_callback_takes_the_trainers_events(tmp_path, monkeypatch):
+    """As the trainer calls them, without it."""
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(TrainerCallback=type("TrainerCallback", (), {})))
+    model, optimizer = built()
+    monitor = SignalMonitor(model, PROBE, every=2)
+    callback = transformers_callback(monitor)
+    arguments, state = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=0)
+    assert type(callback).__mro__[-2].__name__ == "TrainerCallback"
+    callback.on_train_begin(arguments, state, None, model=model)
+
+    def step():
+        state.global_step += 1
+        callback.on_step_end(arguments, state, None, model=model)
+
+    train(model, optimizer, 3, step)
+    for first, files in ((False, 0), (True, 1)):
+        state.is_world_process_zero = first
+        callback.on_save(arguments, state, None)
+        assert len(list(tmp_path.rglob("*.json"))) == files
+    again = SignalMonitor(built()[0], PROBE, every=2)
+    resumed = transformers_callback(again)
+    resumed.on_train_begin(arguments, state, None)
+    assert again.history == monitor.history and again.steps == 3
+    resumed.on_train_end(arguments, state, None)
+    assert again.history.steps == [0, 2, 3]
+    fresh = SignalMonitor(built()[0], PROBE, every=2)
+    transformers_callback(fresh).on_train_begin(arguments, SimpleNamespace(global_step=0), None)
+    assert fresh.history.steps == [0]
+
+
+@pytest.mark.parametrize(
+    ("make", "package"), [(lightning_callback, "lightning"), (transformers_callback, "transformers")]
+)
+def test_what_is_missing_is_named(make, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"{make.__name__} needs {package}, which is not installed; pip install"):
+        make(SignalMonitor(built()[0], PROBE))

@@ -25,12 +25,15 @@ LISTED = 20
 EXTRAS = {
     "plot": ("matplotlib", "plotly"),
     "vision": ("torchvision", "PIL"),
-    "train": ("lightning", "torchmetrics", "tensorboard", "datasets", "sklearn"),
+    "train": ("lightning", "torchmetrics", "tensorboard", "datasets", "sklearn", "yaml"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "hub": ("huggingface_hub",),
     "timm": ("timm",),
 }
 """What the package is used without, by the extra of pyproject.toml that installs it, as Python imports it."""
+
+SERVICES = ("wandb", "mlflow", "transformers")
+"""What is used beside ours where somebody has it; of the same name for pip."""
 
 
 def invalid(argument: str, value: object, rule: str, remedy: str) -> ValueError:
@@ -197,7 +200,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 
 def required(module: str, purpose: str) -> ModuleType:
-    """Import a module of a package of :data:`EXTRAS`, or say what needs it and which extra installs it.
+    """Import a module of a package of :data:`EXTRAS` or :data:`SERVICES`, or say what needs it and how to install it.
 
     Args:
         module: its dotted name, such as ``"plotly.graph_objects"``.
@@ -211,13 +214,13 @@ def required(module: str, purpose: str) -> ModuleType:
     """
     __tracebackhide__ = True
     package = module.partition(".")[0]
-    extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
-    assert extra is not None, f"{package} is in no extra"
+    extra = next((f"'normfree[{name}]'" for name, packages in EXTRAS.items() if package in packages), package)
+    assert extra != package or package in SERVICES, f"{package} is in no extra"
     try:
         importlib.import_module(package)  # first: if it is missing, the error has its name, not the submodule's
         return importlib.import_module(module)
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == package
         reason = "is not installed" if missing else f"cannot be imported ({all_lines(error)})"
-        message = f"{purpose} needs {package}, which {reason}; pip install 'normfree[{extra}]'"
+        message = f"{purpose} needs {package}, which {reason}; pip install {extra}"
         raise ImportError(message, name=package) from error

@@ -2,7 +2,13 @@
 
 from normfree.common.files import write_atomically
 from normfree.signal.measure import Points, spp
-from normfree.signal.monitor import SignalCallback, SignalHistory, SignalMonitor, lightning_callback
+from normfree.signal.monitor import (
+    SignalCallback,
+    SignalHistory,
+    SignalMonitor,
+    lightning_callback,
+    transformers_callback,
+)
 from normfree.signal.propagation import (
     KINDS,
     BlockSignal,
@@ -34,6 +40,7 @@ __all__ = [
     "input_shape",
     "lightning_callback",
     "spp",
+    "transformers_callback",
     "write_atomically",
     "write_json",
 ]

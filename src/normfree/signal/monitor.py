@@ -467,6 +467,46 @@ class SignalCallback:
         self.monitor.load_state_dict(state_dict)
 
 
+CHECKPOINTED = "signal_monitor.json"
+"""What a monitor needs to go on, in the checkpoints of Hugging Face's Trainer."""
+
+
+def transformers_callback(monitor: SignalMonitor) -> Any:
+    """Return a ``transformers.TrainerCallback`` that steps a monitor once per optimizer step.
+
+    Each checkpoint has a file of the monitor's, from which ``trainer.train(resume_from_checkpoint=...)`` goes on.
+
+    Args:
+        monitor: the monitor; build it on the model that the trainer gets, with a batch such as
+            ``{"pixel_values": images}``.
+
+    Raises:
+        ImportError: if transformers is not installed.
+    """
+    TrainerCallback = required("transformers", "transformers_callback").TrainerCallback
+
+    class TransformersSignalCallback(SignalCallback, TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            saved = _checkpoint(args, state) / CHECKPOINTED
+            if state.global_step and saved.is_file():
+                self.load_state_dict(read_json(saved, "checkpoint"))
+            self.monitor.start()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.monitor.step(state.global_step)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                write_atomically(_checkpoint(args, state) / CHECKPOINTED, json.dumps(self.state_dict()) + "\n")
+
+    return TransformersSignalCallback(monitor)
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    """Where Hugging Face's Trainer keeps the checkpoint of the step it is at."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
 def lightning_callback(monitor: SignalMonitor) -> Any:
     """Return a ``lightning.pytorch.Callback`` that steps a monitor once per optimizer step.
 

@@ -95,7 +95,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is none, has a key twice, or refers from one place to another, which may grow without bound.
     """
-    yaml: Any = required("yaml", "a YAML config", "pyyaml")
+    yaml: Any = required("yaml", "a YAML config")
 
     class Loader(yaml.SafeLoader):
         """Takes 1e-4 for a number and None for nothing, as the command line does; knows no aliases."""
