@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from normfree.common.checks import check_choice, check_choices, check_flag, check_integer, check_number, check_rate, invalid
+from normfree.common.checks import (
+    check_choice,
+    check_choices,
+    check_flag,
+    check_integer,
+    check_number,
+    check_rate,
+    invalid,
+)
 from normfree.common.files import structured
 from normfree.common.text import first_line
 from normfree.data import DataConfig

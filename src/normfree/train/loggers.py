@@ -185,10 +185,9 @@ class Tracker(Logger):
 def _start_wandb(folder: Path, key: str | None) -> tuple[Any, Any]:
     """Lightning's logger, and what ends the run there."""
     wandb: Any = required("wandb", "--log wandb")
-
+    loggers: Any = required("lightning.pytorch.loggers", "--log wandb")
     ours = wandb.run is None  # or somebody's program has one of its own, which the logger takes
     project = os.environ.get("WANDB_PROJECT", PROJECT)
-    loggers: Any = required("lightning.pytorch.loggers", "--log wandb")
     logger = loggers.WandbLogger(name=folder.name, save_dir=folder, id=key, project=project, resume="allow")
     run: Any = logger.experiment
     return logger, lambda status: run.finish(exit_code=int(status == "failed")) if ours else None
@@ -197,9 +196,8 @@ def _start_wandb(folder: Path, key: str | None) -> tuple[Any, Any]:
 def _start_mlflow(folder: Path, key: str | None) -> tuple[Any, Any]:
     """Lightning's logger, and what ends the run there."""
     mlflow: Any = required("mlflow", "--log mlflow")
-
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
     loggers: Any = required("lightning.pytorch.loggers", "--log mlflow")
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
     logger = loggers.MLFlowLogger(name, run_name=folder.name, tracking_uri=mlflow.get_tracking_uri(), run_id=key)
     if key is not None:
         logger.experiment.update_run(key, status="RUNNING")
