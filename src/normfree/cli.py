@@ -11,7 +11,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import normfree
 from normfree import interrupt
@@ -22,7 +22,7 @@ WIDTH = 110
 """Columns of what is not read on a terminal."""
 
 COMPLETION = "--tyro-print-completion"
-SHELLS = ("bash", "zsh", "fish")
+Shell = Literal["bash", "zsh", "fish"]
 """Shells that the parser writes completions for."""
 
 DESCRIPTION = "Design, inspect, train and ship networks without normalizers."
@@ -161,7 +161,7 @@ def _completion(words: list[str]) -> str:
 
     if words[0] != COMPLETION:
         raise ValueError(f"there is no option {words[0]!r}; write what {COMPLETION} prints to a file")
-    shell = check_choice(COMPLETION, words[1] if len(words) > 1 else "", SHELLS)
+    shell = check_choice(COMPLETION, words[1] if len(words) > 1 else "", Shell)
     commands: dict[str, Any] = {name: command_class(name) for name in COMMANDS}
     told = io.StringIO()
     with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):

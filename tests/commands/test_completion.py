@@ -4,11 +4,14 @@ import ast
 import re
 import shutil
 import subprocess
+from typing import get_args
 
 import pytest
 
-from normfree.cli import SHELLS, main
+from normfree.cli import Shell, main
 from normfree.commands import COMMANDS
+
+SHELLS = get_args(Shell)
 
 ASKED = {
     "normfree ": {"-h", "--help", *COMMANDS},
