@@ -420,9 +420,13 @@ def test_transformers_callback_takes_the_trainers_events(tmp_path, monkeypatch):
     assert again.history == monitor.history and again.steps == 3
     resumed.on_train_end(arguments, state, None)
     assert again.history.steps == [0, 2, 3]
-    fresh = SignalMonitor(built()[0], PROBE, every=2)
-    transformers_callback(fresh).on_train_begin(arguments, SimpleNamespace(global_step=0), None)
-    assert fresh.history.steps == [0]
+    for begun in (0, 5):  # in a folder without a file of the monitor's
+        model, optimizer = built()
+        fresh, state = SignalMonitor(model, PROBE, every=2), SimpleNamespace(global_step=begun)
+        callback = transformers_callback(fresh)
+        callback.on_train_begin(arguments, state, None)
+        train(model, optimizer, 4, step)
+        assert fresh.history.steps == ([0, 2, 4] if begun == 0 else [5, 6, 8])
 
 
 @pytest.mark.parametrize(

@@ -490,6 +490,7 @@ def transformers_callback(monitor: SignalMonitor) -> Any:
             saved = _checkpoint(args, state) / CHECKPOINTED
             if state.global_step and saved.is_file():
                 self.load_state_dict(read_json(saved, "checkpoint"))
+            self.monitor.steps = state.global_step  # also of a checkpoint that was written without a monitor
             self.monitor.start()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

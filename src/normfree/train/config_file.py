@@ -112,10 +112,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
                 raise yaml.YAMLError(f"it has {next(key for key in keys if keys.count(key) > 1)} twice")
             return mapping
 
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), "-+0123456789"
-    )
-    Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None$"), "N")
+    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None$"), ["N"])
     content = read_bytes(path, "config", most=YAML_BYTES)
     try:
         document = yaml.load(content, Loader)
