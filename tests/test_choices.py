@@ -92,7 +92,9 @@ CALLS = {
     "AugmentationConfig": data.AugmentationConfig,
     "DataConfig": data.DataConfig,
     "OptimizerConfig": train.OptimizerConfig,
-    "TrainConfig": partial(train.TrainConfig, name="n", model="nf_resnet50"),
+    "TrainConfig": lambda **options: train.TrainConfig(
+        name="n", model="nf_resnet50", **{name: (one,) if name == "log" else one for name, one in options.items()}
+    ),
     "Contender": lambda steps: benchmark.Contender("a", steps=(steps,)),
     "Part": lambda **options: benchmark.Part(**{"task": "inference", **PART, **options}),
     "Target": partial(benchmark.Target, of="a", over="b", at_most=1.0),

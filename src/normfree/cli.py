@@ -137,8 +137,8 @@ def _parse(words: list[str]) -> Any:
     commands: dict[str, Any] = dict.fromkeys(COMMANDS, _Other)
     if words[0] in COMMANDS:
         command = commands[words[0]] = command_class(words[0])
-        if hasattr(command, "reading"):  # a file of settings, which are the defaults then
-            commands[words[0]], words = command.reading(words)
+        if hasattr(command, "apply_config_file"):  # a file of settings, which are the defaults then
+            commands[words[0]], words = command.apply_config_file(words)
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):

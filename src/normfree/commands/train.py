@@ -54,7 +54,7 @@ class Train:
     them. With a model in the file, RECIPE can be left out."""
 
     @classmethod
-    def reading(cls, words: Sequence[str]) -> tuple[type[Train], list[str]]:
+    def apply_config_file(cls, words: Sequence[str]) -> tuple[type[Train], list[str]]:
         """Return the command whose defaults are those of the config file that words ask for, and the words for it.
 
         Args:
