@@ -28,9 +28,9 @@ import torch
 
 from benchmarks.cifar import TWINS, run
 from benchmarks.pool import at_once
-from normfree.benchmark.timing import hardware, versions
+from normfree.benchmark.comparison import hardware, versions
 from normfree.signal import write_atomically
-from normfree.train.recipes import cifar
+from normfree.train.config import cifar
 
 SEEDS = (0, 1, 2)
 BLOCKS = cifar().model.removeprefix("nf_resnet50:").replace("alpha=0.5,skipinit_gain=1,", "")

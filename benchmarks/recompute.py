@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.benchmark import hardware
-from normfree.benchmark.timing import peak_bytes
+from normfree.benchmark.comparison import peak_bytes
 from normfree.models import create_model
 from normfree.nn import padding, recompute
 from normfree.signal import write_atomically

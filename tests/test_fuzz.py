@@ -19,13 +19,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import normfree
-from normfree.common.files import read_json, structured
-from normfree.common.safetensors_file import read, sizes
+from normfree.common.files import read, read_json, sizes, structured
 from normfree.convert import Conversion
-from normfree.data.decode import decode, header_size
+from normfree.data.records import decode, header_size
 from normfree.train.checkpoint import verify_checkpoint
-from normfree.train.config import TrainConfig, from_dict, to_dict
-from normfree.train.recipes import RECIPES
+from normfree.train.config import RECIPES, TrainConfig, from_dict, to_dict
 from normfree.train.records import read_rows
 from normfree.train.trained import open_trained
 from normfree.weights.checkpoint import load

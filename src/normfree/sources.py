@@ -22,8 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from normfree.common.checks import check_memory, invalid, required, suggestion
-from normfree.common.files import check_file, kind_of
-from normfree.common.safetensors_file import sizes
+from normfree.common.files import check_file, kind_of, sizes
 from normfree.common.text import first_line, one_line, quoted
 from normfree.convert import stored_conversion
 from normfree.models import create_model, list_models

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from normfree.benchmark.timing import hardware
+from normfree.benchmark.comparison import hardware
 
 CHECKED = {
     "changes": 1,

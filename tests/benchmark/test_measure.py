@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from normfree.benchmark import Contender, Part, Target, machine_name, markdown, measure
-from normfree.benchmark.timing import peak_bytes
+from normfree.benchmark.comparison import peak_bytes
 
 SMALL = "nf_resnet50:width=0.25,depths=(1,1,1,1)"
 

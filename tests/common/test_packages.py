@@ -12,9 +12,9 @@ from normfree.cli import main
 from normfree.common.checks import EXTRAS, required
 from normfree.data.augmentation import CentreCrop
 from normfree.data.config import DataConfig
-from normfree.data.decode import decode
 from normfree.data.pipeline import read_digits
 from normfree.data.probe import probe_named
+from normfree.data.records import decode
 from normfree.data.sources import find_source
 from normfree.export import to_onnx
 from normfree.signal.monitor import lightning_callback

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import normfree
-from normfree.convert.rows import MOST_GROWTH
+from normfree.convert.unnormalized import MOST_GROWTH
 from normfree.nn.activations import gradient_gain
 
 X = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ import pytest
 from damaged_images import DAMAGED, bomb, photograph, saved
 from PIL import Image
 
-from normfree.data.decode import DamagedImage, decode, header_size
+from normfree.data.records import DamagedImage, decode, header_size
 
 
 @pytest.mark.parametrize("name", DAMAGED)

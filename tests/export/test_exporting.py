@@ -22,8 +22,7 @@ import torch
 from torch import nn
 
 from normfree.export import Difference, Exported, formats, to_onnx, to_program
-from normfree.export.exported import export
-from normfree.export.formats import PROGRAM, Format
+from normfree.export.exported import PROGRAM, Format, export
 from normfree.nn import ScaledConv2d
 
 WRITERS = {"onnx": to_onnx, "pt2": to_program}

@@ -9,7 +9,7 @@ from torch import nn
 from watch import MapMultiplications
 
 from normfree.models import create_model
-from normfree.models.fixup_skipinit import ScalarBias
+from normfree.models.resnets import ScalarBias
 from normfree.nn import MaxPool2d, SqueezeExcite
 
 BATCH = 5  # as many filters has no convolution below

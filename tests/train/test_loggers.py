@@ -10,7 +10,7 @@ import torch
 from tiny_run import tiny
 
 from normfree.cli import main
-from normfree.train import loggers, train
+from normfree.train import records, train
 from normfree.train.config import FREE
 from normfree.train.records import read_rows
 
@@ -52,7 +52,7 @@ def remote(monkeypatch):
         made.append(Remote(key, fails))
         return made[-1], made[-1].ends.append
 
-    monkeypatch.setitem(loggers.START, "wandb", start)
+    monkeypatch.setitem(records.START, "wandb", start)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
     return SimpleNamespace(made=made, fails=fails)
 

@@ -8,8 +8,7 @@ import pytest
 from normfree.data import DataConfig
 from normfree.models import create_model
 from normfree.train import RECIPES, OptimizerConfig, TrainConfig
-from normfree.train.config import FREE, from_dict, to_dict
-from normfree.train.recipes import nf_regnet_imagenet, nfnet_imagenet
+from normfree.train.config import FREE, from_dict, nf_regnet_imagenet, nfnet_imagenet, to_dict
 
 
 @pytest.mark.parametrize("name", RECIPES)

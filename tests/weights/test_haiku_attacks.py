@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from normfree.weights import restricted
-from normfree.weights.restricted import read_pickle
+from normfree.weights.haiku import read_pickle
 
 
 def written(tmp_path, content):

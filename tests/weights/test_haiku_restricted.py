@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 
-from normfree.weights.restricted import read_pickle
+from normfree.weights.haiku import read_pickle
 
 TREE = {
     "NFNet/~/linear": {"w": np.arange(6, dtype="f4").reshape(2, 3), "b": np.zeros(3, "f4")},

@@ -42,7 +42,7 @@ from normfree.signal import SignalPropagation, spp
 from normfree.sources import build
 from normfree.trace.inputs import tensors_of
 from normfree.weights import save
-from normfree.weights.matching import read_state_dict
+from normfree.weights.checkpoint import read_state_dict
 
 # Conversion keeps the classifier and brings what is before it to unit variance; weights and pools of one network
 # account for a factor of ten either way. At a hundred the logits are ten times as large, or as small, and the first

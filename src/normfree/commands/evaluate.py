@@ -202,7 +202,7 @@ class Predict(_Trained):
         from normfree.data import Standardization
         from normfree.data.augmentation import CentreCrop
         from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD
-        from normfree.data.decode import DamagedImage, decode
+        from normfree.data.records import DamagedImage, decode
 
         data = trained.data
         if data is None:

@@ -13,9 +13,7 @@ import tyro
 
 from normfree.commands.shared import Terminal, check_folder
 from normfree.common.checks import invalid, suggestion
-from normfree.train.config import TrainConfig
-from normfree.train.config_file import read_config
-from normfree.train.recipes import RECIPES
+from normfree.train.config import RECIPES, TrainConfig, read_config
 
 
 def _recipes() -> Any:

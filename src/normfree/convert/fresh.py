@@ -30,9 +30,8 @@ from normfree.convert.dataflow import (
 )
 from normfree.convert.functions import Functions
 from normfree.convert.record import BARE, SCALED, UNITS, WITH_ACTIVATION, Beta, Change, Kept
-from normfree.convert.rows import biases_of_rows
 from normfree.convert.structure import Structure, WeightedMap, layers_to_standardize
-from normfree.convert.unnormalized import Unnormalized, find_unnormalized
+from normfree.convert.unnormalized import Unnormalized, biases_of_rows, find_unnormalized
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
 

@@ -15,7 +15,6 @@ from torch import nn
 from normfree.common.checks import check_choice, check_integer, check_number, invalid
 from normfree.common.process import one_thread_at_a_time
 from normfree.convert.apply import Measured, exchange_modules, is_layer_change, keep_pace, measure
-from normfree.convert.by_hand import code_by_hand
 from normfree.convert.dataflow import (
     Call,
     Dataflow,
@@ -44,13 +43,13 @@ from normfree.convert.record import (
     conversion_of,
 )
 from normfree.convert.structure import Structure, directly_followed, training_structure, unseen_norms
-from normfree.convert.unnormalized import LAST, STANDARDIZED
+from normfree.convert.unnormalized import LAST, STANDARDIZED, code_by_hand
 from normfree.convert.verify import explain_failures, first_mismatching_norm, note_leak
 from normfree.signal import spp
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
 from normfree.trace.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of, unwrapped
-from normfree.trace.weights import check_finite, check_present, check_statistics
+from normfree.trace.preserve import check_finite, check_present, check_statistics
 
 ALPHA, SKIP_GAIN = 0.2, 1.0
 """Of residual branches, where nothing else is asked for."""

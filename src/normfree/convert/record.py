@@ -15,8 +15,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from normfree.common.checks import invalid
-from normfree.common.files import parse_json, structured, write_atomically
-from normfree.common.safetensors_file import Stored, read
+from normfree.common.files import Stored, parse_json, read, structured, write_atomically
 from normfree.common.text import first_line, short_repr, shortened
 from normfree.nn import WeightLayout
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from normfree.common.checks import invalid
-from normfree.data.columns import find_columns
 from normfree.data.config import HOLDOUT, DataConfig
+from normfree.data.records import find_columns
 from normfree.data.sources import FolderSource, Namer, Source, choose_split, evaluation_splits, find_source
 
 

@@ -28,10 +28,9 @@ from normfree.common.checks import invalid, required
 from normfree.common.torch_compat import end_workers
 from normfree.data.augmentation import Augmentation, CentreCrop, Crop, Standardization, TrainingCrop
 from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
-from normfree.data.decode import DamagedImage, decode
 from normfree.data.holdout import HoldoutSource
 from normfree.data.order import Place, Shards, Share, Stream, check_rank, evaluation_indices
-from normfree.data.records import OpenSplit, Record, check_classes, open_split, resolve
+from normfree.data.records import DamagedImage, OpenSplit, Record, check_classes, decode, open_split, resolve
 from normfree.data.sources import choose_split, find_source, fingerprint
 
 DIGITS_SPLITS = ("train", "test")

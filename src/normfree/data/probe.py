@@ -18,7 +18,7 @@ from normfree.common.checks import required
 from normfree.common.process import seeded
 from normfree.data.augmentation import transforms
 from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD
-from normfree.data.decode import DamagedImage, decode
+from normfree.data.records import DamagedImage, decode
 from normfree.data.sources import SUFFIXES
 
 

@@ -1,21 +1,184 @@
-"""A split, opened: its classes, its size and shape, and how an example is read from a row before it is decoded."""
+"""A split, opened: its columns, classes, size and shape, and how an example is read from a row and decoded."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import io
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from normfree.common.checks import invalid
-from normfree.common.text import printable, shortened
-from normfree.data.columns import Columns, find_columns
+from normfree.common.checks import invalid, required, suggestion
+from normfree.common.files import kind_of
+from normfree.common.text import first_line, printable, shortened
 from normfree.data.config import MOST_CLASSES, DataConfig
-from normfree.data.decode import header_size
 from normfree.data.holdout import hold_out, is_streamed
 from normfree.data.sources import Namer, Source, choose_split, find_source, read_rows
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
+"""Formats that are decoded, an MPO as the JPEG it is: none of Pillow's that starts another program (PostScript)."""
+
+ORIENTATION = 0x0112
+"""EXIF's tag for how the camera was held."""
+
+
+class DamagedImage(ValueError):
+    """Bytes that are no image, or none that can be trusted; the message is the reason, without a name."""
+
+
+def decode(source: bytes | str | Path, channels: int = 3) -> Any:
+    """Decode a still image of any format in :data:`FORMATS`, in any colour that Pillow reads.
+
+    Sixteen bits are scaled to eight, CMYK and palettes are converted, transparency is laid on white, and a
+    photograph is turned as its EXIF data say.
+
+    Args:
+        source: an encoded image, or the path of one.
+        channels: 3 for RGB, 1 for grey.
+
+    Returns:
+        A PIL image of mode RGB or L.
+
+    Raises:
+        DamagedImage: if it is empty, truncated, animated, no image, or so large that decoding it is an attack
+            (Pillow's limit, 89 million pixels).
+        ImportError: Pillow is not installed.
+    """
+    Image = required("PIL.Image", "decoding images")
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with _opened(source) as image:
+                # A photograph with a preview beside it (MPO) also has frames; its first is the picture.
+                if getattr(image, "is_animated", False) and image.format != "MPO":
+                    raise DamagedImage("it has several frames, of which none is the image")
+                return to_eight_bits(_upright(image), channels)
+    except DamagedImage:
+        raise
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
+        raise DamagedImage(_reason(source, error)) from error
+
+
+def header_size(source: bytes | str | Path) -> tuple[int, int] | None:
+    """Width and height as an image's header says; None of what is no image, which decoding will tell."""
+    Image = required("PIL.Image", "decoding images")
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with _opened(source) as image:
+                return image.size
+    except Exception:  # a damaged file makes Pillow raise almost anything
+        return None
+
+
+def _opened(source: bytes | str | Path) -> Any:
+    """An image whose header has been read, of one of our formats; a path has to lead to a file."""
+    from PIL import Image
+
+    if not isinstance(source, bytes) and (kind := kind_of(source)) != "file":
+        raise DamagedImage("there is no such file" if kind == "nothing" else f"it is {kind}, no file")
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+
+
+def to_eight_bits(image: Any, channels: int = 3) -> Any:
+    """Convert a PIL image of any mode to RGB or grey; Pillow's own conversion clips sixteen bits to white."""
+    wanted = "RGB" if channels == 3 else "L"
+    if image.mode == wanted:
+        image.load()  # while the file is open
+        return image
+    if image.mode == "F":
+        raise DamagedImage("floating-point pixels have no known range")
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = _on_white(image)
+    return image.convert(wanted)
+
+
+def _on_white(image: Any) -> Any:
+    """Lay transparency on white: the colours of transparent pixels are whatever the encoder left there."""
+    from PIL import Image
+
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def _upright(image: Any) -> Any:
+    from PIL import ImageOps
+
+    if image.getexif().get(ORIENTATION, 1) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
+
+
+def _reason(source: bytes | str | Path, error: Exception) -> str:
+    """One line, without the address of a buffer in it."""
+    if not source or (not isinstance(source, bytes) and kind_of(source) == "file" and not os.path.getsize(source)):
+        return "it is empty"
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "it is no image of a known format"
+    return first_line(error)
+
+
+class Columns(NamedTuple):
+    """Where a table keeps what we need."""
+
+    image: str
+    label: str
+    class_names: tuple[str, ...] | None
+    """As the table declares them."""
+
+
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
+
+
+def find_columns(features: Any, config: DataConfig) -> Columns:
+    """Find the images and labels of a table.
+
+    Args:
+        features: of a Hugging Face data set, by column; None where it knows none.
+        config: whose ``image_column`` and ``label_column`` go first.
+
+    Raises:
+        ValueError: if there is no such column, or more than a guess would be needed.
+    """
+    datasets = required("datasets", "a data source")
+    features = features or {}
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if not images and "image" in features and _holds_bytes(features["image"]):
+        images = ["image"]
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    classes += [name for name in LABEL_COLUMNS if name in features and name not in classes]
+    image = _choose_column("image_column", config.image_column, images, features)
+    if not (isinstance(features[image], datasets.Image) or _holds_bytes(features[image])):
+        rule = "the column holds no encoded images"
+        raise invalid("image_column", image, rule, "name one of bytes, or of {bytes, path} as datasets writes it")
+    label = _choose_column("label_column", config.label_column, [name for name in classes if name != image], features)
+    names = features[label].names if isinstance(features[label], datasets.ClassLabel) else None
+    return Columns(image, label, tuple(names) if names else None)
+
+
+def _choose_column(argument: str, wanted: str | None, candidates: Sequence[str], features: Any) -> str:
+    if wanted is not None and wanted not in features:
+        raise invalid(argument, wanted, "the data have no such column", suggestion(wanted, features))
+    if wanted is None and not candidates:
+        known = ", ".join(features) or "none"
+        kind = "images" if argument == "image_column" else "labels"
+        rule = f"no column is seen to hold {kind} (columns: {known})"
+        raise invalid(argument, None, rule, f"pass {argument}, or other data")
+    return candidates[0] if wanted is None else wanted
+
+
+def _holds_bytes(feature: Any) -> bool:
+    inner = feature.get("bytes") if isinstance(feature, dict) else feature
+    return getattr(inner, "dtype", None) in ("binary", "large_binary")
 
 
 def open_split(config: DataConfig, *, training: bool, classes: Sequence[str] | None = None) -> OpenSplit:

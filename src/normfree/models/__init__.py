@@ -1,14 +1,20 @@
 """Networks by name: the paper's normalizer-free families and those it compares them with."""
 
-from normfree.models.bn_regnet import BNRegNet
-from normfree.models.fixup_skipinit import FixUpResNet, SkipInitResNet
-from normfree.models.nf_regnet import NFRegNet
 from normfree.models.nf_resnet import NFResNet
 from normfree.models.nfnet import NFNet
-from normfree.models.overrides import ConvolutionName, Norm, Order, Overrides, Stem
 from normfree.models.pyramid import FeaturePyramidBackbone, PyramidLevel
-from normfree.models.registry import accepted_overrides, create_model, list_models
-from normfree.models.resnets import ResNet, ResNetV2
+from normfree.models.registry import (
+    ConvolutionName,
+    Norm,
+    Order,
+    Overrides,
+    Stem,
+    accepted_overrides,
+    create_model,
+    list_models,
+)
+from normfree.models.regnets import BNRegNet, NFRegNet
+from normfree.models.resnets import FixUpResNet, ResNet, ResNetV2, SkipInitResNet
 from normfree.models.scaffold import Backbone, FeatureInfo
 
 __all__ = [

@@ -26,8 +26,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfree.common.checks import check_choice, check_flag, check_number
-from normfree.models.overrides import ConvolutionName, Stem
-from normfree.models.registry import register
+from normfree.models.registry import ConvolutionName, Stem, register
 from normfree.models.scaffold import BlockPlace, NFBackbone, NFStyle, block_places, stage_channels
 from normfree.nn import (
     Activation,

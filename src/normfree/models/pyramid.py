@@ -136,5 +136,5 @@ def _input_scales(model: Backbone) -> list[float]:
     if not isinstance(model, NFBackbone):
         return [1.0] * len(model.stages)
     variances = model.expected_variances()
-    ends = accumulate(len(cast(nn.Sequential, stage)) for stage in model.stages)
+    ends = accumulate(len(cast("nn.Sequential", stage)) for stage in model.stages)
     return [model.feature_scale * variances[end - 1] ** -0.5 for end in ends]

@@ -1,4 +1,8 @@
-"""Models by name: the table of the families' variants, and the function that builds from it."""
+"""Models by name: the table of the families' variants, and the function that builds from it.
+
+Overrides are what may differ from a named model: the arguments of the families' constructors, for type checkers and
+editors. A family takes some of them (``accepted_overrides(name)``), under these names and with these types.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,55 @@ import ast
 import fnmatch
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, Unpack
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 from torch import nn
 
 from normfree.common.checks import check_flag, invalid, suggestion
-from normfree.models.overrides import Overrides
 from normfree.models.scaffold import Backbone
+from normfree.nn import Activation
 from normfree.nn.centring import centre_weights
 from normfree.nn.padding import PaddingStyle
+
+Stem = Literal["imagenet", "cifar"]
+"""Of a ResNet: for images of about 224 pixels, or of 32."""
+
+ConvolutionName = Literal["scaled_ws", "scaled"]
+"""With standardized weights, or with plain ones of LeCun's variance."""
+
+Norm = Literal["batch", "group", "layer", "instance"] | None
+"""What a pre-activation ResNet normalizes by; None: nothing does."""
+
+Order = Literal["norm-act", "act-norm"]
+"""Of normalizer and activation before a convolution."""
+
+
+class Overrides(TypedDict, total=False):
+    """Keyword arguments of :func:`normfree.create_model` beside those that every model takes."""
+
+    depths: Sequence[int]
+    base_widths: Sequence[int]
+    width: float
+    widths: Sequence[int] | None
+    group_size: int | Sequence[int]
+    expansion: float | Sequence[float]
+    alpha: float
+    activation: Activation
+    use_se: bool
+    se_ratio: float
+    stochdepth_rate: float
+    drop_rate: float
+    skipinit_gain: float
+    train_size: int
+    test_size: int
+    conv: ConvolutionName
+    stem: Stem
+    norm: Norm
+    order: Order
+    centred: bool
+
 
 Family = TypeVar("Family", bound=type[Backbone])
 

@@ -2,7 +2,7 @@
 
 Each rule is a function of the whole measurement, with its thresholds above it and the reason for each: they separate
 the networks that train from those that do not in the plots of the paper. The rules on gradients are in
-:mod:`normfree.signal.gradient_rules`.
+:mod:`normfree.signal.gradients`.
 
 Variances are compared along *stretches* of the signal without a normalizer in between. Every point follows the one that
 its signal came through last: an addition the one on its shortcut, a layer the one on its input. That makes chains, one
@@ -20,7 +20,7 @@ from math import isfinite, prod, sqrt
 from statistics import median
 from typing import Any
 
-from normfree.signal.gradient_rules import gradient_explosion, gradient_vanishing
+from normfree.signal.gradients import gradient_explosion, gradient_vanishing
 from normfree.signal.nonfinite import NonFinite
 from normfree.signal.propagation import BESIDE, SEVERITIES, BlockSignal, Entry, Finding, SignalPropagation
 from normfree.signal.remedies import CONVERT, DOCS, FILL, RESET, make_finite, wake

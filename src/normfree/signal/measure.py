@@ -29,8 +29,7 @@ from normfree.trace.inputs import (
     tensors_of,
     unwrapped,
 )
-from normfree.trace.preserve import Mode, Preserved, untouched
-from normfree.trace.weights import check_finite, check_present
+from normfree.trace.preserve import Mode, Preserved, check_finite, check_present, untouched
 
 Points = Literal["auto", "residual", "layers"]
 """What is plotted: residual additions, weighted layers, or (auto) the latter where there are none of the former."""

@@ -1,9 +1,16 @@
 """Training: recipes, the loop, checkpoints."""
 
 from normfree.train.checkpoint import Checkpoint, CheckpointStore
-from normfree.train.config import Accelerator, Log, OptimizerConfig, Precision, Strategy, TrainConfig
-from normfree.train.config_file import read_config
-from normfree.train.recipes import RECIPES
+from normfree.train.config import (
+    RECIPES,
+    Accelerator,
+    Log,
+    OptimizerConfig,
+    Precision,
+    Strategy,
+    TrainConfig,
+    read_config,
+)
 from normfree.train.trainer import NonFiniteLossError, Summary, train
 
 __all__ = [

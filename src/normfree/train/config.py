@@ -1,10 +1,21 @@
-"""How a network is trained: one frozen config, checked when made, of which every recipe is an instance."""
+"""How a network is trained: one frozen config, checked when made, its recipes, and its files.
+
+*Recipes*: named functions, each of which returns one frozen config.
+
+The ResNets, NF-RegNets and NFNets are trained as their papers say; what a paper does not say is as in its
+ResNets. ``cifar`` and ``digits`` are ours, for two cores and one accelerator: their branches start at gain 1
+(docs/training.md tells why).
+
+Sources: Brock, De, Smith, ICLR 2021 (arXiv 2101.08692), section 5 and appendix; Brock et al. 2021 (arXiv
+2102.06171), appendix.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,12 +28,17 @@ from normfree.common.checks import (
     check_number,
     check_rate,
     invalid,
+    required,
+    suggestion,
 )
-from normfree.common.files import structured
-from normfree.common.text import first_line
-from normfree.data import DataConfig
+from normfree.common.files import read_bytes, read_json, refused, structured
+from normfree.common.text import LONGEST, first_line, shortened
+from normfree.data import AugmentationConfig, DataConfig
+from normfree.models.nfnet import NFNET_SIZES
 from normfree.models.registry import accepted_overrides, parse_overrides
+from normfree.models.regnets import REGNET_SIZES
 from normfree.optim import Rule
+from normfree.train.records import version
 
 Config = TypeVar("Config")
 
@@ -289,3 +305,254 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
+
+
+# --- settings from a file: the config.json of another run, or YAML that somebody wrote --------------------------------
+
+
+YAML_BYTES = 2**20
+"""Bytes of YAML that are read at most."""
+
+
+def read_config(path: str | Path, base: TrainConfig | None = None) -> tuple[TrainConfig, list[str]]:
+    """Read a run's settings from a file.
+
+    ``.json`` is the ``config.json`` of a run, or an object of settings; ``.yaml`` and ``.yml`` are settings. Those of
+    data, augmentation and optimizer are nested or dotted: ``data: {source: pets}`` or ``data.source: pets``.
+
+    Args:
+        path: of the file.
+        base: has what the file does not say; the defaults of the fields otherwise, and the file's own name.
+
+    Returns:
+        The settings, and the names of those that a run's config.json lacks, because an older version wrote it.
+
+    Raises:
+        ValueError: naming the file, and a setting that is unknown, with the nearest known ones, or has a wrong value.
+        ImportError: for YAML, if PyYAML is not installed.
+    """
+    path = Path(path)
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        raise refused("config", path, "is neither .json nor .yaml", "give a run's config.json, or YAML")
+    document = read_json(path, "config") if path.suffix == ".json" else _read_yaml(path)
+    described = isinstance(document.get("config"), Mapping) and isinstance(document.get("derived"), Mapping)
+    values = _settings(document["config"] if described else document)
+    if base is None and "model" not in values:
+        remedy = f"name a recipe to begin with: normfree train cifar --config {path}"
+        raise refused("config", path, "says no model", remedy)
+    if base is None:
+        base = TrainConfig(name=re.sub(r"\W+", "_", path.stem), model="nf_resnet50")
+    defaults = flatten(to_dict(base))
+    for name in values:
+        if name not in defaults:
+            raise refused("config", path, *_unknown(name, defaults, document if described else None))
+    try:
+        config = structured(TrainConfig, _nested({**defaults, **values}))
+    except ValueError as error:
+        said = re.sub(r"^TrainConfig[.:] ?", "", first_line(error, LONGEST))
+        raise ValueError(shortened(f"config={str(path)!r}: {said}")) from error
+    return config, [name for name in defaults if described and name not in values]
+
+
+def _settings(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a document by their dotted names, with the underscores of Python; empty sections are left out."""
+    leaves = flatten({str(name): value for name, value in document.items()})
+    return {name.replace("-", "_"): value for name, value in leaves.items()}
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping whose leaves have these dotted names."""
+    document: dict[str, Any] = {}
+    for name, value in leaves.items():
+        *sections, last = name.split(".")
+        place = document
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return document
+
+
+def _unknown(name: str, known: Mapping[str, Any], written: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Rule and remedy of a setting that is unknown; ``written`` is the run's whole file, which says by what version."""
+    if inside := [one for one in known if one.startswith(f"{name}.")]:
+        return f"{name} is a section", f"give settings in it, such as {inside[0]}"
+    rule = f"{shortened(name, 80)} is no setting"
+    versions = (written or {}).get("versions")
+    theirs, ours = versions.get("normfree") if isinstance(versions, Mapping) else None, version("normfree")
+    if theirs not in (None, ours):
+        rule += f" of normfree {ours}, and normfree {theirs} wrote the file"
+    last = name.rpartition(".")[2]
+    same = [one for one in known if one.rpartition(".")[2] == last]
+    return rule, f"did you mean {', '.join(same)}?" if same else suggestion(name, known)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a file of YAML.
+
+    Raises:
+        ValueError: it is none, has a key twice, or refers from one place to another, which may grow without bound.
+    """
+    yaml: Any = required("yaml", "a YAML config")
+
+    class Loader(yaml.SafeLoader):
+        """Takes 1e-4 for a number and None for nothing, as the command line does; knows no aliases."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("it has an alias (*name)")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            mapping = super().construct_mapping(node, deep=deep)
+            if len(mapping) < len(node.value):
+                keys = [key.value for key, _ in node.value]
+                raise yaml.YAMLError(f"it has {next(key for key in keys if keys.count(key) > 1)} twice")
+            return mapping
+
+    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None$"), ["N"])
+    content = read_bytes(path, "config", most=YAML_BYTES)
+    try:
+        document = yaml.load(content, Loader)
+    except Exception as error:  # PyYAML's own kind, and what its constructors make of a tag's wrong value
+        rule = f"is no sound YAML file ({' '.join(str(error).split()) or type(error).__name__})"
+        raise refused("config", path, shortened(rule, 240), "mend it") from error
+    if not isinstance(document, dict):
+        raise refused("config", path, f"holds {type(document).__name__}, no settings", "write name: value")
+    return document
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+IMAGENET = "hub:ILSVRC/imagenet-1k"
+CIFAR10 = "hub:uoft-cs/cifar10"
+
+IMAGENET_STEPS = 1000
+"""Steps between checkpoints: a few minutes of one accelerator."""
+
+
+def resnet_imagenet() -> TrainConfig:
+    """ResNet-50 with BatchNorm on ImageNet, 90 epochs: the paper's baseline, unregularised."""
+    return TrainConfig(
+        name="resnet_imagenet",
+        model="resnetv2_50",
+        data=DataConfig(source=IMAGENET, image_size=224, workers=8),
+        optimizer=OptimizerConfig(weight_decay=1e-4),
+        checkpoint_every=IMAGENET_STEPS,
+    )
+
+
+def nf_resnet_imagenet() -> TrainConfig:
+    """NF-ResNet-50 on ImageNet, 90 epochs, with the paper's dropout and stochastic depth."""
+    return TrainConfig(
+        name="nf_resnet_imagenet",
+        model="nf_resnet50",
+        data=DataConfig(source=IMAGENET, image_size=224, workers=8),
+        optimizer=OptimizerConfig(weight_decay=5e-5),
+        checkpoint_every=IMAGENET_STEPS,
+    )
+
+
+def nf_regnet_imagenet(level: int = 0) -> TrainConfig:
+    """NF-RegNet-B0 on ImageNet, 360 epochs: MixUp, CutMix, weight averaging, a rate that ends at 0.001.
+
+    Args:
+        level: k of Bk, 0 to 8, which sets image sizes and weight decay.
+    """
+    *_, train_size, test_size, _ = REGNET_SIZES[level]
+    return TrainConfig(
+        name="nf_regnet_imagenet",
+        model=f"nf_regnet_b{level}",
+        data=DataConfig(
+            source=IMAGENET,
+            image_size=train_size,
+            workers=8,
+            augmentation=AugmentationConfig(mixup=0.2, cutmix=1.0),
+        ),
+        evaluation_size=test_size,
+        optimizer=OptimizerConfig(
+            learning_rate=0.4,
+            reference_batch=None,
+            final_learning_rate=0.001,
+            weight_decay=round(5e-5 + 1e-5 * level, 6),
+        ),
+        epochs=360,
+        average_decay=0.99999,
+        checkpoint_every=IMAGENET_STEPS,
+    )
+
+
+def nfnet_imagenet(size: int = 0) -> TrainConfig:
+    """NFNet-F0 on ImageNet, 360 epochs at batch 4096: adaptive gradient clipping, RandAugment, MixUp, CutMix.
+
+    Args:
+        size: k of Fk, 0 to 7, which sets image sizes and the strength of RandAugment.
+    """
+    train_size, test_size, _ = NFNET_SIZES[size]
+    return TrainConfig(
+        name="nfnet_imagenet",
+        model=f"nfnet_f{size}",
+        data=DataConfig(
+            source=IMAGENET,
+            image_size=train_size,
+            workers=8,
+            augmentation=AugmentationConfig(
+                mixup=0.2, cutmix=1.0, randaugment_layers=4, randaugment_magnitude=5 if size == 0 else 10
+            ),
+        ),
+        evaluation_size=test_size,
+        optimizer=OptimizerConfig(weight_decay=2e-5, clip_factor=0.01),
+        epochs=360,
+        batch_size=4096,
+        average_decay=0.99999,
+        checkpoint_every=IMAGENET_STEPS,
+    )
+
+
+def cifar() -> TrainConfig:
+    """NF-ResNet of 29 layers on CIFAR-10 (or any set of small images in memory), 30 epochs."""
+    return TrainConfig(
+        name="cifar",
+        model="nf_resnet50:depths=(2,2,2,3),widths=(64,128,256,256),stem=cifar,alpha=0.5,skipinit_gain=1,"
+        "drop_rate=0,stochdepth_rate=0",
+        data=DataConfig(
+            source=CIFAR10, batch_size=1024, augmentation=AugmentationConfig(crop="shift", shift=4, flip=True)
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=0.2,
+            reference_batch=128,
+            weight_decay=5e-4,
+            warmup_epochs=1,
+            clip_norm=1.0,
+            classifier_lr_scale=0.3,
+        ),
+        epochs=30,
+        batch_size=128,
+        label_smoothing=0.0,
+    )
+
+
+def digits() -> TrainConfig:
+    """NF-ResNet of 14 layers on scikit-learn's 8x8 digits: no download, under a minute on two cores."""
+    return TrainConfig(
+        name="digits",
+        model="nf_resnet50:depths=(1,1,1,1),widths=(64,128,256,256),stem=cifar,alpha=0.5,skipinit_gain=1,"
+        "drop_rate=0,stochdepth_rate=0",
+        data=DataConfig(
+            source="digits", batch_size=1024, augmentation=AugmentationConfig(crop="shift", shift=1, flip=False)
+        ),
+        optimizer=OptimizerConfig(learning_rate=0.03, reference_batch=64, weight_decay=5e-4, warmup_epochs=2),
+        epochs=30,
+        batch_size=64,
+        label_smoothing=0.0,
+        evaluate_every=5,
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    recipe.__name__: recipe
+    for recipe in (digits, cifar, resnet_imagenet, nf_resnet_imagenet, nf_regnet_imagenet, nfnet_imagenet)
+}
+"""By name, as ``normfree train`` knows them."""

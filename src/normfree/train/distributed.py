@@ -201,7 +201,7 @@ class ShardedStates(WholeStates):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return cast(dict[str, Any], get_optimizer_state_dict(network, _inner(optimizer), options=options))
+        return cast("dict[str, Any]", get_optimizer_state_dict(network, _inner(optimizer), options=options))
 
     def load_optimizer(self, network: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict

@@ -15,7 +15,7 @@ from normfree.common.checks import invalid, required
 from normfree.common.files import kind_of, read_json, refused, structured
 from normfree.common.text import first_line, one_line, quoted
 from normfree.data import DataConfig
-from normfree.trace.weights import check_finite, check_statistics
+from normfree.trace.preserve import check_finite, check_statistics
 from normfree.train.checkpoint import CHECKPOINTS, CONFIG, MANIFEST, MODEL, CheckpointStore, verify_checkpoint
 from normfree.weights import load
 

@@ -43,8 +43,7 @@ from normfree.optim import (
 from normfree.report.training_page import write_training_report
 from normfree.signal import SignalMonitor
 from normfree.signal.nonfinite import first_non_finite
-from normfree.trace.preserve import Writes, untouched
-from normfree.trace.weights import check_finite
+from normfree.trace.preserve import Writes, check_finite, untouched
 from normfree.train.checkpoint import (
     AVERAGED,
     CHECKPOINTS,
@@ -64,9 +63,8 @@ from normfree.train.checkpoint import (
 from normfree.train.config import OptimizerConfig, TrainConfig, to_dict
 from normfree.train.distributed import FABRIC_PRECISION, ShardedStates, WholeStates, launch, resolve_precision, shard
 from normfree.train.evaluation import Evaluation, evaluate
-from normfree.train.loggers import Loggers, check_loggers
 from normfree.train.progress import Progress
-from normfree.train.records import EVALUATION, Records, Row, provenance, read_rows
+from normfree.train.records import EVALUATION, Loggers, Records, Row, check_loggers, provenance, read_rows
 from normfree.weights import save
 
 if TYPE_CHECKING:

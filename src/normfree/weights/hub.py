@@ -21,8 +21,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from normfree.common.checks import invalid, required
-from normfree.common.files import write_atomically
-from normfree.common.safetensors_file import Stored, read
+from normfree.common.files import Stored, read, write_atomically
 from normfree.common.text import all_lines, first_line
 from normfree.models import Backbone, create_model
 from normfree.models.registry import check_backbone
@@ -204,7 +203,7 @@ def push_to_hub(
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             has_card = api.file_exists(repo_id, CARD_FILE, revision=branch)
         if model_card_kwargs or not has_card:
-            card = metadata_card(cast(Backbone, model), repo_id, **(model_card_kwargs or {}))
+            card = metadata_card(cast("Backbone", model), repo_id, **(model_card_kwargs or {}))
             write_atomically(folder / CARD_FILE, str(card))
         with hub_errors(asked):
             commit = api.upload_folder(

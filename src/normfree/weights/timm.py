@@ -26,7 +26,7 @@ from normfree.models import Backbone, NFNet, NFRegNet
 from normfree.models.registry import check_backbone
 from normfree.models.scaffold import NFBackbone
 from normfree.nn import ACTIVATIONS, OFFICIAL_GAMMA, VARIANCE_FLOOR, PaddedConv2d
-from normfree.weights.matching import check_names, check_shapes, copy_in, without_wrappers
+from normfree.weights.checkpoint import check_names, check_shapes, copy_in, without_wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -100,13 +100,13 @@ def _check_definition(model: Backbone, style: TimmStyle) -> None:
         reason = "it has skip gains, as its dm_ models do" if style.official else "it has no skip gains"
         rule = f"timm's network ({reason}) pads {padding!r}"
         raise invalid("padding", " and ".join(sorted(styles)), rule, f"pass padding={padding!r} to create_model")
-    alpha = cast(NFBackbone, model).alpha
+    alpha = cast("NFBackbone", model).alpha
     if alpha != TIMM_ALPHA:
         raise invalid("alpha", alpha, f"timm's is {TIMM_ALPHA}", f"pass alpha={TIMM_ALPHA}")
 
 
 def _timm_gamma(model: Backbone) -> float:
-    activation = cast(nn.Module, model.final.get_submodule("activation"))
+    activation = cast("nn.Module", model.final.get_submodule("activation"))
     name = _ACTIVATION_NAMES.get(type(activation))
     if name is None:
         raise invalid("activation", activation, "timm has no constant for it", "pass the one timm's network has")
