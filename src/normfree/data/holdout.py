@@ -19,8 +19,15 @@ from typing import Any
 
 from normfree.common.checks import invalid
 from normfree.data.config import HOLDOUT, DataConfig
-from normfree.data.records import find_columns
-from normfree.data.sources import FolderSource, Namer, Source, choose_split, evaluation_splits, find_source
+from normfree.data.sources import (
+    FolderSource,
+    Namer,
+    Source,
+    choose_split,
+    evaluation_splits,
+    find_columns,
+    find_source,
+)
 
 
 def with_holdout(config: DataConfig) -> DataConfig:

@@ -1,4 +1,4 @@
-"""A split, opened: its columns, classes, size and shape, and how an example is read from a row and decoded."""
+"""A split, opened: its classes, size and shape, and how an example is read from a row and decoded."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from normfree.common.checks import invalid, required, suggestion
+from normfree.common.checks import invalid, required
 from normfree.common.files import kind_of
 from normfree.common.text import first_line, printable, shortened
 from normfree.data.config import MOST_CLASSES, DataConfig
 from normfree.data.holdout import hold_out, is_streamed
-from normfree.data.sources import Namer, Source, choose_split, find_source, read_rows
+from normfree.data.sources import Columns, Namer, Source, choose_split, find_columns, find_source, read_rows
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
 """Formats that are decoded, an MPO as the JPEG it is: none of Pillow's that starts another program (PostScript)."""
@@ -125,60 +125,6 @@ def _reason(source: bytes | str | Path, error: Exception) -> str:
     if type(error).__name__ == "UnidentifiedImageError":
         return "it is no image of a known format"
     return first_line(error)
-
-
-class Columns(NamedTuple):
-    """Where a table keeps what we need."""
-
-    image: str
-    label: str
-    class_names: tuple[str, ...] | None
-    """As the table declares them."""
-
-
-LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
-
-
-def find_columns(features: Any, config: DataConfig) -> Columns:
-    """Find the images and labels of a table.
-
-    Args:
-        features: of a Hugging Face data set, by column; None where it knows none.
-        config: whose ``image_column`` and ``label_column`` go first.
-
-    Raises:
-        ValueError: if there is no such column, or more than a guess would be needed.
-    """
-    datasets = required("datasets", "a data source")
-    features = features or {}
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if not images and "image" in features and _holds_bytes(features["image"]):
-        images = ["image"]
-    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    classes += [name for name in LABEL_COLUMNS if name in features and name not in classes]
-    image = _choose_column("image_column", config.image_column, images, features)
-    if not (isinstance(features[image], datasets.Image) or _holds_bytes(features[image])):
-        rule = "the column holds no encoded images"
-        raise invalid("image_column", image, rule, "name one of bytes, or of {bytes, path} as datasets writes it")
-    label = _choose_column("label_column", config.label_column, [name for name in classes if name != image], features)
-    names = features[label].names if isinstance(features[label], datasets.ClassLabel) else None
-    return Columns(image, label, tuple(names) if names else None)
-
-
-def _choose_column(argument: str, wanted: str | None, candidates: Sequence[str], features: Any) -> str:
-    if wanted is not None and wanted not in features:
-        raise invalid(argument, wanted, "the data have no such column", suggestion(wanted, features))
-    if wanted is None and not candidates:
-        known = ", ".join(features) or "none"
-        kind = "images" if argument == "image_column" else "labels"
-        rule = f"no column is seen to hold {kind} (columns: {known})"
-        raise invalid(argument, None, rule, f"pass {argument}, or other data")
-    return candidates[0] if wanted is None else wanted
-
-
-def _holds_bytes(feature: Any) -> bool:
-    inner = feature.get("bytes") if isinstance(feature, dict) else feature
-    return getattr(inner, "dtype", None) in ("binary", "large_binary")
 
 
 def open_split(config: DataConfig, *, training: bool, classes: Sequence[str] | None = None) -> OpenSplit:
