@@ -50,8 +50,8 @@ GPU_REMARKS = """## What limits what is missed
 A large GPU is done with most operations before the next call reaches it, so an uncompiled step of small kernels takes
 as long as its calls. Standardization adds one call forward and one backward to each convolution, a kernel each; where
 the convolutions are large most of it hides behind them, and where they are small (NF-RegNet-B0, 32 px) nothing does.
-Compiled, it is fused with its neighbours, a step is near its limit, and all networks are faster. Train compiled on a
-GPU (`normfree train --compile`), and fold for inference.
+Compiled, it is fused with its neighbours, a step is near its limit, and all networks are faster. `normfree train`
+compiles on a GPU by itself; fold for inference.
 """
 
 

@@ -67,7 +67,13 @@ class InputCentring:
             move_input_mean(layer, torch.lerp(layer.input_mean, mean.to(layer.input_mean.dtype), self.rate))
             layer.measured_mean = None
 
+    def forget(self) -> None:
+        """Take back what was measured since the last step."""
+        for layer in self.layers:
+            layer.measured_mean = None
+
     def close(self) -> None:
         """Measure no more; the layers keep their means."""
+        self.forget()
         for layer in self.layers:
-            layer.measured_share, layer.measured_mean = 0.0, None
+            layer.measured_share = 0.0

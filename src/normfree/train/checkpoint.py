@@ -465,7 +465,7 @@ def check_conditions(folder: Path, now: Mapping[str, Any]) -> None:
         raise refused("out", folder, rule, "restore them, or pass --on-changed continue to go on all the same")
 
 
-CONDITIONS = ("torch", "precision", "device", "threads", "images", "classes")
+CONDITIONS = ("torch", "precision", "device", "compiled", "threads", "images", "classes")
 
 
 def _conditions(description: Mapping[str, Any]) -> Iterator[Any]:
@@ -477,6 +477,7 @@ def _conditions(description: Mapping[str, Any]) -> Iterator[Any]:
     yield versions.get("torch")
     yield derived.get("precision")
     yield device
+    yield derived.get("compiled")
     yield description.get("threads") if device == "cpu" else None
     yield derived.get("training_data")
     yield derived.get("classes")

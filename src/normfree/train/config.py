@@ -142,8 +142,9 @@ class TrainConfig:
     """auto: bf16 (mixed with fp32) where the hardware multiplies it natively, recent CPUs too; else fp32."""
     channels_last: bool = True
     """Keep images and filters with channels last, which convolutions are faster with."""
-    compile: bool = False
-    """Compile the network (torch.compile): minutes at the start, faster steps."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the network (torch.compile): a minute or more at the start, faster steps. auto: on a GPU, unless that
+    fails there, which is said, or the network is sharded."""
     on_nonfinite: Literal["error", "skip"] = "error"
     """What a loss that is not finite does: stop the run and name the module it began in, or skip that step."""
     on_changed: Literal["error", "continue"] = "error"
@@ -186,8 +187,7 @@ class TrainConfig:
         check_rate("label_smoothing", self.label_smoothing)
         if self.average_decay is not None:
             check_rate("average_decay", self.average_decay)
-        for name in ("channels_last", "compile"):
-            check_flag(name, getattr(self, name))
+        check_flag("channels_last", self.channels_last)
         check_choices(self)
         if not isinstance(self.log, tuple) or len(set(self.log)) < len(self.log):
             raise invalid("log", self.log, "must be a tuple of different loggers", "name each once")
@@ -261,7 +261,18 @@ class TrainConfig:
 
 
 FREE = frozenset(
-    {"out", "name", "accelerator", "on_nonfinite", "on_changed", "signal_every", "log", "log_every", "evaluate_every"}
+    {
+        "out",
+        "name",
+        "accelerator",
+        "on_nonfinite",
+        "on_changed",
+        "signal_every",
+        "log",
+        "compile",
+        "log_every",
+        "evaluate_every",
+    }
     | {"checkpoint_every", "keep", "limit_train_steps", "limit_eval_steps"}
     | {"data.workers", "data.prefetch", "data.cache_folder", "data.on_bad_image"}
 )

@@ -71,6 +71,9 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from rich.console import Console
 
+COMPILED_ON = ("cuda",)
+"""Devices on which a network is compiled by default: kernels are short beside their launch there."""
+
 PROBE = 16
 """Images that the signal is recorded with."""
 
@@ -227,6 +230,7 @@ class Trainer:
         evaluation_data: this rank's images to evaluate on.
         network: the network itself.
         model: the network as it is trained: moved, wrapped for several processes, compiled.
+        compiled: whether it is compiled.
         optimizer: its optimizer.
         centring: moves the input means of centred weights; None for a network without.
         average: of its weights; None without one.
@@ -266,13 +270,15 @@ class Trainer:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, config.limit_train_steps or self.total_steps)
         self.step, self.skipped, self.seconds = 0, 0, 0.0
+        self._notes: list[str] = []
 
         self.states = ShardedStates() if config.strategy == "fsdp" else WholeStates()
         self.network = self._build_network()
         self.centring = self._build_centring()
         self.average = self._build_average()
-        trained: nn.Module = torch.compile(self.network) if config.compile else self.network  # type: ignore[assignment]
-        self.model = fabric.setup_module(trained)
+        compiled = self._compile()
+        self.compiled = compiled is not None
+        self.model = fabric.setup_module(self.network if compiled is None else compiled)
         self.optimizer = self._build_optimizer()
         self.criterion: Callable[[Tensor, Tensor], Tensor] = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
@@ -347,6 +353,51 @@ class Trainer:
 
     def _process_group(self) -> Any:
         return torch.distributed.group.WORLD if self.fabric.world_size > 1 else None
+
+    def _compile(self) -> nn.Module | None:
+        """Compile the network, if that is asked for or pays; None where it is trained as it is.
+
+        It has taken a batch forward and backward before it is given back, for torch compiles at the first call; what
+        that left in the network is undone.
+
+        Raises:
+            ValueError: compilation is asked for and fails.
+        """
+        wanted, device = self.config.compile, self.fabric.device
+        if wanted is False or (wanted == "auto" and (device.type not in COMPILED_ON or self.sharded)):
+            return None
+        compiled: Any = torch.compile(self.network)
+        if self.sharded:
+            return compiled
+        reason = None
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        shape = (self.data.config.batch_size, *self.data.image_shape)
+        self.network.to(device).train()
+        buffers = [buffer.clone() for buffer in self.network.buffers()]
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            try:
+                with self.fabric.autocast():
+                    logits = compiled(torch.rand(shape, device=device).contiguous(memory_format=layout))
+                logits.float().square().mean().backward()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of the compiler, of what it calls, or of the network itself
+                reason = first_line(error)
+        self.network.zero_grad()
+        for buffer, before in zip(self.network.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        if self.centring is not None:
+            self.centring.forget()
+        reasons = [reason]
+        if self.fabric.world_size > 1:
+            reasons = [reason] * self.fabric.world_size
+            torch.distributed.all_gather_object(reasons, reason)
+        if not (failed := [each for each in reasons if each is not None]):
+            return compiled
+        if wanted is True:
+            raise invalid("compile", True, f"the network is not compiled here ({failed[0]})", "pass --compile False")
+        self._notes.append(f"not compiled, so that steps take longer: {failed[0]}")
+        return None
 
     def _build_average(self) -> WeightAverage | None:
         if self.config.average_decay is None:
@@ -433,6 +484,7 @@ class Trainer:
             "learning_rate": self.peak,
             "precision": FABRIC_PRECISION[resolve_precision(self.config.precision, device.type)],
             "device": str(device),
+            "compiled": self.compiled,
             "ranks": self.fabric.world_size,
             "batch_size": self.config.batch_size,
             "accumulation": self.accumulation,
@@ -464,6 +516,7 @@ class Trainer:
             yield f"--optimizer.clip-norm {now:g} instead of {before:g}, for a smaller batch has more noise"
         if (now := config.optimizer.warmup_epochs) != (before := chosen.optimizer.warmup_epochs):
             yield f"--optimizer.warmup-epochs {now:g} instead of {before:g}, a quarter of the run's {config.epochs}"
+        yield from self._notes
         if 0 < self.step < self.last_step:
             yield f"going on from step {self.step} of {self.last_step}"
 
