@@ -321,15 +321,16 @@ def changes_section(conversion: Conversion | None, refusal: _Refusal) -> str:
     if conversion is None:
         why = f"<p>Not converted: {escape(refusal.reason)}.</p>"
         return f'<section id="conversion"><h2>Conversion</h2>{why}</section>'
-    heads = "".join(f"<th class=text>{head}</th>" for head in ("module", "before", "after", "why"))
+    heads = "".join(f"<th scope=col class=text>{head}</th>" for head in ("module", "before", "after", "why"))
     rows = "".join(
         "<tr>" + "".join(f"<td class=text>{escape(cell)}</td>" for cell in row) + "</tr>" for row in conversion.rows()
     )
     notes = "".join(f"<li>{escape(note)}</li>" for note in conversion.different_notes())
+    label = "every change and what was left alone"
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    scroll = f'<div class="scroll settings changes" tabindex="0" role="region" aria-label="{label}">{table}</div>'
     return (
         f'<section id="conversion"><h2>Conversion</h2><p>{escape(conversion.summary())}</p>'
         + (f"<ul>{notes}</ul>" if notes else "")
-        + "<details><summary>every change and what was left alone</summary>"
-        + f'<div class="scroll settings">{table}</div></details></section>'
+        + f"<details><summary>{label}</summary>{scroll}</details></section>"
     )

@@ -1,4 +1,8 @@
-"""The plots of a training run as one plotly figure: a slider over the steps, and the first plot behind it."""
+"""The plots of a training run as one figure: a slider over the steps, and the first plot behind it.
+
+:func:`slider_figure` is plotly's own, with the slider that plotly draws, for pages of others. Our pages have the same
+panels with controls of HTML, which keys reach and which change the scale: ``records.html`` and ``records.js``.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,9 @@ from typing import Any
 
 from normfree.common.checks import required
 from normfree.report.page import (
+    SCALE_SWITCH,
+    charted,
+    figures_script,
     fill,
     finding_item,
     findings_list,
@@ -22,6 +29,7 @@ from normfree.report.page import (
 from normfree.report.panels import (
     COLORS,
     ENTRY_X,
+    ROUNDING,
     Panel,
     caption_of,
     drawn_curve,
@@ -41,7 +49,9 @@ FEW_BLOCKS = 10
 """Up to so many, each has its tick; plotly would put more than one to a block."""
 
 _FAINT, _GRID = "rgba(128,128,128,0.75)", "rgba(128,128,128,0.22)"
-_PANEL_HEIGHT, _TITLES, _SLIDER = 185, 34, 130  # pixels
+_PANEL_HEIGHT, _TITLES, _SLIDER, _LABELS = 185, 34, 130, 48  # pixels
+
+ROUNDED = f"A squared mean of less than {ROUNDING:g} times the variance is rounding alone, and drawn as zero."
 
 
 def slider_figure(history: SignalHistory) -> Any:
@@ -71,22 +81,81 @@ def slider_spec(history: SignalHistory) -> dict[str, Any]:
         raise ValueError("history: it has no records; start the monitor first")
     history = history.thinned(MOST_FRAMES)
     signals, panels = history.signals, panels_of(history.signals)
-    still, moving = _still_traces(signals, panels), _moving_traces(signals[-1], panels)
+    logs = [needs_log(panel, signals) for panel in panels]
+    still, moving = _still_traces(signals, panels, logs), _moving_traces(signals[-1], panels, logs)
     numbers = list(range(len(still), len(still) + len(moving)))
-    frames = [
-        {"name": str(step), "data": _moving_traces(signal, panels, bare=True), "traces": numbers}
-        for step, signal in history
-    ]
+    frames = []
+    for step, signal in history:
+        data = [{"type": "scatter", "x": _xs(y), "y": y} for y in _moving_values(signal, panels, logs)]
+        frames.append({"name": str(step), "data": data, "traces": numbers})
+    layout = _layout(signals, panels, below=_SLIDER)
+    layout |= {"sliders": [_slider(history)], "updatemenus": [_buttons()]}
     # The slider starts at the last record, which is what one asks about first.
-    return {"data": [*still, *moving], "layout": _layout(history, panels), "frames": frames}
+    return {"data": [*still, *moving], "layout": layout, "frames": frames}
 
 
-def _still_traces(signals: Sequence[SignalPropagation], panels: Sequence[Panel]) -> list[dict[str, Any]]:
+def records_spec(history: SignalHistory) -> dict[str, Any]:
+    """Return what ``records.js`` draws: the same figure without plotly's slider, its records and axes beside it.
+
+    ``records`` are the steps with the curves of each, zeros kept; ``scales`` the vertical axis of each panel for each
+    button of the scale; ``zeros`` whether a panel has values that no logarithmic axis shows; ``moving`` how many of
+    ``data`` come before those that move.
+
+    Args:
+        history: at least one record; more than 200 are thinned out evenly, the first and last kept.
+
+    Raises:
+        ValueError: for a history without records.
+    """
+    if not history:
+        raise ValueError("history: it has no records; start the monitor first")
+    history = history.thinned(MOST_FRAMES)
+    signals, panels = history.signals, panels_of(history.signals)
+    linear = [False] * len(panels)
+    still = _still_traces(signals, panels, linear)
+    scales = []
+    for panel in panels:
+        drawn = {"auto": needs_log(panel, signals), "log": not panel.signed, "linear": False}
+        scales.append({name: _scale(panel, signals, log) for name, log in drawn.items()})
+    zeros = [any(0 in drawn_curve(signal, panel.curve) for signal in signals) for panel in panels]
+    records = [{"step": step, "y": _moving_values(signal, panels, linear)} for step, signal in history]
+    return {
+        "data": [*still, *_moving_traces(signals[-1], panels, linear)],
+        "layout": _layout(signals, panels, below=_LABELS),
+        "moving": len(still),
+        "records": records,
+        "scales": scales,
+        "zeros": zeros,
+    }
+
+
+def records_figure(history: SignalHistory, name: str) -> str:
+    """The HTML of :func:`records_spec`: scale, slider and play as controls, and the place of the figure.
+
+    Args:
+        history: at least one record.
+        name: of the figure among the page's data.
+    """
+    shown = history.thinned(MOST_FRAMES)
+    parts = {
+        "name": name,
+        "scale": SCALE_SWITCH,
+        "step": str(shown.steps[-1]),
+        "last": str(len(shown) - 1),
+        "disabled": " disabled" if len(shown) == 1 else "",
+        "charted": escape(charted(panels_of(shown.signals), [shown.signals[-1]])),
+    }
+    return fill(page_file("records.html"), parts)
+
+
+def _still_traces(
+    signals: Sequence[SignalPropagation], panels: Sequence[Panel], logs: Sequence[bool]
+) -> list[dict[str, Any]]:
     """What does not move: the first record, the expected variance, the reference line."""
     traces = []
     for row, panel in enumerate(panels):
         common = {"type": "scatter", "mode": "lines", "yaxis": f"y{_axis(row)}", "hoverinfo": "skip"}
-        y = _shown(drawn_curve(signals[0], panel.curve), needs_log(panel, signals))
+        y = _shown(drawn_curve(signals[0], panel.curve), logs[row])
         first = {"name": "first record", "legendgroup": "first", "showlegend": row == 0}
         traces.append({**common, **first, "x": _xs(y), "y": y, "line": {"color": _FAINT, "width": 2}})
         expected = _shown(signals[0].curve("expected_var"), log=False)
@@ -101,41 +170,45 @@ def _still_traces(signals: Sequence[SignalPropagation], panels: Sequence[Panel])
     return traces
 
 
-def _moving_traces(signal: SignalPropagation, panels: Sequence[Panel], bare: bool = False) -> list[dict[str, Any]]:
-    """The curves of one record; bare, only what differs from record to record."""
+def _moving_values(
+    signal: SignalPropagation, panels: Sequence[Panel], logs: Sequence[bool]
+) -> list[list[float | None]]:
+    """What moves from record to record: a curve for each panel."""
+    return [_shown(drawn_curve(signal, panel.curve), log) for panel, log in zip(panels, logs, strict=True)]
+
+
+def _moving_traces(signal: SignalPropagation, panels: Sequence[Panel], logs: Sequence[bool]) -> list[dict[str, Any]]:
+    """The curves of one record."""
     traces: list[dict[str, Any]] = []
     names = [signal.entry.name or "(the model)", *(block.name or "(the model)" for block in signal.blocks)]
-    for row, panel in enumerate(panels):
-        y = [value if value is not None and math.isfinite(value) else None for value in signal.curve(panel.curve)]
+    for row, y in enumerate(_moving_values(signal, panels, logs)):
+        color = COLORS[0]
         trace: dict[str, Any] = {"type": "scatter", "x": _xs(y), "y": y}
-        if not bare:
-            color = COLORS[0]
-            trace |= {"mode": "lines+markers", "yaxis": f"y{_axis(row)}", "name": "this step", "showlegend": row == 0}
-            trace |= {"line": {"color": color, "width": 2}, "marker": {"color": color, "size": 5}}
-            trace |= {"legendgroup": "now", "text": [_safe(name) for name in names]}
-            trace["hovertemplate"] = "%{text}<br>%{y:.4g}<extra></extra>"
+        trace |= {"mode": "lines+markers", "yaxis": f"y{_axis(row)}", "name": "this step", "showlegend": row == 0}
+        trace |= {"line": {"color": color, "width": 2}, "marker": {"color": color, "size": 5}}
+        trace |= {"legendgroup": "now", "text": [_safe(name) for name in names]}
+        trace["hovertemplate"] = "%{text}<br>%{y:.4g}<extra></extra>"
         traces.append(trace)
     return traces
 
 
-def _layout(history: SignalHistory, panels: Sequence[Panel]) -> dict[str, Any]:
-    signals, rows = history.signals, len(panels)
-    last = max(len(signal.blocks) for signal in signals)
+def _layout(signals: Sequence[SignalPropagation], panels: Sequence[Panel], below: int) -> dict[str, Any]:
+    """The panels with their axes, and so many pixels below them."""
+    rows, last = len(panels), max(len(signal.blocks) for signal in signals)
     inner = rows * (_PANEL_HEIGHT + _TITLES)
+    told = "" if last <= FEW_BLOCKS else " (leftmost point: the entry)"
     layout: dict[str, Any] = {
-        "height": inner + _SLIDER + 40,
-        "margin": {"l": 64, "r": 16, "t": 40, "b": _SLIDER},
+        "height": inner + below + 40,
+        "margin": {"l": 64, "r": 16, "t": 40, "b": below},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"size": 12, "color": "#808080"},
         "hovermode": "closest",
         "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "yref": "paper", "font": {"size": 12}},
         "annotations": [],
-        "sliders": [_slider(history)],
-        "updatemenus": [_buttons()],
         "xaxis": {
             "anchor": f"y{_axis(rows - 1)}",
-            "title": {"text": x_label(signals), "standoff": 6},
+            "title": {"text": x_label(signals) + told, "standoff": 6},
             "range": [ENTRY_X - 0.3, last - 0.7],
             "labelalias": {"-1": "entry", "\u22121": "entry"},
             "tickformat": "d",
@@ -146,18 +219,19 @@ def _layout(history: SignalHistory, panels: Sequence[Panel]) -> dict[str, Any]:
     }
     for row, panel in enumerate(panels):
         top = 1 - (row * (_PANEL_HEIGHT + _TITLES) + _TITLES) / inner
-        layout[f"yaxis{_axis(row)}"] = _y_axis(panel, signals, [max(0.0, top - _PANEL_HEIGHT / inner), top])
+        axis = {"domain": [max(0.0, top - _PANEL_HEIGHT / inner), top], "gridcolor": _GRID, "nticks": 6}
+        axis |= {"zerolinecolor": _GRID, "exponentformat": "power"}
+        layout[f"yaxis{_axis(row)}"] = axis | _scale(panel, signals, needs_log(panel, signals))
         heading = {"text": f"<b>{panel.title}</b>", "x": 0, "y": top, "xref": "paper", "yref": "paper"}
         heading |= {"xanchor": "left", "yanchor": "bottom", "yshift": 3, "showarrow": False, "font": {"size": 13}}
         layout["annotations"].append(heading)
     return layout
 
 
-def _y_axis(panel: Panel, signals: Sequence[SignalPropagation], domain: list[float]) -> dict[str, Any]:
-    log = needs_log(panel, signals)
+def _scale(panel: Panel, signals: Sequence[SignalPropagation], log: bool) -> dict[str, Any]:
+    """A vertical axis that holds for all records."""
     values = [value for value in finite_values(panel, signals) if value > 0 or not log]
-    axis: dict[str, Any] = {"type": "log" if log else "linear", "domain": domain, "gridcolor": _GRID, "nticks": 6}
-    axis |= {"zerolinecolor": _GRID, "exponentformat": "power"}
+    axis: dict[str, Any] = {"type": "log" if log else "linear", "tickfont": {"size": 10 if log else 12}, "dtick": None}
     if values:
         low, high = limits_of(values, log)
         axis["range"] = [math.log10(low), math.log10(high)] if log else [low, high]
@@ -226,20 +300,22 @@ def write_monitor_report(history: SignalHistory, path: str | Path, *, title: str
     Raises:
         ValueError: for a history without records.
     """
-    spec = slider_spec(history)
+    spec = records_spec(history)
     last = history.signals[-1]
     title = f"{heading_of('Signal', [last])} through training" if title is None else title
     parts = {
         "title": escape(title),
         "measured": "\n  ".join(f'<p class="measured">{escape(line)}</p>' for line in caption_of([last])),
         "records": escape(_records(history)),
+        "records_figure": records_figure(history, "chart"),
+        "rounding": ROUNDED,
         "findings": episodes_list(history),
         "tables": numbers_tables(last),
         "step": str(history.steps[-1]),
         "configuration": signal_settings([last]),
     }
     body = fill(page_file("monitor_page.html"), parts)
-    return write_page(path, title=title, body=body, data={"chart": spec}, script=page_file("figures.js"))
+    return write_page(path, title=title, body=body, data={"chart": spec}, script=figures_script())
 
 
 def _records(history: SignalHistory) -> str:

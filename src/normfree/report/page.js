@@ -25,6 +25,10 @@ const page = (() => {
       };
     },
     onChange: (draw) => [narrow, dark].forEach((query) => query.addEventListener("change", draw)),
-    ready: () => { document.body.dataset.ready = "true"; },
+    // A figure is one thing with a label: a screen reader would read each number at its ticks.
+    ready: (...figures) => {
+      figures.forEach((it) => it.querySelectorAll(".main-svg").forEach((svg) => svg.setAttribute("aria-hidden", "true")));
+      document.body.dataset.ready = "true";
+    },
   };
 })();

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from normfree.common.files import write_atomically
-from normfree.report.panels import is_layerwise, panels_of, shape_text, shorten
+from normfree.report.panels import Panel, is_layerwise, panels_of, shape_text, shorten, x_label
 from normfree.signal.propagation import SEVERITIES, BlockSignal, Curve, Entry, Finding, SignalPropagation
 
 
@@ -46,6 +46,11 @@ def write_page(path: str | Path, *, title: str, body: str, data: Any, script: st
     return write_atomically(path, fill(page_file("page.html"), parts))
 
 
+def figures_script() -> str:
+    """The script of pages whose data are figures, by the names of their elements."""
+    return page_file("records.js") + "\n" + page_file("figures.js")
+
+
 def fill(template: str, parts: Mapping[str, str]) -> str:
     """A template with its ``{{placeholders}}`` filled in.
 
@@ -63,6 +68,22 @@ def script_json(value: Any) -> str:
     """JSON that no HTML parser can mistake for markup, inside a script element."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+SCALE_SWITCH = """<div class="switch" role="group" aria-label="Scale of the vertical axes">
+        <span>Scale</span>
+        <button type="button" id="scale-auto" data-scale="auto" aria-pressed="true">per panel</button>
+        <button type="button" id="scale-log" data-scale="log" aria-pressed="false">log</button>
+        <button type="button" id="scale-linear" data-scale="linear" aria-pressed="false">linear</button>
+      </div>"""
+"""The buttons of a chart with panels; its script reads ``data-scale``."""
+
+
+def charted(panels: Sequence[Panel], signals: Sequence[SignalPropagation]) -> str:
+    """The label of a chart with these panels: what is drawn over what, of which models, and where the numbers are."""
+    titles = ", ".join(panel.title.lower() for panel in panels)
+    names = ", ".join(dict.fromkeys(shorten(signal.model, 48) for signal in signals))
+    return f"Curves over the {x_label(signals)}, of {names}: {titles}. The numbers are in the tables below."
 
 
 def finding_item(finding: Finding, place: str) -> str:

@@ -200,11 +200,11 @@
 
   all("[data-scale]").forEach((it) => it.addEventListener("click", () => { state.scale = it.dataset.scale; draw(); }));
   all("#legend button").forEach((it) => {
-    it.addEventListener("click", () => toggle(+it.dataset.model));
+    it.addEventListener("click", (event) => (event.shiftKey ? isolate : toggle)(+it.dataset.model));
     it.addEventListener("dblclick", () => isolate(+it.dataset.model));
   });
   all(".locate").forEach((it) => it.addEventListener("click", () => locate(it)));
   document.getElementById("reset-view").addEventListener("click", () => { look(null, null); draw(); });
   page.onChange(draw);
-  draw().then(page.ready);
+  draw().then(() => page.ready(chart));
 })();

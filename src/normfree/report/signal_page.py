@@ -14,6 +14,8 @@ from typing import Any
 
 from normfree.report.page import (
     CURVES,
+    SCALE_SWITCH,
+    charted,
     dead_fraction,
     fill,
     finding_item,
@@ -81,7 +83,9 @@ def write_report(
         "measured": "\n  ".join(f'<p class="measured">{escape(line)}</p>' for line in caption_of(signals)),
         "summary": "".join(_verdict(signal, number) for number, signal in enumerate(signals)),
         "legend": "".join(_legend_item(signal, number) for number, signal in enumerate(signals)),
+        "scale": SCALE_SWITCH,
         "key": _key(signals),
+        "charted": escape(charted(panels_of(signals), signals)),
         "gaps": _gaps(signals),
         "findings": "".join(_findings(signal, number) for number, signal in enumerate(signals)),
         "layerwise": layers if any(is_layerwise(signal) for signal in signals) else "",
@@ -141,7 +145,7 @@ def _legend_item(signal: SignalPropagation, number: int) -> str:
     name = escape(shorten(signal.model, 56))
     return (
         f'<button type="button" data-model="{number}" aria-pressed="true" title="{escape(signal.model)} '
-        f'(click: hide or show; double-click: show alone)">{_swatch(number)}<span>{name}</span></button>'
+        f'(click: hide or show; double-click or Shift: show alone)">{_swatch(number)}<span>{name}</span></button>'
     )
 
 

@@ -11,8 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from normfree.report.monitor_page import episodes_list, slider_spec
-from normfree.report.page import fill, flat_settings, page_file, settings_table, write_page
+from normfree.report.monitor_page import ROUNDED, episodes_list, records_figure, records_spec
+from normfree.report.page import figures_script, fill, flat_settings, page_file, settings_table, write_page
 from normfree.report.panels import shorten
 from normfree.signal import SignalHistory
 
@@ -24,9 +24,13 @@ MOST_NAMED = 40
 """Classes whose names stand at the confusion matrix."""
 
 UNRECORDED = "The signal was not recorded: --signal-every 0, or a sharded network."
-RECORDED = (
-    "The first images of the evaluation went through the network every so often: after every block the squared mean, "
-    "the variance, and the variance of the branch before it was scaled and added. Drag the slider, or let it play."
+RECORDED = "Drag the slider, move it by the arrow keys, or let it play."
+READ_SIGNAL = (
+    "The signal: the first images of the evaluation went through the network every so often. After every block the "
+    "panels show the squared mean of the activation, its variance, and the variance of the branch before it was scaled "
+    "and added. The grey line is the first record, and the axes hold for all of them. "
+    f"{ROUNDED} The findings are those that are ill at any step: values that are not finite, a variance that grows "
+    "exponentially with depth, channels no input moves, inputs that become alike, and branches that give nothing."
 )
 
 
@@ -52,19 +56,27 @@ def write_training_report(
         The path.
     """
     figures = curve_figures(training, evaluation)
+    labels = {f"{name}_label": escape(_curves_label(figure)) for name, figure in figures.items()}
     if history:
-        figures["signal"] = slider_spec(history)
-    found = metrics["evaluation"]
+        figures["signal"] = records_spec(history)
+    found, confusion = metrics["evaluation"], ""
     if found is not None:
         figures["confusion"] = confusion_figure(found["confusion"], config["derived"]["classes"])
+        size = f"{len(config['derived']['classes'])} true classes by as many predicted"
+        confusion = f'<div id="confusion" role="figure" aria-label="Confusion matrix: {size}"></div>'
     model, source = config["config"]["model"], config["derived"]["data"]["source"]
     title = f"Training of {shorten(model, 48)} on {shorten(source, 48)}"
     parts = {
         "title": escape(title),
         "described": escape(_described(config, metrics)),
         "figures": _figures(metrics, training),
-        "signal": f"<p>{RECORDED if history else UNRECORDED}</p>",
-        "findings": episodes_list(history) if history else "",
+        "signal": f"<p>{RECORDED if history else UNRECORDED}</p>"
+        + (records_figure(history, "signal") if history else ""),
+        "findings": episodes_list(history) if history else f"<p>{UNRECORDED}</p>",
+        "read_signal": f"<p>{READ_SIGNAL}</p>" if history else "",
+        "confusion": confusion,
+        **labels,
+        "rate_heading": escape(figures["rate"]["layout"]["yaxis"]["title"]["text"]),
         "confused": escape(_confused(found, config["derived"]["classes"])),
         "configuration": settings_table([("value", flat_settings(config))]),
     }
@@ -73,7 +85,7 @@ def write_training_report(
         title=title,
         body=fill(page_file("training_page.html"), parts),
         data=figures,
-        script=page_file("figures.js"),
+        script=figures_script(),
         style=page_file("training_page.css"),
     )
 
@@ -85,21 +97,22 @@ def curve_figures(training: Sequence[Row], evaluation: Sequence[Row]) -> dict[st
     if any(row.get("top5") is not None for row in evaluation):
         accuracy.append(_line("top-5", evaluation, "top5", COLORS[1], 100))
     rate = [_line("learning rate", training, "learning_rate", COLORS[0])]
-    if any(row.get("clip_fraction") is not None for row in training):
+    clips = any(row.get("clip_fraction") is not None for row in training)
+    if clips:
         rate.append(_line("clipped fraction", training, "clip_fraction", COLORS[1]))
     speed = [_line("images / s", training, "images_per_second", COLORS[0])]
     speed.append({**_line("gradient norm", training, "gradient_norm", COLORS[1]), "yaxis": "y2"})
     # Without a format plotly labels what lies between decades by its first digit alone: 6 for 0.006.
-    second = {"overlaying": "y", "side": "right", "type": "log", "tickformat": ".2~g", "showgrid": False}
+    second = {"overlaying": "y", "side": "right", "showgrid": False}
     norms = [value for value in speed[1]["y"] if value > 0]
     decades = math.log10(max(norms) / min(norms)) if norms else 0
-    if decades > 1:  # 1, 2 and 5 of each decade, or whole decades; fewer are for plotly to divide
-        second["dtick"] = "D2" if decades < 3 else math.ceil(decades / 5)
-    second["title"] = {"text": "gradient norm"}
+    if decades > 1:  # 1, 2 and 5 of each decade, or whole decades; within one decade a linear axis has rounder ticks
+        second |= {"type": "log", "tickformat": ".2~g", "dtick": "D2" if decades < 3 else math.ceil(decades / 5)}
+    second["title"] = {"text": f"gradient norm{', log scale' if decades > 1 else ''}"}
     return {
         "loss": {"data": loss, "layout": _layout("Loss, nats")},
         "accuracy": {"data": accuracy, "layout": _layout("Accuracy, %")},
-        "rate": {"data": rate, "layout": _layout("Learning rate and clipping")},
+        "rate": {"data": rate, "layout": _layout("Learning rate and clipped fraction" if clips else "Learning rate")},
         "speed": {"data": speed, "layout": {**_layout("Images per second"), "yaxis2": second}},
     }
 
@@ -117,19 +130,26 @@ def confusion_figure(confusion: Sequence[Sequence[int]], names: Sequence[str]) -
         "zmax": 1,
         "colorscale": [[0, "rgba(11,111,184,0.04)"], [0.02, "rgba(11,111,184,0.25)"], [1, "rgb(11,111,184)"]],
         "hovertemplate": "true %{y}, predicted %{x}: %{customdata} (%{z:.1%})<extra></extra>",
-        "colorbar": {"tickformat": ".0%", "thickness": 12},
+        "colorbar": {"tickformat": ".0%", "thickness": 12, "orientation": "h", "y": 1, "yanchor": "bottom", "len": 0.5},
         "xgap": 1 if few else 0,
         "ygap": 1 if few else 0,
     }
     if few:
         trace |= {"x": labels, "y": labels}
-    axis = {"type": "category", "tickangle": 0} if few else {}
+    axis = {"showgrid": False} | ({"type": "category", "tickangle": 0} if few else {})
     layout = _layout("")
     layout |= {"height": 560, "showlegend": False}
     layout["xaxis"] = {**axis, "title": {"text": "predicted class"}, "constrain": "domain"}
     layout["yaxis"] = {**axis, "title": {"text": "true class"}, "autorange": "reversed", "automargin": True}
     layout["yaxis"] |= {"scaleanchor": "x", "constrain": "domain"}
     return {"data": [trace], "layout": layout}
+
+
+def _curves_label(figure: Mapping[str, Any]) -> str:
+    """What a figure of curves shows, with the last value of each, for who does not see it."""
+    last = [f"{trace['name']} {trace['y'][-1]:.4g} in the end" for trace in figure["data"] if trace["y"]]
+    title = figure["layout"]["yaxis"]["title"]["text"]
+    return f"{title}, over the optimizer step: {', '.join(last) or 'no values'}"
 
 
 def _line(name: str, rows: Sequence[Row], column: str, color: str, factor: float = 1) -> dict[str, Any]:
