@@ -28,7 +28,9 @@ def on_files(files: Files, config: Any) -> Files:
     for path in sorted((ROOT / "docs").glob("**/*.ipynb")):
         page = path.relative_to(ROOT / "docs").with_suffix(".md").as_posix()
         download = f'<a href="{path.name}" download>Download this notebook</a>'
-        files.append(File.generated(config, page, content=f"{executed(path.read_text())}\n\n{download}\n"))
+        # Its tables need the room of the contents, of which a notebook has none.
+        content = f"---\nhide: [toc]\n---\n\n{executed(path.read_text())}\n\n{download}\n"
+        files.append(File.generated(config, page, content=content))
     for path in sorted([*ROOT.glob("results/**/*.md"), *ROOT.glob("results/**/*.png"), ROOT / "CHANGELOG.md"]):
         if "runs" in path.parts:
             continue

@@ -2,8 +2,9 @@
 (() => {
   const { css, narrow } = page;
 
-  function dress(layout) {
+  function dress(layout, place) {
     Object.assign(layout, page.style());
+    if (layout.yaxis.scaleanchor) layout.height = Math.min(560, place.clientWidth + 110); // as high as wide, and its bar
     (layout.annotations ?? []).forEach((it) => { it.font = { ...it.font, color: css("--ink") }; });
     return layout;
   }
@@ -13,8 +14,8 @@
     const place = document.getElementById(name);
     places.push(place);
     if (figure.records) return drawRecords(place, figure, dress);
-    page.onChange(() => Plotly.relayout(place, dress(structuredClone(place.layout))));
-    return Plotly.newPlot(place, figure.data, dress(figure.layout), page.config());
+    page.onChange(() => Plotly.relayout(place, dress(structuredClone(place.layout), place)));
+    return Plotly.newPlot(place, figure.data, dress(figure.layout, place), page.config());
   });
   Promise.all(drawn).then(() => page.ready(...places));
 })();

@@ -70,7 +70,7 @@ def table_html(
     noted = "".join(f"<li>{escape(note)}</li>" for note in [*notes, *left_out])
     head = "".join(f"<th scope=col class=text>{escape(one)}</th>" for one in heads)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in shown)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    table = f"<table class=numbers><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">{table}</div>'
     opened = " open" if len(rows) <= FEW_ROWS else ""
     folded = f"<details{opened}><summary>{len(rows)} {escape(label)}</summary>{scroll}</details>"

@@ -163,7 +163,7 @@ def _table(
             f"<td class=text>{shape_text(point.shape)}</td><td>{point.channel_axis}</td>{numbers}"
             f"<td>{dead}</td><td class=text>{escape(remarks(point))}</td></tr>"
         )
-    table = f"<table><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table>"
+    table = f"<table class=numbers><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table>"
     scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(summary)}">{table}</div>'
     return f"<details><summary>{escape(summary)}</summary>{scroll}</details>"
 
@@ -214,7 +214,7 @@ def settings_table(columns: Sequence[tuple[str, Mapping[str, str]]]) -> str:
     for name in names:
         cells = "".join(f"<td>{escape(shorten(column.get(name, ''), 400))}</td>" for _, column in columns)
         body += f"<tr><th scope=row>{escape(name)}</th>{cells}</tr>"
-    table = f"<table>{head}<tbody>{body}</tbody></table>"
+    table = f"<table class=numbers>{head}<tbody>{body}</tbody></table>"
     scroll = f'<div class="scroll settings" tabindex="0" role="region" aria-label="Configuration">{table}</div>'
     return f"<details><summary>{len(names)} settings</summary>{scroll}</details>"
 

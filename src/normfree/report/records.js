@@ -17,7 +17,8 @@ function drawRecords(place, figure, dress) {
       const scale = `${axis(at).type}${page.narrow.matches ? "" : " scale"}${zeros ? (page.narrow.matches ? ", no 0" : ", zeros not drawn") : ""}`;
       made.annotations[at].text += `  <span style="color:${page.css("--muted")}">${scale}</span>`;
     });
-    return Object.assign(dress(made), { uirevision: state.scale });
+    if (page.narrow.matches) Object.assign(made.margin, { l: 46, r: 8 });
+    return Object.assign(dress(made, place), { uirevision: state.scale });
   }
 
   function draw() {

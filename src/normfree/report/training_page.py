@@ -102,11 +102,13 @@ def curve_figures(training: Sequence[Row], evaluation: Sequence[Row]) -> dict[st
         rate.append(_line("clipped fraction", training, "clip_fraction", COLORS[1]))
     speed = [_line("images / s", training, "images_per_second", COLORS[0])]
     speed.append({**_line("gradient norm", training, "gradient_norm", COLORS[1]), "yaxis": "y2"})
-    # Without a format plotly labels what lies between decades by its first digit alone: 6 for 0.006.
-    second = {"overlaying": "y", "side": "right", "showgrid": False}
+    # Plotly would set the ticks of a second axis level with those of the first, at whatever numbers lie there.
+    second = {"overlaying": "y", "side": "right", "showgrid": False, "tickmode": "auto", "automargin": True}
     norms = [value for value in speed[1]["y"] if value > 0]
     decades = math.log10(max(norms) / min(norms)) if norms else 0
-    if decades > 1:  # 1, 2 and 5 of each decade, or whole decades; within one decade a linear axis has rounder ticks
+    # 1, 2 and 5 of each decade, or whole decades; within one decade a linear axis has rounder ticks. Without a format
+    # plotly labels what lies between decades by its first digit alone: 6 for 0.006.
+    if decades > 1:
         second |= {"type": "log", "tickformat": ".2~g", "dtick": "D2" if decades < 3 else math.ceil(decades / 5)}
     second["title"] = {"text": f"gradient norm{', log scale' if decades > 1 else ''}"}
     return {
@@ -171,7 +173,7 @@ def _layout(title: str) -> dict[str, Any]:
     axis = {"gridcolor": GRID, "zerolinecolor": GRID}
     return {
         "height": 300,
-        "margin": {"l": 60, "r": 56, "t": 30, "b": 44},
+        "margin": {"l": 60, "r": 16, "t": 30, "b": 44},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"size": 12},
