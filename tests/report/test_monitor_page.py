@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 import sys
 from dataclasses import replace
 
@@ -116,35 +115,78 @@ def becomes(page, expression, value):
     return False
 
 
-@pytest.mark.browser
-@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (400, "dark")])
-def test_in_a_browser_the_slider_moves_the_curves(tmp_path, width, scheme):
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is missing")
-    playwright = pytest.importorskip("playwright.sync_api")
+VARIANCE = "chart.data.find(t => t.name === 'this step' && t.yaxis === 'y2').y"
+SQUARED = "chart.data.find(t => t.name === 'this step' && t.yaxis === 'y').y"
+HEADINGS = "[...document.querySelectorAll('#chart .annotation')].map(it => it.textContent.replaceAll('\\u00a0', ' '))"
+
+
+@pytest.fixture
+def opened(browser, tmp_path, request):
+    """The page of HISTORY at a width and in a scheme, where it must stay silent."""
+    width, scheme = request.param
     path, noise = HISTORY.to_html(tmp_path / "signal.html"), []
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        page.on("pageerror", lambda error: noise.append(str(error)))
-        page.on("console", lambda message: noise.append(message.text))
-        page.on("request", lambda request: noise.append(request.url))
-        page.goto(path.as_uri())
-        page.wait_for_selector("body[data-ready]", timeout=30_000)
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        buttons = "[...document.querySelectorAll('.modebar-btn')].map(button => button.dataset.title)"
-        assert not any("cloud" in title.lower() for title in page.evaluate(buttons))
-        ticks = "[...document.querySelectorAll('.xtick text')].map(tick => tick.textContent)"
-        assert page.evaluate(ticks) == ["entry", "0", "1", "2"]
-        variance = "chart.data.find(t => t.name === 'this step' && t.yaxis === 'y2').y"
-        assert page.evaluate(variance) == [1, 1, 2, 4]
-        page.locator(".slider-group").scroll_into_view_if_needed()
-        rail = page.locator(".slider-rail-touch-rect").bounding_box()
-        page.mouse.click(rail["x"] + rail["width"] / 2, rail["y"] + rail["height"] / 2)
-        assert becomes(page, f"{variance}[3]", 400)
-        assert "step 50" in page.locator(".slider-group").text_content()
-        page.get_by_text("Play", exact=True).click()
-        assert becomes(page, f"{variance}[3]", 4)
-        browser.close()
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.on("pageerror", lambda error: noise.append(str(error)))
+    page.on("console", lambda message: noise.append(message.text))
+    page.on("request", lambda request: noise.append(request.url))
+    page.goto(path.as_uri())
+    page.wait_for_selector("body[data-ready]", timeout=30_000)
+    yield page
+    page.close()
     assert [line for line in noise if not line.startswith((path.as_uri(), "data:", "blob:"))] == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("opened", [(1400, "light"), (400, "dark")], indirect=True)
+def test_in_a_browser_keys_and_play_move_the_curves(opened):
+    page = opened
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    buttons = "[...document.querySelectorAll('.modebar-btn')].map(button => button.dataset.title)"
+    assert not any("cloud" in title.lower() for title in page.evaluate(buttons))
+    ticks = "[...document.querySelectorAll('.xtick text')].map(tick => tick.textContent)"
+    assert page.evaluate(ticks) == ["entry", "0", "1", "2"]
+    assert page.evaluate(VARIANCE) == [1, 1, 2, 4]
+    slider = page.get_by_role("slider", name="Record")
+    slider.press("ArrowLeft")
+    assert becomes(page, VARIANCE, [1, 1, 20, 400])
+    assert page.locator("#step").text_content() == slider.get_attribute("aria-valuetext") == "step 50"
+    slider.press("Home")
+    assert becomes(page, f"{VARIANCE}[2]", 1.1) and page.locator("#step").text_content() == "step 0"
+    page.get_by_role("button", name="Play").press("Enter")
+    assert becomes(page, VARIANCE, [1, 1, 2, 4])
+    assert page.locator("#step").text_content() == "step 100" and page.locator("#play").text_content() == "Play"
+    told = page.evaluate("() => [1, 2].map(() => { play.click(); return play.textContent; })")
+    assert told == ["Pause", "Play"] and page.locator("#step").text_content() == "step 0"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("opened", [(1400, "light")], indirect=True)
+def test_in_a_browser_the_scale_is_chosen_and_told(opened):
+    page = opened
+    scales = "['yaxis', 'yaxis2', 'yaxis3'].map(name => chart._fullLayout[name].type)"
+    for name, expected in (("auto", ["linear", "log", "linear"]), ("log", ["log"] * 3), ("linear", ["linear"] * 3)):
+        page.locator(f"#scale-{name}").press("Enter")
+        assert becomes(page, scales, expected)
+        assert [text.split("  ")[1].split()[0] for text in page.evaluate(HEADINGS)] == expected
+        assert page.locator("[data-scale][aria-pressed=true]").get_attribute("id") == f"scale-{name}"
+    low, high = page.evaluate("chart._fullLayout.yaxis2.range")
+    assert low <= 0 and high > 400  # of all records, the shown one ends at 4
+
+
+@pytest.mark.browser
+def test_rounding_noise_is_zero_on_the_page_and_in_the_figure(browser, tmp_path):
+    steady = signal_of(2.0)
+    noisy = replace(steady.blocks[1], avg_channel_sq_mean=1e-13)
+    other = replace(steady.blocks[2], avg_channel_sq_mean=1.0)
+    history = SignalHistory([(0, steady), (1, replace(steady, blocks=(steady.blocks[0], noisy, other)))])
+    figure = history.figure()
+    drawn = next(trace for trace in figure.data if trace.name == "this step" and trace.yaxis == "y")
+    assert figure.layout.yaxis.type == "linear" and list(drawn.y) == [0.02, 0.01, 0.0, 1.0]
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.goto(history.to_html(tmp_path / "signal.html").as_uri())
+    page.wait_for_selector("body[data-ready]", timeout=30_000)
+    assert page.evaluate(SQUARED) == [0.02, 0.01, 0, 1]
+    page.locator("#scale-log").click()
+    assert becomes(page, SQUARED, [0.02, 0.01, None, 1])
+    assert "zeros not drawn" in page.evaluate(HEADINGS)[0] and "zeros" not in page.evaluate(HEADINGS)[1]
+    page.close()

@@ -14,8 +14,10 @@
     const place = document.getElementById(name);
     places.push(place);
     if (figure.records) return drawRecords(place, figure, dress);
-    page.onChange(() => Plotly.relayout(place, dress(structuredClone(place.layout), place)));
-    return Plotly.newPlot(place, figure.data, dress(figure.layout, place), page.config());
+    // From its first layout: that of the place has sizes of the window as it was.
+    const draw = () => Plotly.react(place, figure.data, { ...dress(structuredClone(figure.layout), place), uirevision: true }, page.config());
+    page.onChange(draw);
+    return draw();
   });
   Promise.all(drawn).then(() => page.ready(...places));
 })();
