@@ -156,7 +156,7 @@ def test_no_page_offers_to_upload_its_figure() -> None:
     """Plotly's default buttons have one that sends the figure to its cloud; ours are named one by one."""
     script = page_file("page.js")
     assert 'modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]]' in script
-    for name in ("signal_page.js", "figures.js"):
+    for name in ("signal_page.js", "figures.js", "records.js"):
         assert "page.config()" in page_file(name)
 
 
