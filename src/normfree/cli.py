@@ -167,7 +167,26 @@ def _completion(words: list[str]) -> str:
     with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
         tyro.extras.subcommand_cli_from_dict(commands, prog="normfree", args=[COMPLETION, shell])
     # The script tells candidates apart by lines, and a help of several lines would be several of them.
-    return re.sub(r"^.*COMPLETION_SPEC = .*$", lambda line: re.sub(r"\\+n", " ", line[0]), told.getvalue(), flags=re.M)
+    script = re.sub(
+        r"^.*COMPLETION_SPEC = .*$", lambda line: re.sub(r"\\+n", " ", line[0]), told.getvalue(), flags=re.M
+    )
+    for before, after in (_FILES, *(_FILES_IN_BASH if shell == "bash" else ())):
+        assert before in script, f"tyro's completion for {shell} has no line {before!r}"
+        script = script.replace(before, after)
+    return script
+
+
+_OUTPUT = "    # Output one completion per line.\n"
+_FILES = (
+    _OUTPUT,
+    "    if not completions and not ''.join(words[current_index : current_index + 1]).startswith('-'):\n"
+    f"        completions = ['__TYRO_COMPLETE_FILES__']\n{_OUTPUT}",
+)
+"""Where no command or choice fits, a model, a run or a file is meant: its name is completed."""
+_FILES_IN_BASH = (
+    ('COMPREPLY=($(compgen -f -- "$cur"))', "COMPREPLY=()"),  # and by readline, which knows of folders and of spaces
+    ("complete -F _tyro", "complete -o bashdefault -o default -F _tyro"),
+)
 
 
 @dataclass(frozen=True)

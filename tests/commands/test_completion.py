@@ -1,6 +1,9 @@
 """Completion in a shell: commands, recipes, options and their choices, and nothing else."""
 
 import ast
+import contextlib
+import os
+import pty
 import re
 import shutil
 import subprocess
@@ -25,7 +28,18 @@ ASKED = {
     "normfree train cifar --log ": {"tensorboard", "wandb", "mlflow"},
     "normfree evaluate runs/x --sp": {"--split"},
     "normfree nowhere --sp": set(),
+    "normfree spp none-such": set(),
 }
+
+FILES = {
+    "normfree spp myn": "mynet.py",
+    "normfree evaluate ru": "runs/",
+    "normfree export runs/di": "runs/digits/",
+    "normfree train cifar --config pe": "pets.yaml",
+    "normfree convert mynet.py:net --weights my\\ w": "my\\ weights.pth",
+    "normfree predict 'my w": "my\\ weights.pth",
+}
+"""What is typed, and what its last word is then."""
 
 CALL = """
 source "$1"
@@ -44,7 +58,6 @@ done
 @pytest.fixture(scope="module")
 def scripts():
     """What is printed for each shell."""
-    import contextlib
     import io
 
     printed = {}
@@ -65,6 +78,42 @@ def test_bash_completes(scripts, tmp_path):
     assert len(lines) == len(ASKED)
     for line, (asked, expected) in zip(lines, ASKED.items(), strict=True):
         assert {word for word in line.split("|") if word} == expected, asked
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize("typed", FILES)
+def test_bash_completes_files(typed, scripts, tmp_path):
+    """In a real shell, at a terminal, with the key."""
+    (tmp_path / "script").write_text(scripts["bash"])
+    home = tmp_path / "home"
+    (home / "runs" / "digits").mkdir(parents=True)
+    for name in ("mynet.py", "pets.yaml", "my weights.pth"):
+        (home / name).touch()
+    shell, terminal = pty.fork()
+    if not shell:
+        os.chdir(home)
+        os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
+    try:
+        setup = f"bind 'set bell-style none'; normfree() {{ printf '<%q>' \"$@\"; echo; }}; source {tmp_path}/script\n"
+        os.write(terminal, setup.encode())
+        os.write(terminal, f"{typed}\t\nexit\n".encode())
+        told = b""
+        with contextlib.suppress(OSError):  # of a terminal whose shell has ended
+            while chunk := os.read(terminal, 4096):
+                told += chunk
+    finally:
+        os.close(terminal)
+        os.waitpid(shell, 0)
+    words = re.findall(r"<([^<>\r\n]+)>", told.decode())
+    assert words[-1] == FILES[typed], told.decode()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_every_script_asks_for_files_where_nothing_else_fits(shell, scripts):
+    assert (
+        len(re.findall(r"if not completions and .*\n +completions = \['__TYRO_COMPLETE_FILES__'\]", scripts[shell]))
+        == 1
+    )
 
 
 @pytest.mark.parametrize("shell", SHELLS)
