@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from normfree.export import Difference, Exported, formats, to_onnx, to_program
+from normfree.export import Difference, Exported, exported, to_onnx, to_program
 from normfree.export.exported import PROGRAM, Format, export
 from normfree.nn import ScaledConv2d
 
@@ -260,7 +260,7 @@ def test_other_precisions(tmp_path, linear):
 
 
 def test_large_weights_go_to_a_second_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "ONE_FILE", 16)
+    monkeypatch.setattr(exported, "ONE_FILE", 16)
     model, x, path = nn.Linear(100, 3), torch.randn(2, 100), tmp_path / "m.onnx"
     result = to_onnx(model, x, path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from normfree.signal import KINDS, BlockSignal, Entry, SignalPropagation, spp
-from normfree.signal import gradient_rules as rules
+from normfree.signal import gradients as rules
 
 
 def signal(

@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from normfree.weights import restricted
+from normfree.weights import haiku
 from normfree.weights.haiku import read_pickle
 
 
@@ -157,12 +157,12 @@ def test_attacks_are_refused_and_not_run(tmp_path, sentinel, extension, name):
 
 
 def test_stand_ins_are_inert_without_the_check_of_opcodes(tmp_path, sentinel, monkeypatch):
-    monkeypatch.setattr(restricted, "_check_opcodes", lambda content: None)
+    monkeypatch.setattr(haiku, "_check_opcodes", lambda content: None)
     for name, content in attacks(sentinel).items():
         if name != "extension":  # comes without a look-up when Python's cache is primed: the check is for that
             refused(written(tmp_path, content))
             assert not sentinel.exists(), name
-    assert not hasattr(restricted._NDARRAY, "__dict__")
+    assert not hasattr(haiku._NDARRAY, "__dict__")
 
 
 def test_the_reason_is_said(tmp_path):

@@ -201,6 +201,7 @@ def check_loggers(names: Sequence[str]) -> None:
     Raises:
         ImportError: naming it.
     """
+    __tracebackhide__ = True
     for name in names:
         required(LOGGER_PACKAGES[name], f"--log {name}")
 
