@@ -18,6 +18,7 @@ from normfree.train import RECIPES, NonFiniteLossError, train
 from normfree.train.config import from_dict
 from normfree.train.records import read_rows
 from normfree.train.trained import open_trained, weights_of
+from normfree.train.trainer import Trainer
 
 QUICK = {"average_decay": None, "checkpoint_every": None}
 
@@ -187,6 +188,23 @@ def test_a_loss_that_is_not_finite_names_the_module_and_spares_the_checkpoint(tm
     skipped = train(dataclasses.replace(huge, on_nonfinite="skip", limit_train_steps=6, limit_eval_steps=1))
     assert skipped.metrics["skipped_steps"] > 0
     assert skipped.metrics["step"] == 6
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_skipped_step_leaves_nothing_behind(centred, tmp_path, monkeypatch):
+    """Neither in running statistics nor in the input means of centred weights."""
+    prepare = Trainer.prepare
+
+    def spoil(self, batch, number):
+        images, targets = prepare(self, batch, number)
+        if self.step == 1:
+            images[0, 0, 0, 0] = math.inf
+        return images, targets
+
+    monkeypatch.setattr(Trainer, "prepare", spoil)
+    options = {"model": f"{MODEL},centred={centred}", "on_nonfinite": "skip", "limit_train_steps": 4, **QUICK}
+    metrics = train(tiny(tmp_path / "run", **options)).metrics
+    assert metrics["skipped_steps"] == 1 and metrics["step"] == 4
 
 
 def test_gradients_that_are_finite_may_have_no_finite_norm(tmp_path, monkeypatch):

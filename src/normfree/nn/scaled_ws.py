@@ -1,13 +1,14 @@
 """Layers with scaled weight standardization: convolutions and linear layers whose weight is standardized before use.
 
-    y = alpha * s * (op(x, c * What) + b) = op(x, alpha * s * c * What) + alpha * s * b
-    What_i = g_i * (W_i - mean(W_i)) * rsqrt(max(N * var(W_i), 1e-4)) + m_i / sqrt(N)
+    y = alpha * s * (op(x, What) + b) = op(x, alpha * s * What) + alpha * s * b
+    What_i = c * k * g_i * (W_i - mean(W_i)) * rsqrt(max(N * var(W_i), 1e-4)) + m_i / sqrt(N)
 
 op      the convolution or the matrix product
 W_i     filter i: the N = fan-in weights that feed output i; :class:`WeightLayout` says where they lie
 g       ``gain``, learnable, one per filter, starts at 1
 m       ``kept_mean``, learnable, one per filter; only in the ``KeptMean`` layers, which conversion makes
 c       ``input_scale``, the constant factor of the layer's input (gamma / beta)
+k       ``WeightLayout.factor``: 1, unless the forward itself multiplies its weight by a constant
 alpha   constant factor of the output, where the layer ends a residual branch
 s       ``skip_gain``, learnable, one number, where the layer ends a residual branch
 
@@ -242,7 +243,7 @@ torch.fx.wrap("standardize")  # one node of a symbolic trace, for it asks for di
 
 
 def on_gpu(weight: Tensor) -> bool:
-    """Return whether a weight lies where starting an operation takes longer than the operation."""
+    """Return whether a weight is on a GPU, where an operation of its size takes less time than its launch."""
     return weight.is_cuda
 
 

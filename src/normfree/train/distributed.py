@@ -134,8 +134,8 @@ def _fabric_strategy(strategy: str, world_size: int) -> Any:
 def shard(model: nn.Module, mesh: Any) -> nn.Module:
     """Shard a network, block by block: one block at a time is gathered whole.
 
-    Scalars, such as skip gains, cannot be sharded: every rank keeps them, and ``ShardedStates.gradient_norm`` averages
-    their gradients.
+    Scalars, such as skip gains, cannot be sharded: every rank keeps them, and their gradients are averaged by
+    ``ShardedStates.average_scalar_gradients``.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -174,8 +174,11 @@ class WholeStates:
         """Return parameter groups whose tensors are of one kind each, as fused updates need them."""
         return groups
 
+    def average_scalar_gradients(self, network: nn.Module) -> None:
+        """Average over the ranks those gradients that the strategy does not; here there are none."""
+
     def gradient_norm(self, network: nn.Module) -> Tensor:
-        """Return the Euclidean norm of the whole gradient, 0-d, once all ranks' gradients are one."""
+        """Return the Euclidean norm of the whole gradient, 0-d; the gradients are the same on all ranks by then."""
         return get_total_norm([p.grad for p in network.parameters() if p.grad is not None], foreach=True)
 
 
@@ -218,19 +221,27 @@ class ShardedStates(WholeStates):
             halves += [{**group, "params": params, "name": name} for params, name in named if params]
         return halves
 
-    def gradient_norm(self, network: nn.Module) -> Tensor:
-        gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-        scalars = [gradient for gradient in gradients if gradient.ndim == 0]
-        norm = get_total_norm([gradient for gradient in gradients if gradient.ndim > 0], foreach=True)
-        norm = norm.full_tensor()  # type: ignore[attr-defined]
-        if not scalars:
-            return norm
-        mean = torch.stack(scalars)  # FSDP leaves them to us: one all-reduce for all
+    def average_scalar_gradients(self, network: nn.Module) -> None:
+        """Average the gradients of scalars, which every rank keeps whole and FSDP does not average: one all-reduce."""
+        if not (scalars := _gradients(network, scalars=True)):
+            return
+        mean = torch.stack(scalars)
         torch.distributed.all_reduce(mean)
         mean /= torch.distributed.get_world_size()
         for gradient, value in zip(scalars, mean.unbind(), strict=True):
             gradient.copy_(value)
-        return torch.hypot(norm, mean.norm())
+
+    def gradient_norm(self, network: nn.Module) -> Tensor:
+        norm = get_total_norm(_gradients(network, scalars=False), foreach=True)
+        norm = norm.full_tensor()  # type: ignore[attr-defined]
+        scalars = _gradients(network, scalars=True)
+        return torch.hypot(norm, torch.stack(scalars).norm()) if scalars else norm
+
+
+def _gradients(network: nn.Module, *, scalars: bool) -> list[Tensor]:
+    """The gradients of a network's scalars, or of all else."""
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    return [gradient for gradient in gradients if (gradient.ndim == 0) == scalars]
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:

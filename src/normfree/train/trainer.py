@@ -585,6 +585,7 @@ class Trainer:
                 loss = self.criterion(model(images), targets) / len(batches)
                 fabric.backward(loss)
             losses.append(loss.detach())
+        self.states.average_scalar_gradients(self.network)
         outcome = self._reduce(torch.stack(losses).sum(), rate)
         if outcome.finite:
             if (largest := config.optimizer.clip_norm) is not None:
@@ -603,6 +604,8 @@ class Trainer:
             self.skipped += 1
             for buffer, before in zip(self.network.buffers(), buffers, strict=True):
                 buffer.copy_(before)
+            if self.centring is not None:
+                self.centring.forget()
         optimizer.zero_grad()
         self.step += 1
         return outcome
