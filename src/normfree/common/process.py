@@ -20,7 +20,7 @@ import torch
 from normfree.common.text import one_line
 
 LONGEST_TURN = 600.0
-"""Seconds that a thread waits for one turn of another before it is told: were they to wait for each other, for ever."""
+"""Seconds that a thread waits for one turn of another before it is an error: the two may be in a deadlock."""
 
 
 POLL = 0.005
@@ -99,7 +99,7 @@ class Kept(Protocol):
 
 
 def put_back_all(kept: Iterable[Kept]) -> list[str]:
-    """Put back each, whatever becomes of the others; return the names of those that failed, with their reasons.
+    """Put back each, even if others fail; return the names of those that failed, with their reasons.
 
     An interrupt (Ctrl-C) waits until all is back.
     """

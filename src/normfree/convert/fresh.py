@@ -371,7 +371,7 @@ def _after(step: Step, variance: Mapping[Node, float], flow: Dataflow, *, throug
         sizes = [math.prod(flow.shapes[node]) for node in step.inputs]
         return sum(size * value for size, value in zip(sizes, known, strict=True)) / sum(sizes)
     factors = factors_of(step)
-    if factors is None or len(factors) != len(step.inputs) or len({flow.shapes[node] for node in step.inputs}) > 1:
+    if factors is None or len({flow.shapes[node] for node in step.inputs}) > 1:
         return None
     if len(factors) != len(step.inputs):  # a constant is added, which moves the mean: what follows is measured
         return None

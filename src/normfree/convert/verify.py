@@ -165,7 +165,7 @@ def change_by_others(model: nn.Module, batch: Batch) -> float | None:
         try:
             made = run_prepared(model, each, mode="train")
             outputs.append([t[:1].clone() for t in made if t.dim() and len(t) == examples])
-        except Exception:  # whatever a stranger's forward raises
+        except Exception:  # of any kind: the forward is the user's
             return None
     pairs = [(a, b) for a, b in zip(*outputs, strict=False) if a.shape == b.shape]
     changes = [_relative(a, b) for a, b in pairs if _differs(a, b, LEAST_LEAK)]

@@ -38,7 +38,7 @@ def standardize_natively(weight: Tensor, gain: Tensor, scale: float) -> Tensor:
         return standardize_natively(weight.float(), gain.float(), scale).to(weight.dtype)
     if in_forward_mode() or (is_jit_tracing() and torch.onnx.is_in_onnx_export()):
         return standardize_by_equation(weight, gain, scale)
-    # Moments do not mind the order within a row: reading channels last keeps that layout without a copy.
+    # Moments do not depend on the order within a row: reading channels last keeps that layout without a copy.
     last = weight.dim() == 4 and not weight.is_contiguous()
     ordered = weight.permute(0, 2, 3, 1) if last else weight
     rows = ordered.flatten(1)

@@ -274,7 +274,7 @@ class Measurement:
         self.examples += examples_in(batch) or 0
 
     def _wake(self, names: Sequence[str]) -> None:
-        """Set the zero gains that silence a branch to one; the keeper puts them back."""
+        """Set the zero gains that silence a branch to one; ``preserved`` restores them."""
         for name in names:
             gain = self.model.get_parameter(name)
             self.preserved.before_writing(gain)

@@ -187,7 +187,7 @@ class Recorder(TorchDispatchMode):
         """An activation is about to be read."""
 
     def on_axis(self, x: Tensor) -> None:
-        """A convolution has told which axis of ``x`` holds the channels."""
+        """Called when a convolution has shown which axis of ``x`` holds the channels."""
 
     def on_addition(self, found: Residual, operands: Sequence[Tensor], run: Callable[[], Tensor]) -> Tensor:
         """A residual addition is about to run; the answer must be what ``run`` returns."""

@@ -197,7 +197,7 @@ class CheckpointStore:
         remove_stale(self.folder, locked=True)
 
     def _rename(self, source: Path, target: Path) -> None:
-        """Rename a folder; one of that name steps aside first, and is removed."""
+        """Rename a folder; an existing one of that name is moved away first, and removed."""
         aside = temporary_path(target)
         if target.exists():
             os.replace(target, aside)

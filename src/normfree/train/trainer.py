@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COMPILED_ON = ("cuda",)
-"""Devices on which a network is compiled by default: kernels are short beside their launch there."""
+"""Devices on which a network is compiled by default: kernel launches take longer than the kernels there."""
 
 PROBE = 16
 """Images that the signal is recorded with."""
@@ -124,7 +124,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Summary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What came of a run, as ``metrics.json`` has it.
+    """The result of a run, as ``metrics.json`` has it.
 
     Attributes:
         folder: of the run.
@@ -168,7 +168,7 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a step.
+    """The result of a step.
 
     Attributes:
         loss: mean over the batch of all ranks, in nats.
@@ -298,7 +298,7 @@ class Trainer:
 
     @property
     def sharded(self) -> bool:
-        """Whether a rank has but a part of the network."""
+        """Whether a rank holds a shard of the network only."""
         return isinstance(self.states, ShardedStates)
 
     @property
@@ -357,8 +357,8 @@ class Trainer:
     def _compile(self) -> nn.Module | None:
         """Compile the network, if that is asked for or pays; None where it is trained as it is.
 
-        It has taken a batch forward and backward before it is given back, for torch compiles at the first call; what
-        that left in the network is undone.
+        One forward and one backward pass run first, for torch compiles at the first call; what they left in the network
+        is undone.
 
         Raises:
             ValueError: compilation is asked for and fails.
@@ -906,7 +906,7 @@ def diagnose_nonfinite(trainer: Trainer, batches: Sequence[Batch], loss: float) 
 
 
 def _find_nonfinite(trainer: Trainer, batch: Batch) -> str | None:
-    """Say what of a batch's way to the loss is not finite, first."""
+    """Return in words the first value between a batch and its loss that is not finite."""
     images, targets = batch
     if bad := int((~torch.isfinite(images)).sum()):
         return f"the images themselves have {bad} values that are not finite"
