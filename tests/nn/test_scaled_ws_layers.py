@@ -162,3 +162,24 @@ def test_units_are_constants_and_the_map_behind_them_learns_as_behind_a_norm():
     torch.testing.assert_close(units(x), norm(x), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(units[1].weight.grad, norm.weight.grad, rtol=1e-2, atol=1e-2)
     assert set(units.state_dict()) == {"0.mean", "0.deviation", "1.weight", "1.bias"}
+
+
+CHECKED = {
+    "ScaledConv2d": (3, 4, 3),
+    "ScaledWSConv1d": (3, 4, 3),
+    "ScaledWSConv2d": (3, 4, 3),
+    "ScaledWSConv3d": (3, 4, 3),
+    "ScaledWSConvTranspose2d": (3, 4, 3),
+    "ScaledWSLinear": (3, 4),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_factors_are_checked_and_shown(name):
+    layer = getattr(ours, name)
+    for value in (math.nan, math.inf, "x", None):
+        with pytest.raises(ValueError, match=r"^input_scale=.*finite number"):
+            layer(*CHECKED[name], input_scale=value)
+    shown = repr(layer(*CHECKED[name], input_scale=1.7, alpha=0.2, skip_gain=0.0))
+    assert "input_scale=1.7, alpha=0.2, skip_gain)" in shown
+    assert "input_scale" not in repr(layer(*CHECKED[name]))

@@ -239,3 +239,9 @@ def test_a_module_to_hold_the_averages_can_be_given():
     assert average.module is other and torch.equal(other.weight, model.weight)
     with pytest.raises(ValueError, match=r"module='Linear'.*built"):
         WeightAverage(model, module=nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("function", [nesterov_sgd, parameter_groups, normfree.optim.final_layers])
+def test_parameters_in_the_models_place_are_told_apart(function):
+    with pytest.raises(ValueError, match=r"^model='generator'.*the model itself, not its parameters"):
+        function(nn.Linear(2, 2).parameters(), *([] if function is normfree.optim.final_layers else [0.1]))

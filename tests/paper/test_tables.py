@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from torch import nn
 
 from normfree.cli import main
 from normfree.models import create_model
@@ -22,12 +24,18 @@ def test_every_arm_is_a_run_and_no_two_share_a_folder(table, scale, tmp_path):
     assert runs[1].optimizer.learning_rate == 2 * runs[0].optimizer.learning_rate
 
 
-def test_every_network_of_an_arm_can_be_built(tmp_path):
-
+def test_every_network_of_an_arm_tells_two_images_apart(tmp_path):
+    """One at a time, too, as the last of an odd number is evaluated at a batch of two; its last maps are one pixel."""
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     for table in TABLES.values():
         for arm in table.arms(SCALES["quick"]):
             run = config(arm, SCALES["quick"], TableSetting(), 1.0, 0, tmp_path)
-            create_model(run.model_name, num_classes=10, **run.model_overrides)
+            torch.manual_seed(0)
+            network = create_model(run.model_name, num_classes=10, in_channels=1, **run.model_overrides).eval()
+            with torch.no_grad():
+                nn.init.normal_(network.classifier.weight)  # FixUp's is zero to begin with
+                first, second = (network(image[None]) for image in images)
+            assert float((first - second).norm() / first.norm()) > 1e-3, run.name
 
 
 def cells(**accuracies):
@@ -123,6 +131,7 @@ def test_properties_hold_without_normalizers_and_not_with_batchnorm(tmp_path, mo
         (["figure1", "--data", "x"], "--data"),
         (["figure1", "--scale", "small"], "--scale"),
         (["table1", "--seeds", "0"], "seeds"),
+        (["table1", "--data", "nowhere"], "data"),
     ],
 )
 def test_what_does_not_apply_is_one_line(words, named, tmp_path, capsys):

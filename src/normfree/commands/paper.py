@@ -57,8 +57,18 @@ class Paper:
 
     def run(self, console: Terminal) -> None:
         """Make it."""
+        if self.what in TABLES:
+            console.announce(
+                f"finished trainings are kept in {self.out}; after an interruption the same command goes on"
+            )
         with console.status(self.what) as status:
-            paths = self._make(lambda text: status.update(escape(f"{self.what}: {text}")))
+
+            def show(text: str) -> None:
+                status.update(escape(f"{self.what}: {text}"))
+                if not console.is_terminal:
+                    console.announce(f"{self.what}: {text}")
+
+            paths = self._make(show)
         console.print(Markdown(paths[-1].read_text()))
         console.say_written(paths)
 

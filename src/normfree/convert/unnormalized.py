@@ -54,7 +54,7 @@ from normfree.trace import operations as op
 from normfree.trace.graph import Node
 
 FEWEST_IN_A_ROW = 3
-"""As the findings count: two layers may be tuned to each other, three in a row that all grow (or fade) are systematic."""
+"""As the findings count: two layers may be tuned to each other, three in a row that all grow or fade are systematic."""
 
 FEWEST_WEIGHTS = 9
 """Weights of one output. A filter that sums to zero is blind to one direction of what it reads: of two features it sees

@@ -1,4 +1,4 @@
-"""Data sources, by the string that names one: an image folder, parquet files, WebDataset shards, or a name on the Hugging Face hub.
+"""Data sources by the string that names one: an image folder, parquet files, WebDataset shards, a Hugging Face name.
 
 Everything is read by Hugging Face ``datasets``; images stay encoded until a worker decodes them.
 """

@@ -137,8 +137,9 @@ class ResNet(Backbone):
 
 
 def _group_norm(channels: int) -> nn.Module:
-    # 32 groups at the paper's widths; narrower variants get the most that divides their channels and 32.
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    # 32 groups at the paper's widths. Narrower variants have groups of four channels or more: of a map of one pixel, a
+    # group of one channel is a value normalized by itself, which is zero.
+    return nn.GroupNorm(32 if channels % 32 == 0 and channels >= 64 else math.gcd(32, max(1, channels // 4)), channels)
 
 
 NORMS: dict[Norm, Callable[[int], nn.Module]] = {

@@ -197,6 +197,7 @@ _PANELS = 96  # to begin with: nodes about 0.02 apart, so that no feature wider 
 _DEPTH = 44  # halvings: a jump ends up in a panel of 1.4e-14
 _MAXIMUM_PANELS = 20_000  # open at once; only noise or unbounded oscillation gets there
 _TOLERANCE = 1e-11  # per panel, relative to the variance
+_UNSETTLED = 1e-6  # of the variance, in panels of the least width: a pole leaves that or more, a jump its width
 _COARSE = np.polynomial.legendre.leggauss(8)
 _FINE = np.polynomial.legendre.leggauss(15)
 
@@ -220,7 +221,7 @@ def gamma(activation: GammaName | Callable[[Tensor], Tensor]) -> float:
 
     Raises:
         ValueError: unknown name; a callable that is not elementwise, is constant, gives non-finite values or
-            oscillates too fast to integrate.
+            oscillates too fast to integrate; a variance that is infinite.
 
     Source: Brock et al. 2021, section 4 (ReLU: ``sqrt(2 / (1 - 1/pi))``).
     """
@@ -308,7 +309,11 @@ def _variance(evaluate: Callable[[np.ndarray], np.ndarray], activation: object) 
     nodes, weights = _panel_nodes(edges[:-1], edges[1:], _FINE)
     values = evaluate(nodes.reshape(-1)).reshape(nodes.shape)
     shift = float((weights * values).sum())
-    scale = float((weights * (values - shift) ** 2).sum())
+    panels = (weights * (values - shift) ** 2).sum(axis=1)
+    scale = float(panels.sum())
+    if max(panels[0], panels[-1]) > _TOLERANCE * scale:
+        rule = f"grows too fast: its variance is infinite, or decided beyond [-{_LIMIT:g}, {_LIMIT:g}]"
+        raise invalid("activation", activation, rule, _REMEDY)
     if scale <= 1e-24 * (1 + shift * shift):
         raise invalid("activation", activation, "must not be constant (its variance is zero)", _REMEDY)
     mean, square = _integrate(lambda points: evaluate(points) - shift, edges, scale, activation)
@@ -327,6 +332,8 @@ def _integrate(
         fine = _panel_moments(function, left, right, _FINE)
         error = np.abs(fine - _panel_moments(function, left, right, _COARSE))
         settled = np.all(error <= tolerance, axis=1) | (depth == _DEPTH)
+        if depth == _DEPTH and error[:, 1].sum() > _UNSETTLED * max(total[1], scale):
+            raise invalid("activation", activation, "has a pole: its variance is infinite", _REMEDY)
         total += fine[settled].sum(axis=0)
         left, right = left[~settled], right[~settled]
         if not len(left):

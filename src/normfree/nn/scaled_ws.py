@@ -111,6 +111,11 @@ class ScaledLayer(BranchEnd, Foldable):
     def measure_input(self, x: Tensor) -> None:
         """Record what a subclass needs of its input; nothing here."""
 
+    def extra_repr(self) -> str:
+        factors = {"input_scale": self.input_scale, "alpha": self.alpha}
+        shown = "".join(f", {name}={value:.6g}" for name, value in factors.items() if value != 1)
+        return super().extra_repr() + shown + (", skip_gain" if self.skip_gain is not None else "")
+
     def folded(self: Any) -> nn.Module:
         """Return a plain layer of the same outputs, its tensors where and as laid out as this one's."""
         with torch.no_grad():
@@ -159,8 +164,8 @@ class ScaledConv2d(ScaledLayer, PaddedConv2d):
         **tensor_options: Any,
     ) -> None:
         # Before super().__init__, which draws the weight by calling reset_parameters.
-        self.input_scale = float(input_scale)
-        self.init_scale = float(init_scale)
+        self.input_scale = check_number("input_scale", input_scale)
+        self.init_scale = check_number("init_scale", init_scale)
         super().__init__(
             in_channels,
             out_channels,
@@ -209,10 +214,6 @@ class ScaledConv2d(ScaledLayer, PaddedConv2d):
         plain.weight = nn.Parameter(weight)
         plain.bias = None if bias is None else nn.Parameter(bias)
         return plain.train(self.training)
-
-    def extra_repr(self) -> str:
-        factors = {"input_scale": self.input_scale, "alpha": self.alpha}
-        return super().extra_repr() + "".join(f", {name}={value:.6g}" for name, value in factors.items() if value != 1)
 
 
 def standardize(weight: Tensor, gain: Tensor, scale: float = 1.0) -> Tensor:
@@ -575,7 +576,7 @@ class ScaledWSLayer(Standardized):
         skip_gain: float | None = None,
         **options: Any,
     ) -> None:
-        self.input_scale = float(input_scale)
+        self.input_scale = check_number("input_scale", input_scale)
         super().__init__(*arguments, **options)
         tensor_options = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.set_branch_scale(alpha, skip_gain, **tensor_options)

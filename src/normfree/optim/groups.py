@@ -51,6 +51,7 @@ def parameter_groups(
 
     Source: Brock et al. 2021, appendix on training ("we do not apply weight decay to the affine parameters").
     """
+    check_module(model)
     check_number("weight_decay", weight_decay, 0.0)
     check_number("classifier_lr_scale", classifier_lr_scale, 0.0, exclusive=True)
     classifier = _classifier(model) if classifier_lr_scale != 1 else set()
@@ -195,6 +196,15 @@ _PLAIN = (nn.Linear, ConvNd)
 _SEVERAL = (nn.ModuleList, nn.ModuleDict)
 
 
+def check_module(model: nn.Module) -> None:
+    """Refuse what is no module, such as ``model.parameters()``."""
+    __tracebackhide__ = True
+    if not isinstance(model, nn.Module):
+        raise invalid(
+            "model", type(model).__name__, "is no torch.nn.Module", "pass the model itself, not its parameters"
+        )
+
+
 def final_layers(model: nn.Module) -> tuple[str, ...]:
     """Return the names of a network's final linear layers and convolutions, one for each head.
 
@@ -211,6 +221,7 @@ def final_layers(model: nn.Module) -> tuple[str, ...]:
         The names; "" is the model itself. Empty if a head ends in anything but a plain linear layer or convolution:
         the network is a backbone, whose last layer is not a classifier.
     """
+    check_module(model)
     return tuple(sorted(set(_ends(model, "")), key=[name for name, _ in model.named_modules()].index))
 
 

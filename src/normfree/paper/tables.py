@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
-from normfree.common.checks import check_choices, check_integer
+from normfree.common.checks import check_choices, check_integer, invalid
 from normfree.common.files import write_atomically
 from normfree.train import RECIPES, NonFiniteLossError, TrainConfig, train
 
@@ -205,6 +205,8 @@ class TableSetting:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.data is not None and SCALES[self.scale].recipe != "cifar":
+            raise invalid("data", self.data, f"scale {self.scale!r} trains on digits", "leave it out, or scale='small'")
         for name in ("seeds", "limit"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
