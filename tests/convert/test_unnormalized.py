@@ -335,7 +335,7 @@ REFUSED = {
     "attention": (
         lambda: nn.Sequential(nn.Linear(12, 32), *(Attends() for _ in range(8)), nn.Linear(32, 5)),
         noise(4, 10, 12),
-        "no layer that can be standardized, such as 0 (Linear): it stands beside attention",
+        "none of its layers can be standardized: 0 (Linear) stays, for it stands beside attention",
     ),
     "attention behind a convolution": (
         lambda: nn.Sequential(Patches(), *(Attends() for _ in range(8)), nn.Linear(32, 5)),
@@ -347,8 +347,12 @@ REFUSED = {
         noise(8, 50, 16),
         "its signal would not be healthy: again (Linear): it runs 50 times, on what came of its own output",
     ),
-    "an LSTM": (Gated, noise(4, 20, 8), "such as cells (LSTM): it is recurrent"),
-    "weights that are computed": (computed, noise(4, 16, 32), "(ParametrizedConv1d): it has parametrizations"),
+    "an LSTM": (Gated, noise(4, 20, 8), "cells (LSTM) stays, for it is recurrent"),
+    "weights that are computed": (
+        computed,
+        noise(4, 16, 32),
+        "0 (ParametrizedConv1d) stays, for it has",
+    ),
 }
 
 

@@ -74,6 +74,75 @@ class Operation(nn.Module):
         return self.operation(x)
 
 
+class Attends(nn.Module):
+    """Attention and a feed-forward branch, without a normalizer."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        for module in (self.attention.out_proj, self.up, self.down):
+            nn.init.kaiming_normal_(module.weight)
+        nn.init.kaiming_normal_(self.attention.in_proj_weight)
+
+    def forward(self, x):
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.down(torch.nn.functional.gelu(self.up(x)))
+
+
+class Cells(nn.Module):
+    """Recurrent layers, and a head on the last state."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.cells, self.head = kind(8, 32, 4, batch_first=True), nn.Linear(32, 2)
+
+    def forward(self, x):
+        return self.head(self.cells(x)[0][:, -1])
+
+
+class Again(nn.Module):
+    """A cell written by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.again, self.last = nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 2)
+        nn.init.normal_(self.again.weight, std=0.6)
+
+    def forward(self, x):
+        state = torch.zeros(len(x), 32)
+        for index in range(x.shape[1]):
+            state = torch.relu(self.enter(x[:, index]) + self.again(state))
+        return self.last(state)
+
+
+class Tied(nn.Module):
+    """One branch, twenty times."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.branch, self.last = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = self.enter(x)
+        for _ in range(20):
+            x = x + 3 * torch.relu(self.branch(x))
+        return self.last(x)
+
+
+class Words(nn.Module):
+    """An embedding, and what reads it."""
+
+    def __init__(self, *body, pooled=False):
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(50, 32), nn.Sequential(*body), nn.Linear(32, 5)
+        self.pooled = pooled
+
+    def forward(self, x):
+        x = self.table(x)
+        return self.head(self.body(x.mean(1) if self.pooled else x))
+
+
 SICK = {
     "explosion": [
         lambda: (images(*(Block() for _ in range(20))), IMAGES),
@@ -150,3 +219,114 @@ def test_a_failed_assertion_shows_the_remedy():
     torch.manual_seed(0)
     with pytest.raises(AssertionError, match=r"(?s)See docs/signal.md#attenuation.\nimport normfree"):
         normfree.spp(dense(12), X).assert_healthy()
+
+
+TOKENS = torch.randint(50, (8, 12), generator=torch.Generator().manual_seed(0))
+SEQUENCES = torch.randn(8, 30, 8, generator=torch.Generator().manual_seed(0))
+
+
+def weight_normed():
+    layers = (nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)) for _ in range(12))
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), nn.Linear(32, 4))
+
+
+UNLIKE = {
+    "a transformer": (lambda: Words(*(Attends() for _ in range(8))), TOKENS),
+    "a transformer whose gradient overflows": (lambda: Words(*(Attends() for _ in range(30))), TOKENS),
+    "attention behind a few layers": (lambda: nn.Sequential(dense(4)[:-1], *(Attends() for _ in range(8))), X[None]),
+    "an LSTM": (lambda: Cells(nn.LSTM), SEQUENCES),
+    "a GRU": (lambda: Cells(nn.GRU), SEQUENCES),
+    "a recurrent network": (lambda: Cells(nn.RNN), SEQUENCES),
+    "a cell written by hand": (Again, SEQUENCES),
+    "an LSTM behind convolutions": (
+        lambda: nn.Sequential(Operation(lambda x: x.mT), *dense_maps(6), Operation(lambda x: x.mT), Cells(nn.LSTM)),
+        SEQUENCES,
+    ),
+    "a branch that runs again": (Tied, X),
+    "an embedding": (
+        lambda: Words(*(p for _ in range(12) for p in (nn.Linear(32, 32), nn.Tanh())), pooled=True),
+        TOKENS,
+    ),
+    "weights that are computed": (weight_normed, X),
+    "few features": (
+        lambda: nn.Sequential(nn.Linear(32, 4), *(p for _ in range(12) for p in (nn.Linear(4, 4), nn.Tanh()))),
+        X,
+    ),
+    "a sine": (lambda: nn.Sequential(*(p for _ in range(10) for p in (nn.Linear(32, 32), Operation(steep_sine)))), X),
+    "what is standardized": (lambda: normfree.convert(dense(12), X), X),
+    "batch norm before attention": (
+        lambda: nn.Sequential(
+            nn.Conv1d(8, 32, 3), nn.BatchNorm1d(32), Operation(lambda x: x.mT), *(Attends() for _ in range(8))
+        ),
+        SEQUENCES.mT,
+    ),
+}
+
+
+def steep_sine(x):
+    return torch.sin(30 * x)
+
+
+def dense_maps(count):
+    return [part for _ in range(count) for part in (nn.Conv1d(8, 8, 3, padding=1), nn.ReLU())]
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_the_lines_of_every_finding_work_on_the_model_in_hand(name):
+    """Whatever the model is made of: what is pasted runs, and an error is none afterwards."""
+    made, batch = UNLIKE[name]
+    for index in range(len(normfree.spp(seeded(made), batch).findings)):
+        model = seeded(made)
+        finding = normfree.spp(model, batch).findings[index]
+        assert finding.remedy
+        if not finding.code:
+            continue
+        names = {"model": model, "batch": batch}
+        exec(finding.code, names)
+        after = {each.kind: each.severity for each in normfree.spp(names["model"], batch).findings}
+        assert after.get(finding.kind) != "error" and not (
+            finding.severity == "warning" and after.get(finding.kind) == "warning"
+        ), name
+
+
+def seeded(made):
+    torch.manual_seed(0)
+    return made()
+
+
+def remedies_of(made, batch):
+    return {finding.kind: finding for finding in normfree.spp(seeded(made), batch).findings}
+
+
+def test_the_words_of_a_remedy_fit_the_model_in_hand():
+    chain = remedies_of(lambda: dense(40), X)
+    for kind, finding in chain.items():
+        assert "branch" not in finding.remedy + finding.code, kind
+        assert "sigmoid" not in finding.remedy and "tanh" not in finding.remedy and "pool" not in finding.remedy, kind
+    assert "√2 for ReLU" in chain["attenuation"].remedy and "residual connections" in chain["gradient_vanishing"].remedy
+    bent = remedies_of(lambda: dense(10, nn.Sigmoid, gain=1.0), X)["gradient_vanishing"].remedy
+    assert "do not saturate in the place of sigmoid" in bent and "He" not in bent
+    blocks = remedies_of(lambda: images(*(Block() for _ in range(20))), IMAGES)["explosion"]
+    assert "x + α·f(x/β)" in blocks.remedy and "branches as alpha * f(x / beta)" in blocks.code
+    for kind, finding in remedies_of(lambda: Cells(nn.LSTM), SEQUENCES).items():
+        assert not re.search("ReLU|He |pools|ScaledWS|branch", finding.remedy + finding.code), kind
+        assert ("orthogonal" in finding.remedy) == ("orthogonal_" in finding.code), kind
+    for kind, finding in remedies_of(lambda: Words(*(Attends() for _ in range(8))), TOKENS).items():
+        assert "convert" not in finding.code and "Add residual" not in finding.remedy, kind
+        assert ("smaller by √16" in finding.remedy) == ("name.endswith(last)" in finding.code), kind
+
+
+def test_a_gradient_that_overflows_follows_from_the_explosion():
+    found = remedies_of(lambda: Words(*(Attends() for _ in range(30))), TOKENS)
+    gradient = found["gradient_explosion"]
+    assert "follows from the explosion" in gradient.message and gradient.code == found["explosion"].code
+    assert "logarithm" not in gradient.remedy and "detect_anomaly" not in gradient.code
+
+
+def test_names_that_end_alike_are_not_drawn_by_mistake():
+    """``0.weight`` is the end of ``10.weight``, which is the head."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 32), *(Attends() for _ in range(9)), nn.Linear(32, 3)))
+    head = model[10].weight.detach().clone()
+    found = {each.kind: each for each in normfree.spp(model, torch.randn(4, 6, 8)).findings}
+    exec(found["mean_shift"].code, {"model": model})
+    assert torch.equal(model[10].weight, head)

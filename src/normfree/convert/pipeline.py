@@ -43,9 +43,11 @@ from normfree.convert.record import (
     conversion_of,
 )
 from normfree.convert.structure import Structure, directly_followed, training_structure, unseen_norms
-from normfree.convert.unnormalized import LAST, STANDARDIZED, code_by_hand
+from normfree.convert.unnormalized import LAST, STANDARDIZED
 from normfree.convert.verify import explain_failures, first_mismatching_norm, note_leak
 from normfree.signal import spp
+from normfree.signal.measure import architecture_in
+from normfree.signal.remedies import by_hand
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
 from normfree.trace.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of, unwrapped
@@ -183,8 +185,8 @@ def _fresh(
         plan = fresh_plan(
             structure, model, alpha=record.alpha, skip_gain=skip_gain, beta=record.beta, uncarried=uncarried
         )
-        _check_reach(model, structure, plan)
-        full = _complete(record, model, structure, training, plan.changes, plan.kept, plan.notes)
+        _check_reach(model, plan, batch)
+        full = _complete(record, model, batch, structure, training, plan.changes, plan.kept, plan.notes)
         converted, replaced = exchange_modules(model, full)
         with explain_failures(full, model, converted, replaced):
             found = _measure(converted, full, structure, batch, trains=trains, checked=plan.unnormalized.layers)
@@ -202,11 +204,11 @@ def _fresh(
     gone = [change.name for change in full.changes if change.name in structure.norms]
     keep_pace(model, converted, full.changes, directly_followed(structure, gone))
     if not plan.unnormalized.beside_norms and (plan.notes or any(one.reason != LAST for one in plan.kept)):
-        _check_health(model, converted, structure, plan, batch)
+        _check_health(model, converted, plan, batch)
     return converted
 
 
-def _check_reach(model: nn.Module, structure: Structure, plan: Plan) -> None:
+def _check_reach(model: nn.Module, plan: Plan, batch: Batch) -> None:
     """Refuse a model without norms none of whose residual branches can be planned.
 
     Raises:
@@ -217,10 +219,10 @@ def _check_reach(model: nn.Module, structure: Structure, plan: Plan) -> None:
         return
     where, reason = next(iter(bare.out_of_reach.items()))
     branch = f"its branches cannot be planned, such as the one added in {where or 'the model'}: {reason}"
-    raise _by_hand(f"model: {class_name(model)} cannot be converted: {branch}", structure, model, plan.kept)
+    raise _by_hand(f"model: {class_name(model)} cannot be converted: {branch}", model, batch)
 
 
-def _check_health(model: nn.Module, converted: nn.Module, structure: Structure, plan: Plan, batch: Batch) -> None:
+def _check_health(model: nn.Module, converted: nn.Module, plan: Plan, batch: Batch) -> None:
     """Refuse a model without norms whose signal explodes or fades for what conversion has left alone.
 
     Raises:
@@ -233,7 +235,7 @@ def _check_health(model: nn.Module, converted: nn.Module, structure: Structure, 
     left = next((f"{one.name} ({one.was}): {one.reason}" for one in plan.kept if one.reason != LAST), "")
     cause = left or next(iter(plan.notes), "")
     problem = f"model: {class_name(model)} cannot be converted, for its signal would not be healthy: {cause}"
-    raise _by_hand(problem, structure, model, plan.kept)
+    raise _by_hand(problem, model, batch)
 
 
 def _measure(
@@ -302,7 +304,7 @@ def _pretrained(
     staying: dict[str, str] = {}
     while True:
         changes, kept = pretrained_plan(model, structure, training, staying)
-        full = _complete(record, model, structure, training, changes, kept, [])
+        full = _complete(record, model, batch, structure, training, changes, kept, [])
         converted, replaced = exchange_modules(model, full)
         fill_constants(model, converted, full.changes, structure.constants)
         culprit = first_mismatching_norm(model, converted, replaced, full, batch, trains=trains)
@@ -323,6 +325,7 @@ NOT_RUN = {
 def _complete(
     record: Conversion,
     model: nn.Module,
+    batch: Batch,
     structure: Structure,
     training: Structure | None,
     changes: Iterable[Change],
@@ -341,7 +344,7 @@ def _complete(
     left = (*kept, *unseen, *norms_without_module(structure.normalizations, structure.norms))
     made = avoid_overwriting(changes, structure, training)
     if not made:
-        raise _nothing_to_convert(model, structure, left, record.start)
+        raise _nothing_to_convert(model, batch, structure, left, record.start)
     order: dict[str, int] = {}
     for number, call in enumerate(structure.flow.calls):
         order.setdefault(call.name, number)
@@ -350,7 +353,9 @@ def _complete(
     return replace(record, changes=tuple(made), kept=left, notes=tuple(notes))
 
 
-def _nothing_to_convert(model: nn.Module, structure: Structure, kept: Iterable[Kept], start: Start) -> ValueError:
+def _nothing_to_convert(
+    model: nn.Module, batch: Batch, structure: Structure, kept: Iterable[Kept], start: Start
+) -> ValueError:
     kept = list(kept)
     norms = [one for one in kept if one.norm]
     if not norms:
@@ -362,9 +367,9 @@ def _nothing_to_convert(model: nn.Module, structure: Structure, kept: Iterable[K
         if not stay or all(one.reason == STANDARDIZED for one in stay):
             why = "its layers standardize their weights already" if stay else "no layer that another follows"
             return ValueError(f"model: {class_name(model)} has nothing to convert: {none}, and {why}; keep it as it is")
-        first = f"{stay[0].name or 'the model'} ({stay[0].was}): {stay[0].reason}"
-        problem = f"{none}, and no layer that can be standardized, such as {first}"
-        return _by_hand(f"model: {class_name(model)} cannot be converted: {problem}", structure, model, kept)
+        first = f"{stay[0].name or 'the model'} ({stay[0].was}) stays, for {stay[0].reason}"
+        problem = f"{none}, and none of its layers can be standardized: {first}"
+        return _by_hand(f"model: {class_name(model)} cannot be converted: {problem}", model, batch)
     first = norms[0]
     remedy = "keep it as it is"
     if first.reason == NOT_FOLLOWED:
@@ -381,9 +386,9 @@ def _nothing_to_convert(model: nn.Module, structure: Structure, kept: Iterable[K
     return error
 
 
-def _by_hand(problem: str, structure: Structure, model: nn.Module, kept: Iterable[Kept]) -> ValueError:
+def _by_hand(problem: str, model: nn.Module, batch: Batch) -> ValueError:
     """The error of a model without norms that cannot be planned; its note has lines to paste instead."""
-    code = code_by_hand(structure, model, {one.name for one in kept if one.reason == LAST})
+    code = by_hand(architecture_in(model, batch)).code
     error = ValueError(f"{problem}; {BY_HAND if code else 'keep it as it is'}")
     if code:
         error.add_note(code)

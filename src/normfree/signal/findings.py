@@ -20,61 +20,75 @@ from math import isfinite, prod, sqrt
 from statistics import median
 from typing import Any
 
+from normfree.signal import remedies
+from normfree.signal.architecture import Architecture
 from normfree.signal.gradients import gradient_explosion, gradient_vanishing
 from normfree.signal.nonfinite import NonFinite
-from normfree.signal.propagation import BESIDE, SEVERITIES, BlockSignal, Entry, Finding, SignalPropagation
-from normfree.signal.remedies import CONVERT, DOCS, FILL, RESET, make_finite, wake
+from normfree.signal.propagation import (
+    BESIDE,
+    SEVERITIES,
+    BlockSignal,
+    Entry,
+    Finding,
+    SignalPropagation,
+    module_title,
+)
+from normfree.signal.remedies import DOCS, FILL
 
 
-def findings_of(signal: SignalPropagation, non_finite: NonFinite | None = None) -> tuple[Finding, ...]:
+def findings_of(
+    signal: SignalPropagation, non_finite: NonFinite | None = None, made_of: Architecture | None = None
+) -> tuple[Finding, ...]:
     """Everything worth saying about a measurement, the most serious first.
 
     Args:
         signal: the measurement.
         non_finite: the first operation that made a non-finite value, if one did.
+        made_of: of what the model is made; one that conversion takes, by default.
 
     Returns:
         Findings, ordered by severity.
     """
     along = stretches(signal)
+    if made_of is None:
+        made_of = Architecture(residual=sum(block.kind == "residual" for block in signal.blocks))
+    size = [*_explosion(signal, along, made_of), *_attenuation(along, made_of)]
     found = [
-        *_non_finite(signal, non_finite),
-        *_explosion(signal, along),
-        *_attenuation(along),
-        *_mean_shift(signal, along),
-        *_branch_variance(signal),
+        *_non_finite(signal, non_finite, made_of),
+        *size,
+        *_mean_shift(signal, along, made_of),
+        *_branch_variance(signal, made_of),
         *_silenced_branch(signal),
-        *_dead_channels(signal, along),
+        *_dead_channels(signal, along, made_of),
         *_zero_layer(signal),
-        *_correlation_collapse(along),
-        *gradient_explosion(signal),
-        *gradient_vanishing(signal),
+        *_correlation_collapse(along, made_of),
+        *gradient_explosion(signal, made_of, size),
+        *gradient_vanishing(signal, made_of, size),
     ]
     found = [replace(finding, docs=f"{DOCS}#{finding.kind}") for finding in found]
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
-def _non_finite(signal: SignalPropagation, found: NonFinite | None) -> Iterator[Finding]:
+def _non_finite(signal: SignalPropagation, found: NonFinite | None, made_of: Architecture) -> Iterator[Finding]:
     block = next((b for b in signal.blocks if not isfinite(b.avg_channel_var)), None)
     if block is None and found is None:
         return
     where = f"first seen at {block.place}" if block is not None else "after the last block"
     origin = ""
     if found is not None:
+        where_from = f"module {found.module}" if found.module else module_title("")
         origin = (
-            f" They begin in {found.operation} of module {found.module or '(the model itself)'}: {found.count} of "
+            f" They begin in {found.operation} of {where_from}: {found.count} of "
             f"{found.total} results, from inputs of magnitude up to {found.largest:.3g}."
         )
+    remedy = remedies.non_finite(made_of, found, residual=block is not None and block.kind == "residual")
     yield Finding(
         kind="non_finite",
         severity="error",
         block=None if block is None else block.index,
         message=f"values stop being finite, {where}.{origin}",
-        remedy=(
-            "If the magnitudes before it explode, cure the explosion; otherwise look at that operation: a division by "
-            "zero, a logarithm or root of a negative number, or a range half precision does not have."
-        ),
-        code=make_finite(found),
+        remedy=remedy.text,
+        code=remedy.code,
     )
 
 
@@ -94,7 +108,7 @@ FEWEST_LAYERS = 3
 BURST, FAR_BURST = 1e4, 1e6
 
 
-def _explosion(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[Finding]:
+def _explosion(signal: SignalPropagation, along: Sequence[Stretch], made_of: Architecture) -> Iterator[Finding]:
     found = [each for stretch in along for each in (_growth(stretch), _burst(stretch)) if each]
     found += [each for output in signal.outputs if (each := _output_burst(signal, output))]
     if not found:
@@ -103,6 +117,7 @@ def _explosion(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[
     silenced = bool(signal.blocks) and all(block.woken for block in signal.blocks)
     worst = min(found, key=lambda each: (not each.severe, -each.ratio))
     peak = "" if worst.peak is worst.over else f" to {worst.peak.avg_channel_var:.3g} at {worst.peak.place}"
+    remedy = remedies.explosion(made_of, residual=worst.over.kind == "residual", silenced=silenced)
     yield Finding(
         kind="explosion",
         severity="error" if worst.severe and not (silenced and worst.over.kind == "residual") else "warning",
@@ -111,19 +126,8 @@ def _explosion(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[
             f"the variance {worst.how}: from {worst.start:.3g} {worst.at} past {worst.over.avg_channel_var:.3g} at "
             f"{worst.over.place}{peak}.{worst.cause}"
         ),
-        remedy=(
-            "Make each branch variance preserving and scale it before the addition: x + α·f(x/β) with scaled weight "
-            "standardization and β from the variance plan"
-            + (
-                "; the zero gains hide it only until they have been trained."
-                if silenced
-                else ", or start them at zero."
-            )
-            if worst.over.kind == "residual"
-            else "Give the layers the gain of their activation, 1/sqrt(E[act(z)²]) (√2 for ReLU, He's initialisation), "
-            "or scaled weight standardization with its γ, or put a normalizer behind them."
-        ),
-        code=CONVERT,
+        remedy=remedy.text,
+        code=remedy.code,
     )
 
 
@@ -203,12 +207,14 @@ FADED, WEAK = 1e-3, 1e-2
 FADED_LAYERS, WEAK_LAYERS = 1e-4, 1e-3
 
 
-def _attenuation(along: Sequence[Stretch]) -> Iterator[Finding]:
+def _attenuation(along: Sequence[Stretch], made_of: Architecture) -> Iterator[Finding]:
     found = _fadings(along)
     if not found:
         return
     worst = min(found, key=lambda each: (not each.severe, each.ratio))
     low = "" if worst.peak is worst.over else f", down to {worst.peak.avg_channel_var:.3g} at {worst.peak.place}"
+    averaged = any(point.averaged for stretch in along for point in stretch.points if point.kind == "residual")
+    remedy = remedies.attenuation(made_of, residual=worst.over.kind == "residual", averaged=averaged)
     yield Finding(
         kind="attenuation",
         severity="error" if worst.severe else "warning",
@@ -217,11 +223,8 @@ def _attenuation(along: Sequence[Stretch]) -> Iterator[Finding]:
             f"the variance falls from {worst.start:.3g} {worst.at} below {worst.over.avg_channel_var:.3g} at "
             f"{worst.over.place}{low}.{worst.cause}"
         ),
-        remedy=(
-            "Raise the gain of the weights to 1/sqrt(E[act(z)²]) (He initialisation for ReLU), or use scaled weight "
-            "standardization with the γ of the activation; average pools in shortcuts cut white noise but not images."
-        ),
-        code=CONVERT,
+        remedy=remedy.text,
+        code=remedy.code,
     )
 
 
@@ -308,7 +311,7 @@ def _cause(stretch: Stretch, point: BlockSignal, sign: int, *, jump: bool = Fals
 SHIFTED, LOST, FED, FEWEST_ALIKE = 1.0, 99.0, 2.0, 8
 
 
-def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[Finding]:
+def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch], made_of: Architecture) -> Iterator[Finding]:
     inherited = _ratio(signal.entry)  # identity shortcuts carry on the offset a max-pool or the image has
     rated: list[tuple[float, BlockSignal]] = []
     over: BlockSignal | None = None
@@ -327,6 +330,7 @@ def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator
     ratio, worst = max(rated, key=lambda pair: pair[0])
     # A normalizer at the end takes the offset back together with the scale.
     kept = any(stretch.ends and any(p is worst for p in stretch.points) for stretch in along)
+    remedy = remedies.mean_shift(made_of, residual=worst.kind == "residual")
     severity = "error" if ratio > LOST or (kept and _branch_growth(signal) > FED) else "warning"
     yield Finding(
         kind="mean_shift",
@@ -336,11 +340,8 @@ def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator
             f"the squared channel mean overtakes the variance at {over.place} and reaches {ratio:.3g} times it at "
             f"{worst.place}: channels carry an offset that is the same for all inputs."
         ),
-        remedy=(
-            "Standardize the weights, so that each filter sums to zero and the positive mean of the activation cannot "
-            "turn into an offset (convolutions: ScaledWSConv2d), or normalize after the activation."
-        ),
-        code=CONVERT,
+        remedy=remedy.text,
+        code=remedy.code,
     )
 
 
@@ -348,7 +349,7 @@ def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator
 BRANCH_FACTOR = 4.0
 
 
-def _branch_variance(signal: SignalPropagation) -> Iterator[Finding]:
+def _branch_variance(signal: SignalPropagation, made_of: Architecture) -> Iterator[Finding]:
     # What is added alike at all positions is a mean over them, whose variance is cut by their number.
     blocks = [b for b in signal.blocks if not b.broadcast]
     rated = [(b.residual_avg_channel_var, b) for b in blocks if b.residual_avg_channel_var]
@@ -356,20 +357,18 @@ def _branch_variance(signal: SignalPropagation) -> Iterator[Finding]:
     if not off:
         return
     value, worst = max(off, key=lambda pair: max(pair[0], 1 / pair[0]))
-    first = off[0][1]
+    first, large = off[0][1], any(v > 1 for v, _ in off)
+    remedy = remedies.branch_variance(made_of, small_alone=not large)
     yield Finding(
         kind="branch_variance",
-        severity="warning" if any(v > 1 for v, _ in off) else "info",
+        severity="warning" if large else "info",
         block=first.index,
         message=(
             f"{len(off)} of {len(rated)} branches are not variance preserving (outside 1/{BRANCH_FACTOR:g} to "
             f"{BRANCH_FACTOR:g}), first {first.place}; furthest is {worst.place} at {value:.3g}."
         ),
-        remedy=(
-            "Feed the branch a signal of unit variance (divide by β) and use the gain γ of its activations; a branch "
-            "that is small on purpose (small initialisation, layer scale) may stay."
-        ),
-        code=CONVERT,
+        remedy=remedy.text,
+        code=remedy.code,
     )
 
 
@@ -386,7 +385,7 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
                 f"({_some(names)}); they were measured with the gain at one."
             ),
             remedy="Nothing, if intended: the network starts as its shortcuts. wake=False draws it as it is.",
-            code=wake(names),
+            code=remedies.wake(names),
         )
     blocks = [b for b in signal.blocks if b.kind == "residual" and not b.broadcast]
     silent = [b for b in blocks if b.residual_avg_channel_var in (0.0, None)]
@@ -426,12 +425,14 @@ def _is_off(point: BlockSignal, sign: int) -> bool:
 DEAD, MANY_DEAD = 0.01, 0.1
 
 
-def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[Finding]:
+def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch], made_of: Architecture) -> Iterator[Finding]:
     points = [*comparable(signal), *_inner_layers(along)]  # a class token starts the same for all
     dead = [p for p in points if p.dead_channels > DEAD and p.weight_gain != 0]
     if not dead:
         return
     worst = max(dead, key=lambda b: b.dead_channels)
+    fades = bool(_fadings(along))
+    remedy = remedies.dead_channels(made_of, fades=fades, residual=worst.kind == "residual")
     zero = next((p for p in points if p.weight_gain == 0 and p.number == worst.after is not None), None)
     cause = f" What it reads is {zero.place}, whose weights are all zero." if zero else ""
     yield Finding(
@@ -442,8 +443,8 @@ def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch]) -> Itera
             f"channels are constant whatever the input at {len(dead)} of {len(points)} points, first "
             f"{dead[0].place}; {worst.dead_channels:.0%} of them at {worst.place}.{cause}"
         ),
-        remedy="Look for zero filters, saturated or clipped activations, biases far below zero, and padded channels.",
-        code=CONVERT if _fadings(along) else RESET,  # what fades into rounding is constant, too
+        remedy=remedy.text,
+        code=remedy.code,
     )
 
 
@@ -458,7 +459,7 @@ def _zero_layer(signal: SignalPropagation) -> Iterator[Finding]:
             block=zero[0].index_on_plot,
             message=(
                 f"{len(zero)} weighted layer{'s start' if len(zero) > 1 else ' starts'} with weights of zero "
-                f"({_some([p.name or 'the model itself' for p in zero])}) and "
+                f"({_some([p.title for p in zero])}) and "
                 f"give{'' if len(zero) > 1 else 's'} the same for every input."
             ),
             remedy="Nothing, if intended: what is before such a layer gets its first gradient once it has moved.",
@@ -474,11 +475,11 @@ COLLAPSED, STILL_APART = 0.99, 0.9
 FEW_FEATURES = 4
 
 
-def _correlation_collapse(along: Sequence[Stretch]) -> Iterator[Finding]:
+def _correlation_collapse(along: Sequence[Stretch], made_of: Architecture) -> Iterator[Finding]:
     found = [(start, alike) for stretch in along for start, alike in _find_collapse(stretch)]
     if not found:
         return
-    start, alike = found[0]
+    (start, alike), remedy = found[0], remedies.correlation_collapse(made_of)
     value = max(p.input_correlation or 0.0 for _, points in found for p in points)
     yield Finding(
         kind="correlation_collapse",
@@ -488,11 +489,8 @@ def _correlation_collapse(along: Sequence[Stretch]) -> Iterator[Finding]:
             f"different inputs become alike: the mean cosine similarity of their features rises from {start:.3f} at "
             f"the entry past {COLLAPSED} at {alike[0].place} (highest {value:.4f})."
         ),
-        remedy=(
-            "Remove the mean shift (standardize the weights), strengthen the shortcut against the branch (α), or use "
-            "an activation closer to linear."
-        ),
-        code=CONVERT,
+        remedy=remedy.text,
+        code=remedy.code,
     )
 
 

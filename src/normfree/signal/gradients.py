@@ -48,8 +48,10 @@ from normfree.common.torch_compat import (
     tree_map,
     without_gradient_hooks,
 )
+from normfree.signal import remedies
+from normfree.signal.architecture import Architecture
 from normfree.signal.propagation import BlockSignal, Finding, SignalPropagation
-from normfree.signal.remedies import CONVERT, TRACE
+from normfree.signal.remedies import TRACE
 from normfree.trace.graph import Residual
 from normfree.trace.inputs import Batch, ModuleStack, run_once, tensors_of
 from normfree.trace.preserve import Preserved
@@ -386,26 +388,41 @@ class _Rated:
 # 300 steps for 10⁵, 3000 for 10⁷, which only long training pays for. See docs/signal.md for the nets measured.
 ROUGH, TOO_ROUGH = 1e5, 1e6
 
+_PLAIN = Architecture()
+
 # The output is the largest of the last points: there may be several heads, or a gate behind the last layer.
 OUTPUTS = 3
 
 
-def gradient_explosion(signal: SignalPropagation) -> Iterator[Finding]:
+def gradient_explosion(
+    signal: SignalPropagation, made_of: Architecture = _PLAIN, size: Sequence[Finding] = ()
+) -> Iterator[Finding]:
     """S and G grow from the output to the input: the output is too rough in what the early layers compute.
 
     Scales alone move one of the two: a signal that grows has gradients that grow, and S stays. What counts is the
     largest ratio to the output, or the steady growth over all points if that is more: between a map and its mean over
     all positions S jumps, for the positions of a map are correlated.
+
+    Args:
+        signal: the measurement.
+        made_of: of what the model is made.
+        size: the findings on the size of the signal; where it explodes, gradients beyond the precision follow from it.
     """
     broken = next((b for b in signal.blocks if b.avg_sq_gradient is not None and not isfinite(b.avg_sq_gradient)), None)
     if broken is not None and all(isfinite(b.avg_channel_var) for b in signal.blocks):
+        cause = next((finding for finding in size if finding.kind == "explosion"), None)
+        message, code = f"the gradient is not finite at {broken.place}, though the signal is", TRACE
+        remedy = "Look for the derivative of a root, norm or logarithm at zero, and for half precision's range."
+        if cause is not None:
+            message += "; that follows from the explosion of the signal"
+            remedy, code = f"Cure the explosion; what is left then is another matter. {cause.remedy}", cause.code
         yield Finding(
             kind="gradient_explosion",
             severity="error",
             block=broken.index,
-            message=f"the gradient is not finite at {broken.place}, though the signal is.",
-            remedy="Look for the derivative of a root, norm or logarithm at zero, and for half precision's range.",
-            code=TRACE,
+            message=f"{message}.",
+            remedy=remedy,
+            code=code,
         )
         return
     points = [point for point in _rate(signal) if isfinite(point.power)]
@@ -421,19 +438,18 @@ def gradient_explosion(signal: SignalPropagation) -> Iterator[Finding]:
         return
     early, late = points[-first].block, end[-1].block
     steps = len(points) - 1 + first
+    remedy, unit = remedies.gradient_explosion(made_of), _unit(early)
     yield Finding(
         kind="gradient_explosion",
         severity="error" if growth >= log10(TOO_ROUGH) else "warning",
         block=early.index,
         message=(
             f"gradients explode towards the input: from {late.place} back to {early.place} their power, relative to "
-            f"the signal, grows {_times(growth)} times, {_times(growth / steps)} times a point."
+            f"the signal, grows by a factor of {_times(growth)}, of {_times(growth / steps)} from each measured {unit} "
+            "to the one before."
         ),
-        remedy=(
-            "Add residual connections (x + α·f(x) with α below 1); or keep the chain without normalizers, gains of "
-            "saturating activations at 1, and biases at which the others are nearly linear, as conversion does."
-        ),
-        code=CONVERT,
+        remedy=remedy.text,
+        code=remedy.code,
     )
 
 
@@ -444,11 +460,16 @@ FAINT, TOO_FAINT = 1e-4, 1e-6
 WEAK, TOO_WEAK = 1e-6, 1e-9
 
 
-def gradient_vanishing(signal: SignalPropagation) -> Iterator[Finding]:
+def gradient_vanishing(
+    signal: SignalPropagation, made_of: Architecture = _PLAIN, size: Sequence[Finding] = ()
+) -> Iterator[Finding]:
     """S or G falls from the output to the input: the early layers do not learn.
 
-    The calls of one module share its weights, which receive the sum: the largest counts.
+    The calls of one module share its weights, which receive the sum: the largest counts. Arguments are those of
+    :func:`gradient_explosion`; where the signal fades, its gradient fades with it.
     """
+    remedy = remedies.gradient_vanishing(made_of)
+    fades = any(finding.kind == "attenuation" for finding in size)
     points = _largest_of_each_module(_rate(signal))
     for values, faint, too_faint, relative in (
         ([p.sensitivity for p in points], FAINT, TOO_FAINT, ", relative to the signal,"),
@@ -458,21 +479,22 @@ def gradient_vanishing(signal: SignalPropagation) -> Iterator[Finding]:
         if loss < -log10(faint):
             continue
         early, late = points[first].block, points[last].block
-        factor = f"{_times(-loss)} times" if isfinite(loss) else "nothing at all (0 in this precision)"
-        pace = f", {_times(-loss / (last - first))} times a point" if isfinite(loss) else ""
+        told = "to nothing at all (0 in this precision)"
+        if isfinite(loss):
+            pace = _times(-loss / (last - first))
+            told = f"by a factor of {_times(-loss)}, of {pace} from each measured {_unit(early)} to the one before"
+        follows = fades and not relative
+        after = "; that follows from the attenuation of the signal" if follows else ""
         yield Finding(
             kind="gradient_vanishing",
             severity="error" if loss >= -log10(too_faint) else "warning",
             block=early.index,
             message=(
                 f"gradients vanish towards the input: from {late.place} back to {early.place} their power{relative} "
-                f"falls to {factor}{pace}."
+                f"falls {told}{after}."
             ),
-            remedy=(
-                "Use activations that do not saturate (ReLU, SiLU or GELU for sigmoid or tanh), weights of the gain "
-                "that fits them (He initialisation), and residual connections."
-            ),
-            code=CONVERT,
+            remedy=f"Cure the attenuation first. {remedy.text}" if follows else remedy.text,
+            code=remedy.code,
         )
         return
 
@@ -531,6 +553,10 @@ def _loss(values: Sequence[float]) -> tuple[int, int, float]:
         if values[behind] > before and values[behind] - before > best[2]:
             best = split - 1, behind, values[behind] - before
     return best
+
+
+def _unit(block: BlockSignal) -> str:
+    return "block" if block.kind == "residual" else "layer"
 
 
 def _times(exponent: float) -> str:

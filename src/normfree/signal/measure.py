@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.common.checks import check_choice, check_seed
+from normfree.signal.architecture import Architecture
 from normfree.signal.findings import findings_of
 from normfree.signal.gradients import Gradients, sq_gradients
 from normfree.signal.nonfinite import first_non_finite
@@ -141,7 +142,26 @@ def spp(
             **(configuration or {}),
         },
     )
-    return replace(result, findings=findings_of(result, non_finite))
+    return replace(result, findings=findings_of(result, non_finite, recording.architecture))
+
+
+def architecture_in(model: nn.Module, batch: Batch) -> Architecture:
+    """What a model is made of, as one forward pass shows it.
+
+    Args:
+        model: the model; it is given back bit for bit.
+        batch: one batch.
+
+    Returns:
+        What was recorded; nothing of a model that no weighted operation ran in.
+    """
+    with untouched(model, "batch-statistics") as preserved:
+        measurement = Measurement(model, preserved, points="auto", wake=False, seed=0)
+        try:
+            measurement.add(batch)
+        except ValueError:  # it has no point to measure
+            return Architecture()
+        return measurement.recording.architecture
 
 
 def _entry(point: Point | None) -> Entry:
@@ -338,6 +358,7 @@ def _merge(first: Recording, second: Recording) -> Recording:
             else []
             for name in ("points", "layers", "outputs", "entries")
         ),
+        architecture=first.architecture,
     )
 
 

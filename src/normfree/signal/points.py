@@ -9,6 +9,7 @@ by :meth:`PointRecorder.finish`, for a second pass.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.signal.architecture import Architecture, Layer, Seen, Weights, architecture_of, behind
 from normfree.signal.moments import Moments, channel_moments
 from normfree.signal.propagation import Position
 from normfree.trace import operations as op
@@ -55,6 +57,7 @@ class Recording:
         layers: beside residual additions, the weighted layers that are in no block.
         outputs: what the model returned, where it is a floating-point activation.
         entries: where streams begin.
+        architecture: what the model is made of.
     """
 
     entry: Point | None = None
@@ -62,6 +65,7 @@ class Recording:
     layers: list[Point] = field(default_factory=list)
     outputs: list[Point] = field(default_factory=list)
     entries: list[Point] = field(default_factory=list)
+    architecture: Architecture = field(default_factory=Architecture)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +115,15 @@ class PointRecorder(Recorder):
     """Measures residual additions with their branches, weighted layers outside blocks, and outputs.
 
     Args:
+        model: the model that will run.
         points: "residual", or "layers" for all weighted layers and no residual addition.
         plan: what the pass before found; None for the first.
         args, options: of :class:`Recorder`.
     """
 
-    def __init__(self, *args: Any, points: str, plan: Plan | None, **options: Any) -> None:
+    def __init__(self, model: nn.Module, *args: Any, points: str, plan: Plan | None, **options: Any) -> None:
         known = {} if plan is None else {"woken": plan.woken, "refused": plan.refused}
-        super().__init__(*args, **options, **known)
+        super().__init__(model, *args, **options, **known)
         self.recording = Recording()
         self.residual, self.plan = points == "residual", plan
         self.additions = Additions()
@@ -136,6 +141,10 @@ class PointRecorder(Recorder):
         self.behind: dict[Node, tuple[_Ways, set[Node]]] = {}
         self.activated: dict[int, Moments] = {}
         self.gains: dict[tuple[Any, ...], float | None] = {}
+        self.model, self.weights = model, Weights(model)
+        self.layers_seen: list[Layer] = []
+        self.branches_seen: dict[int, tuple[Node, Node]] = {}
+        self.operations = Counter[str]()
 
     # Before the first addition: what may turn out to be the input of the first block.
 
@@ -187,6 +196,7 @@ class PointRecorder(Recorder):
         branch, shortcut = operands[found.branch], operands[1 - found.branch]
         nodes = [self.nodes[operand] for operand in operands]
         shortcut_node = nodes[1 - found.branch]
+        self.branches_seen[self.sums - 1] = nodes[found.branch], found.ancestor
         if not self.residual:
             result = run()
             note, source = self.nodes[result].note, shortcut_node.note
@@ -223,6 +233,7 @@ class PointRecorder(Recorder):
 
     def on_weighted(self, x: Tensor, result: Tensor) -> None:
         """Measure a layer's output if it is wanted, and the input of the first of each stream."""
+        self._see(x, result)
         if result.dim() < 2 or not result.is_floating_point():
             return
         source: Note = self.nodes[x].note
@@ -239,6 +250,17 @@ class PointRecorder(Recorder):
             )
         self._visit(self.nodes[result], source, point, layer=number)
 
+    def _see(self, x: Tensor, result: Tensor) -> None:
+        """Keep which weights a layer has."""
+        name, args = self.operation if self.operation is not None else ("", ())
+        node, weight = self.nodes[result], op.weight_and_bias(name, args)[0]
+        gain = None if weight is None else self._weight_gain(name, args)
+        channels = max(1, result.shape[node.note.channel_axis])
+        fan_in = None if weight is None or weight.dim() < 2 else weight.numel() // channels
+        looked_up = node.step.nonlinear > 0 and not x.is_floating_point()
+        names = tuple(self.weights.among(op.tensors_in(args, {})))
+        self.layers_seen.append(Layer(node, names, fan_in, gain == 0, looked_up))
+
     def on_made(self, nodes: Sequence[Node]) -> None:
         """Keep what the graph is made of, and what a normalizer reads."""
         self.made.append(nodes)
@@ -248,6 +270,7 @@ class PointRecorder(Recorder):
     def _run(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], active: list[Tensor]) -> Any:
         """Execute an operation; where it is the activation of a sum, measure what it makes."""
         self.operation = name, args
+        self.operations[name] += 1
         sum_ = self.summed.get(self.nodes[active[0]]) if name in op.ACTIVATION and len(active) == 1 else None
         result = super()._run(name, func, args, kwargs, active)
         self.operation = None  # its arguments are activations, and none outlives its use
@@ -409,11 +432,24 @@ class PointRecorder(Recorder):
         if self.plan is not None or plan.complete:
             self.recording.outputs = [self._output(t, i) for i, t in enumerate(outputs) if self._is_output(t)]
             self._settle(carried)
+            self.recording.architecture = self._architecture(carried, refused, attends=bool(logits))
         return plan
+
+    def _architecture(self, carried: Collection[Node], refused: Collection[int], *, attends: bool) -> Architecture:
+        """What the model is made of."""
+        seen = Seen(
+            layers=self.layers_seen,
+            branches=[found for number, found in self.branches_seen.items() if number not in refused],
+            nodes=[node for nodes in self.made for node in nodes],
+            carried=carried,
+            attends=attends or not op.ATTENTION.isdisjoint(self.operations.keys()),
+            operations=self.operations,
+        )
+        return architecture_of(self.model, self.weights, seen)
 
     def _settle(self, carried: Collection[Node]) -> None:
         """Give every point that is kept its place, and what is known of it at the end."""
-        followed = _behind(visit.node for visit in self.visits if visit.layer is not None and visit.node in carried)
+        followed = behind(visit.node for visit in self.visits if visit.layer is not None and visit.node in carried)
         renewed = set(_back_to_points(self.renewals, self.summed))
         zero = {v.node for v in self.visits if v.point is not None and v.layer is not None and v.point.weight_gain == 0}
         kept = {v.number: v for v in self.visits if v.point is not None and not (self.residual and v.inside)}
@@ -527,17 +563,6 @@ def _way_from(ancestor: Node, node: Node, ways: _Ways) -> tuple[int, bool] | Non
             weighted, grown = max((way[0] for way in before), default=0), any(way[1] for way in before)
             ways[node] = (weighted + node.step.weighted, grown or _enlarges(node)) if before else None
     return ways[node]
-
-
-def _behind(nodes: Iterable[Node]) -> set[Node]:
-    """All that some activations were computed from, themselves not included unless another was computed from them."""
-    seen, waiting = set[Node](), list(nodes)
-    while waiting:
-        for parent in waiting.pop().parents:
-            if parent not in seen:
-                seen.add(parent)
-                waiting.append(parent)
-    return seen
 
 
 def _is_zero(branch: Moments | None) -> bool:

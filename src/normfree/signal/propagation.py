@@ -56,6 +56,15 @@ BESIDE = -1
 """The index, while findings are looked for, of a layer beside the blocks: it is not on the plot's axis."""
 
 
+def module_title(name: str) -> str:
+    """A module's name as pages and messages show it: what runs in no module of its own runs in "the model".
+
+    Args:
+        name: its qualified name, "" for the model as a whole; behind it "#2" for its second addition or call.
+    """
+    return f"the model{name}" if name[:1] in ("", "#") else name
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """Point 0 of the plot: the input of the first block, after stem and pooling.
@@ -75,6 +84,11 @@ class Entry:
     avg_channel_sq_mean: float
     avg_channel_var: float
     input_correlation: float | None = None
+
+    @property
+    def title(self) -> str:
+        """The module's name as it is shown."""
+        return module_title(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +180,16 @@ class BlockSignal(Position):
     activated_avg_channel_var: float | None = None
 
     @property
+    def title(self) -> str:
+        """The module's name as it is shown."""
+        return module_title(self.name)
+
+    @property
     def place(self) -> str:
         """How a message names the point."""
         if self.kind == "output":
             return self.name
-        name = self.name or "the model itself"
-        return f"layer {name}" if self.index == BESIDE else f"block {self.index} ({name})"
+        return f"layer {self.title}" if self.index == BESIDE else f"block {self.index} ({self.title})"
 
     def __repr__(self) -> str:
         return short_repr(self, f"of {shortened(self.place, 120)}: {self._numbers}")
@@ -324,7 +342,7 @@ class SignalPropagation:
 
     def __str__(self) -> str:
         lines = [f"SignalPropagation of {self.model}: {self.size}, mode {self.mode}"]
-        lines += [f"  {block.index:3d} {block.name}: {block._numbers}" for block in self.blocks]
+        lines += [f"  {block.index:3d} {block.title}: {block._numbers}" for block in self.blocks]
         lines += [f"  {f.severity}: {f.message}" for f in self.findings]
         return "\n".join(lines)
 
