@@ -6,6 +6,7 @@ package, torchvision or timm; code is run only from a ``FILE.py`` that the perso
 
 from __future__ import annotations
 
+import ast
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from normfree.common.checks import check_memory, invalid, required, suggestion
+from normfree.common.checks import LISTED, check_memory, invalid, required, suggestion
 from normfree.common.files import check_file, kind_of, sizes
 from normfree.common.text import first_line, one_line, quoted
 from normfree.convert import stored_conversion
@@ -76,7 +77,7 @@ def build(source: str, original: str | None = None) -> Built:
         return built if built.batch is not None else replace(built, shape=_run_shape(path))
     if original is not None:
         raise _no_use(original, source)
-    if _names_factory(source):
+    if names_factory(source):
         return _from_file(source)
     named, pretrained = _by_name(source, DEEPEST)
     if not pretrained and source.partition(":")[2] and not source.startswith(("torchvision:", "timm:")):
@@ -112,7 +113,7 @@ def check_sources(sources: Sequence[str], original: str | None) -> None:
     """
     __tracebackhide__ = True
     for source in sources:
-        if not _names_factory(source) and _checkpoint_of(source) is None:
+        if not names_factory(source) and _checkpoint_of(source) is None:
             _by_name(source, DEEPEST)
     if original is not None and not any(takes_original(source) for source in sources):
         raise _no_use(original, " ".join(sources))
@@ -137,7 +138,8 @@ def _no_use(original: str, source: str) -> ValueError:
     return invalid("original", original, rule, "leave --original out")
 
 
-def _names_factory(source: str) -> bool:
+def names_factory(source: str) -> bool:
+    """Tell whether a source is a file of Python, and what in it builds the model."""
     prefix = source.partition(":")[0]
     named = prefix in ("torchvision", "timm")
     return not named and ".py" in source and Path(source.rpartition(":")[0] or source).suffix == ".py"
@@ -146,7 +148,7 @@ def _names_factory(source: str) -> bool:
 def _checkpoint_of(source: str) -> str | None:
     """The file of weights that a word stands for; None of all other forms."""
     prefix, _, rest = source.partition(":")
-    if prefix in ("torchvision", "timm") or _names_factory(source):
+    if prefix in ("torchvision", "timm") or names_factory(source):
         return None
     if source.endswith(".safetensors"):
         return source
@@ -177,7 +179,9 @@ def _from_checkpoint(path: str, original: str | None) -> Built:
     if named is None:
         said = "a model of your own" if conversion.source is None else quoted(conversion.source)
         rule = f"{quoted(path)} was converted from {said}; no code is run because a file names it"
-        raise invalid("original", None, rule, "pass --original FILE.py:FACTORY, or whatever builds that model")
+        raise ValueError(
+            f"original: is missing: {rule}; pass --original FILE.py:FACTORY, or whatever builds that model"
+        )
     _check_size(named, conversion.source or "", path, numbers)
     return Built(load(path, original=named()))
 
@@ -302,9 +306,14 @@ def _check_size(build_it: Callable[[], nn.Module], source: str, path: str, numbe
 def _from_file(source: str) -> Built:
     """What FACTORY of FILE.py returns, or is; the file's own folder stays importable for it."""
     path, _, factory = source.rpartition(":")
-    if not path or not factory:
-        raise ValueError(f"model: {quoted(source)} names no factory; write FILE.py:FACTORY")
-    file = check_file(path, "model", "write FILE.py:FACTORY").resolve()
+    named = path if path.endswith(".py") else source
+    if kind_of(named) == "nothing":
+        raise ValueError(f"model: there is no file {quoted(named)}; {_FACTORY}")
+    file = check_file(named, "model", f"write {_FACTORY}").resolve()
+    if named == source or not factory:
+        has = ", ".join(_defined_in(file)[:LISTED])
+        has = f"the file defines {has}" if has else "the file defines no function"
+        raise ValueError(f"model: {quoted(source)} does not say which function builds the model; {has}; {_FACTORY}")
     try:
         with importable(file.parent):
             made = _call_factory(file, factory)
@@ -319,6 +328,22 @@ def _from_file(source: str) -> Built:
         returned = type(made).__name__
         raise ValueError(f"model: {quoted(source)} returned {returned}, not a torch.nn.Module or (module, batch)")
     return Built(model, batch)
+
+
+_FACTORY = (
+    "FILE.py:FACTORY names a function of the file that takes no argument and returns the model, or (model, batch), or "
+    "the model itself"
+)
+
+
+def _defined_in(file: Path) -> list[str]:
+    """The names of what a file defines and a factory can be; the file is not run."""
+    try:
+        body = ast.parse(file.read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return []
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return [one.name for one in body if isinstance(one, kinds) and not one.name.startswith("_")]
 
 
 class _Explained(ValueError):

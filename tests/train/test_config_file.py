@@ -73,12 +73,12 @@ MISTAKES = {
     "precision: fp8": "precision: 'fp8' is no",
     "- epochs": "holds list, no settings",
     "": "holds NoneType, no settings",
-    "epochs: 1\nepochs: 2": "no sound YAML file.*epochs twice",
-    "a: &a [1]\nb: *a": "no sound YAML file.*alias",
-    "epochs: [": "no sound YAML file",
-    "!!python/object/apply:os.mkdir [ran]": "no sound YAML file",
-    "epochs: !!timestamp x": "no sound YAML file",
-    "\x00": "no sound YAML file",
+    "epochs: 1\nepochs: 2": "no YAML of settings.*epochs twice",
+    "a: &a [1]\nb: *a": "no YAML of settings.*alias",
+    "epochs: [": "no YAML of settings",
+    "!!python/object/apply:os.mkdir [ran]": "no YAML of settings",
+    "epochs: !!timestamp x": "no YAML of settings",
+    "\x00": "no YAML of settings",
     "model: nf_resnet51": "did you mean nf_resnet50",
 }
 

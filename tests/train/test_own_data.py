@@ -112,7 +112,7 @@ def test_a_run_goes_on_with_what_it_held_out(at_home, tmp_path):
     begun = tiny(tmp_path / "begun", **changes, limit_train_steps=2)
     train(begun)
     for name, value in (("holdout", 0.3), ("holdout_seed", 4)):
-        with pytest.raises(ValueError, match=rf"holds a run with another data\.{name}; pass another --out"):
+        with pytest.raises(ValueError, match=rf"holds a run with other settings \(data\.{name}\); pass another --out"):
             train(replace(begun, data=replace(begun.data, **{name: value})))
     (at_home / "pets" / "bee" / "new.png").write_bytes(encoded(90))
     with pytest.raises(ValueError, match=r"other bits \(images\).*--on-changed continue"):
@@ -128,7 +128,7 @@ def test_a_run_of_a_version_without_a_field_goes_on(tmp_path):
     path.write_text(json.dumps(document))
     assert train(replace(config, limit_train_steps=3)).metrics["step"] == 3
     path.write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=r"holds a run with another data\.holdout;"):
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(data\.holdout\);"):
         train(replace(config, data=replace(config.data, holdout=0.1)))
 
 
@@ -168,7 +168,9 @@ def test_a_new_run_has_a_new_folder_and_the_same_one_its_own(at_home, capsys):
     short = ["--limit-train-steps", "1"]
     assert "wrote runs/digits\n" in told(capsys, *words, "1", *short)
     second = told(capsys, *words, "2", *short)
-    assert second.startswith("runs/digits holds a run with another epochs: this one's folder is runs/digits-2\n")
+    assert second.startswith(
+        "runs/digits holds a run with other settings (epochs): this one's folder is runs/digits-2\n"
+    )
     assert "wrote runs/digits-3\n" in told(capsys, *words, "3", *short)
     on = told(capsys, *words, "2", "--limit-train-steps", "2")
     assert "this one's folder is runs/digits-2\n" in on and "going on from step 1 of 2\n" in on
@@ -177,5 +179,8 @@ def test_a_new_run_has_a_new_folder_and_the_same_one_its_own(at_home, capsys):
     assert "wrote" not in again
     assert main([*words, "4", "--out", "runs/digits-2"]) == 2
     error = capsys.readouterr().err
-    assert "holds a run with another epochs; pass another --out, or the run's own settings to go on with it" in error
+    assert (
+        "holds a run with other settings (epochs); pass another --out, or the run's own settings to go on with it"
+        in error
+    )
     assert sorted(path.name for path in (at_home / "runs").iterdir()) == ["digits", "digits-2", "digits-3"]

@@ -225,7 +225,7 @@ def test_how_images_are_read_may_change(images, tmp_path):
     again = replace(config, data=replace(config.data, **changes))
     summary = train(again)
     assert summary.finished and len(summary.metrics["bad_images"]) == 1
-    with pytest.raises(ValueError, match=r"holds a run with another data\.crop_ratio; pass another --out"):
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(data\.crop_ratio\); pass another --out"):
         train(replace(again, data=replace(again.data, crop_ratio=0.5)))
 
 

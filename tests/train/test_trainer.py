@@ -96,7 +96,7 @@ def test_a_finished_run_is_told_again_and_not_trained_again(run):
 
 
 def test_another_runs_folder_is_refused(run):
-    with pytest.raises(ValueError, match=r"holds a run with another seed; pass another --out"):
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(seed\); pass another --out"):
         train(tiny(run.folder, precision="auto", seed=1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -29,6 +30,7 @@ from normfree.commands.signals import (
     device_named,
     is_healthy,
     no_picture,
+    note_on_batch,
     precision_of,
     print_conversion,
     print_signal,
@@ -108,8 +110,9 @@ class _Conversion:
             try:
                 built.model.load_state_dict(read_state_dict(self.weights, "weights"))
             except RuntimeError as error:
-                rule = f"are not this model's ({all_lines(error)})"
-                raise invalid("weights", str(self.weights), rule, "give its own state dict") from error
+                differ = re.sub(r"^Error\(s\) in loading state_dict for \w+: *", "", all_lines(error))
+                rule = f"are the weights of another model: {differ}"
+                raise invalid("weights", str(self.weights), rule, "give the state dict of this one") from error
         elif built.random and self.start == "pretrained":
             named = {"torchvision": ":weights=DEFAULT", "timm": ":pretrained=True"}.get(self.model.partition(":")[0])
             also = "" if named is None else f" or {self.model}{named}"
@@ -122,6 +125,8 @@ class _Conversion:
             return model, built.batch, {"kind": "the factory's own"}
         probe = probe_named(self.input)
         shape = batch_shape(built, probe, image_size=self.image_size, batch_size=self.batch_size)
+        if (note := note_on_batch(self.model, probe, shape, self.image_size)) is not None:
+            console.announce(note)
         batch = next(iter(probe.batches(shape, count=1, seed=self.seed)))
         return model, batch.to(device, precision_of(model)), probe.describe()
 
@@ -205,6 +210,7 @@ class Doctor(_Conversion):
             else:
                 if not conversion.replaces_norms and not _calls_for_action(signals[0]):
                     conversion, refusal = None, _Refusal(NOTHING_TO_DO)
+                    signals[0] = _without_conversion(signals[0], "")
                 else:
                     status.update("measuring the converted model")
                     again = self._measure(converted, f"{self.model}, converted", batch, described)
@@ -239,8 +245,8 @@ class Doctor(_Conversion):
         console.announce(
             f"Examining {self.model}:\n"
             f"  1. measure it on one batch, {described['kind']}, {shapes}\n"
-            f"  2. convert a copy of it ({start})\n"
-            "  3. measure the copy on the same batch\n"
+            f"  2. convert a copy of it, if there is something to convert ({start})\n"
+            "  3. measure the converted copy on the same batch\n"
             f"The model stays as it is. The report goes to {self.out}.\n"
         )
 

@@ -22,7 +22,7 @@ from normfree.data import GaussianNoise, Probe
 from normfree.report.plot import plot_signals
 from normfree.report.signal_page import write_report
 from normfree.signal import BlockSignal, Curve, Finding, SignalPropagation, input_shape, write_json
-from normfree.sources import Built
+from normfree.sources import Built, names_factory
 
 ROWS = 24
 """Points shown in full; of deeper networks every stage's edges and an even selection."""
@@ -80,6 +80,23 @@ def batch_shape(built: Built, probe: Probe, *, image_size: int | None, batch_siz
         check_memory(argument, value, 4 * size)
     check_memory("batch_size", batch_size, 4 * batch_size * math.prod(shape))
     return (batch_size, *shape)
+
+
+def note_on_batch(source: str, probe: Probe, shape: tuple[int, ...], image_size: int | None) -> str | None:
+    """Return what a model of a file is run with where nobody said so; None of other models, and where somebody did.
+
+    Args:
+        source: of the model.
+        probe: what the batch is drawn from.
+        shape: of the batch.
+        image_size: height and width that were asked for.
+    """
+    if not names_factory(source) or image_size is not None:
+        return None
+    kind = "Gaussian noise" if isinstance(probe, GaussianNoise) else str(probe.describe()["kind"])
+    options = "" if len(shape) < 4 else "; or pass --image-size"
+    options += ", --input" if options and isinstance(probe, GaussianNoise) else ""
+    return f"note: {source} gives no batch; it is run on {kind} {list(shape)}: return (model, batch) from it{options}"
 
 
 def write_signals(
@@ -156,8 +173,8 @@ def print_signal(console: Terminal, signal: SignalPropagation) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     rows = select_points(signal.blocks)
     entry = signal.entry
-    places = [("", escape(entry.name or "(the model)") + " [dim]in[/dim]", entry.shape)]
-    places += [(str(block.index), escape(block.name or "(the model)"), block.shape) for block in signal.blocks]
+    places = [("", escape(entry.title) + " [dim]in[/dim]", entry.shape)]
+    places += [(str(block.index), escape(block.title), block.shape) for block in signal.blocks]
     for index, (number, name, shape) in enumerate(places):
         if index == 0 or index - 1 in rows:
             numbers = [_number(values[index], column, is_entry=index == 0) for column, values in shown.items()]

@@ -26,7 +26,15 @@ from normfree.commands.shared import (
     check_options,
     command_line,
 )
-from normfree.commands.signals import batch_shape, device_named, no_picture, precision_of, print_signal, write_signals
+from normfree.commands.signals import (
+    batch_shape,
+    device_named,
+    no_picture,
+    note_on_batch,
+    precision_of,
+    print_signal,
+    write_signals,
+)
 from normfree.data import Probe, probe_named
 from normfree.signal import Mode, Points, SignalPropagation, spp
 from normfree.sources import build, check_sources, takes_original
@@ -85,7 +93,7 @@ class Spp:
             task = progress.add_task("measuring", total=len(self.models))
             for source in self.models:
                 progress.update(task, description=f"measuring {escape(source)}")
-                signals.append(self._measure_one(source, probe, device))
+                signals.append(self._measure_one(console, source, probe, device))
                 progress.advance(task)
         total, count = Counter(self.models), Counter[str]()
         for index, signal in enumerate(signals):
@@ -94,7 +102,7 @@ class Spp:
                 signals[index] = signal.renamed(f"{signal.model} ({count[signal.model]})")
         return signals
 
-    def _measure_one(self, source: str, probe: Probe, device: torch.device) -> SignalPropagation:
+    def _measure_one(self, console: Terminal, source: str, probe: Probe, device: torch.device) -> SignalPropagation:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             built = build(source, self.original if takes_original(source) else None)
@@ -102,6 +110,8 @@ class Spp:
         described: dict[str, Any] = {"kind": "the factory's own"}
         if batch is None:
             shape = batch_shape(built, probe, image_size=self.image_size, batch_size=self.batch_size)
+            if (note := note_on_batch(source, probe, shape, self.image_size)) is not None:
+                console.announce(note)
             drawn = probe.batches(shape, count=self.batches, seed=self.seed)
             batch, described = (one.to(device, precision_of(model)) for one in drawn), probe.describe()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

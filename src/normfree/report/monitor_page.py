@@ -180,7 +180,7 @@ def _moving_values(
 def _moving_traces(signal: SignalPropagation, panels: Sequence[Panel], logs: Sequence[bool]) -> list[dict[str, Any]]:
     """The curves of one record."""
     traces: list[dict[str, Any]] = []
-    names = [signal.entry.name or "(the model)", *(block.name or "(the model)" for block in signal.blocks)]
+    names = [signal.entry.title, *(block.title for block in signal.blocks)]
     for row, y in enumerate(_moving_values(signal, panels, logs)):
         color = COLORS[0]
         trace: dict[str, Any] = {"type": "scatter", "x": _xs(y), "y": y}

@@ -159,7 +159,7 @@ def _table(
         numbers = "".join(f"<td{' class=bad' if json_number(v) == str(v) else ''}>{_number(v)}</td>" for v in values)
         rows += (
             f"<tr><td{' class=text' if first == 'where' else ''}>{escape(place)}</td>"
-            f"<td class=text>{escape(point.name) or '(the model)'}</td>"
+            f"<td class=text>{escape(point.title)}</td>"
             f"<td class=text>{shape_text(point.shape)}</td><td>{point.channel_axis}</td>{numbers}"
             f"<td>{dead}</td><td class=text>{escape(remarks(point))}</td></tr>"
         )
@@ -194,7 +194,7 @@ def signal_settings(signals: Sequence[SignalPropagation]) -> str:
     """How models were measured, side by side, folded away: mode, input, entry, configuration."""
     columns = []
     for signal in signals:
-        entry = f"{signal.entry.name or '(the model)'}, shape {shape_text(signal.entry.shape)}"
+        entry = f"{signal.entry.title}, shape {shape_text(signal.entry.shape)}"
         measured = {"mode": signal.mode, **flat_settings(signal.input, "input"), "entry": entry}
         rows = measured | {"blocks": str(len(signal.blocks))} | flat_settings(signal.configuration)
         columns.append((shorten(signal.model, 48), rows))

@@ -122,7 +122,7 @@ def _model_data(signal: SignalPropagation, number: int) -> dict[str, Any]:
         "unit": "weighted layer" if is_layerwise(signal) else "block",
         "color": color_of(number),
         "dash": _dash(number),
-        "names": [point.name or "(the model)" for point in points],
+        "names": [point.title for point in points],
         "shapes": [shape_text(point.shape) for point in points],
         "axes": [point.channel_axis for point in points],
         "transitions": [isinstance(point, BlockSignal) and point.transition for point in points],
@@ -187,7 +187,7 @@ def _gaps(signals: Sequence[SignalPropagation]) -> str:
             if (start := non_finite_from(signal.curve(panel.curve))) is not None:
                 starts.setdefault(start, []).append(panel.title.lower())
         for start, titles in sorted(starts.items()):
-            place = f"{place_of(start)} ({[signal.entry, *signal.blocks][start - ENTRY_X].name or 'the model'})"
+            place = f"{place_of(start)} ({[signal.entry, *signal.blocks][start - ENTRY_X].title})"
             lines.append(f"{signal.model}: {', '.join(titles)} non-finite from {place}; the curve has a gap there.")
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return f'<ul class="gaps" id="gaps">{items}</ul>' if lines else ""

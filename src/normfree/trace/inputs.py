@@ -164,10 +164,12 @@ def _described_shape(model: nn.Module) -> tuple[int, ...] | None:
     described = getattr(model, "default_cfg", None) or getattr(model, "pretrained_cfg", None)
     if isinstance(described, Mapping) and described.get("input_size"):
         return tuple(described["input_size"])
-    size = getattr(model, "image_size", None)
     channels = _first(model, nn.Conv2d)
-    if isinstance(size, int) and channels is not None:
-        return (channels.in_channels, size, size)
+    for name in ("image_size", "img_size", "input_size"):
+        size: Any = getattr(model, name, None)
+        sides = [side for side in (size if isinstance(size, (tuple, list)) else (size, size)) if type(side) is int]
+        if channels is not None and len(sides) in (2, 3) and min(sides) > 0:
+            return (channels.in_channels, *sides[-2:])
     return None
 
 

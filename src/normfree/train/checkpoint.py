@@ -417,7 +417,7 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
     """
     __tracebackhide__ = True
     if changed := differences(config, folder):
-        rule = f"holds a run with another {', '.join(changed)}"
+        rule = f"holds a run with other settings ({', '.join(changed)})"
         raise refused("out", folder, rule, "pass another --out, or the run's own settings to go on with it")
 
 

@@ -32,10 +32,10 @@ from normfree.common.checks import (
     suggestion,
 )
 from normfree.common.files import read_bytes, read_json, refused, structured
-from normfree.common.text import LONGEST, first_line, shortened
+from normfree.common.text import LONGEST, first_line, quoted, shortened
 from normfree.data import AugmentationConfig, DataConfig
 from normfree.models.nfnet import NFNET_SIZES
-from normfree.models.registry import accepted_overrides, parse_overrides
+from normfree.models.registry import accepted_overrides, list_models, parse_overrides
 from normfree.models.regnets import REGNET_SIZES
 from normfree.optim import Rule
 from normfree.train.records import version
@@ -195,6 +195,11 @@ class TrainConfig:
             check_choice("log", name, Log)
 
     def _check_model(self) -> None:
+        if self.model_name not in list_models():
+            rule = f"normfree train knows its own networks by name, and {quoted(self.model_name)} is none"
+            remedy = "train another model in a loop of your own, see docs/tutorials/own_loop.md"
+            foreign = self.model_name in ("torchvision", "timm") or any(mark in self.model_name for mark in ("/", "."))
+            raise invalid("model", self.model, rule, remedy if foreign else suggestion(self.model_name, list_models()))
         accepted = accepted_overrides(self.model_name)
         for override in self.model_overrides:
             if override not in accepted:
@@ -427,7 +432,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         document = yaml.load(content, Loader)
     except Exception as error:  # PyYAML's own kind, and what its constructors make of a tag's wrong value
-        rule = f"is no sound YAML file ({' '.join(str(error).split()) or type(error).__name__})"
+        told = (
+            " ".join(str(error).split())
+            .replace('in "<byte string>", ', "at ")
+            .replace('in "<unicode string>", ', "at ")
+        )
+        rule = f"is no YAML of settings ({told or type(error).__name__})"
         raise refused("config", path, shortened(rule, 240), "mend it") from error
     if not isinstance(document, dict):
         raise refused("config", path, f"holds {type(document).__name__}, no settings", "write name: value")

@@ -450,7 +450,9 @@ class Trainer:
         """Train to the end, or to a request to stop; a run that has ended before is only summed up."""
         if self.folder != self.chosen.folder:
             others = list_names(differences(self.chosen, self.chosen.folder))
-            self._say(f"{self.chosen.folder} holds a run with another {others}: this one's folder is {self.folder}")
+            self._say(
+                f"{self.chosen.folder} holds a run with other settings ({others}): this one's folder is {self.folder}"
+            )
         checkpoint = on_rank_zero(self.fabric, lambda: self.store.newest(set_aside=True))
         metrics = on_rank_zero(self.fabric, lambda: None if checkpoint is None else self._read_metrics(checkpoint.step))
         if metrics is not None:

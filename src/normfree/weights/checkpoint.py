@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from normfree.common.checks import invalid, is_integer
 from normfree.common.files import FOLDED, Stored, check_file, parse_json, read, write_atomically
-from normfree.common.text import all_lines, first_line, shortened
+from normfree.common.text import all_lines, first_line, quoted, shortened
 from normfree.convert.apply import rewrite
 from normfree.convert.record import NOTE as CONVERTED
 from normfree.convert.record import conversion_of, noted_conversion
@@ -328,8 +328,8 @@ def _load_converted(stored: Stored, original: nn.Module | None) -> nn.Module:
     if original is not None and not isinstance(original, nn.Module):
         raise invalid("original", original, "is no torch.nn.Module", "pass the model itself, with any weights")
     if original is None:
-        rule = f"{str(stored.path)!r} holds a converted {conversion.model}"
-        raise invalid("original", None, rule, "pass the model it was converted from (with any weights)")
+        rule = f"{quoted(str(stored.path))} holds a converted {conversion.model}, which is made of its original"
+        raise ValueError(f"original: is missing, for {rule}; pass the model it was converted from, with any weights")
     try:
         model = rewrite(unwrapped(original), conversion)
         for name, tensor in model.state_dict().items():
@@ -338,7 +338,7 @@ def _load_converted(stored: Stored, original: nn.Module | None) -> nn.Module:
         return restore(model, stored)
     except Exception as error:  # a forged record makes constructors raise almost anything
         rule = f"it is not the model that {str(stored.path)!r} was converted from ({all_lines(error)})"
-        remedy = f"pass a {conversion.model} of the same sizes"
+        remedy = f"pass the {conversion.model} it was converted from, or one of the same sizes"
         raise invalid("original", type(original).__name__, rule, remedy) from error
 
 
