@@ -143,3 +143,34 @@ def test_a_file_that_is_none_is_refused_without_being_opened(tmp_path, capsys):
         assert "named pipe" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a device"):
         normfree.load("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("net.py", r"does not say which function builds the model; the file defines net, Other; FILE.py:FACTORY names"),
+        ("net.py:", r"does not say which function builds the model; the file defines net"),
+        (
+            "none.py",
+            r"there is no file '.*none.py'; FILE.py:FACTORY names a function of the file that takes no argument",
+        ),
+        ("none.py:net", r"there is no file '.*none.py'; FILE.py:FACTORY names"),
+        ("net.py:nett", r"defines no function 'nett'; did you mean net"),
+    ],
+)
+def test_what_a_factory_is_is_said(words, told, tmp_path):
+    write(tmp_path, net="from torch import nn\ndef net(): ...\nclass Other(nn.Module): ...\ndef _own(): ...\n")
+    with pytest.raises(ValueError, match=told):
+        build(str(tmp_path / words))
+
+
+def test_what_a_files_model_is_run_with_is_said(tmp_path, capsys):
+    text = "from torch import nn\n\n\ndef net():\n    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU())\n"
+    write(tmp_path, net=f"{text}    return model\n", sized=f"{text}    model.img_size = (9, 11)\n    return model\n")
+    for name, shape in (("net", "[2, 1, 224, 224]"), ("sized", "[2, 1, 9, 11]")):
+        for command in ("spp", "doctor"):
+            main([command, f"{tmp_path / name}.py:net", "--batch-size", "2", "--out", str(tmp_path / "out")])
+            told = f"gives no batch; it is run on Gaussian noise {shape}: return (model, batch) from it; or pass"
+            assert told in capsys.readouterr().out
+    main(["spp", f"{tmp_path / 'net'}.py:net", "--image-size", "12", "--out", str(tmp_path / "out")])
+    assert "gives no batch" not in capsys.readouterr().out

@@ -221,3 +221,20 @@ def test_words() -> None:
 def test_no_model_is_an_error() -> None:
     with pytest.raises(ValueError, match="signals"):
         plot_signals([])
+
+
+@pytest.mark.parametrize("top", [130.0, 1e3, 4.2e4, 9e17, 3e30])
+def test_a_logarithmic_axis_has_a_number_at_its_top(top: float) -> None:
+    figure = plot_signals([signal_of([1.0, top / 30, top])])
+    axes = next(a for a in figure.axes if a.get_label() == "avg_channel_var")
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    assert top <= ticks[-1] < 2.6 * top and 3 <= len(ticks) <= 9
+    assert all(label.get_text() for label in axes.get_yticklabels())
+
+
+def test_zeros_of_several_models_are_seen_apart() -> None:
+    signals = [signal_of([1.0, 1e4, 1e8], squares=[0.0, 1.0, 1e3]) for _ in range(3)]
+    figure = plot_signals(signals)
+    heights = [y[0] for _, y in lines(figure, "avg_channel_sq_mean", "zero")]
+    assert len(set(heights)) == len(heights) == 3

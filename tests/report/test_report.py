@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from normfree.report.page import page_file
+from normfree.report.page import MEANINGS, page_file
 from normfree.report.signal_page import write_report
-from normfree.signal.propagation import BlockSignal, Entry, Finding, SignalPropagation
+from normfree.signal.propagation import KINDS, BlockSignal, Entry, Finding, SignalPropagation
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -301,3 +301,23 @@ def test_nothing_is_wider_than_the_window(page: Page, width: int) -> None:
     if width == 1400:
         cut = "() => [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
         assert page.evaluate(cut) == 0
+
+
+def test_only_what_is_drawn_is_explained(tmp_path: Path) -> None:
+    """Of a chain no residual variance, of a plot without gradients no gradient, of a curve of one point nothing."""
+    signal = signal_of("a")
+    blocks = tuple(replace(b, kind="layer", residual_avg_channel_var=None, transition=False) for b in signal.blocks)
+    blocks = tuple(replace(b, input_correlation=None if i else 0.5) for i, b in enumerate(blocks))
+    page = page_of(write_report([replace(signal, blocks=blocks)], tmp_path / "chain.html").read_text())
+    titles = ["Average channel squared mean", "Average channel variance"]
+    assert re.findall(r"<dt>(.*?)</dt>", page) == [panel["title"] for panel in data_of(page)["panels"]] == titles
+    assert "dotted line" not in page and "transition block" not in page and "input correlation</th>" in page
+    page = page_of(write_report([signal], tmp_path / "blocks.html").read_text())
+    assert "dotted line" in page and "Input correlation</dt>" in page and "transition block" in page
+
+
+def test_what_a_finding_means_is_on_the_page(tmp_path: Path) -> None:
+    found = replace(FOUND, docs="docs/signal.md#explosion")
+    page = page_of(write_report([replace(signal_of("a"), findings=(found,))], tmp_path / "a.html").read_text())
+    assert "docs/signal.md" not in page and "<summary>what explosion means</summary><p>Each block adds" in page
+    assert set(MEANINGS) == set(KINDS)

@@ -18,7 +18,7 @@ from typing import Any
 
 from normfree.common.files import write_atomically
 from normfree.report.panels import Panel, is_layerwise, panels_of, shape_text, shorten, x_label
-from normfree.signal.propagation import SEVERITIES, BlockSignal, Curve, Entry, Finding, SignalPropagation
+from normfree.signal.propagation import SEVERITIES, BlockSignal, Curve, Entry, Finding, Kind, SignalPropagation
 
 
 def write_page(path: str | Path, *, title: str, body: str, data: Any, script: str, style: str = "") -> Path:
@@ -99,11 +99,45 @@ def finding_item(finding: Finding, place: str) -> str:
         f'<li class="finding {severity}"><div class="finding-head">'
         f'<span class="severity">{escape(finding.severity)}: {kind}</span><span>{place}</span></div>'
         f'<p>{escape(finding.message)}</p><p class="remedy">{escape(finding.remedy)}'
-        + (f" See {escape(finding.docs)}." if finding.docs else "")
         + "</p>"
+        + _meaning(finding)
         + (code_details(finding.code) if finding.code else "")
         + "</li>"
     )
+
+
+MEANINGS: dict[Kind, str] = {
+    "explosion": "Each block adds a multiple of what it reads, or each layer gives more than it gets: in a network of "
+    "fifty blocks a factor of two a block is 10¹⁵, and neither outputs nor gradients have a usable size.",
+    "attenuation": "Each layer gives less than it gets (PyTorch's default initialisation behind a ReLU a sixth). The "
+    "gradient fades with the signal, and the early layers hardly learn.",
+    "mean_shift": "The mean of a ReLU is positive, and filters that do not sum to zero turn it into an offset of the "
+    "channel, the same for every input and larger with every block.",
+    "branch_variance": "A branch that gives more than four times the variance it should, or less than a quarter. Small "
+    "ones are a note, for they may be meant (layer scale, transformers).",
+    "silenced_branch": "A zero gain, weight or gate leaves the shortcut alone: the start of SkipInit, FixUp and "
+    "adaLN-zero.",
+    "dead_channels": "What is constant whatever the input carries nothing: filters of zero, biases far below zero "
+    "behind a ReLU, saturated or clipped activations.",
+    "correlation_collapse": "What different inputs have in common grows until nothing else is left, and what follows "
+    "cannot tell them apart: a long chain with a mean shift does it.",
+    "gradient_explosion": "The output is so rough in what the early layers compute that a step of the usual size "
+    "leaves the range in which the gradient holds: a saturating activation with too large a gain, or a long chain of layers "
+    "and normalizers without shortcuts.",
+    "gradient_vanishing": "What varies in the output does not come from the early layers, or the share of a step that "
+    "reaches them is lost: saturating activations at too small a gain, or a signal that fades.",
+    "zero_layer": "A layer that starts at zero gives the same for every input: a choice of flows, value heads and box "
+    "regressions, and otherwise a mistake.",
+    "non_finite": "From one operation on there are infinities, or what is not a number: after large magnitudes by "
+    "overflow, after usual ones by a logarithm or root of what is negative, or a division by zero.",
+}
+"""What each kind of finding says, for a reader without the documentation at hand."""
+
+
+def _meaning(finding: Finding) -> str:
+    """What a kind of finding says, folded away until it is asked for."""
+    name = escape(finding.kind.replace("_", " "))
+    return f"<details><summary>what {name} means</summary><p>{escape(MEANINGS[finding.kind])}</p></details>"
 
 
 def code_details(code: str) -> str:
@@ -131,8 +165,7 @@ CURVES: dict[Curve, str] = {
 def numbers_tables(signal: SignalPropagation) -> str:
     """Every number of one model, folded away until it is asked for: a row a block, then a row a layer beside them."""
     present: set[Curve] = {panel.curve for panel in panels_of([signal])}
-    if any(block.expected_var is not None for block in signal.blocks):
-        present.add("expected_var")
+    present |= {name for name in CURVES if any(value is not None for value in signal.curve(name))}
     unit = "weighted layer" if is_layerwise(signal) else "block"
     points = [("entry", signal.entry), *((str(block.index), block) for block in signal.blocks)]
     columns: list[Curve] = [name for name in CURVES if name in present]

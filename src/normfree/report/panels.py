@@ -55,7 +55,7 @@ def panels_of(signals: Sequence[SignalPropagation]) -> tuple[Panel, ...]:
     """The panels these models need.
 
     Squared mean and variance are always there; the residual variance unless no model has a residual
-    block; input correlation and gradient where some model has them.
+    block; input correlation and gradient where some model has a curve of them, of two points at least.
     """
 
     def needed(panel: Panel) -> bool:
@@ -63,7 +63,7 @@ def panels_of(signals: Sequence[SignalPropagation]) -> tuple[Panel, ...]:
             return True
         if panel.curve == "residual_avg_channel_var":
             return not all(is_layerwise(signal) for signal in signals)
-        return any(value is not None for signal in signals for value in signal.curve(panel.curve))
+        return any(sum(value is not None for value in signal.curve(panel.curve)) > 1 for signal in signals)
 
     return tuple(panel for panel in _PANELS if needed(panel))
 

@@ -184,7 +184,8 @@ def _draw_curve(axes: Axes, panel: Panel, signal: SignalPropagation, number: int
             axes.plot(xs, expected, gid="expected", **dashed)
     zeros = [x for x, value in zip(xs, values, strict=True) if value == 0 and log]
     if zeros:
-        _mark_edge(axes, zeros, 0.0, marker="v", markersize=3, color=color_of(number), gid="zero")
+        height = 0.05 * number  # one model's above the other's, so that none hides another
+        _mark_edge(axes, zeros, height, marker="v", markersize=3, color=color_of(number), gid="zero")
     if (start := non_finite_from(values)) is not None:
         _mark_edge(axes, [start], 1.0, marker="x", markersize=5, color=color_of(number), gid="non-finite")
 
@@ -218,7 +219,7 @@ def _markers(points: list[float], number: int) -> list[int]:
 
 
 def _limit(axes: Axes, panel: Panel, signals: Sequence[SignalPropagation], log: bool) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
     values = [value for value in finite_values(panel, signals) if value > 0 or not log]
     if not values:
@@ -226,12 +227,44 @@ def _limit(axes: Axes, panel: Panel, signals: Sequence[SignalPropagation], log: 
         axes.set(yticks=[], ylim=(0, 1))
         axes.text(0.5, 0.5, "no finite value", color=_FAINT, **middle)
         return
-    axes.set_ylim(limits_of(values, log))
+    low, high = limits_of(values, log)
     if log:
+        ticks = _decades(low, max(values), high)
+        axes.set_ylim(low, max(high, ticks[-1] * (high / max(values)) ** 0.5))
+        axes.yaxis.set_major_locator(FixedLocator(ticks))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
         return
+    axes.set_ylim(low, high)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     # The usual formatter writes a common factor above the axis, where the panel's title is.
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _decades(low: float, largest: float, high: float) -> list[float]:
+    """Ticks of a logarithmic axis, about six, the last at the top: one, two or five times a power of ten.
+
+    Args:
+        low: the axis' lower limit.
+        largest: of the values.
+        high: the axis' upper limit.
+    """
+    exponent = math.floor(math.log10(largest))
+    top = next(
+        (k * 10.0**exponent for k in (1, 2, 5) if k * 10.0**exponent >= largest * (1 - 1e-9)), 10.0 ** (exponent + 1)
+    )
+    span = math.log10(max(high, top) / low)
+    step = max(1, math.ceil(span / 6))
+    first = math.floor(math.log10(top) + 1e-9)
+    ticks = [10.0**e for e in range(first, math.floor(math.log10(low)), -step)]
+    return sorted({top, *(tick for tick in ticks if low <= tick and math.log10(top / tick) > 0.08 * span)})
+
+
+def _power(value: float) -> str:
+    """A tick's number: a power of ten, times two or five."""
+    exponent = math.floor(math.log10(value) + 1e-9)
+    factor = round(value / 10.0**exponent)
+    before = "" if factor == 1 else rf"{factor}\cdot "
+    return rf"${before}10^{{{exponent}}}$"
 
 
 def _legend(

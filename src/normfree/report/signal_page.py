@@ -43,7 +43,7 @@ from normfree.report.panels import (
     shorten,
     x_label,
 )
-from normfree.signal.propagation import SEVERITIES, BlockSignal, Finding, SignalPropagation
+from normfree.signal.propagation import SEVERITIES, BlockSignal, Curve, Finding, SignalPropagation
 
 # For plotly and for the swatches in the legend (an SVG line), in pixels.
 _DASHES = ("solid", "9px,3px", "7px,2px,2px,2px", "2px,2px", "4px,3px", "12px,3px,3px,3px")
@@ -77,6 +77,11 @@ def write_report(
         raise ValueError("signals: got an empty sequence; give at least one SignalPropagation to report")
     title = heading_of("Signal propagation", signals) if title is None else title
     layers = "Where a model has no residual additions, a point is the output of a weighted layer."
+    transition = (
+        "A <em>transition block</em> (hollow marker) has a shortcut that is not the identity: it changes the number of "
+        "channels or the size. "
+    )
+    turns = any(block.transition for signal in signals for block in signal.blocks)
     planned = "The thin dashed line is the variance that the model's plan expects; the curve should lie on it."
     parts = {
         "title": escape(title),
@@ -89,13 +94,55 @@ def write_report(
         "gaps": _gaps(signals),
         "findings": "".join(_findings(signal, number) for number, signal in enumerate(signals)),
         "layerwise": layers if any(is_layerwise(signal) for signal in signals) else "",
-        "planned": planned if _has_plan(signals) else "",
+        "definitions": _definitions(signals, planned if _has_plan(signals) else ""),
+        "transition": transition if turns else "",
         "appendix": appendix,
         "tables": "".join(numbers_tables(signal) for signal in signals),
         "configuration": signal_settings(signals),
     }
     body = fill(page_file("signal_page.html"), parts)
     return write_page(path, title=title, body=body, data=_page_data(signals), script=page_file("signal_page.js"))
+
+
+_DEFINITIONS: dict[Curve, tuple[str, str]] = {
+    "avg_channel_sq_mean": (
+        "mean<sub>c</sub> ( mean<sub>n,h,w</sub> <i>x</i> )<sup>2</sup>",
+        "Near zero while no channel drifts. If it grows with depth and overtakes the variance, that is the "
+        "<em>mean shift</em>: channels carry an offset that is the same for every input.",
+    ),
+    "avg_channel_var": (
+        "mean<sub>c</sub> ( var<sub>n,h,w</sub> <i>x</i> )",
+        "The size of the signal. Exponential growth is an explosion, exponential decay an attenuation{saw}.",
+    ),
+    "residual_avg_channel_var": (
+        "mean<sub>c</sub> ( var<sub>n,h,w</sub> <i>f</i>(<i>x</i>) )",
+        "The variance of the branch's output before it is scaled and added. It is 1, the dotted line, when the branch "
+        "preserves variance.",
+    ),
+    "input_correlation": (
+        "mean<sub>i≠j</sub> cos( <i>x</i><sub>i</sub>, <i>x</i><sub>j</sub> )",
+        "How alike the features of different examples are. Towards 1, the network can no longer tell its inputs apart.",
+    ),
+    "avg_sq_gradient": (
+        "mean ( ∂ Σ <i>r y</i> / ∂<i>x</i> )<sup>2</sup>, <i>r</i> ~ N(0, 1)",
+        "How much a change of each {unit} changes the output <i>y</i>. It should neither vanish nor explode towards "
+        "the entry.",
+    ),
+}
+
+
+def _definitions(signals: Sequence[SignalPropagation], planned: str) -> str:
+    """What is drawn, of the panels there are."""
+    layerwise = all(is_layerwise(signal) for signal in signals)
+    saw = "" if layerwise else "; a saw-tooth that resets at each transition block is healthy"
+    items = []
+    for panel in panels_of(signals):
+        formula, told = _DEFINITIONS[panel.curve]
+        told = told.format(saw=saw, unit="layer" if layerwise else "block")
+        more = f" {planned}" if planned and panel.curve == "avg_channel_var" else ""
+        formula = f'<dd class="formula">{formula}</dd>'
+        items.append(f"<div><dt>{panel.title}</dt>\n      {formula}\n      <dd>{told}{more}</dd></div>")
+    return "\n    ".join(items)
 
 
 def _page_data(signals: Sequence[SignalPropagation]) -> dict[str, Any]:
@@ -204,7 +251,7 @@ def _findings(signal: SignalPropagation, number: int) -> str:
 def _finding(finding: Finding, signal: SignalPropagation, number: int) -> str:
     place = "whole model"
     if finding.block is not None:
-        name = next((f": {escape(b.name)}" for b in signal.blocks if b.index == finding.block and b.name), "")
+        name = next((f": {escape(b.title)}" for b in signal.blocks if b.index == finding.block), "")
         place = (
             f'<button type="button" class="locate" data-model="{number}" data-block="{finding.block:d}" '
             f'title="show in the curves">block {finding.block}{name}</button>'

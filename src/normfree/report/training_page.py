@@ -64,8 +64,7 @@ def write_training_report(
         figures["confusion"] = confusion_figure(found["confusion"], config["derived"]["classes"])
         size = f"{len(config['derived']['classes'])} true classes by as many predicted"
         confusion = f'<div id="confusion" role="figure" aria-label="Confusion matrix: {size}"></div>'
-    model, source = config["config"]["model"], config["derived"]["data"]["source"]
-    title = f"Training of {shorten(model, 48)} on {shorten(source, 48)}"
+    title = f"Training run {shorten(path.absolute().parent.name, 64)}"
     parts = {
         "title": escape(title),
         "described": escape(_described(config, metrics)),
@@ -187,7 +186,7 @@ def _layout(title: str) -> dict[str, Any]:
 def _described(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     derived, chosen = config["derived"], config["config"]
     return (
-        f"{chosen['model']}, {derived['parameters']:,} parameters, on {chosen['data']['source']}; "
+        f"{chosen['model']}, {derived['parameters']:,} parameters, on {derived['data']['source']}; "
         f"{metrics['step']} of {derived['steps']} steps of {chosen['batch_size']} images, seed {metrics['seed']}; "
         f"{derived['precision']} on {derived['ranks']} × {derived['device']}"
     )
