@@ -122,8 +122,8 @@ MEANINGS: dict[Kind, str] = {
     "correlation_collapse": "What different inputs have in common grows until nothing else is left, and what follows "
     "cannot tell them apart: a long chain with a mean shift does it.",
     "gradient_explosion": "The output is so rough in what the early layers compute that a step of the usual size "
-    "leaves the range in which the gradient holds: a saturating activation with too large a gain, or a long chain of layers "
-    "and normalizers without shortcuts.",
+    "leaves the range in which the gradient holds: a saturating activation with too large a gain, or a long chain of "
+    "layers and normalizers without shortcuts.",
     "gradient_vanishing": "What varies in the output does not come from the early layers, or the share of a step that "
     "reaches them is lost: saturating activations at too small a gain, or a signal that fades.",
     "zero_layer": "A layer that starts at zero gives the same for every input: a choice of flows, value heads and box "
@@ -135,7 +135,9 @@ MEANINGS: dict[Kind, str] = {
 
 
 def _meaning(finding: Finding) -> str:
-    """What a kind of finding says, folded away until it is asked for."""
+    """What a kind of finding says, folded away until it is asked for; "" of a kind of somebody else's."""
+    if finding.kind not in MEANINGS:
+        return ""
     name = escape(finding.kind.replace("_", " "))
     return f"<details><summary>what {name} means</summary><p>{escape(MEANINGS[finding.kind])}</p></details>"
 

@@ -229,8 +229,8 @@ def _limit(axes: Axes, panel: Panel, signals: Sequence[SignalPropagation], log: 
         return
     low, high = limits_of(values, log)
     if log:
-        ticks = _decades(low, max(values), high)
-        axes.set_ylim(low, max(high, ticks[-1] * (high / max(values)) ** 0.5))
+        ticks = _decades(low, min(max(max(values), low), high), high)
+        axes.set_ylim(low, max(high, 1.05 * ticks[-1]))
         axes.yaxis.set_major_locator(FixedLocator(ticks))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
         return
@@ -252,11 +252,11 @@ def _decades(low: float, largest: float, high: float) -> list[float]:
     top = next(
         (k * 10.0**exponent for k in (1, 2, 5) if k * 10.0**exponent >= largest * (1 - 1e-9)), 10.0 ** (exponent + 1)
     )
-    span = math.log10(max(high, top) / low)
+    span = math.log10(max(high, top)) - math.log10(low)
     step = max(1, math.ceil(span / 6))
     first = math.floor(math.log10(top) + 1e-9)
     ticks = [10.0**e for e in range(first, math.floor(math.log10(low)), -step)]
-    return sorted({top, *(tick for tick in ticks if low <= tick and math.log10(top / tick) > 0.08 * span)})
+    return sorted({top, *(tick for tick in ticks if low <= tick and math.log10(top) - math.log10(tick) > 0.08 * span)})
 
 
 def _power(value: float) -> str:
