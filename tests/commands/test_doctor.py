@@ -111,7 +111,8 @@ def test_it_says_first_what_it_will_do_and_then_what_it_found(run):
     order = (
         "Examining nets.py:exploding:",
         "  1. measure it on one batch, the factory's own, 8 × 3 × 12 × 12",
-        "  2. convert a copy of it, if there is something to convert (fresh start: new weights that hold the variance without normalizers)",
+        "  2. convert a copy of it, if there is something to convert (fresh start: new weights that hold the variance "
+        "without normalizers)",
         "  3. measure the converted copy on the same batch",
         "The model stays as it is. The report goes to doctor.",
         "What was found",
