@@ -16,6 +16,7 @@ from typing import Any, Literal
 import normfree
 from normfree import interrupt
 from normfree.commands import COMMANDS, command_class
+from normfree.common.streams import closed_output, drop_output
 from normfree.common.text import LONGEST, all_lines, one_line, shortened
 
 WIDTH = 110
@@ -47,9 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return _fail("", code) if interrupt.happened() else code  # a library may have caught the interrupt
     except BrokenPipeError:  # `| head` has read enough
-        _drop_output()
+        drop_output()
         return 1
     except ValueError as error:
+        if closed_output(error):
+            drop_output()
+            return 1
         return _fail(shortened(_in_options(all_lines(error, LONGEST), words), LONGEST), 2)
     except (OSError, ImportError) as error:
         return _fail(all_lines(error, LONGEST), 2)
@@ -94,16 +98,10 @@ def _fail(said: str, code: int) -> int:
     try:
         sys.stdout.flush()
     except OSError:
-        _drop_output()
+        drop_output()
     with contextlib.suppress(OSError):
         print(f"normfree: {said}", file=sys.stderr, flush=True)
     return code
-
-
-def _drop_output() -> None:
-    """Have what is left of the output go nowhere, or Python would complain of it at its end."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _in_options(message: str, words: list[str]) -> str:
@@ -146,7 +144,7 @@ def _parse(words: list[str]) -> Any:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ValueError(_first_sentence(told.getvalue())) from None
+        raise ValueError(_first_sentence(told.getvalue(), words[0])) from None
 
 
 def _completion(words: list[str]) -> str:
@@ -206,7 +204,7 @@ def _help() -> str:
     return "\n".join([usage, "", DESCRIPTION, "", *lines, "", "normfree COMMAND --help lists what a command takes."])
 
 
-def _first_sentence(framed: str) -> str:
+def _first_sentence(framed: str, command: str) -> str:
     """What a framed message of the parser says, with the options it suggests, without frame and help."""
     sections: list[list[str]] = [[]]
     for line in framed.splitlines()[1:]:  # the first is a title
@@ -221,7 +219,7 @@ def _first_sentence(framed: str) -> str:
         return own
     meant = [line.split()[0] for section in sections if section[:1] == ["Perhaps you meant:"] for line in section[1:]]
     options = ", ".join(dict.fromkeys(word.rstrip(",") for word in meant if word.startswith("--")))
-    return f"{first}; {f'perhaps you meant {options}' if options else 'see normfree --help'}"
+    return f"{first}; {f'perhaps you meant {options}' if options else f'see normfree {command} --help'}"
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import ast
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import typing
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +39,17 @@ FORMS = (
 )
 
 DEEPEST = 100_000
-"""Blocks of a network of ours at most: a stage's loop over more would run for hours."""
+"""Blocks of a network at most: a stage's loop over more would run for hours."""
+
+MOST_IN_A_FILE = 4096
+"""Sum of the integers among a foreign constructor's arguments that a file names, unless it has more tensors: any of
+them may be a depth."""
+
+_ABOUT_WEIGHTS = {"weights", "weights_backbone", "pretrained", "progress", "quantize", "device", "dtype"}
+"""Arguments of foreign constructors that say where weights come from and go to, not which network is built."""
+
+_OF_TIMM = ("num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate")
+"""What timm's networks take that do not say their class."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +61,16 @@ class Built:
         batch: what its factory gave with it, None if it gave none.
         shape: of one example, as the run that the weights are of has them; None without a run.
         random: whether its weights are random for certain: those of a name, without a file.
+        statistics: channel means and deviations that the run's images are standardized with; None without a run.
+        own: whether its weights are those that a FILE.py:FACTORY made.
     """
 
     model: nn.Module
     batch: Any = None
     shape: tuple[int, ...] | None = None
     random: bool = False
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    own: bool = False
 
 
 def build(source: str, original: str | None = None) -> Built:
@@ -65,29 +81,36 @@ def build(source: str, original: str | None = None) -> Built:
 
     Args:
         source: one of :data:`FORMS`. Arguments follow a name after a colon: ``nf_resnet50:width=1,activation=silu``,
-            ``torchvision:resnet18:weights=DEFAULT``, ``timm:resnet18:pretrained=True``.
+            ``torchvision:resnet18:num_classes=10``, ``torchvision:resnet18:weights=DEFAULT``,
+            ``timm:resnet18:pretrained=True``.
         original: of a converted checkpoint, what builds the model it was converted from, in the same forms. Without
             it, what the checkpoint says is followed where it is a name of ours, torchvision's or timm's alone.
 
     Raises:
-        ValueError: if there is no such model; the message names the nearest.
+        ValueError: if there is no such model, the message naming the nearest; or published weights cannot be had.
     """
     if path := _checkpoint_of(source):
         built = _from_checkpoint(path, original)
-        return built if built.batch is not None else replace(built, shape=_run_shape(path))
+        return built if built.batch is not None else _of_run(built, path)
     if original is not None:
         raise _no_use(original, source)
     if names_factory(source):
         return _from_file(source)
     named, pretrained = _by_name(source, DEEPEST)
-    if not pretrained and source.partition(":")[2] and not source.startswith(("torchvision:", "timm:")):
-        try:
-            with torch.device("meta"):
-                size = sum(parameter.nbytes for parameter in named().parameters())
-        except (RuntimeError, OverflowError) as error:  # more numbers than an index counts
-            raise invalid("model", source, first_line(error), "pass smaller widths") from error
-        check_memory("model", source, size)
+    if not pretrained and source.partition(":")[2]:
+        _check_memory(named, source)
     return Built(named(), random=not pretrained)
+
+
+def _check_memory(named: Callable[[], nn.Module], source: str) -> None:
+    """Raise where a model that a word with arguments builds is larger than the machine's memory."""
+    foreign = source.startswith(("torchvision:", "timm:"))
+    try:
+        with _LargeOnMeta() if foreign else torch.device("meta"):
+            size = sum(parameter.nbytes for parameter in named().parameters())
+    except (RuntimeError, OverflowError) as error:  # more numbers than an index counts
+        raise invalid("model", source, first_line(error), "pass smaller numbers") from error
+    check_memory("model", source, size)
 
 
 def takes_original(source: str) -> bool:
@@ -186,21 +209,24 @@ def _from_checkpoint(path: str, original: str | None) -> Built:
     return Built(load(path, original=named()))
 
 
-def _run_shape(path: str) -> tuple[int, ...] | None:
-    """The shape of an image that the run around a file of weights evaluates on, None where there is no run."""
+def _of_run(built: Built, path: str) -> Built:
+    """A model with the shape of an image that the run around its file evaluates on, and how the run prepares it."""
     if not any((folder / "config.json").is_file() for folder in Path(path).absolute().parents[:4]):
-        return None  # without the import of what trains, which takes seconds
+        return built  # without the import of what trains, which takes seconds
     from normfree.train.trained import find_run
 
     run = find_run(Path(path))
-    return None if run is None else (run.data.channels, run.data.size, run.data.size)
+    if run is None:
+        return built
+    shape = (run.data.channels, run.data.size, run.data.size)
+    return replace(built, shape=shape, statistics=run.data.statistics)
 
 
 def _by_name(source: str, deepest: int, *, weights: bool = True) -> tuple[Callable[[], nn.Module], bool]:
     """What builds a model of this package, torchvision or timm; no file is looked at, nothing is built yet.
 
     Args:
-        source: a name of ours with overrides, torchvision:NAME or timm:NAME, these with ``:weights=…``.
+        source: a name of ours with overrides, torchvision:NAME or timm:NAME, these with arguments and ``weights=…``.
         deepest: blocks of a network of ours at most.
         weights: whether pretrained weights that are asked for are had; they may be downloaded.
 
@@ -211,10 +237,9 @@ def _by_name(source: str, deepest: int, *, weights: bool = True) -> tuple[Callab
         ValueError: it is none of these names, or deeper.
     """
     prefix, _, rest = source.partition(":")
-    if prefix == "torchvision":
-        return _torchvision(rest, weights)
-    if prefix == "timm":
-        return _timm(rest, weights)
+    if prefix in ("torchvision", "timm"):
+        most = deepest if weights else max(deepest, MOST_IN_A_FILE)
+        return (_torchvision if prefix == "torchvision" else _timm)(rest, weights, most)
     overrides = parse_overrides(rest)
     if prefix not in list_models():
         create_model(prefix)  # raises, with the nearest name
@@ -223,47 +248,158 @@ def _by_name(source: str, deepest: int, *, weights: bool = True) -> tuple[Callab
     return (lambda: create_model(prefix, **overrides)), False
 
 
-def _torchvision(word: str, weights: bool) -> tuple[Callable[[], nn.Module], bool]:
+def _torchvision(word: str, weights: bool, deepest: int) -> tuple[Callable[[], nn.Module], bool]:
     torchvision: Any = required("torchvision", f"torchvision:{word}")
+    models = torchvision.models
     name, _, options = word.partition(":")
-    known = torchvision.models.list_models()
+    known = models.list_models()
     if name not in known:
         raise ValueError(f"model: torchvision has no {quoted(name)}; {suggestion(name, known)}")
-    given = _only_option(word, options, "weights", "DEFAULT")
+    taken = _arguments_of(models.get_model_builder(name))
+    given, arguments = _foreign_options(f"torchvision:{word}", options, ("weights", "DEFAULT"), taken, deepest)
     if weights and given is not None:
-        enum = torchvision.models.get_model_weights(name)
+        enum = models.get_model_weights(name)
         if given not in enum.__members__:
             rule = f"torchvision has no weights {quoted(given)} of {name}"
             raise invalid("model", word, rule, f"choose one of {', '.join(enum.__members__)}")
-        return (lambda: torchvision.models.get_model(name, weights=enum[given])), True
+
+        def download() -> nn.Module:
+            with _explain_download(f"torchvision:{word}", enum[given].url, "weights"):
+                return models.get_model(name, weights=enum[given], **arguments)
+
+        return _explained(download, f"torchvision:{word}", arguments, "weights"), True
 
     def build_it() -> nn.Module:
-        try:
-            return torchvision.models.get_model(name, weights=None, weights_backbone=None)
-        except (TypeError, ValueError):  # the models without a backbone refuse the argument
-            return torchvision.models.get_model(name, weights=None)
+        backbone = "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters
+        return models.get_model(name, weights=None, **({"weights_backbone": None} if backbone else {}), **arguments)
 
-    return build_it, False
+    return _explained(build_it, f"torchvision:{word}", arguments, ""), False
 
 
-def _timm(word: str, weights: bool) -> tuple[Callable[[], nn.Module], bool]:
+def _timm(word: str, weights: bool, deepest: int) -> tuple[Callable[[], nn.Module], bool]:
     timm = required("timm", f"timm:{word}")
     name, _, options = word.partition(":")
     if not timm.is_model(name):
         raise ValueError(f"model: timm has no {quoted(name)}; {suggestion(name, timm.list_models())}")
-    given = _only_option(word, options, "pretrained", "True")
+    taken = {*_arguments_of(timm.model_entrypoint(name)), *_OF_TIMM}
+    given, arguments = _foreign_options(f"timm:{word}", options, ("pretrained", "True"), taken, deepest)
     if given not in (None, True, False):
         raise invalid("model", word, f"pretrained={given} is neither True nor False", "write pretrained=True")
     pretrained = weights and given is True
-    return (lambda: timm.create_model(name, pretrained=pretrained)), pretrained
+
+    def build_it() -> nn.Module:
+        if not pretrained:
+            return timm.create_model(name, pretrained=False, **arguments)
+        published = timm.get_pretrained_cfg(name)
+        hub = None if published is None or not published.hf_hub_id else f"https://huggingface.co/{published.hf_hub_id}"
+        with _explain_download(f"timm:{word}", hub or getattr(published, "url", None), "pretrained"):
+            return timm.create_model(name, pretrained=True, **arguments)
+
+    return _explained(build_it, f"timm:{word}", arguments, "pretrained" if pretrained else ""), pretrained
 
 
-def _only_option(word: str, options: str, option: str, example: str) -> Any:
-    """The value of the one option that may follow somebody else's model; None where nothing follows."""
-    given = parse_overrides(options)
-    if unknown := [name for name in given if name != option]:
-        raise invalid("model", word, f"{unknown[0]} is no option here", f"write NAME, or NAME:{option}={example}")
-    return given.get(option)
+def _arguments_of(builder: Callable[..., Any]) -> list[str]:
+    """The names of what a foreign function that builds a network takes, itself or its class; not of weights."""
+    found: dict[str, None] = {}
+    try:
+        kind = typing.get_type_hints(builder).get("return")
+    except (NameError, TypeError):  # a hint of a name that is not there
+        kind = None
+    bases = [base for base in kind.__mro__ if "__init__" in vars(base)] if inspect.isclass(kind) else []
+    for function in (builder, *bases):
+        parameters = inspect.signature(function).parameters.values()
+        found |= {one.name: None for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+            break
+    return [name for name in found if name not in _ABOUT_WEIGHTS]
+
+
+def _foreign_options(
+    word: str, options: str, published: tuple[str, str], taken: Collection[str], deepest: int
+) -> tuple[Any, dict[str, Any]]:
+    """What may follow the name of somebody else's model: the value that asks for published weights, and arguments.
+
+    Raises:
+        ValueError: a name that the constructor does not take; a value that is more than numbers, words and lists of
+            them; integers so large that they would be too many blocks.
+    """
+    arguments = parse_overrides(options)
+    option, example = published
+    asked = arguments.pop(option, None)
+    for name in arguments:
+        if name not in taken:
+            remedy = f"{suggestion(name, [*taken, option])} {option}={example} takes published weights"
+            raise invalid("model", word, f"{name} is no option here", remedy)
+    total = 0
+    for name, value in arguments.items():
+        for one in _leaves(value):
+            if not isinstance(one, (int, float, str, type(None))):
+                raise invalid("model", word, f"{name} is no number, word or list of them", "write such a value")
+            total += one if isinstance(one, int) and name != "num_classes" else 0
+    if total > deepest:
+        rule = f"its numbers sum to {total:,}, and any may count blocks, of which there are at most {deepest:,}"
+        raise invalid("model", word, rule, "pass smaller numbers")
+    return asked, arguments
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _leaves(one)
+    else:
+        yield value
+
+
+def _explained(
+    build_it: Callable[[], nn.Module], word: str, arguments: dict[str, Any], published: str
+) -> Callable[[], nn.Module]:
+    """What builds a model, with one line for what a foreign constructor says of the arguments it is given."""
+    if not arguments:
+        return build_it
+
+    def explained() -> nn.Module:
+        try:
+            return build_it()
+        except (_Explained, MemoryError):
+            raise
+        except Exception as error:  # of any kind, for arguments of any kind
+            rule = f"it is not built with {', '.join(arguments)} ({first_line(error)})"
+            remedy = "pass other values"
+            if published:
+                remedy = f"leave {published}= out, whose weights are of the network as it was published"
+            raise invalid("model", word, rule, remedy) from error
+
+    return explained
+
+
+@contextmanager
+def _explain_download(word: str, address: str | None, option: str) -> Iterator[None]:
+    """While published weights are read or downloaded: one line that says which could not be had, and another way.
+
+    Raises:
+        ValueError: they could not.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_network(error):
+            raise
+        rule = f"the download of {address or 'its weights'} failed ({_reason(error)})"
+        remedy = f"leave {option}= out; --weights FILE of normfree convert and doctor takes weights from a file"
+        raise _Explained(str(invalid("model", word, rule, remedy))) from error
+
+
+def _is_of_network(error: BaseException) -> bool:
+    """Whether an error is of a connection, a server or a missing file: of the system's or a client's kinds."""
+    kinds = {f"{kind.__module__}.".partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, OSError) or not kinds.isdisjoint({"httpx", "httpcore", "requests", "huggingface_hub"})
+
+
+def _reason(error: BaseException) -> str:
+    """Why a connection failed, in the words of what failed first."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return first_line(error, 120)
 
 
 _ALLOCATING = {torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}
@@ -327,7 +463,7 @@ def _from_file(source: str) -> Built:
     if not isinstance(model, nn.Module):
         returned = type(made).__name__
         raise ValueError(f"model: {quoted(source)} returned {returned}, not a torch.nn.Module or (module, batch)")
-    return Built(model, batch)
+    return Built(model, batch, own=True)
 
 
 _FACTORY = (

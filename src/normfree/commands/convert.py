@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -17,30 +19,37 @@ from normfree.commands.shared import (
     Device,
     Folder,
     ImageSize,
+    Mean,
     Model,
     Original,
     Seed,
+    Std,
     Terminal,
     check_folder,
     check_options,
     command_line,
 )
 from normfree.commands.signals import (
+    COLOURS,
     batch_shape,
+    check_images,
     device_named,
     is_healthy,
     no_picture,
     note_on_batch,
     precision_of,
+    prepared,
     print_conversion,
     print_signal,
     write_signals,
 )
 from normfree.common.checks import invalid
+from normfree.common.files import notes_of, read_json
 from normfree.common.text import all_lines
 from normfree.convert import ALPHA, BY_HAND, SKIP_GAIN, Beta, Conversion, Start, conversion_of, convert
+from normfree.convert.verify import BatchStatistics, statistics_of_batch
 from normfree.data import probe_named
-from normfree.signal import SignalPropagation, spp
+from normfree.signal import Finding, SignalPropagation, spp
 from normfree.sources import build
 from normfree.trace.inputs import tensors_of
 from normfree.weights import save
@@ -50,6 +59,9 @@ from normfree.weights.checkpoint import read_state_dict
 # account for a factor of ten either way. At a hundred the logits are ten times as large, or as small, and the first
 # steps of the original's recipe are lost.
 OUTPUT_FACTOR = 100.0
+
+# Of a norm's input beside its running variance: less than this does not make outputs a hundred times as large.
+STATISTICS_FACTOR = 4.0
 
 NOTHING_TO_DO = "it has no normalizer, and nothing was found that conversion would mend"
 
@@ -79,7 +91,7 @@ class _Conversion:
     start: Start = "fresh"
     """fresh: new, variance-preserving weights; pretrained: the function of the trained model, kept."""
     weights: Path | None = None
-    """State dict of the model before conversion: a .safetensors file, or one of torch.save (.pth)."""
+    """State dict of the model before conversion: .safetensors, or a .pth of torch.save(model.state_dict(), …)."""
     alpha: float = ALPHA
     """Factor of the residual branches (fresh)."""
     skip_gain: float = SKIP_GAIN
@@ -88,6 +100,8 @@ class _Conversion:
     """plan: closed forms of input scales where there are any; measured: all on the input (fresh)."""
     input: Annotated[str, tyro.conf.arg(metavar="gaussian|photos|FOLDER")] = "gaussian"
     """What to run and measure with: unit Gaussian noise, crops of two photographs, or a folder of images."""
+    mean: Mean = None
+    std: Std = None
     image_size: ImageSize = None
     batch_size: int = 8
     """Examples in the batch."""
@@ -112,7 +126,9 @@ class _Conversion:
             except RuntimeError as error:
                 differ = re.sub(r"^Error\(s\) in loading state_dict for \w+: *", "", all_lines(error))
                 rule = f"are the weights of another model: {differ}"
-                raise invalid("weights", str(self.weights), rule, "give the state dict of this one") from error
+                raise invalid("weights", str(self.weights), rule, self._fitting(str(error))) from error
+        elif built.own and self.start == "pretrained":
+            console.say(f"note: weights as {self.model} made them; --weights FILE takes others")
         elif built.random and self.start == "pretrained":
             named = {"torchvision": ":weights=DEFAULT", "timm": ":pretrained=True"}.get(self.model.partition(":")[0])
             also = "" if named is None else f" or {self.model}{named}"
@@ -123,12 +139,23 @@ class _Conversion:
                 rule = f"{self.model} gives a batch of its own"
                 raise invalid("input", self.input, rule, "leave out --input and --image-size")
             return model, built.batch, {"kind": "the factory's own"}
-        probe = probe_named(self.input)
+        probe = prepared(probe_named(self.input), built, console, mean=self.mean, std=self.std)
         shape = batch_shape(built, probe, image_size=self.image_size, batch_size=self.batch_size)
         if (note := note_on_batch(self.model, probe, shape, self.image_size)) is not None:
             console.announce(note)
         batch = next(iter(probe.batches(shape, count=1, seed=self.seed)))
         return model, batch.to(device, precision_of(model)), probe.describe()
+
+    def _fitting(self, error: str) -> str:
+        """What to do about weights that do not fit the model, as torch's error says."""
+        name = self.model.partition(":")[0]
+        if "size mismatch" not in error or Path(name).suffix == ".py" or Path(self.model).exists():
+            return "give its own state dict"
+        base = ":".join(self.model.split(":")[: 2 if name in ("torchvision", "timm") else 1])
+        return (
+            f"give its own state dict; for another number of classes the MODEL is {base}:num_classes=N, and a network "
+            "of your own is FILE.py:FACTORY"
+        )
 
     def convert(self, model: nn.Module, batch: Any) -> tuple[nn.Module, Conversion]:
         """Return the model converted, and the record of it."""
@@ -155,22 +182,47 @@ class Convert(_Conversion):
     """
 
     out: Path
-    """Checkpoint to write; by custom *.safetensors."""
+    """Checkpoint to write, *.safetensors; an earlier one of that name is replaced."""
 
     def __post_init__(self) -> None:
         check_options(self)
+        check_images(self)
         if self.out.is_dir() or self.out.suffix != ".safetensors":
             raise invalid("out", str(self.out), "is no checkpoint's name", "give one that ends in .safetensors")
         check_folder(self.out.parent)
+        self._check_replaced()
 
     def run(self, console: Terminal) -> None:
         """Build, convert, write, and say what was changed."""
         model, batch, _ = self.prepare(console)
+        replaced = [path for path in (self.out, self.out.with_suffix(".json")) if path.exists()]
         with console.status(f"converting {escape_markup(self.model)}"):
             converted, conversion = self.convert(model, batch)
         paths = [save(converted, self.out), conversion.to_json(self.out.with_suffix(".json"))]
         print_conversion(console, conversion)
-        console.say_written(paths)
+        console.say_written(paths, replaced)
+
+    def _check_replaced(self) -> None:
+        """Refuse to write over what is no earlier checkpoint of ours, or over what the model is read from.
+
+        Raises:
+            ValueError: naming the file.
+        """
+        record = self.out.with_suffix(".json")
+        rule = ""
+        for given in (self.weights, Path(self.model)):
+            if given is not None and self.out.exists() and given.exists() and given.samefile(self.out):
+                rule = "is what the model is read from"
+        if self.out.exists() and not any(note.startswith("normfree") for note in notes_of(self.out) or ()):
+            rule = "exists, and is no checkpoint of normfree.save"
+        if rule:
+            raise invalid("out", str(self.out), rule, "give another name")
+        if record.exists():
+            try:
+                Conversion.from_dict(read_json(record, "out"))
+            except ValueError as error:
+                rule = f"the record goes to {str(record)!r}, which exists and is no record of a conversion"
+                raise invalid("out", str(self.out), rule, "give another name") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +232,9 @@ class Doctor(_Conversion):
     Says first what it will do, and then what it found, with the remedy of each finding. Of a model without normalizers
     conversion is proposed where something was found. Writes report.html (both signals overlaid, findings, every
     change), spp.json, spp.png and conversion.json. The exit code is 0 if no finding about the model as it is given is
-    an error and the converted model's outputs in training mode have a mean square within a factor of 100 of the
-    original's, and 1 otherwise, so that it can gate a CI.
+    an error and, with a fresh start, the converted model's outputs in training mode have a mean square within a factor
+    of 100 of the original's, and 1 otherwise, so that it can gate a CI. A pretrained start keeps what the model
+    computes in evaluation mode; where its norms' running statistics are not those of the batch, a warning says so.
     """
 
     gradient: bool = True
@@ -190,6 +243,7 @@ class Doctor(_Conversion):
 
     def __post_init__(self) -> None:
         check_options(self)
+        check_images(self)
         check_folder(self.out)
 
     def run(self, console: Terminal) -> int:
@@ -198,7 +252,7 @@ class Doctor(_Conversion):
         if missing := no_picture():
             console.announce(missing)
         self._announce(console, batch, described)
-        conversion, refusal, changed = None, _Refusal(), list[str]()
+        conversion, refusal, changed = None, _Refusal(), list[Changed]()
         with console.status(f"measuring {escape_markup(self.model)}") as status:
             signals = [self._measure(model, self.model, batch, described)]
             status.update(f"converting {escape_markup(self.model)}")
@@ -219,7 +273,7 @@ class Doctor(_Conversion):
                         changed = self._changed_outputs(model, converted, batch)
         # Before anything is printed: whoever stops reading has the files all the same.
         title = f"Examination of {self.model}"
-        paths = write_signals(signals, self.out, title=title, appendix=changes_section(conversion, refusal))
+        paths = write_signals(signals, self.out, title=title, appendix=changes_section(conversion, refusal, changed))
         if conversion is not None:
             paths.insert(2, conversion.to_json(self.out / "conversion.json"))
         console.print("[bold]What was found[/bold]")
@@ -229,11 +283,15 @@ class Doctor(_Conversion):
             print_conversion(console, conversion)
             console.print("[bold]What was found in the converted model[/bold]")
             print_signal(console, signals[1])
-        for line in changed:
-            console.print(f"[bold red]error: output[/bold red] — {escape_markup(line)}", highlight=False)
-        self._conclude(console, signals, refusal)
+        for one in changed:
+            colour = COLOURS[one.severity]
+            head = f"[{colour}]{one.severity}: {one.kind}[/{colour}]"
+            console.print(f"{head} — {escape_markup(one.message)}", highlight=False)
+            console.print(f"    [dim]{escape_markup(one.remedy)}[/dim]", highlight=False)
+        self._conclude(console, signals, refusal, changed)
         console.say_written(paths)
-        return int(bool(changed) or not is_healthy(signals[0]))
+        failed = not is_healthy(signals[0]) or any(one.severity == "error" for one in changed)
+        return int(failed)
 
     def _announce(self, console: Terminal, batch: Any, described: dict[str, Any]) -> None:
         """Say what will be done, before it is."""
@@ -250,9 +308,13 @@ class Doctor(_Conversion):
             f"The model stays as it is. The report goes to {self.out}.\n"
         )
 
-    def _conclude(self, console: Terminal, signals: list[SignalPropagation], refusal: _Refusal) -> None:
+    def _conclude(
+        self, console: Terminal, signals: list[SignalPropagation], refusal: _Refusal, changed: list[Changed]
+    ) -> None:
         """Say what came of it, and what to do next."""
-        told = [f"{name}: {_counted(signal)}" for name, signal in zip(("as given", "converted"), signals, strict=False)]
+        found = (signals[0].findings, (*signals[-1].findings, *changed))
+        told = [f"{name}: {_counted(each)}" for name, each in zip(("as given", "converted"), found, strict=True)]
+        told = told[: len(signals)]
         console.say("; ".join(told) + ".")
         if len(signals) > 1:
             line = command_line("convert", self, [self.model], without=("model", "out", "gradient"))
@@ -271,13 +333,69 @@ class Doctor(_Conversion):
             configuration={"command": command_line("doctor", self, [self.model], without=("model", "out"))},
         )
 
-    def _changed_outputs(self, model: nn.Module, converted: nn.Module, batch: Any) -> list[str]:
-        """A line for each output whose size in training mode conversion has changed too much."""
+    def _changed_outputs(self, model: nn.Module, converted: nn.Module, batch: Any) -> list[Changed]:
+        """What there is to say of outputs whose size in training mode conversion has changed too much."""
         try:
             before, after = (spp(one, batch, mode="train", seed=self.seed) for one in (model, converted))
         except ValueError:  # what takes targets in training has no outputs to compare
             return []
-        return changed_outputs(before, after)
+        changes = changed_outputs(before, after)
+        if self.start == "pretrained":
+            prepared_as = self.mean is not None or self.input == "gaussian"
+            return [statistics_differ(changes[0], statistics_of_batch(model, batch), prepared_as)] if changes else []
+        if self.beta == "measured":
+            remedy = "See the notes of the conversion; --alpha scales the branches."
+        else:
+            remedy = "See the notes of the conversion, or use --beta measured."
+        return [
+            Changed("error", "output", f"{change}, beyond a factor of {OUTPUT_FACTOR:g}", remedy) for change in changes
+        ]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What conversion changes of the outputs in training mode.
+
+    Attributes:
+        severity: "error", or "warning" where it is the original's statistics that do not fit the batch.
+        kind: "output" or "statistics".
+        message: what was found.
+        remedy: what to do.
+    """
+
+    severity: str
+    kind: str
+    message: str
+    remedy: str
+
+
+def statistics_differ(change: str, found: list[BatchStatistics], from_elsewhere: bool) -> Changed:
+    """The finding where a pretrained start, which keeps running statistics, meets a batch that has others.
+
+    Conversion has kept what the model computes in evaluation mode, which it checks to rounding. In training mode the
+    original normalizes by the batch, and gives other outputs than in evaluation mode, too.
+
+    Args:
+        change: of an output.
+        found: the norms' statistics and the batch's.
+        from_elsewhere: whether the batch is noise or was standardized as asked, so not by default.
+    """
+    kept = "The function in evaluation mode is kept; in training mode the original normalizes by the batch instead"
+    off = max(found, key=lambda one: abs(math.log(one.ratio)), default=None)
+    if off is None or 1 / STATISTICS_FACTOR <= off.ratio <= STATISTICS_FACTOR:
+        where = ""
+    else:
+        where = (
+            f": the input of {off.name} has a mean square about its running mean of {off.ratio:.3g} times its running "
+            "variance, so the batch is not like the data that the statistics are of"
+        )
+    if found and not any(one.trained for one in found):
+        remedy = "Its statistics are those of a new norm: give trained ones by --weights FILE, or choose --start fresh."
+    elif from_elsewhere:
+        remedy = "Examine it on its own images, prepared as in its training: --input FOLDER --mean … --std …."
+    else:
+        remedy = "Prepare the images as in its training: --mean and --std (ImageNet's were taken where no run says it)."
+    return Changed("warning", "statistics", f"{change}. {kept}{where}.", remedy)
 
 
 def changed_outputs(before: SignalPropagation, after: SignalPropagation) -> list[str]:
@@ -287,8 +405,7 @@ def changed_outputs(before: SignalPropagation, after: SignalPropagation) -> list
         was, now = (one.avg_channel_var + one.avg_channel_sq_mean for one in (old, new))
         if was > 0 and not 1 / OUTPUT_FACTOR <= now / was <= OUTPUT_FACTOR:
             lines.append(
-                f"in training mode the mean square of {old.name} is {now:.3g} after conversion and {was:.3g} before, "
-                f"beyond a factor of {OUTPUT_FACTOR:g}; see the notes of the conversion, or use --beta measured"
+                f"in training mode the mean square of {old.name} is {now:.3g} after conversion and {was:.3g} before"
             )
     return lines
 
@@ -310,11 +427,11 @@ def _changes_size(signal: SignalPropagation) -> bool:
     return any(finding.kind in kinds and finding.severity == "error" for finding in signal.findings)
 
 
-def _counted(signal: SignalPropagation) -> str:
+def _counted(findings: Sequence[Finding | Changed]) -> str:
     """The errors and warnings among the findings, counted and named."""
     told = []
     for severity in ("error", "warning"):
-        kinds = [finding.kind.replace("_", " ") for finding in signal.findings if finding.severity == severity]
+        kinds = [finding.kind.replace("_", " ") for finding in findings if finding.severity == severity]
         if kinds:
             told.append(f"{len(kinds)} {severity}{'s' if len(kinds) > 1 else ''} ({', '.join(kinds)})")
         elif severity == "error":
@@ -322,7 +439,7 @@ def _counted(signal: SignalPropagation) -> str:
     return ", ".join(told)
 
 
-def changes_section(conversion: Conversion | None, refusal: _Refusal) -> str:
+def changes_section(conversion: Conversion | None, refusal: _Refusal, changed: Sequence[Changed] = ()) -> str:
     """The report's section on the conversion: every change and what was left alone; or why there is none."""
     if conversion is None:
         why = f"<p>Not converted: {escape(refusal.reason)}.</p>"
@@ -331,7 +448,8 @@ def changes_section(conversion: Conversion | None, refusal: _Refusal) -> str:
     rows = "".join(
         "<tr>" + "".join(f"<td class=text>{escape(cell)}</td>" for cell in row) + "</tr>" for row in conversion.rows()
     )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in conversion.different_notes())
+    told = [f"{one.severity}: {one.kind} — {one.message} {one.remedy}" for one in changed]
+    notes = "".join(f"<li>{escape(note)}</li>" for note in (*told, *conversion.different_notes()))
     label = "every change and what was left alone"
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
     scroll = f'<div class="scroll settings changes" tabindex="0" role="region" aria-label="{label}">{table}</div>'

@@ -9,6 +9,7 @@ import math
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -16,7 +17,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from normfree.commands.shared import Original, Terminal, TrainedModel, check_options
+from normfree.commands.shared import Mean, Original, Std, Terminal, TrainedModel, check_options
 from normfree.common.checks import invalid
 from normfree.common.files import refused, write_atomically
 from normfree.common.text import quoted
@@ -24,15 +25,21 @@ from normfree.data import (
     DataConfig,
     EvaluationData,
     OnBadImage,
+    Standardization,
     identify_training,
     open_evaluation,
     with_any_split,
 )
+from normfree.data.config import check_statistics, imagenet_statistics, preparation
 from normfree.data.holdout import HoldoutSource
 from normfree.train.config import Accelerator, Precision
 
 if TYPE_CHECKING:
     from normfree.train.trained import Trained
+
+
+MOST_IMAGES = 10_000
+"""Images that are predicted at once: 1.5 GB at 224 pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +53,13 @@ class _Trained:
     trust_code: bool = False
     """Open a .pt2 file although it can run code of whoever wrote it; an .onnx file cannot."""
     image_size: int | None = None
-    """Height and width; as in the run by default, 224 without one."""
+    """Height and width; as in the run or the exported file by default, else that of the data, else 224."""
+    mean: Mean = None
+    std: Std = None
+
+    def __post_init__(self) -> None:
+        check_statistics(self.mean, self.std)
+        check_options(self)
 
     def open(self) -> Trained:
         """Return the network."""
@@ -86,9 +99,6 @@ class Evaluate(_Trained):
     json: Path | None = None
     """File to write the numbers and the confusion matrix to."""
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
     def run(self, console: Terminal) -> None:
         """Evaluate, and print how good it is."""
         from normfree.train.distributed import launch
@@ -110,8 +120,11 @@ class Evaluate(_Trained):
         line = f"accuracy {100 * found.top1:.2f} %{top5}  loss {found.loss:.4f}  of {found.examples:,} images{skipped}"
         if self.json is not None:
             result: dict[str, Any] = {"model": self.model, "source": data.config.source, **found.to_dict()}
+            result |= {"mean": data.config.mean, "std": data.config.std}
             result |= {"classes": list(data.class_names), "bad_images": data.bad_images}
             line += f"\nwrote {write_atomically(self.json, json.dumps(result) + chr(10))}"
+        if trained.data is None and self.mean is None:
+            console.say(preparation(*data.config.statistics, "measured on the data"))
         console.say(line)
 
     def _data(self, trained: Trained, rank: int, world_size: int) -> EvaluationData:
@@ -120,9 +133,9 @@ class Evaluate(_Trained):
         if known is None and self.source is None:
             rule = f"{quoted(self.model)} lies in no run, so its data are not known"
             raise invalid("source", None, rule, "pass --source or --run")
-        digits = self.source == "digits"  # which say themselves
-        config = known or DataConfig(in_channels=None if digits else trained.in_channels)
-        options = ("source", "image_size", "batch_size", "workers", "on_bad_image")
+        taken = {"in_channels": trained.in_channels, "image_size": trained.image_size}
+        config = known or DataConfig(**({} if self.source == "digits" else taken))  # digits say both themselves
+        options = ("source", "image_size", "mean", "std", "batch_size", "workers", "on_bad_image")
         changes = {option: getattr(self, option) for option in options} | {"evaluation_split": self.split}
         changes = {field: value for field, value in changes.items() if value is not None}
         if self.source is not None and known is not None and self.source != known.source:
@@ -158,7 +171,7 @@ class Predict(_Trained):
     """Name the most probable classes of images."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files."""
+    """Image files, and folders, of which all images are taken, those in the folders below too."""
     top: int = 5
     """Classes to name."""
     json: bool = False
@@ -167,25 +180,31 @@ class Predict(_Trained):
     def __post_init__(self) -> None:
         if not self.images:
             raise invalid("images", (), "none given", "for example: normfree predict runs/digits image.png")
-        check_options(self)
+        super().__post_init__()
 
     def run(self, console: Terminal) -> None:
         """Read all images first, then predict and print."""
         from normfree.train.evaluation import logits_of
 
+        files = self._files()
         trained = self.open()
-        images = self._images(trained)
+        images, standardization, said = self._images(trained, files)
+        if said and not self.json:
+            console.say(said)
+        elif said:
+            print(said, file=sys.stderr)
         names = trained.class_names
         classes = None if names is None else len(names)
         with torch.no_grad():
-            logits = torch.cat([logits_of(trained.network, part, classes).float() for part in images.split(64)])
-        for path, row in zip(self.images, logits, strict=True):
+            parts = map(standardization, images.split(64))
+            logits = torch.cat([logits_of(trained.network, part, classes).float() for part in parts])
+        for path, row in zip(files, logits, strict=True):
             if not row.isfinite().all():
                 given, image = quoted(self.model), quoted(str(path))
                 raise ValueError(f"model: the outputs of {given} for {image} are not numbers; normfree spp says why")
         found = [
             {"image": str(path), "predictions": self._predictions(row, names)}
-            for path, row in zip(self.images, logits.softmax(1), strict=True)
+            for path, row in zip(files, logits.softmax(1), strict=True)
         ]
         if self.json:
             sys.stdout.write(json.dumps(found, indent=1) + "\n")
@@ -195,29 +214,63 @@ class Predict(_Trained):
             for predicted in one["predictions"]:
                 console.say(f"  {100 * predicted['probability']:6.2f} %  {predicted['class']}")
 
-    def _images(self, trained: Trained) -> Tensor:
-        """All images as one standardized batch; a ValueError names a file that does not decode."""
+    def _files(self) -> list[Path]:
+        """The image files, those of a folder in the order of their names.
+
+        Raises:
+            ValueError: a folder holds no image, or there are more than can be read at once.
+        """
+        from normfree.data.sources import SUFFIXES
+
+        files: list[Path] = []
+        for path in self.images:
+            if not path.is_dir():
+                files.append(path)
+                continue
+            found = (one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES and one.is_file())
+            inside = list(islice(found, MOST_IMAGES + 1))
+            if not inside:
+                rule = f"holds no image ({', '.join(sorted(SUFFIXES))}), nor do the folders below it"
+                raise refused("images", path, rule, "give images, or a folder of some")
+            files += sorted(inside)
+            if len(files) > MOST_IMAGES:
+                rule = f"holds more images than the {MOST_IMAGES:,} that are read at once"
+                raise refused("images", path, rule, "give folders of fewer, one after the other")
+        return files
+
+    def _images(self, trained: Trained, files: list[Path]) -> tuple[Tensor, Standardization, str]:
+        """All images, of eight bits; what standardizes them; and how it does, where neither run nor option says it.
+
+        Raises:
+            ValueError: naming a file that does not decode.
+        """
         import numpy as np
 
-        from normfree.data import Standardization
         from normfree.data.augmentation import CentreCrop
-        from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD
         from normfree.data.records import DamagedImage, decode
 
-        data = trained.data
-        if data is None:
-            channels: Any = trained.in_channels or 3
-            mean, std = IMAGENET_MEAN[:channels], IMAGENET_STD[:channels]
-            data = DataConfig(image_size=224, in_channels=channels, mean=mean, std=std)
-        crop = CentreCrop(self.image_size or data.image_size or 224, data.crop_ratio)
+        channels = (trained.data and trained.data.in_channels) or trained.in_channels or 3
+        check_statistics(self.mean, self.std, channels)
+        said = ""
+        if self.mean is not None and self.std is not None:
+            statistics = self.mean, self.std
+        elif trained.data is not None:
+            statistics = trained.data.statistics
+        else:
+            statistics = imagenet_statistics(channels)
+            said = preparation(*statistics)
+        if self.image_size is None and trained.image_size is None:
+            said += ("\n" if said else "") + "images taken at 224 × 224; --image-size says otherwise"
+        ratio = (trained.data or DataConfig()).crop_ratio
+        crop = CentreCrop(self.image_size or trained.image_size or 224, ratio)
         rows = []
-        for path in self.images:
+        for path in files:
             try:
-                image = np.asarray(crop(decode(path, data.in_channels or 3)))
+                image = np.asarray(crop(decode(path, channels)))
             except DamagedImage as damage:
                 raise refused("images", path, f"does not decode as an image ({damage})", "give an image") from damage
             rows.append(torch.from_numpy(image.copy()).reshape(*image.shape[:2], -1).permute(2, 0, 1))
-        return Standardization(*data.statistics)(torch.stack(rows))
+        return torch.stack(rows), Standardization(*statistics), said
 
     def _predictions(self, probabilities: Tensor, names: tuple[str, ...] | None) -> list[dict[str, Any]]:
         values, indices = probabilities.topk(min(self.top, len(probabilities)))

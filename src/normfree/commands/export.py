@@ -17,7 +17,7 @@ from normfree.commands.shared import ImageSize, Model, Original, Seed, Terminal,
 from normfree.commands.signals import precision_of
 from normfree.common.checks import check_memory, invalid
 from normfree.export import Exported, to_onnx, to_program
-from normfree.export.exported import check_path
+from normfree.export.exported import check_path, is_exported
 from normfree.signal import input_shape
 from normfree.sources import Built, build
 
@@ -44,7 +44,7 @@ class Export:
     """Largest difference from the model, relative to its largest output; 3.5e-4 by default in float32."""
     seed: Seed = 0
     out: Path | None = None
-    """File to write; out/export/MODEL.FORMAT by default."""
+    """File to write, *.onnx or *.pt2; out/export/MODEL.FORMAT by default. An earlier one of that name is replaced."""
 
     def __post_init__(self) -> None:
         if self.format not in (None, *WRITERS):
@@ -57,6 +57,9 @@ class Export:
         """Export, and say what was written and how far it differs."""
         kind, path = self._place()
         check_path(path, f".{kind}")
+        replaced = path.exists()
+        if replaced and not is_exported(path):
+            raise invalid("out", str(path), f"exists, and is no {kind} file", "give another name")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             built = build(self.model, self.original)
@@ -64,7 +67,7 @@ class Export:
         with console.status(f"exporting {escape(self.model)}"):
             write, options = WRITERS[kind], {"dynamic_batch": self.dynamic_batch, "tolerance": self.tolerance}
             written = write(built.model, batch, path, **options)
-        self._print(console, written, built)
+        self._print(console, written, built, replaced=replaced)
 
     def _batch(self, built: Built) -> torch.Tensor:
         """Unit Gaussian noise in the model's precision, of the shape it suggests or the sizes asked for."""
@@ -102,7 +105,7 @@ class Export:
             raise invalid("out", str(self.out), f"does not end in {ending}", "rename it")
         return kind, self.out
 
-    def _print(self, console: Terminal, written: Exported, built: Built) -> None:
+    def _print(self, console: Terminal, written: Exported, built: Built, *, replaced: bool) -> None:
         """Print what was written, what it was checked with, and how far it differs."""
         sizes = ", ".join(map(str, written.batch_sizes))
         lines = {
@@ -118,7 +121,8 @@ class Export:
             lines["rehearsal"] = f"with the {silent} drawn at random, a scratch file differed by {written.rehearsal}"
         if built.random:
             lines["note"] = f"these weights are random (seed {self.seed}); give a checkpoint to export trained ones"
-        lines["wrote"] = f"{written.path} ({filesize.decimal(written.size)})"
+        earlier = ", in the place of an earlier one" if replaced else ""
+        lines["wrote"] = f"{written.path} ({filesize.decimal(written.size)}){earlier}"
         for name, value in lines.items():
             console.say(f"{name:<10} {value}")
 

@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -19,11 +18,13 @@ from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 
 from normfree.common.checks import check_integer, check_seed, invalid
+from normfree.common.streams import drop_output
 from normfree.common.text import printable
 
 _MODEL = (
-    "A name of `normfree models` (overrides after a colon: nf_resnet50:width=1), torchvision:NAME, timm:NAME (with "
-    "published weights torchvision:NAME:weights=DEFAULT, timm:NAME:pretrained=True), FILE.py:FACTORY (which may return "
+    "A name of `normfree models`, torchvision:NAME or timm:NAME (arguments after a colon: nf_resnet50:width=1, "
+    "torchvision:resnet18:num_classes=10; published weights by weights=DEFAULT of torchvision's and pretrained=True of "
+    "timm's), FILE.py:FACTORY (which may return "
     "(model, batch)), a checkpoint of normfree.save, or a run's folder."
 )
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=_MODEL, metavar="MODEL")]
@@ -48,6 +49,16 @@ Device = Annotated[
 ImageSize = Annotated[
     int | None,
     tyro.conf.arg(help="Height and width; that of a run's images, else what the model suggests, else 224, by default."),
+]
+Mean = Annotated[
+    tuple[float, ...] | None,
+    tyro.conf.arg(
+        help="Channel means that training subtracted from the images, of pixels in 0 to 1. By default those of the run "
+        "that the model lies in; without one, ImageNet's, or for evaluate those of the data where they fit in memory."
+    ),
+]
+Std = Annotated[
+    tuple[float, ...] | None, tyro.conf.arg(help="Channel deviations that training divided by, as with the means.")
 ]
 Seed = Annotated[int, tyro.conf.arg(help="Of initialisation and input.")]
 Folder = Annotated[Path, tyro.conf.arg(help="Folder to write to.")]
@@ -155,6 +166,8 @@ def command_line(name: str, options: Any, positional: Sequence[str], *, without:
             continue
         if isinstance(value, bool):
             words.append(option if value else "--no-" + option[2:])
+        elif isinstance(value, tuple):
+            words += [option, *map(str, value)]
         else:
             words += [option, str(value)]
     return shlex.join(words)
@@ -174,9 +187,17 @@ class Terminal(Console):
 
     def announce(self, text: str) -> None:
         """Say what is about to be done; that nobody reads it (`| true`) is no reason not to do it."""
-        with suppress(SystemExit):  # so rich answers a closed pipe, and prints nothing more
+        try:
             self.say(text)
+        except BrokenPipeError:
+            self.quiet = True
+            drop_output()
 
-    def say_written(self, paths: Iterable[Path]) -> None:
-        """Print which files were written."""
-        self.say("wrote " + " ".join(map(str, paths)))
+    def on_broken_pipe(self) -> None:
+        """Raise the error of a closed pipe; rich's own answer, SystemExit, could be that of a model's code."""
+        raise BrokenPipeError from None
+
+    def say_written(self, paths: Iterable[Path], replaced: Iterable[Path] = ()) -> None:
+        """Print which files were written, and in the place of which earlier ones."""
+        earlier = " ".join(map(str, replaced))
+        self.say("wrote " + " ".join(map(str, paths)) + (f", in the place of an earlier {earlier}" if earlier else ""))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -19,6 +20,8 @@ from normfree.common.checks import check_memory, invalid, required
 from normfree.common.text import first_line
 from normfree.convert import Conversion
 from normfree.data import GaussianNoise, Probe
+from normfree.data.config import check_statistics, preparation
+from normfree.data.probe import Images
 from normfree.report.plot import plot_signals
 from normfree.report.signal_page import write_report
 from normfree.signal import BlockSignal, Curve, Finding, SignalPropagation, input_shape, write_json
@@ -97,6 +100,43 @@ def note_on_batch(source: str, probe: Probe, shape: tuple[int, ...], image_size:
     options = "" if len(shape) < 4 else "; or pass --image-size"
     options += ", --input" if options and isinstance(probe, GaussianNoise) else ""
     return f"note: {source} gives no batch; it is run on {kind} {list(shape)}: return (model, batch) from it{options}"
+
+
+def check_images(options: Any) -> None:
+    """Refuse means and deviations that are none, or that nothing is standardized with.
+
+    Args:
+        options: a command with ``input``, ``mean`` and ``std``.
+
+    Raises:
+        ValueError: naming which.
+    """
+    check_statistics(options.mean, options.std, 3)
+    if options.mean is not None and options.input == "gaussian":
+        remedy = "leave --mean and --std out, or give --input FOLDER"
+        raise invalid("mean", options.mean, "noise is not standardized", remedy)
+
+
+def prepared(
+    probe: Probe,
+    built: Built,
+    console: Terminal,
+    *,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+) -> Probe:
+    """Return what a model is measured with, its images standardized as asked, or as in the model's run.
+
+    Where neither says it they are with ImageNet's mean and deviation, which is said on the console.
+    """
+    if not isinstance(probe, Images):
+        return probe
+    if mean is not None and std is not None:
+        return probe.standardized(mean, std)
+    if built.statistics is not None and len(built.statistics[0]) == 3:
+        return probe.standardized(*built.statistics)
+    console.announce(preparation(probe.mean, probe.std))
+    return probe
 
 
 def write_signals(

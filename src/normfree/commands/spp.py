@@ -18,9 +18,11 @@ from normfree.commands.shared import (
     Device,
     Folder,
     ImageSize,
+    Mean,
     Models,
     Original,
     Seed,
+    Std,
     Terminal,
     check_folder,
     check_options,
@@ -28,10 +30,12 @@ from normfree.commands.shared import (
 )
 from normfree.commands.signals import (
     batch_shape,
+    check_images,
     device_named,
     no_picture,
     note_on_batch,
     precision_of,
+    prepared,
     print_signal,
     write_signals,
 )
@@ -52,6 +56,8 @@ class Spp:
     original: Original = None
     input: Annotated[str, tyro.conf.arg(metavar="gaussian|photos|FOLDER")] = "gaussian"
     """Unit Gaussian noise, photos (random crops of scikit-learn's two photographs), or a folder of images."""
+    mean: Mean = None
+    std: Std = None
     image_size: ImageSize = None
     batch_size: int = 8
     """Examples in a batch."""
@@ -71,6 +77,7 @@ class Spp:
 
     def __post_init__(self) -> None:
         check_options(self)
+        check_images(self)
         check_folder(self.out)
 
     def run(self, console: Terminal) -> None:
@@ -109,6 +116,7 @@ class Spp:
         model, batch = built.model.to(device), built.batch
         described: dict[str, Any] = {"kind": "the factory's own"}
         if batch is None:
+            probe = prepared(probe, built, console, mean=self.mean, std=self.std)
             shape = batch_shape(built, probe, image_size=self.image_size, batch_size=self.batch_size)
             if (note := note_on_batch(source, probe, shape, self.image_size)) is not None:
                 console.announce(note)

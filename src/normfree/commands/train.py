@@ -48,8 +48,8 @@ class Train:
     recipe: Recipe
     """What to train, how, on what."""
     config: Annotated[Path | None, tyro.conf.CascadeSubcommandArgs] = None
-    """File of settings to begin with: a run's config.json, or YAML such as `data: {source: pets}`; other options change
-    them. With a model in the file, RECIPE can be left out."""
+    """Settings to begin with: a run's folder or config.json, or YAML such as `data: {source: pets}`; other options
+    change them. With a model in the file, RECIPE can be left out."""
 
     @classmethod
     def apply_config_file(cls, words: Sequence[str]) -> tuple[type[Train], list[str]]:

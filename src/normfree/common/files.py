@@ -316,6 +316,36 @@ class Stored:
         return invalid(self.argument, str(self.path), rule, remedy)
 
 
+MODEL_OF_WEIGHTS = (
+    "load them into a model of your own, or convert it with them, `normfree convert FILE.py:FACTORY --weights FILE "
+    "--start pretrained --out model.safetensors`, and give model.safetensors with --original FILE.py:FACTORY"
+)
+"""What to do with a state dict where a model is asked for."""
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """Tell whether a file begins as safetensors do: the length of a header, and its brace."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def is_of_torch(path: str | Path) -> bool:
+    """Tell whether a file begins as those of ``torch.save`` do: an archive, or of versions before 1.6 a pickle."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x80\x02" or zipfile.is_zipfile(path)
+
+
+def notes_of(path: str | Path) -> Mapping[str, str] | None:
+    """Return the notes of a safetensors file, from its header alone; None of any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(check_file(path), framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+
+
 def read(path: str | Path, argument: str = "path") -> Stored:
     """Read a safetensors file.
 
@@ -343,9 +373,9 @@ def read(path: str | Path, argument: str = "path") -> Stored:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             return Stored(path, argument, notes, tensors)
     except (SafetensorError, OSError, AttributeError, TypeError) as error:  # the latter: a dtype torch does not have
-        if zipfile.is_zipfile(path):
-            remedy = "write its tensors with safetensors.torch.save_file(model.state_dict(), …)"
-            raise invalid(argument, str(path), "is a file of torch.save, not of safetensors", remedy) from error
+        if is_of_torch(path):
+            rule = "is a file of torch.save: weights without the model they belong to"
+            raise invalid(argument, str(path), rule, MODEL_OF_WEIGHTS) from error
         rule = f"is no sound safetensors file ({all_lines(error)})"
         raise invalid(argument, str(path), rule, "give an undamaged one that normfree.save wrote") from error
 

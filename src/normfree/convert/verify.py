@@ -5,9 +5,10 @@ A leak is a dependence of an example's output on the other examples of its batch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -143,6 +144,58 @@ def _check_outputs(
             f"model: {conversion.model} gives other outputs once converted (relative error {error:.1g}), for something "
             'beside the layers uses what was folded; convert a part of the model without it, or choose start="fresh"'
         )
+
+
+@dataclass(frozen=True)
+class BatchStatistics:
+    """A batch norm's running statistics beside those of its input, in a run that normalizes by the batch.
+
+    Attributes:
+        name: of the norm.
+        ratio: mean over the channels of the input's mean square about the running mean, over the running variance's;
+            near 1 for data like those that the statistics are of.
+        trained: whether the statistics have taken in any batch.
+    """
+
+    name: str
+    ratio: float
+    trained: bool
+
+
+def statistics_of_batch(model: nn.Module, batch: Batch) -> list[BatchStatistics]:
+    """Compare the running statistics of each batch norm with its input in training mode, at its first run.
+
+    There the norms before it normalize by the batch, so a difference is told where it begins and not again behind it.
+
+    Args:
+        model: the model; left as it is.
+        batch: what it takes.
+    """
+    found: dict[str, BatchStatistics] = {}
+
+    def before(name: str, mean: Tensor, variance: Tensor, trained: bool) -> Any:
+        def look(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = next((leaf for leaf in tree_leaves((inputs, named)) if isinstance(leaf, Tensor)), None)
+            if x is None or name in found:
+                return
+            channels = x.detach().double().transpose(0, 1).flatten(1) if x.dim() > 1 else x.detach().double()[:, None]
+            about = (channels - mean.double().to(x.device)[:, None]).square().mean()
+            ratio = float(about / variance.double().mean().clamp_min(1e-300))
+            if math.isfinite(ratio) and ratio > 0:
+                found[name] = BatchStatistics(name, ratio, trained)
+
+        return look
+
+    hooks = []
+    for name, module in model.named_modules():
+        mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+        if is_batch_norm(module) and isinstance(mean, Tensor) and isinstance(variance, Tensor):
+            batches = getattr(module, "num_batches_tracked", None)
+            new = bool((mean == 0).all() and (variance == 1).all())
+            trained = not new or (isinstance(batches, Tensor) and int(batches) > 0)
+            hooks.append((module, before(name, mean.clone(), variance.clone(), trained)))
+    run_prepared(model, batch, mode="train", before=hooks)
+    return list(found.values())
 
 
 def change_by_others(model: nn.Module, batch: Batch) -> float | None:

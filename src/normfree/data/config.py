@@ -160,7 +160,7 @@ class DataConfig:
             raise invalid("crop_ratio", self.crop_ratio, "must be above 0 and at most 1", "pass 0.875")
         if self.in_memory is True and self.streaming is True:
             raise invalid("in_memory", True, "data are streamed or held in memory, not both", "pass streaming=False")
-        self._check_statistics()
+        check_statistics(self.mean, self.std, self.in_channels)
 
     @property
     def channels(self) -> int:
@@ -180,17 +180,55 @@ class DataConfig:
         assert self.mean is not None and self.std is not None
         return self.mean, self.std
 
-    def _check_statistics(self) -> None:
-        if (self.mean is None) != (self.std is None):
-            raise invalid("mean", self.mean, "means and deviations belong together", "pass both, or neither")
-        if self.mean is None or self.std is None:
-            return
-        channels = self.in_channels or len(self.mean)
-        for name, values, least in (("mean", self.mean, None), ("std", self.std, 0.0)):
-            if len(values) != channels or channels not in (1, 3):
-                raise invalid(name, values, "must have one number per channel (1 or 3)", "pass that many")
-            for value in values:
-                check_number(name, value) if least is None else check_number(name, value, least, exclusive=True)
+
+def check_statistics(
+    mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int | None = None
+) -> None:
+    """Refuse means and deviations of channels that are none.
+
+    Args:
+        mean: of each channel, of pixels in 0 to 1.
+        std: the deviations.
+        channels: how many there are; 1 or 3 where that is not known.
+
+    Raises:
+        ValueError: one without the other, of another number of channels, not finite, or a deviation that is not
+            positive.
+    """
+    __tracebackhide__ = True
+    if (mean is None) != (std is None):
+        given = ("mean", mean) if mean is not None else ("std", std)
+        raise invalid(*given, "means and deviations belong together", "pass both, or neither")
+    if mean is None or std is None:
+        return
+    wanted = channels or len(mean)
+    for name, values, least in (("mean", mean, None), ("std", std, 0.0)):
+        if len(values) != wanted or wanted not in (1, 3):
+            rule = f"must have one number per channel ({channels or '1 or 3'})"
+            raise invalid(name, values, rule, "pass that many")
+        for value in values:
+            check_number(name, value) if least is None else check_number(name, value, least, exclusive=True)
+
+
+def imagenet_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return ImageNet's channel means and deviations, of grey images their averages over the colours."""
+    if channels == 1:
+        return (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
+    return IMAGENET_MEAN, IMAGENET_STD
+
+
+def preparation(mean: Sequence[float], std: Sequence[float], origin: str = "") -> str:
+    """Return the line that says how images were standardized where no run and no option says it.
+
+    Args:
+        mean: of each channel, of pixels in 0 to 1.
+        std: the deviations.
+        origin: of numbers that are not ImageNet's.
+    """
+    known = (tuple(mean), tuple(std)) == imagenet_statistics(len(mean))
+    numbers = [f"{name} {' '.join(f'{one:.4g}' for one in values)}" for name, values in (("mean", mean), ("std", std))]
+    said = "ImageNet's mean and deviation" if known else f"{' and '.join(numbers)}, {origin}"
+    return f"images standardized with {said}; --mean and --std say otherwise"
 
 
 def _check_range(name: str, values: Sequence[float]) -> None:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from normfree.common.checks import invalid, required
 from normfree.common.torch_compat import end_workers
 from normfree.data.augmentation import Augmentation, CentreCrop, Crop, Standardization, TrainingCrop
-from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
+from normfree.data.config import DataConfig, imagenet_statistics
 from normfree.data.holdout import HoldoutSource
 from normfree.data.order import Place, Shards, Share, Stream, check_rank, evaluation_indices
 from normfree.data.records import DamagedImage, OpenSplit, Record, check_classes, decode, open_split, resolve
@@ -345,8 +345,7 @@ def read_split(config: DataConfig, *, training: bool, classes: Sequence[str] | N
             pixels = decode_all(opened, config, CentreCrop(config.size, 1.0 if training else config.crop_ratio))
     if config.mean is None:
         if pixels is None:
-            grey = config.in_channels == 1
-            mean, std = ((sum(values) / 3,) if grey else values for values in (IMAGENET_MEAN, IMAGENET_STD))
+            mean, std = imagenet_statistics(config.channels)
         else:
             mean, std = pixels.statistics() if training else read_split(config, training=True).config.statistics
         config = replace(config, mean=mean, std=std)

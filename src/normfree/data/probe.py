@@ -1,15 +1,16 @@
 """Inputs to measure a model with: batches of noise or of real images, drawn from one seed.
 
-Photographs are cropped at random (a random area of 30 to 100 % of the image, a random flip) and
-standardized with ImageNet's channel means and deviations, as in training.
+Photographs are cropped at random (a random area of 30 to 100 % of the image, a random flip) and standardized with the
+channel means and deviations of the model's training, ImageNet's where nothing says so.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -54,8 +55,26 @@ class GaussianNoise:
         return {"kind": "gaussian"}
 
 
-class _Cropped(ABC):
-    """Random crops of some images."""
+class Images(ABC):
+    """Random crops of some images.
+
+    Attributes:
+        mean: channel means that are subtracted, of pixels in 0 to 1.
+        std: channel deviations that are divided by.
+    """
+
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def standardized(self, mean: Sequence[float], std: Sequence[float]) -> Self:
+        """Return the same images, standardized with these channel means and deviations."""
+        other = copy(self)
+        other.mean, other.std = tuple(mean), tuple(std)
+        return other
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a record says of the input."""
+        return {"mean": list(self.mean), "std": list(self.std)}
 
     @abstractmethod
     def load(self, index: int) -> Any:
@@ -79,7 +98,7 @@ class _Cropped(ABC):
                 v2.RandomResizedCrop(tuple(shape[2:]), scale=(0.3, 1.0), antialias=True),
                 v2.RandomHorizontalFlip(),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+                v2.Normalize(self.mean, self.std),
             ]
         )
         with seeded(seed):
@@ -94,7 +113,7 @@ class _Cropped(ABC):
             yield batch
 
 
-class Photographs(_Cropped):
+class Photographs(Images):
     """Random crops of the two photographs that ship with scikit-learn (a temple and a flower).
 
     Raises:
@@ -114,10 +133,11 @@ class Photographs(_Cropped):
 
     def describe(self) -> dict[str, Any]:
         """Return what a record says of the input."""
-        return {"kind": "photos", "images": "scikit-learn's china.jpg and flower.jpg, random crops"}
+        kind = {"kind": "photos", "images": "scikit-learn's china.jpg and flower.jpg, random crops"}
+        return kind | super().describe()
 
 
-class ImageFolder(_Cropped):
+class ImageFolder(Images):
     """Random crops of the images in a folder and the folders below it.
 
     Args:
@@ -150,7 +170,7 @@ class ImageFolder(_Cropped):
 
     def describe(self) -> dict[str, Any]:
         """Return what a record says of the input."""
-        return {"kind": "folder", "folder": self.folder.name, "images": len(self.files)}
+        return {"kind": "folder", "folder": self.folder.name, "images": len(self.files)} | super().describe()
 
 
 def probe_named(name: str) -> Probe:

@@ -9,12 +9,14 @@ import os
 import re
 import tempfile
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -464,6 +466,17 @@ def check_path(path: str | Path, suffix: str) -> Path:
     if existing.is_relative_to("/proc") or not os.access(existing, os.W_OK | os.X_OK):
         raise invalid("path", str(path), f"{str(existing)!r} cannot be written to", "pass another place")
     return path
+
+
+def is_exported(path: Path) -> bool:
+    """Tell whether a file is of the kind that its name ends in: an archive, or an ONNX model; nothing of it is run."""
+    if path.suffix == ".pt2":
+        return zipfile.is_zipfile(path)
+    onnx: Any = required("onnx", "an ONNX file")
+    try:
+        return bool(onnx.load(path, load_external_data=False).graph.node)
+    except Exception:  # of protobuf's kinds
+        return False
 
 
 @contextmanager

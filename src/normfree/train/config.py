@@ -337,7 +337,7 @@ def read_config(path: str | Path, base: TrainConfig | None = None) -> tuple[Trai
     data, augmentation and optimizer are nested or dotted: ``data: {source: pets}`` or ``data.source: pets``.
 
     Args:
-        path: of the file.
+        path: of the file, or of a run's folder.
         base: has what the file does not say; the defaults of the fields otherwise, and the file's own name.
 
     Returns:
@@ -348,6 +348,8 @@ def read_config(path: str | Path, base: TrainConfig | None = None) -> tuple[Trai
         ImportError: for YAML, if PyYAML is not installed.
     """
     path = Path(path)
+    if path.is_dir():  # a run's
+        path = path / "config.json"
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise refused("config", path, "is neither .json nor .yaml", "give a run's config.json, or YAML")
     document = read_json(path, "config") if path.suffix == ".json" else _read_yaml(path)

@@ -44,9 +44,19 @@ class Trained:
 
     @property
     def in_channels(self) -> Literal[1, 3] | None:
-        """Channels of its images, 1 or 3, as its first convolution has them; None where there is none."""
-        first = next((part.in_channels for part in self.network.modules() if isinstance(part, nn.Conv2d)), None)
+        """Channels of its images, 1 or 3, as an exported file or its first convolution has them; None without."""
+        if isinstance(self.network, FixedBatch):
+            first = self.network.channels
+        else:
+            first = next((part.in_channels for part in self.network.modules() if isinstance(part, nn.Conv2d)), None)
         return first if first in (1, 3) else None
+
+    @property
+    def image_size(self) -> int | None:
+        """Height and width of its images, as its run or an exported file has them; None where neither says it."""
+        if self.data is not None:
+            return self.data.image_size
+        return self.network.size if isinstance(self.network, FixedBatch) else None
 
 
 def open_trained(
@@ -173,16 +183,16 @@ def find_run(path: Path, *, required: bool = False) -> RunData | None:
     return None
 
 
-def image_sizes(shape: Sequence[object]) -> tuple[int | None, int | None]:
-    """Return the number of examples and the size of the images that a file takes, each None where any will do.
+def image_sizes(shape: Sequence[object]) -> tuple[int | None, int | None, int | None]:
+    """Return the number of examples, the channels and the size of the images that a file takes, None where any will do.
 
     Raises:
         ValueError: it does not take one batch of images.
     """
     if len(shape) != 4:
         raise ValueError(f"it takes {quoted(list(shape))}, no batch of images [N, C, H, W]")
-    batch, size = (one if isinstance(one, int) and one > 0 else None for one in (shape[0], shape[-1]))
-    return batch, size
+    batch, channels, size = (one if isinstance(one, int) and one > 0 else None for one in (*shape[:2], shape[-1]))
+    return batch, channels, size
 
 
 class FixedBatch(nn.Module):
@@ -192,11 +202,13 @@ class FixedBatch(nn.Module):
         path: of the file.
         batch_size: that number; None for any.
         size: height and width it takes; None for any.
+        channels: of its images; None for any.
     """
 
     path: Path
     batch_size: int | None
     size: int | None
+    channels: int | None
     answer: Callable[[Tensor], Tensor]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -241,7 +253,7 @@ class OnnxNetwork(FixedBatch):
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             (given,) = session.get_inputs()
-            self.batch_size, self.size = image_sizes(given.shape)
+            self.batch_size, self.channels, self.size = image_sizes(given.shape)
         except Exception as error:  # of its own kinds
             raise refused("model", path, f"ONNX Runtime does not run it ({first_line(error)})", REMEDY) from error
         self.answer = lambda images: torch.from_numpy(session.run(None, {given.name: images.numpy()})[0])
@@ -264,7 +276,7 @@ class ProgramNetwork(FixedBatch):
             program = torch.export.load(path)
             (name,) = program.graph_signature.user_inputs
             (shape,) = (node.meta["val"].shape for node in program.graph.nodes if node.name == name)
-            self.batch_size, self.size = image_sizes(shape)
+            self.batch_size, self.channels, self.size = image_sizes(shape)
             module = program.module()
         except Exception as error:  # a damaged file raises almost anything
             raise refused("model", path, f"PyTorch does not load it ({first_line(error)})", REMEDY) from error

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from normfree.common.checks import invalid, is_integer
-from normfree.common.files import FOLDED, Stored, check_file, parse_json, read, write_atomically
+from normfree.common.files import (
+    FOLDED,
+    MODEL_OF_WEIGHTS,
+    Stored,
+    check_file,
+    is_of_torch,
+    is_safetensors,
+    parse_json,
+    read,
+    write_atomically,
+)
 from normfree.common.text import all_lines, first_line, quoted, shortened
 from normfree.convert.apply import rewrite
 from normfree.convert.record import NOTE as CONVERTED
@@ -42,6 +52,9 @@ def without_wrappers(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return state_dict
 
 
+STATE_DICT = "give a .safetensors file, or a .pth file of torch.save(model.state_dict(), …)"
+
+
 def read_state_dict(path: str | Path, argument: str = "path") -> Mapping[str, Tensor]:
     """Read a state dict: a safetensors file, or one of ``torch.save``, of which nothing but tensors is taken.
 
@@ -56,11 +69,19 @@ def read_state_dict(path: str | Path, argument: str = "path") -> Mapping[str, Te
     Raises:
         ValueError: no such file, a damaged one, or one that holds anything but tensors in plain containers.
     """
-    path = check_file(path, argument, "give a .safetensors file, or one of torch.save")
-    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+    path = check_file(path, argument, STATE_DICT)
+    if path.suffix == ".safetensors" or is_safetensors(path):
         return without_wrappers(read(path, argument).tensors)
+    if not is_of_torch(path):
+        raise invalid(argument, str(path), "holds no state dict", STATE_DICT)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # of something that is no tensor, number or container
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        held = f"a pickled {named[1]}" if named else "pickled objects"
+        rule = f"holds {held}, as torch.save(model, …) writes it, and not tensors; to read it would run its code"
+        remedy = "where its class is, write torch.save(torch.load(…, weights_only=False).state_dict(), …)"
+        raise invalid(argument, str(path), rule, remedy) from error
     except Exception as error:  # a damaged archive raises almost anything
         rule = f"cannot be read as tensors alone ({first_line(error)})"
         raise invalid(argument, str(path), rule, "write torch.save(model.state_dict(), …) anew") from error
@@ -220,8 +241,7 @@ def load(path: str | Path, *, original: nn.Module | None = None) -> nn.Module:
             rule = f"{str(stored.path)!r} holds no converted model"
             raise invalid("original", type(original).__name__, rule, "leave it out")
         return load_named(stored)
-    rule = "has weights, but not the model they belong to"
-    raise stored.error(rule, "give a file of normfree.save, or load its tensors into a model of your own")
+    raise stored.error("has weights, but not the model they belong to", MODEL_OF_WEIGHTS)
 
 
 def config_note(model: nn.Module) -> str | None:

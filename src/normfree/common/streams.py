@@ -1,0 +1,29 @@
+"""The process's output when nobody reads it any more, as behind ``| head``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+
+def drop_output() -> None:
+    """Have what is left of the output go nowhere, or Python would complain of it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def closed_output(error: BaseException) -> bool:
+    """Whether an error comes of code, of a model say, that printed when nobody read any more."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, BrokenPipeError):
+        seen = seen.__cause__ or seen.__context__
+    if seen is None:
+        return False
+    try:
+        sys.stdout.flush()  # of what could not be written, which is kept
+    except BrokenPipeError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
