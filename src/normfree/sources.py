@@ -97,7 +97,7 @@ def build(source: str, original: str | None = None) -> Built:
     if names_factory(source):
         return _from_file(source)
     named, pretrained = _by_name(source, DEEPEST)
-    if not pretrained and source.partition(":")[2]:
+    if not pretrained and source.count(":") > source.startswith(("torchvision:", "timm:")):  # arguments
         _check_memory(named, source)
     return Built(named(), random=not pretrained)
 

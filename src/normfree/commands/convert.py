@@ -347,9 +347,8 @@ class Doctor(_Conversion):
             remedy = "See the notes of the conversion; --alpha scales the branches."
         else:
             remedy = "See the notes of the conversion, or use --beta measured."
-        return [
-            Changed("error", "output", f"{change}, beyond a factor of {OUTPUT_FACTOR:g}", remedy) for change in changes
-        ]
+        beyond = f"beyond a factor of {OUTPUT_FACTOR:g}"
+        return [Changed("error", "output", f"{change}, {beyond}.", remedy) for change in changes]
 
 
 @dataclass(frozen=True)

@@ -133,8 +133,9 @@ class Evaluate(_Trained):
         if known is None and self.source is None:
             rule = f"{quoted(self.model)} lies in no run, so its data are not known"
             raise invalid("source", None, rule, "pass --source or --run")
-        taken = {"in_channels": trained.in_channels, "image_size": trained.image_size}
-        config = known or DataConfig(**({} if self.source == "digits" else taken))  # digits say both themselves
+        config = known or DataConfig()
+        if known is None and self.source != "digits":  # which say both themselves
+            config = DataConfig(in_channels=trained.in_channels, image_size=trained.image_size)
         options = ("source", "image_size", "mean", "std", "batch_size", "workers", "on_bad_image")
         changes = {option: getattr(self, option) for option in options} | {"evaluation_split": self.split}
         changes = {field: value for field, value in changes.items() if value is not None}

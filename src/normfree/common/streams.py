@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import sys
 
 
@@ -20,10 +21,11 @@ def closed_output(error: BaseException) -> bool:
         seen = seen.__cause__ or seen.__context__
     if seen is None:
         return False
-    try:
-        sys.stdout.flush()  # of what could not be written, which is kept
-    except BrokenPipeError:
+    if not hasattr(select, "poll"):  # Windows
         return True
-    except (OSError, ValueError):
+    try:
+        watched = select.poll()
+        watched.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in watched.poll(0))
+    except (OSError, ValueError):  # no file of the system's
         return False
-    return False
