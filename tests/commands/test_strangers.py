@@ -328,3 +328,13 @@ def test_folders_of_images_are_bounded(run, tmp_path, monkeypatch):
 
 def test_grey_images_have_the_average_of_imagenet_s_statistics():
     assert imagenet_statistics(1) == (pytest.approx((0.449,)), pytest.approx((0.226,)))
+
+
+def test_a_run_s_folder_stands_for_its_config(tmp_path):
+    from normfree.train.config import read_config
+
+    settings = {"model": "nf_resnet50", "name": "mine", "epochs": 7}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert read_config(tmp_path) == read_config(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=r"config\.json.*is no file"):
+        read_config(tmp_path / "..")
