@@ -15,9 +15,6 @@ LONGEST_PART = 240
 # separators, and halves of surrogate pairs, which no stream can encode.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# Colours and styles, which libraries put into their messages for a terminal.
-_STYLE = re.compile("\x1b\\[[0-9;]*m")
-
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = LONGEST_PART  # cut in the middle: a path keeps its name
 _REPR.maxlevel = 3
@@ -73,7 +70,7 @@ def one_line(error: BaseException, most: int = LONGEST_PART) -> str:
 def all_lines(error: BaseException, most: int = LONGEST_PART) -> str:
     """Return all that an error says as one printable line, for errors whose first line is a title."""
     try:
-        said = " ".join(_STYLE.sub("", str(error)).split())
+        said = " ".join(str(error).split())
     except Exception:  # as below
         said = ""
     return shortened(printable(said), most) if said else type(error).__name__
@@ -81,7 +78,7 @@ def all_lines(error: BaseException, most: int = LONGEST_PART) -> str:
 
 def _said(error: BaseException, most: int) -> str:
     try:
-        lines = _STYLE.sub("", str(error)).strip().splitlines()
+        lines = str(error).strip().splitlines()
     except Exception:  # of somebody else's class, whose __str__ fails
         lines = []
     return shortened(printable(lines[0].strip()), most) if lines else ""
