@@ -51,7 +51,9 @@ def whole_norms() -> Iterator[None]:
     def step_matrices(self: Muon, group: dict[str, Any], weights: list[Tensor]) -> None:
         updates = self._look_ahead(group, weights, rule._gradients(weights))
         layout = group["transposed"], group["groups"]
-        stacks = self._divided([rule._matrices(update, *layout) for update in updates], group["ns_steps"])
+        stacks = self._orthogonalize_across_ranks(
+            [rule._matrices(update, *layout) for update in updates], group["ns_steps"]
+        )
         for weight, stack in zip(weights, stacks, strict=True):
             rows, columns = stack.shape[-2:]
             before = rule._matrices(weight, *layout)
@@ -73,7 +75,9 @@ def free_norms() -> Iterator[None]:
 def _growing_step(self: Muon, group: dict[str, Any], weights: list[Tensor]) -> None:
     updates = self._look_ahead(group, weights, rule._gradients(weights))
     layout = group["transposed"], group["groups"]
-    stacks = self._divided([rule._matrices(update, *layout) for update in updates], group["ns_steps"])
+    stacks = self._orthogonalize_across_ranks(
+        [rule._matrices(update, *layout) for update in updates], group["ns_steps"]
+    )
     for weight, stack in zip(weights, stacks, strict=True):
         rows, columns = stack.shape[-2:]
         step = stack * (group["lr"] * math.sqrt(max(1.0, rows / columns)))

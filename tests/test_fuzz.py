@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import normfree
-from normfree.common.files import read, read_json, sizes, structured
+from normfree.common.files import parse_dataclass, read, read_json, sizes
 from normfree.convert import Conversion
 from normfree.data.records import decode, header_size
 from normfree.train.checkpoint import verify_checkpoint
@@ -219,7 +219,7 @@ def test_official_weights(content, pickled):
 
 def test_values_keep_their_types():
     config = RECIPES["digits"]()
-    assert structured(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert parse_dataclass(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
     for value in (True, 1.5, "1", None, [1]):
         with pytest.raises(ValueError, match=r"TrainConfig\.epochs"):
-            structured(TrainConfig, {**to_dict(config), "epochs": value})
+            parse_dataclass(TrainConfig, {**to_dict(config), "epochs": value})

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from normfree.common.checks import LISTED, check_memory, invalid, required, suggestion
+from normfree.common.checks import LISTED, check_memory, invalid, require, suggestion
 from normfree.common.files import check_file, kind_of, sizes
 from normfree.common.text import first_line, one_line, quoted
 from normfree.convert import stored_conversion
@@ -249,7 +249,7 @@ def _by_name(source: str, deepest: int, *, weights: bool = True) -> tuple[Callab
 
 
 def _torchvision(word: str, weights: bool, deepest: int) -> tuple[Callable[[], nn.Module], bool]:
-    torchvision: Any = required("torchvision", f"torchvision:{word}")
+    torchvision: Any = require("torchvision", f"torchvision:{word}")
     models = torchvision.models
     name, _, options = word.partition(":")
     known = models.list_models()
@@ -277,7 +277,7 @@ def _torchvision(word: str, weights: bool, deepest: int) -> tuple[Callable[[], n
 
 
 def _timm(word: str, weights: bool, deepest: int) -> tuple[Callable[[], nn.Module], bool]:
-    timm = required("timm", f"timm:{word}")
+    timm = require("timm", f"timm:{word}")
     name, _, options = word.partition(":")
     if not timm.is_model(name):
         raise ValueError(f"model: timm has no {quoted(name)}; {suggestion(name, timm.list_models())}")

@@ -9,7 +9,7 @@ import torch
 
 import normfree
 from normfree.cli import main
-from normfree.common.checks import EXTRAS, required
+from normfree.common.checks import EXTRAS, require
 from normfree.data.augmentation import CentreCrop
 from normfree.data.config import DataConfig
 from normfree.data.pipeline import read_digits
@@ -89,8 +89,8 @@ def test_a_broken_package_is_not_called_missing(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "timm", raising=False)
     told = r"^the test needs timm, which cannot be imported \(No module named 'nothing_of_that_name'\); pip install"
     with pytest.raises(ImportError, match=told):
-        required("timm", "the test")
-    assert required("matplotlib.figure", "the test").Figure
+        require("timm", "the test")
+    assert require("matplotlib.figure", "the test").Figure
 
 
 def test_the_command_line_tells_it_in_one_line(without, capfd):

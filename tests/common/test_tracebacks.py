@@ -63,7 +63,7 @@ def test_a_test_that_asserts_health_fails_at_its_own_line():
 def test_a_missing_package_is_shown_where_it_is_wanted(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError) as caught:
-        checks.required("timm", "this")
+        checks.require("timm", "this")
     assert shown(caught) == ["test_a_missing_package_is_shown_where_it_is_wanted"]
 
 

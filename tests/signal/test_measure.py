@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from normfree.signal import spp
 from normfree.signal.measure import Measurement
-from normfree.trace.preserve import untouched
+from normfree.trace.preserve import preserve_model
 
 
 class Block(nn.Module):
@@ -291,7 +291,7 @@ class Chain(nn.Module):
 def test_no_activation_outlives_its_use(points):
     model = Chain()
     counts, alive = [], []
-    with untouched(model, "eval") as preserved:
+    with preserve_model(model, "eval") as preserved:
         model.watcher.alive, model.watcher.counts = alive, counts
         measurement = Measurement(model, preserved, points=points, wake=True, seed=0)
         measurement.add(torch.randn(3, 4))

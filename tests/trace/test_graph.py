@@ -252,7 +252,7 @@ def test_the_additions_inside_a_branch(drawn, data):
             if ancestor.dominates(node):
                 inside = [each for each in sums if each is not ancestor and ancestor.dominates(each)]
                 expected = sum(not each.dominates(node) for each in inside)
-                assert additions.enclosed(ancestor, node) == expected
+                assert additions.count_enclosed(ancestor, node) == expected
     assert len(additions) == len(sums)
 
 

@@ -138,18 +138,18 @@ def test_a_run_of_a_version_without_a_field_goes_on(tmp_path):
 def test_what_fits_is_left_alone():
     for name, recipe in RECIPES.items():
         config = recipe()
-        assert config.fitted(config.batch_size, 1) == config, name
+        assert config.fit_to_data(config.batch_size, 1) == config, name
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_a_batch_that_the_images_do_not_fill_gives_four_steps(world_size):
     for examples in (*range(world_size, 130), 1000, 4095):
         config = replace(RECIPES["nfnet_imagenet"](), batch_size=4104)  # a multiple of all ranks
-        batch = config.fitted(examples, world_size).batch_size
+        batch = config.fit_to_data(examples, world_size).batch_size
         assert batch % world_size == 0 and batch <= examples
         assert batch == world_size or 4 * batch <= examples
         assert batch == world_size or 4 * (2 * batch + 2 * world_size) > examples  # and no smaller than need be
-    cifar = RECIPES["cifar"]().fitted(40, 1)
+    cifar = RECIPES["cifar"]().fit_to_data(40, 1)
     assert (cifar.batch_size, cifar.optimizer.clip_norm) == (8, 4.0)  # one over the root of a sixteenth
     assert cifar.optimizer.peak(cifar.batch_size) == pytest.approx(0.2 / 16)
 
@@ -157,7 +157,7 @@ def test_a_batch_that_the_images_do_not_fill_gives_four_steps(world_size):
 def test_a_warm_up_is_at_most_half_of_the_run_or_else_a_quarter():
     config = RECIPES["resnet_imagenet"]()
     for epochs, warmup in ((90, 5), (10, 5), (9, 2.25), (5, 1.25), (1, 0.25)):
-        assert replace(config, epochs=epochs).fitted(10**6, 1).optimizer.warmup_epochs == warmup
+        assert replace(config, epochs=epochs).fit_to_data(10**6, 1).optimizer.warmup_epochs == warmup
 
 
 # Folders

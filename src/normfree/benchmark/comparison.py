@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.common.checks import check_choice, check_choices, check_integer, check_number, invalid, required
+from normfree.common.checks import check_choice, check_choices, check_integer, check_number, invalid, require
 from normfree.common.text import first_line, one_line
 from normfree.nn import fold, has_foldable
 from normfree.sources import build
@@ -480,7 +480,7 @@ def _onnx_call(model: nn.Module, batch: Tensor) -> Call:
     """Return a call of ONNX Runtime on the CPU, with as many threads as PyTorch has."""
     from normfree.export import to_onnx
 
-    onnxruntime = required("onnxruntime", "timing an ONNX file")
+    onnxruntime = require("onnxruntime", "timing an ONNX file")
     with tempfile.TemporaryDirectory() as folder:
         written = to_onnx(model, batch, Path(folder) / "model.onnx")
         options = onnxruntime.SessionOptions()

@@ -24,7 +24,7 @@ from normfree.commands.shared import (
     check_options,
 )
 from normfree.commands.signals import device_named
-from normfree.common.checks import EXTRAS, invalid, required
+from normfree.common.checks import EXTRAS, invalid, require
 from normfree.nn import has_foldable
 from normfree.signal import input_shape, write_atomically
 from normfree.sources import Built, build, check_sources, takes_original
@@ -93,7 +93,7 @@ class Benchmark:
     def parts(self) -> list[Part]:
         """Return the comparisons asked for, on images of the shape that the first model takes."""
         for package in EXTRAS["export"] if self.onnx else ():
-            required(package, "--onnx")
+            require(package, "--onnx")
         check_sources(self.models, self.original)
         built: dict[str, Built] = {}
         for source in dict.fromkeys(self.models):

@@ -13,7 +13,7 @@ from rich.table import Table
 from normfree.commands.shared import Folder, Seed, Terminal, check_folder, check_options
 from normfree.commands.signals import print_signal, write_signals
 from normfree.commands.spp import Spp
-from normfree.common.checks import check_integer, required
+from normfree.common.checks import check_integer, require
 from normfree.data import open_evaluation
 from normfree.models import create_model
 from normfree.models.registry import parse_overrides
@@ -59,7 +59,7 @@ class Demo:
     def run(self, console: Terminal) -> None:
         """Measure, train, print, write."""
         for package in ("matplotlib", "torchvision", "sklearn", "lightning", "torchmetrics", "tensorboard"):
-            required(package, "the demo")
+            require(package, "the demo")
         console.say("Three ResNet-50s at initialisation, on random crops of two photographs.")
         command = Spp(models=tuple(MODELS.values()), input="photos", seed=self.seed, out=self.out)
         signals = [s.renamed(name) for s, name in zip(command.measure(console), MODELS, strict=True)]

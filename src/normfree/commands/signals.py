@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from normfree.commands.shared import Terminal
-from normfree.common.checks import check_memory, invalid, required
+from normfree.common.checks import check_memory, invalid, require
 from normfree.common.text import first_line
 from normfree.convert import Conversion
 from normfree.data import GaussianNoise, Probe
@@ -163,7 +163,7 @@ def write_signals(
 def no_picture() -> str | None:
     """Return why spp.png cannot be drawn here, to be said before a measurement; None where it can."""
     try:
-        required("matplotlib", "spp.png")
+        require("matplotlib", "spp.png")
     except ImportError as error:
         return f"note: {error}; the numbers and the page are written without it"
     return None

@@ -199,7 +199,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
     return min(free, max(limit - used + cached, 0))
 
 
-def required(module: str, purpose: str) -> ModuleType:
+def require(module: str, purpose: str) -> ModuleType:
     """Import a module of a package of :data:`EXTRAS` or :data:`SERVICES`, or say what needs it and how to install it.
 
     Args:

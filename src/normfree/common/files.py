@@ -212,7 +212,7 @@ def read_json(path: str | Path, argument: str = "path", *, most: int = JSON_BYTE
     return document
 
 
-def structured(kind: type[Dataclass], document: Any, *, finite: bool = True) -> Dataclass:
+def parse_dataclass(kind: type[Dataclass], document: Any, *, finite: bool = True) -> Dataclass:
     """Return a dataclass with the values of a JSON object, each of its field's type.
 
     Nested dataclasses, tuples, mappings, unions, ``Literal`` and paths are followed. Nothing is converted but integers

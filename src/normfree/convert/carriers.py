@@ -81,7 +81,7 @@ class Source:
     settled: bool = False
 
     @staticmethod
-    def joined(sources: Iterable[Source]) -> Source:
+    def join_sources(sources: Iterable[Source]) -> Source:
         """What gives the result of an operation on several activations its size."""
         found = list(sources)
         names = dict.fromkeys(name for source in found for name in source.names)
@@ -149,14 +149,14 @@ class _Carrier:
 
 def _carrier_of(structure: Structure, ways: SignalPaths, call: Call) -> _Carrier:
     assert call.input is not None and call.output is not None, "a norm that is not followed stays"
-    before = structure.directly_behind(call.input, alone=False)
+    before = structure.producing_layer(call.input, alone=False)
     if before is not None:
         return _Carrier((before.name,))
     source = ways.source_of(call.input)
     carried = not source.obstacle and not source.past
     if carried and source.settled:
         return _Carrier(source.names, between=True)
-    if source.past != INPUT and (behind := ways.directly_before(call.output)):
+    if source.past != INPUT and (behind := ways.consuming_layers(call.output)):
         return _Carrier(behind)
     if carried:
         return _Carrier(source.names, between=True)
@@ -176,7 +176,7 @@ def _reason_to_keep(structure: Structure, ways: SignalPaths, calls: list[Call]) 
         return unknown
     if any(call.input is None or call.output is None for call in calls):
         return NOT_FOLLOWED
-    behind = [structure.directly_behind(call.input, alone=False) for call in calls]
+    behind = [structure.producing_layer(call.input, alone=False) for call in calls]
     by_convolution = all(call is not None and structure.is_convolution(call) for call in behind)
     if not _is_convolutional(structure, calls) and not by_convolution and any(map(ways.is_near_attention, calls)):
         return "it stands between linear and attention layers, not behind a convolution"
@@ -242,7 +242,7 @@ class SignalPaths:
         """Whether attention lies on a way to a norm or on from it."""
         return call.input in self.after_attention or call.output in self.before_attention
 
-    def directly_before(self, node: Node) -> tuple[str, ...]:
+    def consuming_layers(self, node: Node) -> tuple[str, ...]:
         """The layers all of which read an activation at once, but for its layout, and nothing else does; else none."""
         found: dict[str, None] = {}
         waiting = [node]
@@ -301,13 +301,13 @@ class SignalPaths:
             return Source(past="a recurrent layer")
         if _is_unknown_weight(step):
             return Source(obstacle=_unknown(self.flow, step))
-        return Source.joined(map(self.source_of, values))
+        return Source.join_sources(map(self.source_of, values))
 
     def source_of(self, node: Node) -> Source:
         """What gives an activation its size."""
         if node not in self.sources:  # an input, or what was written through a view
             parents = [each for each in node.parents if each.parents]
-            self.sources[node] = Source.joined(map(self.source_of, parents)) if parents else Source(past=INPUT)
+            self.sources[node] = Source.join_sources(map(self.source_of, parents)) if parents else Source(past=INPUT)
         return self.sources[node]
 
     def _at_place(self, node: Node, source: Source) -> Source:
@@ -450,17 +450,17 @@ def find_endings(
         or (changes_branch(structure, addition, removed) and not is_fusion(structure, addition))
     ]
 
-    def walked(addition: Addition, avoided: set[str]) -> Ending:
+    def walk(addition: Addition, avoided: set[str]) -> Ending:
         try:
-            return _BranchWalk(structure, owners, removed, standardized, places, avoided, addition).ending()
+            return _BranchWalk(structure, owners, removed, standardized, places, avoided, addition).find_ending()
         except _BlockedError as blocked:
             return Ending(addition, problem=str(blocked))
 
-    found = _check_endings([walked(addition, set()) for addition in additions], structure, places, standardized)
+    found = _check_endings([walk(addition, set()) for addition in additions], structure, places, standardized)
     avoided = {name for ending in found if ending.problem for name in ending.modules}
     if not avoided:
         return [replace(ending, modules={}) if ending.problem else ending for ending in found]
-    again = [walked(ending.addition, avoided) if ending.problem and ending.modules else ending for ending in found]
+    again = [walk(ending.addition, avoided) if ending.problem and ending.modules else ending for ending in found]
     second = _check_endings(again, structure, places, standardized)
     return [
         replace(new, modules={}, problem=old.problem or new.problem) if new.problem else new
@@ -592,7 +592,7 @@ class _BranchWalk:
         self.factors = list[float]()
         self.learned = ""
 
-    def ending(self) -> Ending:
+    def find_ending(self) -> Ending:
         last = self.structure.flow.made_by[self.addition.output]
         self._note_learned(last)
         waiting = [_Path(self.addition.branch, self._constant_factor(last, self.addition.branch))]

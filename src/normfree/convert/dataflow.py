@@ -31,7 +31,7 @@ from normfree.nn.fold import attached_to
 from normfree.trace import operations as op
 from normfree.trace.graph import Node, Residual
 from normfree.trace.inputs import Batch, ModuleStack, call, copy_of, examples_in, run_once, tensors_in, tensors_of
-from normfree.trace.preserve import Mode, Preserved, Writes, untouched
+from normfree.trace.preserve import Mode, Preserved, Writes, preserve_model
 from normfree.trace.recorder import Recorder
 from normfree.trace.scaling import Statics
 
@@ -163,9 +163,9 @@ class Dataflow:
     @cached_property
     def calls_of(self) -> dict[str, list[Call]]:
         """The calls of every recorded module, by name."""
-        return self.called(lambda module: True)
+        return self.calls_by_module(lambda module: True)
 
-    def called(self, kind: Callable[[nn.Module], bool]) -> dict[str, list[Call]]:
+    def calls_by_module(self, kind: Callable[[nn.Module], bool]) -> dict[str, list[Call]]:
         """The calls of every module of a kind, by name, in the order they first ran."""
         found: dict[str, list[Call]] = {}
         for one in self.calls:
@@ -268,13 +268,15 @@ def record_all(model: nn.Module, batch: Batch) -> tuple[Dataflow, Trains]:
     """Record a model in evaluation mode, with its auxiliary heads if only so all norms run; also what trained then."""
     flow = record(model, batch)
     norms = sum(is_norm(module) for module in model.modules())
-    if len(flow.called(is_norm)) == norms:
+    if len(flow.calls_by_module(is_norm)) == norms:
         return flow, None
     try:
         more = record(model, batch, trains=with_heads)
     except ValueError:  # training wants something else, such as targets
         return flow, None
-    return (more, with_heads) if len(more.called(is_norm)) > len(flow.called(is_norm)) else (flow, None)
+    return (
+        (more, with_heads) if len(more.calls_by_module(is_norm)) > len(flow.calls_by_module(is_norm)) else (flow, None)
+    )
 
 
 def record(model: nn.Module, batch: Batch, *, mode: Mode = "eval", trains: Trains = None) -> Dataflow:
@@ -322,7 +324,7 @@ def _record(model: nn.Module, batch: Batch, mode: Mode, trains: Trains) -> Dataf
         recorders.append(recorder)
         for tensor in tensors:
             recorder.flow.note(recorder.nodes[tensor], tensor)
-        with stack.followed(), DropoutNoted(recorder.note_dropout), recorder:
+        with stack.follow_modules(), DropoutNoted(recorder.note_dropout), recorder:
             outputs = run_once(model, given, stack)
         recorder.flow.outputs = [recorder.nodes[t] for t in outputs if t in recorder.nodes]
     return recorder.flow
@@ -372,7 +374,7 @@ def prepare_run(
     """
     # Not torch's hooks for all modules: of one that takes keyword arguments, removal leaves a trace.
     handles = []
-    with untouched(model, mode) as preserved:
+    with preserve_model(model, mode) as preserved:
         if trains is not None:
             for module in model.modules():
                 module.training = trains(module)

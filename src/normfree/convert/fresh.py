@@ -311,7 +311,7 @@ def _scale_of(call: Call, functions: Functions, biases: Mapping[str, float]) -> 
     if variance is not None:
         beta = math.sqrt(variance)
         return InputScale(1 / beta, "fed by unit variance" if beta == 1 else f"1/β, β = {beta:.4g} by the plan")
-    function = functions.feeding(call.input)
+    function = functions.function_before(call.input)
     bias = biases.get(functions.layer_behind(function.base) or "", 0.0) if function is not None else 0.0
     constant = None if function is None else functions.gamma(function, bias)
     if function is None or constant is None:

@@ -63,7 +63,7 @@ class Functions:
         self.behind_dropout: set[Node] = set()
         """Of these, those because of dropout."""
 
-    def feeding(self, node: Node) -> Function | None:
+    def function_before(self, node: Node) -> Function | None:
         """The function that made ``node``; None for none of a single Gaussian activation."""
         found = self._steps_to(node)
         if found is None:

@@ -60,7 +60,7 @@ def norm_calls(flow: Dataflow, normalizations: Normalizations) -> tuple[dict[str
     A norm is a module of torch's normalization classes; any other that is one normalization of its input; and any that
     is an affine map of statistics in evaluation mode, unless no layer comes before it: then it prepares the input.
     """
-    by_name: dict[str, list[Call]] = flow.called(lambda module: not is_layer(module))
+    by_name: dict[str, list[Call]] = flow.calls_by_module(lambda module: not is_layer(module))
     norms, constants = {}, {}
     for name, calls in by_name.items():
         known = is_norm(calls[0].module)

@@ -50,7 +50,7 @@ from normfree.signal.measure import architecture_in
 from normfree.signal.remedies import by_hand
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
-from normfree.trace.inputs import Batch, check_batch, gaussian_like_input_of, placed_like, tensors_of, unwrapped
+from normfree.trace.inputs import Batch, check_batch, gaussian_like_input_of, move_to_device_of, tensors_of, unwrap
 from normfree.trace.preserve import check_finite, check_present, check_statistics
 
 ALPHA, SKIP_GAIN = 0.2, 1.0
@@ -113,14 +113,14 @@ def convert(
 
     Source: Brock, De, Smith, ICLR 2021, sections 3 and 4; the rules for foreign structures are this project's.
     """
-    model = unwrapped(model)
+    model = unwrap(model)
     _check(model, start, alpha, skip_gain, beta, seed)
     if example_input is None:
         example_input = gaussian_like_input_of(model, generator=torch.Generator().manual_seed(seed))
     if isinstance(example_input, list):
         remedy = "give a tensor, a tuple of positional or a dict of keyword arguments"
         raise ValueError(f"example_input: a list is no batch; {remedy}")
-    batch = placed_like(model, example_input)
+    batch = move_to_device_of(model, example_input)
     check_batch(batch, "example_input")
     flow, trains = record_all(model, batch)
     structure = Structure(flow)
@@ -426,7 +426,7 @@ def avoid_overwriting(changes: Iterable[Change], structure: Structure, training:
                     copied = copied or others
         if copied:
             inputs = [run.input for run in structure.norms[change.name]]
-            alone = all(structure.directly_behind(node, alone=True) is not None for node in inputs)
+            alone = all(structure.producing_layer(node, alone=True) is not None for node in inputs)
             reason = f"{change.reason}; what follows writes in place, so it gets a copy"
             made.append(replace(change, now=OUTPUT_COPY if alone else COPY, reason=reason))
         else:

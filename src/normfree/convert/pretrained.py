@@ -77,13 +77,13 @@ def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
     calls = structure.norms[norm]
     if any(call.input is None for call in calls):
         return None, NOT_FOLLOWED
-    behind = [structure.directly_behind(call.input, alone=False) for call in calls]
+    behind = [structure.producing_layer(call.input, alone=False) for call in calls]
     layers = {call.name for call in behind if call is not None}
     if not any(structure.has_layer_behind(call.input) for call in calls if call.input is not None):
         return None, "it takes the input itself, which no layer comes before"
     if None in behind:
         return None, "it follows no layer alone, but a sum, a concatenation, a pool or an activation"
-    if any(structure.directly_behind(call.input, alone=True) is None for call in calls):
+    if any(structure.producing_layer(call.input, alone=True) is None for call in calls):
         return None, f"the output of {', '.join(sorted(layers))} before it is read elsewhere, too"
     if len(layers) > 1:
         return None, f"several layers share it ({', '.join(sorted(layers))})"
@@ -109,7 +109,7 @@ def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
 def _in_between(training: Structure | None, norm: str, layer: str) -> str:
     """What stands between a layer and its norm in training alone, such as a dropout; "" for nothing."""
     for call in training.norms.get(norm, ()) if training is not None else ():
-        behind = training.directly_behind(call.input, alone=True)  # type: ignore[union-attr]
+        behind = training.producing_layer(call.input, alone=True)  # type: ignore[union-attr]
         if behind is None or behind.name != layer:
             step = training.flow.made_by.get(call.input) if call.input is not None else None  # type: ignore[union-attr]
             what = f"{step.name} in {step.module or 'the model'}" if step is not None else "something else"

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from normfree.common.checks import invalid
-from normfree.common.files import Stored, parse_json, read, structured, write_atomically
+from normfree.common.files import Stored, parse_dataclass, parse_json, read, write_atomically
 from normfree.common.text import first_line, short_repr, shortened
 from normfree.nn import WeightLayout
 
@@ -151,7 +151,7 @@ class Conversion:
             schema = document.get("schema") if isinstance(document, Mapping) else None
             raise invalid("schema", schema, f"must be {SCHEMA}", "use the version that wrote it")
         try:
-            return structured(cls, {key: value for key, value in document.items() if key != "schema"})
+            return parse_dataclass(cls, {key: value for key, value in document.items() if key != "schema"})
         except ValueError as error:
             rule = f"document: it is no record of a conversion ({first_line(error)})"
             raise ValueError(f"{rule}; give one of to_dict") from error

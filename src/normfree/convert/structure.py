@@ -139,7 +139,7 @@ class Structure:
         found = self.flow.backwards(node, stop=lambda each: each in stops)
         return {stops[each].name for each in found if each in stops}
 
-    def directly_behind(self, node: Node | None, *, alone: bool) -> Call | None:
+    def producing_layer(self, node: Node | None, *, alone: bool) -> Call | None:
         """The layer whose output an activation is, but for its layout.
 
         Args:
@@ -217,7 +217,7 @@ def layers_to_standardize(
 def directly_followed(structure: Structure, removed: Iterable[str]) -> set[str]:
     """The layers whose output a removed norm takes."""
     calls = (call for name in removed for call in structure.norms[name])
-    before = (structure.directly_behind(call.input, alone=False) for call in calls)
+    before = (structure.producing_layer(call.input, alone=False) for call in calls)
     return {layer.name for layer in before if layer is not None}
 
 
@@ -476,7 +476,7 @@ def layers_of(flow: Dataflow) -> tuple[dict[str, list[Call]], dict[str, Weighted
     The input and output of a call are the module's, of torch's layers and subclasses that compute the same; of any
     other layer they are those of its map, a bias included, whatever its forward does before and behind.
     """
-    calls = flow.called(is_layer)
+    calls = flow.calls_by_module(is_layer)
     maps: dict[str, WeightedMap] = {}
     for name, each in calls.items():
         module = each[0].module

@@ -206,7 +206,7 @@ class _Search:
         seen = set(waiting)
         while waiting:
             for node in {made for step in self.flow.readers(waiting.pop()) for made in step.outputs} - seen:
-                function = self.functions.feeding(node)
+                function = self.functions.function_before(node)
                 if function is not None and function.base is call.output:
                     if (self.functions.gradient_gain(function) or 0.0) > ROUGHEST:
                         yield function.name
@@ -371,7 +371,7 @@ class _Rows:
         """The layer that an activation is a function of, pools and layouts apart, and the function."""
         flow = self.structure.flow
         while node is not None:
-            if (function := self.functions.feeding(node)) is not None:
+            if (function := self.functions.function_before(node)) is not None:
                 layer = self.functions.layer_behind(function.base)
                 is_unit = self.functions.planned[function.base] == 1
                 return (layer, function) if layer is not None and is_unit else None

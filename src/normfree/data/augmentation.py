@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normfree.common.checks import check_integer, invalid, required
+from normfree.common.checks import check_integer, invalid, require
 from normfree.data.config import AugmentationConfig
 from normfree.data.order import CROP, MIX, check_rank, generator
 
@@ -327,7 +327,7 @@ def transforms() -> Any:
     Raises:
         ImportError: torchvision is not installed.
     """
-    return required("torchvision.transforms.v2", "varying and cropping images")
+    return require("torchvision.transforms.v2", "varying and cropping images")
 
 
 def seed_of(*key: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from normfree.common.checks import check_integer, invalid, required
+from normfree.common.checks import check_integer, invalid, require
 from normfree.data.records import Record, RecordReader
 from normfree.data.sources import read_rows
 
@@ -150,7 +150,7 @@ class Shards:
 
     def open(self, index: int) -> Any:
         """Return the rows of one shard that this rank reads, as an iterable data set."""
-        split_by_node = required("datasets.distributed", "a data source").split_dataset_by_node
+        split_by_node = require("datasets.distributed", "a data source").split_dataset_by_node
         shard = self.rows.shard(num_shards=self.count, index=index)
         if self.whole:
             return shard

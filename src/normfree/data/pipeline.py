@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from normfree.common.checks import invalid, required
+from normfree.common.checks import invalid, require
 from normfree.common.torch_compat import end_workers
 from normfree.data.augmentation import Augmentation, CentreCrop, Crop, Standardization, TrainingCrop
 from normfree.data.config import DataConfig, imagenet_statistics
@@ -505,7 +505,7 @@ def read_digits(*, training: bool) -> Pixels:
     Args:
         training: the four fifths to train on, or the fifth to test on.
     """
-    found: Any = required("sklearn.datasets", "the digits").load_digits()
+    found: Any = require("sklearn.datasets", "the digits").load_digits()
     # Values are 0 to 16; 255 / 16 rounds, and stays invertible.
     images = (torch.from_numpy(found.images) * (255 / 16)).round().to(torch.uint8).unsqueeze(-1)
     targets = torch.from_numpy(found.target).to(torch.int64)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from normfree.common.checks import required
+from normfree.common.checks import require
 from normfree.common.process import seeded
 from normfree.data.augmentation import transforms
 from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD
@@ -121,7 +121,7 @@ class Photographs(Images):
     """
 
     def __init__(self) -> None:
-        datasets: Any = required("sklearn.datasets", "input=photos")
+        datasets: Any = require("sklearn.datasets", "input=photos")
         self.images = datasets.load_sample_images().images
 
     def load(self, index: int) -> Tensor:

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from normfree.common.checks import invalid, required
+from normfree.common.checks import invalid, require
 from normfree.common.files import kind_of
 from normfree.common.text import first_line, printable, shortened
 from normfree.data.config import MOST_CLASSES, DataConfig
@@ -49,7 +49,7 @@ def decode(source: bytes | str | Path, channels: int = 3) -> Any:
             (Pillow's limit, 89 million pixels).
         ImportError: Pillow is not installed.
     """
-    Image = required("PIL.Image", "decoding images")
+    Image = require("PIL.Image", "decoding images")
 
     try:
         with warnings.catch_warnings():
@@ -67,7 +67,7 @@ def decode(source: bytes | str | Path, channels: int = 3) -> Any:
 
 def header_size(source: bytes | str | Path) -> tuple[int, int] | None:
     """Width and height as an image's header says; None of what is no image, which decoding will tell."""
-    Image = required("PIL.Image", "decoding images")
+    Image = require("PIL.Image", "decoding images")
 
     try:
         with warnings.catch_warnings():

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
-from normfree.common.checks import invalid, required, suggestion
+from normfree.common.checks import invalid, require, suggestion
 from normfree.common.files import check_file
 from normfree.common.text import first_line
 from normfree.data.config import DataConfig
@@ -74,7 +74,7 @@ def find_source(config: DataConfig) -> Source:
         ValueError: if there is none of that name, or nothing in it.
         ImportError: ``datasets`` is not installed, with which all of them are read.
     """
-    required("datasets", "a data source")
+    require("datasets", "a data source")
     name = config.source
     if name.startswith("hub:"):
         return HubSource(config)
@@ -137,7 +137,7 @@ class FolderSource:
 
     @functools.cache  # noqa: B019 (a source lives as long as its data)
     def _table(self, split: str) -> Any:
-        datasets = required("datasets", "a data source")
+        datasets = require("datasets", "a data source")
 
         folder = self.folders[split]
         labels, paths = [], []
@@ -201,7 +201,7 @@ class FileSource:
 
     def _read(self, files: list[str]) -> Any:
         """The encoded rows of small parquet files, in memory: ``datasets`` would write a copy of them first."""
-        datasets = required("datasets", "a data source")
+        datasets = require("datasets", "a data source")
         from datasets.table import InMemoryTable
         from pyarrow import parquet
 
@@ -269,7 +269,7 @@ class HubSource:
     streams = False
 
     def __init__(self, config: DataConfig) -> None:
-        datasets = required("datasets", "a data source")
+        datasets = require("datasets", "a data source")
 
         _, self.name, *rest = config.source.split(":", 2)
         self.configuration = rest[0] if rest else None
@@ -316,7 +316,7 @@ def fingerprint(source: Source, split: str) -> dict[str, Any]:
 
 def _load(config: DataConfig, *words: Any, **options: Any) -> Any:
     """``datasets.load_dataset``, silent, off the network for files, its errors in one line."""
-    datasets = required("datasets", "a data source")
+    datasets = require("datasets", "a data source")
 
     cache = str(config.cache_folder) if config.cache_folder else None
     with quiet_datasets(), one_line_errors(config.source):
@@ -325,7 +325,7 @@ def _load(config: DataConfig, *words: Any, **options: Any) -> Any:
 
 def _leave_encoded(rows: Any) -> Any:
     """The same rows, their images left encoded."""
-    datasets = required("datasets", "a data source")
+    datasets = require("datasets", "a data source")
 
     for name, feature in (rows.features or {}).items():
         if isinstance(feature, datasets.Image):
@@ -336,7 +336,7 @@ def _leave_encoded(rows: Any) -> Any:
 @contextlib.contextmanager
 def quiet_datasets() -> Iterator[None]:
     """Keep ``datasets`` from counting downloads over the network, and from drawing bars."""
-    datasets = required("datasets", "a data source")
+    datasets = require("datasets", "a data source")
     from datasets import config
 
     counts, bars = config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.is_progress_bar_enabled()
@@ -499,7 +499,7 @@ def find_columns(features: Any, config: DataConfig) -> Columns:
     Raises:
         ValueError: if there is no such column, or more than a guess would be needed.
     """
-    datasets = required("datasets", "a data source")
+    datasets = require("datasets", "a data source")
     features = features or {}
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if not images and "image" in features and _holds_bytes(features["image"]):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from normfree.common.checks import check_flag, check_number, invalid, required
+from normfree.common.checks import check_flag, check_number, invalid, require
 from normfree.common.process import one_thread_at_a_time
 from normfree.common.text import one_line
 from normfree.common.torch_compat import copy_model, tree_map
@@ -39,7 +39,7 @@ from normfree.export.comparison import (
     wake_silent,
 )
 from normfree.nn.fold import fold
-from normfree.trace.preserve import check_statistics, given_back
+from normfree.trace.preserve import check_statistics, preserve_state
 
 OPSET = 20
 """Version of ONNX's operators. The first with Gelu, which older ones spell as six operators a NFNet activation."""
@@ -181,7 +181,7 @@ def _no_onnx_form(error: Exception) -> str:
 
 def _read_onnx(path: Path) -> Opened:
     """Check a file and open it with ONNX Runtime, on the CPU."""
-    onnx, onnxruntime = required("onnx", "ONNX"), required("onnxruntime", "ONNX")
+    onnx, onnxruntime = require("onnx", "ONNX"), require("onnxruntime", "ONNX")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what matters is raised
     try:
@@ -365,14 +365,16 @@ def export(
     check_flag("dynamic_batch", dynamic_batch)
     for package in kind.packages:
         with quiet():
-            required(package, "ONNX")
+            require(package, "ONNX")
     arguments = arguments_of(example_input, dynamic_batch=dynamic_batch)
     given = _copied(model)
     if tolerance is None:
         tolerance = default_tolerance(chain(given.parameters(), given.buffers(), arguments.tensors))
     check_number("tolerance", tolerance, 0.0)
     check_statistics(given)
-    with given_back(given):  # it shares with the original what hooks and functions refer to, which no deep copy copies
+    with preserve_state(
+        given
+    ):  # it shares with the original what hooks and functions refer to, which no deep copy copies
         return _export(kind, given, arguments, path, dynamic_batch=dynamic_batch, tolerance=tolerance)
 
 
@@ -403,7 +405,7 @@ def _export(
     _check_difference(folding, tolerance, "the folded model")
     silent = silent_parameters(folded)
     rehearsal = None
-    with staged(path) as place:
+    with write_then_move(path) as place:
         if silent:  # a zero hides whatever is done to what it multiplies
             woken = wake_silent(folded, torch.Generator().manual_seed(SEED))
             if all(bool(y.isfinite().all()) for batch in batches for y in batch.call(woken)):
@@ -472,7 +474,7 @@ def is_exported(path: Path) -> bool:
     """Tell whether a file is of the kind that its name ends in: an archive, or an ONNX model; nothing of it is run."""
     if path.suffix == ".pt2":
         return zipfile.is_zipfile(path)
-    onnx: Any = required("onnx", "an ONNX file")
+    onnx: Any = require("onnx", "an ONNX file")
     try:
         return bool(onnx.load(path, load_external_data=False).graph.node)
     except Exception:  # of protobuf's kinds
@@ -480,7 +482,7 @@ def is_exported(path: Path) -> bool:
 
 
 @contextmanager
-def staged(path: Path) -> Iterator[Path]:
+def write_then_move(path: Path) -> Iterator[Path]:
     """Give a place to write a file to, in a folder of its own beside ``path``; move it there at the end.
 
     Whatever else was written into that folder moves along, first: the named file may refer to it. If the body

@@ -138,7 +138,7 @@ class Muon(Optimizer):
     def _step_matrices(self, group: dict[str, Any], weights: Sequence[Tensor]) -> None:
         updates = [_whole(update) for update in self._look_ahead(group, weights, _gradients(weights))]
         layout = group["transposed"], group["groups"]
-        stacks = self._divided([_matrices(update, *layout) for update in updates], group["ns_steps"])
+        stacks = self._orthogonalize_across_ranks([_matrices(update, *layout) for update in updates], group["ns_steps"])
         for weight, stack in zip(weights, stacks, strict=True):
             rows, columns = stack.shape[-2:]
             step = stack * (group["lr"] * math.sqrt(max(1.0, rows / columns)))
@@ -172,7 +172,7 @@ class Muon(Optimizer):
             return buffers
         return torch._foreach_add(gradients, buffers, alpha=group["momentum"])  # pyright: ignore
 
-    def _divided(self, stacks: Sequence[Tensor], steps: int) -> list[Tensor]:
+    def _orthogonalize_across_ranks(self, stacks: Sequence[Tensor], steps: int) -> list[Tensor]:
         """Orthogonalize stacks [groups, rows, columns], each on one rank of the process group, and collect them."""
         ranks = 1 if self.process_group is None else dist.get_world_size(self.process_group)
         if ranks == 1:

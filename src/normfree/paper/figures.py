@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from normfree.common.checks import check_choices, check_integer, required
+from normfree.common.checks import check_choices, check_integer, require
 from normfree.models import create_model
 from normfree.report.plot import plot_signals
 from normfree.signal import SignalPropagation, spp, write_atomically, write_json
@@ -146,7 +146,7 @@ def make(figure: Figure, setting: FigureSetting, out: Path, on_progress: Callabl
     Raises:
         ImportError: matplotlib is not installed.
     """
-    required("matplotlib", "a figure")  # before the measurements, which take minutes
+    require("matplotlib", "a figure")  # before the measurements, which take minutes
     out.mkdir(parents=True, exist_ok=True)
     measured: dict[str, list[SignalPropagation]] = {}
     for network in figure.networks:

@@ -12,10 +12,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from normfree.common.checks import required
+from normfree.common.checks import require
 from normfree.report.page import (
     SCALE_SWITCH,
-    charted,
+    chart_label,
     figures_script,
     fill,
     finding_item,
@@ -62,7 +62,7 @@ def slider_figure(history: SignalHistory) -> Any:
         ImportError: if plotly is not installed.
     """
     spec = slider_spec(history)
-    return required("plotly.graph_objects", "the figure").Figure(**spec)
+    return require("plotly.graph_objects", "the figure").Figure(**spec)
 
 
 def slider_spec(history: SignalHistory) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def records_figure(history: SignalHistory, name: str) -> str:
         "step": str(shown.steps[-1]),
         "last": str(len(shown) - 1),
         "disabled": " disabled" if len(shown) == 1 else "",
-        "charted": escape(charted(panels_of(shown.signals), [shown.signals[-1]])),
+        "charted": escape(chart_label(panels_of(shown.signals), [shown.signals[-1]])),
     }
     return fill(page_file("records.html"), parts)
 

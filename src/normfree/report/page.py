@@ -79,7 +79,7 @@ SCALE_SWITCH = """<div class="switch" role="group" aria-label="Scale of the vert
 """The buttons of a chart with panels; its script reads ``data-scale``."""
 
 
-def charted(panels: Sequence[Panel], signals: Sequence[SignalPropagation]) -> str:
+def chart_label(panels: Sequence[Panel], signals: Sequence[SignalPropagation]) -> str:
     """The label of a chart with these panels: what is drawn over what, of which models, and where the numbers are."""
     titles = ", ".join(panel.title.lower() for panel in panels)
     names = ", ".join(dict.fromkeys(shorten(signal.model, 48) for signal in signals))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfree.common.checks import required
+from normfree.common.checks import require
 from normfree.common.files import write_atomically
 from normfree.report.panels import (
     COLORS,
@@ -83,7 +83,7 @@ def plot_signals(
         ValueError: if there is no model to draw.
         ImportError: if matplotlib is not installed.
     """
-    matplotlib: Any = required("matplotlib", "the plot")
+    matplotlib: Any = require("matplotlib", "the plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -15,7 +15,7 @@ from typing import Any
 from normfree.report.page import (
     CURVES,
     SCALE_SWITCH,
-    charted,
+    chart_label,
     dead_fraction,
     fill,
     finding_item,
@@ -90,7 +90,7 @@ def write_report(
         "legend": "".join(_legend_item(signal, number) for number, signal in enumerate(signals)),
         "scale": SCALE_SWITCH,
         "key": _key(signals),
-        "charted": escape(charted(panels_of(signals), signals)),
+        "charted": escape(chart_label(panels_of(signals), signals)),
         "gaps": _gaps(signals),
         "findings": "".join(_findings(signal, number) for number, signal in enumerate(signals)),
         "layerwise": layers if any(is_layerwise(signal) for signal in signals) else "",

@@ -76,7 +76,7 @@ def write_training_report(
         "confusion": confusion,
         **labels,
         "rate_heading": escape(figures["rate"]["layout"]["yaxis"]["title"]["text"]),
-        "confused": escape(_confused(found, config["derived"]["classes"])),
+        "confused": escape(_top_confusions(found, config["derived"]["classes"])),
         "configuration": settings_table([("value", flat_settings(config))]),
     }
     return write_page(
@@ -212,7 +212,7 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.2f} %"
 
 
-def _confused(found: Mapping[str, Any] | None, names: Sequence[str]) -> str:
+def _top_confusions(found: Mapping[str, Any] | None, names: Sequence[str]) -> str:
     """The pairs that are taken for each other most often, in words."""
     if found is None:
         return "There was no evaluation at the last step."

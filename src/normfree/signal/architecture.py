@@ -159,7 +159,7 @@ def architecture_of(model: nn.Module, weights: Weights, seen: Seen) -> Architect
     recurrent = bool(cells | own_output) or not op.RECURRENT.isdisjoint(seen.operations.keys())
     periodic = not made.isdisjoint(("sin", "cos"))
     computed = any(parametrize.is_parametrized(m, "weight") or hasattr(m, "weight_g") for m in model.modules())
-    followed = behind(layer.node for layer in seen.layers)
+    followed = ancestors(layer.node for layer in seen.layers)
     hidden = [layer for layer in seen.layers if layer.node in followed]
     able = [each for each in hidden if _can_be_standardized(each)]
     inside = _inside(seen.branches)
@@ -220,7 +220,7 @@ def _on_their_own_output(layers: Sequence[Layer]) -> set[str]:
             runs.setdefault(layer.weights, []).append(layer.node)
     found = set[str]()
     for names, nodes in runs.items():
-        if len(nodes) > 1 and not behind(nodes[-1:]).isdisjoint(nodes[:-1]):
+        if len(nodes) > 1 and not ancestors(nodes[-1:]).isdisjoint(nodes[:-1]):
             found |= set(names)
     return found
 
@@ -253,7 +253,7 @@ def _last_weight(branch: Node, weights: Mapping[Node, Sequence[str]]) -> Sequenc
     return ()
 
 
-def behind(nodes: Iterable[Node]) -> set[Node]:
+def ancestors(nodes: Iterable[Node]) -> set[Node]:
     """All that some activations were computed from, themselves not included unless another was computed from them."""
     seen, waiting = set[Node](), list(nodes)
     while waiting:

@@ -175,7 +175,7 @@ def _measure(
     generator = torch.Generator().manual_seed(seed)
     leaves = [tensor for tensor in preserved.tensors if tensor.is_leaf and tensor.requires_grad]
     with torch.enable_grad(), without_gradient_hooks(leaves):  # a backward pass leaves no gradient on them
-        with stack.followed(), recorder:
+        with stack.follow_modules(), recorder:
             outputs: list[Any] = [t for t in run_once(model, batch, stack) if t.requires_grad]
             recorder.take()
             if at_last:

@@ -25,12 +25,12 @@ from normfree.trace.inputs import (
     check_batch,
     examples_in,
     gaussian_like_input_of,
-    placed_like,
+    move_to_device_of,
     run_once,
     tensors_of,
-    unwrapped,
+    unwrap,
 )
-from normfree.trace.preserve import Mode, Preserved, check_finite, check_present, untouched
+from normfree.trace.preserve import Mode, Preserved, check_finite, check_present, preserve_model
 
 Points = Literal["auto", "residual", "layers"]
 """What is plotted: residual additions, weighted layers, or (auto) the latter where there are none of the former."""
@@ -88,19 +88,19 @@ def spp(
     Source: Brock, De, Smith, "Characterizing signal propagation to close the performance gap in
     unnormalized ResNets", ICLR 2021, section 3. The input correlation and the gradient are additions.
     """
-    model = unwrapped(model)
+    model = unwrap(model)
     check_choice("mode", mode, Mode)
     check_choice("points", points, Points)
     check_seed(seed)
     check_present(model)
-    with untouched(model, mode) as preserved:
+    with preserve_model(model, mode) as preserved:
         preserved.seed(seed)
         if batch is None:
             batch = gaussian_like_input_of(model)
             input_description = input_description or {"kind": "gaussian", "shape": list(batch.shape), "seed": seed}
         measurement = Measurement(model, preserved, points=points, wake=wake, seed=seed)
         for one in batches_of(batch):
-            measurement.add(placed_like(model, one))
+            measurement.add(move_to_device_of(model, one))
         if measurement.first is None:
             raise ValueError("batch: the iterable gave no batch; give at least one, and a generator only once")
         recording = measurement.recording
@@ -155,7 +155,7 @@ def architecture_in(model: nn.Module, batch: Batch) -> Architecture:
     Returns:
         What was recorded; nothing of a model that no weighted operation ran in.
     """
-    with untouched(model, "batch-statistics") as preserved:
+    with preserve_model(model, "batch-statistics") as preserved:
         measurement = Measurement(model, preserved, points="auto", wake=False, seed=0)
         try:
             measurement.add(batch)
@@ -314,7 +314,7 @@ class Measurement:
             wake=self.wake and self.plan is None,
         )
         with self.preserved.guarding(tensors_of(batch)):
-            with torch.no_grad(), stack.followed(recorder.begin_module), recorder:
+            with torch.no_grad(), stack.follow_modules(recorder.begin_module), recorder:
                 outputs = run_once(self.model, batch, stack)
             finite = all(_is_finite(t) for t in outputs if t.is_floating_point())
             plan = recorder.finish(outputs)

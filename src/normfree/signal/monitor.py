@@ -15,14 +15,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, distributed, nn
 
-from normfree.common.checks import check_choice, required
-from normfree.common.files import read_json, refused, structured, write_atomically
+from normfree.common.checks import check_choice, require
+from normfree.common.files import parse_dataclass, read_json, refused, write_atomically
 from normfree.common.process import seeded
 from normfree.common.text import first_line, one_line, quoted, short_repr, shortened
 from normfree.common.torch_compat import tree_map
 from normfree.signal.measure import Points, spp
 from normfree.signal.propagation import SEVERITIES, Curve, Finding, Kind, SignalPropagation
-from normfree.trace.inputs import Batch, unwrapped
+from normfree.trace.inputs import Batch, unwrap
 from normfree.trace.preserve import Mode
 
 CURVES: tuple[Curve, ...] = ("avg_channel_sq_mean", "avg_channel_var", "residual_avg_channel_var", "avg_sq_gradient")
@@ -90,7 +90,7 @@ class SignalMonitor:
             raise ValueError(f"share: {share!r} is no part of the time; give a number above 0 and up to 1, as 0.01")
         check_choice("mode", mode, Mode)
         check_choice("points", points, Points)
-        self.model = unwrapped(model)
+        self.model = unwrap(model)
         _check_alone(self.model, mode)
         self.every, self.share, self.writer, self.tag = every, share, writer, tag
         self._batch = _copy(batch)
@@ -386,7 +386,7 @@ class SignalHistory(list[tuple[int, SignalPropagation]]):
         try:
             if document["schema"] != SCHEMA:
                 raise ValueError(f"schema {quoted(document['schema'])} is not {SCHEMA}")
-            records = [structured(_Record, _decode(record), finite=False) for record in document["history"]]
+            records = [parse_dataclass(_Record, _decode(record), finite=False) for record in document["history"]]
             return cls((record.step, record.signal) for record in records)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
@@ -483,7 +483,7 @@ def transformers_callback(monitor: SignalMonitor) -> Any:
     Raises:
         ImportError: if transformers is not installed.
     """
-    TrainerCallback = required("transformers", "transformers_callback").TrainerCallback
+    TrainerCallback = require("transformers", "transformers_callback").TrainerCallback
 
     class TransformersSignalCallback(SignalCallback, TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -517,7 +517,7 @@ def lightning_callback(monitor: SignalMonitor) -> Any:
     Raises:
         ImportError: if lightning is not installed.
     """
-    Callback = required("lightning.pytorch", "lightning_callback").Callback
+    Callback = require("lightning.pytorch", "lightning_callback").Callback
 
     class LightningSignalCallback(SignalCallback, Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:

@@ -92,7 +92,7 @@ def first_non_finite(model: nn.Module, batch: Batch, preserved: Preserved) -> No
     """
     stack = ModuleStack(model)
     watch = _Watch(stack, preserved)
-    with preserved.guarding(tensors_of(batch)), torch.no_grad(), stack.followed(), watch:
+    with preserved.guarding(tensors_of(batch)), torch.no_grad(), stack.follow_modules(), watch:
         outputs = run_once(model, batch, stack)
     origins = sorted(watch.origins[t] for t in outputs if t in watch.origins)
     unmasked = [found for found in watch.found if found.operation not in _MASKING]

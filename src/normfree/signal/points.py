@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.signal.architecture import Architecture, Layer, Seen, Weights, architecture_of, behind
+from normfree.signal.architecture import Architecture, Layer, Seen, Weights, ancestors, architecture_of
 from normfree.signal.moments import Moments, channel_moments
 from normfree.signal.propagation import Position
 from normfree.trace import operations as op
@@ -208,7 +208,7 @@ class PointRecorder(Recorder):
         entry = self._begin_of_blocks(found, shortcut)
         branch_note.axis = axis
         before = self.measure_before_scaling(branch)
-        encloses = self.additions.enclosed(found.ancestor, shortcut_node)
+        encloses = self.additions.count_enclosed(found.ancestor, shortcut_node)
         self._mark_inside(found.ancestor, nodes)
         result = run()
         node = self.nodes[result]
@@ -449,7 +449,7 @@ class PointRecorder(Recorder):
 
     def _settle(self, carried: Collection[Node]) -> None:
         """Give every point that is kept its place, and what is known of it at the end."""
-        followed = behind(visit.node for visit in self.visits if visit.layer is not None and visit.node in carried)
+        followed = ancestors(visit.node for visit in self.visits if visit.layer is not None and visit.node in carried)
         renewed = set(_back_to_points(self.renewals, self.summed))
         zero = {v.node for v in self.visits if v.point is not None and v.layer is not None and v.point.weight_gain == 0}
         kept = {v.number: v for v in self.visits if v.point is not None and not (self.residual and v.inside)}

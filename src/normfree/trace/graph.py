@@ -280,7 +280,7 @@ class Additions:
         assert node.dominator is not None
         node.sums = node.dominator.sums + 1
 
-    def enclosed(self, ancestor: Node, shortcut: Node) -> int:
+    def count_enclosed(self, ancestor: Node, shortcut: Node) -> int:
         """How many additions lie inside a branch: depend on its ancestor, and the shortcut not on them.
 
         Args:

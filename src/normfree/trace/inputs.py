@@ -102,7 +102,7 @@ def examples_in(batch: Batch) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def placed_like(model: nn.Module, batch: Batch) -> Batch:
+def move_to_device_of(model: nn.Module, batch: Batch) -> Batch:
     """The batch on the device of the model's parameters; tensors without values stay, for :func:`check_batch`."""
     parameter = next(model.parameters(), None)
     if parameter is None:
@@ -221,7 +221,7 @@ class ModuleStack:
         return self.names[self.running[-1]] if self.running else ""
 
     @contextmanager
-    def followed(self, on_enter: Callable[[nn.Module, tuple[Any, ...]], None] | None = None) -> Iterator[None]:
+    def follow_modules(self, on_enter: Callable[[nn.Module, tuple[Any, ...]], None] | None = None) -> Iterator[None]:
         """Keep the stack while the context is open; ``on_enter`` sees each module and its inputs."""
         is_here = of_this_thread()
 
@@ -279,7 +279,7 @@ def run_once(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]
     return tensors
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The module that a compiled, data-parallel or Lightning Fabric wrapper holds."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: {type(model).__name__} is no torch.nn.Module")

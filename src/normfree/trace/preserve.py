@@ -132,7 +132,7 @@ class Writes(TorchDispatchMode):
 
 
 @contextmanager
-def given_back(model: nn.Module) -> Iterator[Preserved]:
+def preserve_state(model: nn.Module) -> Iterator[Preserved]:
     """Put back all that a model or its forward pass changes while the context is open, which no two threads do at once.
 
     Parameters, buffers (running statistics included), gradients, what the modules' attributes lead to (see
@@ -171,15 +171,15 @@ _running: list[nn.Module] = []
 
 
 @contextmanager
-def untouched(model: nn.Module, mode: Mode) -> Iterator[Preserved]:
-    """Put a model into a measuring mode, and put it back as :func:`given_back` says.
+def preserve_model(model: nn.Module, mode: Mode) -> Iterator[Preserved]:
+    """Put a model into a measuring mode, and put it back as :func:`preserve_state` says.
 
     Args:
         model: the model.
         mode: one of :data:`Mode`.
     """
     check_choice("mode", mode, Mode)
-    with given_back(model) as preserved:
+    with preserve_state(model) as preserved:
         torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer would hide its additions
         with Writes(preserved):
             model.train(mode == "train")

@@ -29,10 +29,10 @@ from torch import Tensor
 from normfree.common.files import (
     file_error,
     kind_of,
+    parse_dataclass,
     read_json,
     refused,
     remove_stale,
-    structured,
     temporary_path,
     write_atomically,
 )
@@ -261,7 +261,7 @@ def _manifest(folder: Path) -> _Manifest:
         document = read_json(folder / MANIFEST, most=2**20)
         own = document.pop("sha256", None)
         sound = own == _own_hash(document)
-        manifest = structured(_Manifest, document)
+        manifest = parse_dataclass(_Manifest, document)
     except ValueError as error:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({first_line(error)})") from error
     if not sound or manifest.schema != SCHEMA:

@@ -28,10 +28,10 @@ from normfree.common.checks import (
     check_number,
     check_rate,
     invalid,
-    required,
+    require,
     suggestion,
 )
-from normfree.common.files import read_bytes, read_json, refused, structured
+from normfree.common.files import parse_dataclass, read_bytes, read_json, refused
 from normfree.common.text import LONGEST, first_line, quoted, shortened
 from normfree.data import AugmentationConfig, DataConfig
 from normfree.models.nfnet import NFNET_SIZES
@@ -221,7 +221,7 @@ class TrainConfig:
         """Where the run's files go."""
         return self.out if self.out is not None else Path("runs") / self.name
 
-    def fitted(self, examples: int, world_size: int) -> TrainConfig:
+    def fit_to_data(self, examples: int, world_size: int) -> TrainConfig:
         """Return the config with a batch that the images fill, and a warm-up that leaves time to train.
 
         A batch of more images than there are is halved until an epoch has four steps, and the bound of the gradient's
@@ -312,7 +312,7 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
         ValueError: if a value breaks its rule, or a field is not the class's.
     """
     try:
-        return structured(kind, values)
+        return parse_dataclass(kind, values)
     except ValueError as error:
         raise ValueError(f"config: {first_line(error)}; give an undamaged one of this version") from error
 
@@ -365,7 +365,7 @@ def read_config(path: str | Path, base: TrainConfig | None = None) -> tuple[Trai
         if name not in defaults:
             raise refused("config", path, *_unknown(name, defaults, document if described else None))
     try:
-        config = structured(TrainConfig, _nested({**defaults, **values}))
+        config = parse_dataclass(TrainConfig, _nested({**defaults, **values}))
     except ValueError as error:
         said = re.sub(r"^TrainConfig[.:] ?", "", first_line(error, LONGEST))
         raise ValueError(shortened(f"config={str(path)!r}: {said}")) from error
@@ -410,7 +410,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is none, has a key twice, or refers from one place to another, which may grow without bound.
     """
-    yaml: Any = required("yaml", "a YAML config")
+    yaml: Any = require("yaml", "a YAML config")
 
     class Loader(yaml.SafeLoader):
         """Takes 1e-4 for a number and None for nothing, as the command line does; knows no aliases."""

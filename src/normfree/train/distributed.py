@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from normfree.common.checks import invalid, required
+from normfree.common.checks import invalid, require
 from normfree.common.torch_compat import cpu_multiplies_bf16
 from normfree.models import Backbone, create_model
 from normfree.train.config import Accelerator, Precision, Strategy
@@ -64,7 +64,7 @@ def launch(accelerator: Accelerator, precision: Precision, strategy: Strategy = 
         ValueError: for a strategy that needs ``torchrun`` without it, and for cuda where there is none.
         ImportError: if lightning is not installed.
     """
-    required("lightning.fabric", "training")
+    require("lightning.fabric", "training")
     from lightning.fabric import Fabric
 
     device = device_type(accelerator)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normfree.common.checks import required
+from normfree.common.checks import require
 from normfree.common.text import first_line
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def evaluate(
     Raises:
         ValueError: no image decodes; or as :func:`logits_of`.
     """
-    required("torchmetrics", "an evaluation")
+    require("torchmetrics", "an evaluation")
     from torchmetrics import MeanMetric, MetricCollection
     from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import torch
 
-from normfree.common.checks import required
+from normfree.common.checks import require
 from normfree.common.files import file_error, kind_of, read_bytes, read_json, refused, write_atomically
 from normfree.common.text import first_line, one_line
 
@@ -203,7 +203,7 @@ def check_loggers(names: Sequence[str]) -> None:
     """
     __tracebackhide__ = True
     for name in names:
-        required(LOGGER_PACKAGES[name], f"--log {name}")
+        require(LOGGER_PACKAGES[name], f"--log {name}")
 
 
 class Logger(ABC):
@@ -356,8 +356,8 @@ class Tracker(Logger):
 
 def _start_wandb(folder: Path, key: str | None) -> tuple[Any, Any]:
     """Lightning's logger, and what ends the run there."""
-    wandb: Any = required("wandb", "--log wandb")
-    loggers: Any = required("lightning.pytorch.loggers", "--log wandb")
+    wandb: Any = require("wandb", "--log wandb")
+    loggers: Any = require("lightning.pytorch.loggers", "--log wandb")
     ours = wandb.run is None  # or somebody's program has one of its own, which the logger takes
     project = os.environ.get("WANDB_PROJECT", PROJECT)
     logger = loggers.WandbLogger(name=folder.name, save_dir=folder, id=key, project=project, resume="allow")
@@ -367,8 +367,8 @@ def _start_wandb(folder: Path, key: str | None) -> tuple[Any, Any]:
 
 def _start_mlflow(folder: Path, key: str | None) -> tuple[Any, Any]:
     """Lightning's logger, and what ends the run there."""
-    mlflow: Any = required("mlflow", "--log mlflow")
-    loggers: Any = required("lightning.pytorch.loggers", "--log mlflow")
+    mlflow: Any = require("mlflow", "--log mlflow")
+    loggers: Any = require("lightning.pytorch.loggers", "--log mlflow")
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
     logger = loggers.MLFlowLogger(name, run_name=folder.name, tracking_uri=mlflow.get_tracking_uri(), run_id=key)
     if key is not None:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normfree.common.checks import invalid, required
-from normfree.common.files import kind_of, read_json, refused, structured
+from normfree.common.checks import invalid, require
+from normfree.common.files import kind_of, parse_dataclass, read_json, refused
 from normfree.common.text import first_line, one_line, quoted
 from normfree.data import DataConfig
 from normfree.trace.preserve import check_finite, check_statistics
@@ -173,7 +173,7 @@ def find_run(path: Path, *, required: bool = False) -> RunData | None:
         try:
             names = {one.name for one in dataclasses.fields(RunData)}
             known = {name: value for name, value in described["derived"].items() if name in names}
-            derived = structured(RunData, known)
+            derived = parse_dataclass(RunData, known)
             size = config.get("evaluation_size") or derived.data.image_size
             return dataclasses.replace(derived, data=dataclasses.replace(derived.data, image_size=size))
         except ValueError as error:
@@ -246,7 +246,7 @@ class OnnxNetwork(FixedBatch):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        onnxruntime = required("onnxruntime", "an ONNX file")
+        onnxruntime = require("onnxruntime", "an ONNX file")
         self.path = path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what matters is raised

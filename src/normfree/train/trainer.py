@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import SGD, Optimizer
 
-from normfree.common.checks import check_integer, check_number, invalid, required
+from normfree.common.checks import check_integer, check_number, invalid, require
 from normfree.common.files import kind_of, parse_json, read_json, write_atomically
 from normfree.common.text import first_line, quoted, short_repr
 from normfree.data import TooFewExamples, TrainingData, list_names, open_evaluation, open_training, with_holdout
@@ -43,7 +43,7 @@ from normfree.optim import (
 from normfree.report.training_page import write_training_report
 from normfree.signal import SignalMonitor
 from normfree.signal.nonfinite import first_non_finite
-from normfree.trace.preserve import Writes, check_finite, untouched
+from normfree.trace.preserve import Writes, check_finite, preserve_model
 from normfree.train.checkpoint import (
     AVERAGED,
     CHECKPOINTS,
@@ -109,7 +109,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Summary:
         OSError: naming a file that could not be written.
         ImportError: a package that training needs is not installed.
     """
-    required("torchmetrics", "training")  # used only after an epoch
+    require("torchmetrics", "training")  # used only after an epoch
     check_loggers(config.log)
     fabric = launch(config.accelerator, config.precision, config.strategy)
     stop = StopRequest()
@@ -322,7 +322,7 @@ class Trainer:
             examples = data.examples
         except TooFewExamples as few:
             data, examples = None, few.examples
-        fitted = config.fitted(examples, world_size)
+        fitted = config.fit_to_data(examples, world_size)
         if data is None or fitted.batch_size != config.batch_size:
             data = open_training(fitted.rank_data(world_size), rank=rank, world_size=world_size)
         return fitted, data
@@ -913,7 +913,7 @@ def _find_nonfinite(trainer: Trainer, batch: Batch) -> str | None:
     if bad := int((~torch.isfinite(images)).sum()):
         return f"the images themselves have {bad} values that are not finite"
     network, state = trainer.network, torch.get_rng_state()
-    with untouched(network, "train") as preserved, torch.no_grad(), trainer.fabric.autocast():
+    with preserve_model(network, "train") as preserved, torch.no_grad(), trainer.fabric.autocast():
         with Writes(preserved):
             loss = trainer.criterion(network(images), targets)
         if torch.isfinite(loss):

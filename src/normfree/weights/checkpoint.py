@@ -35,7 +35,7 @@ from normfree.convert.record import conversion_of, noted_conversion
 from normfree.models import Backbone, create_model
 from normfree.models.registry import check_backbone
 from normfree.nn.fold import fold, has_foldable
-from normfree.trace.inputs import unwrapped
+from normfree.trace.inputs import unwrap
 
 _SHOWN = 3
 # The block in one of timm's names, and in an official one.
@@ -208,7 +208,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
         ValueError: the path is a folder or ends otherwise; the model does not know how it was built, was built from
             a callable, or has had a layer exchanged since.
     """
-    model = unwrapped(model)
+    model = unwrap(model)
     if (note := _note_of_conversion(model)) is not None:
         return write(model, path, {CONVERTED: note})
     if (note := config_note(model)) is not None:
@@ -351,7 +351,7 @@ def _load_converted(stored: Stored, original: nn.Module | None) -> nn.Module:
         rule = f"{quoted(str(stored.path))} holds a converted {conversion.model}, which is made of its original"
         raise ValueError(f"original: is missing, for {rule}; pass the model it was converted from, with any weights")
     try:
-        model = rewrite(unwrapped(original), conversion)
+        model = rewrite(unwrap(original), conversion)
         for name, tensor in model.state_dict().items():
             if tensor.numel() == 0:  # of a mark, which files of before it lack
                 stored.tensors.setdefault(name, tensor)

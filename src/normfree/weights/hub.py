@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from normfree.common.checks import invalid, required
+from normfree.common.checks import invalid, require
 from normfree.common.files import Stored, read, write_atomically
 from normfree.common.text import all_lines, first_line
 from normfree.models import Backbone, create_model
@@ -274,7 +274,7 @@ def require_huggingface_hub() -> ModuleType:
     Raises:
         ImportError: it is not installed.
     """
-    return required("huggingface_hub", "the Hugging Face hub")
+    return require("huggingface_hub", "the Hugging Face hub")
 
 
 @functools.cache
