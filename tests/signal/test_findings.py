@@ -216,7 +216,8 @@ def test_a_branch_that_cannot_be_woken():
     # Nor one that is not to be: here the gain is in the weights, and nothing is left to see.
     model = create_model("nf_resnet50", depths=(1, 1, 1, 1), width=1)
     asleep = findings(model, torch.randn(2, 3, 32, 32), wake=False)["silenced_branch", "warning"]
-    assert "4 of 4 branches give nothing" in asleep.message
+    assert "4 of 4 branches are multiplied by zero" in asleep.message
+    assert "wake=True" in asleep.remedy and "wake=True" in (asleep.code or "")
 
 
 @pytest.mark.parametrize(("dead", "severity"), [(48, "error"), (12, "warning"), (1, "info"), (0, None)])

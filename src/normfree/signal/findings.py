@@ -401,7 +401,23 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
             remedy="Nothing, if intended (adaLN-zero): the network starts as its shortcuts.",
             code=FILL,
         )
-    silent = [b for b in silent if not b.zero_gate]
+    scaled = [b for b in silent if not b.zero_gate and b.residual_avg_channel_var is None]
+    if scaled:
+        yield Finding(
+            kind="silenced_branch",
+            severity="warning",
+            block=scaled[0].index,
+            message=(
+                f"{len(scaled)} of {len(signal.blocks)} branches are multiplied by zero, first {scaled[0].place}: only "
+                "the shortcut is left, and the plot says nothing about the branch."
+            ),
+            remedy=(
+                "Measure with wake=True, which sets gains that can be trained to one meanwhile; a constant factor of zero "
+                "takes the branch out for good."
+            ),
+            code="plot = normfree.spp(model, batch, wake=True)",
+        )
+    silent = [b for b in silent if not b.zero_gate and b.residual_avg_channel_var == 0]
     if silent:
         yield Finding(
             kind="silenced_branch",
@@ -409,7 +425,7 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
             block=silent[0].index,
             message=(
                 f"{len(silent)} of {len(signal.blocks)} branches give nothing, first {silent[0].place}: "
-                "a zero weight or gain leaves only the shortcut, and the plot says nothing about the branch."
+                "weights of zero leave only the shortcut, and the plot says nothing about the branch."
             ),
             remedy="Give the last layer of the branch its training initialisation, unless a zero start is meant.",
             code=FILL,
