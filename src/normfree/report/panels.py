@@ -108,10 +108,12 @@ def place_of(x: int) -> str:
 
 
 def describe_measurement(signal: SignalPropagation) -> str:
-    """Mode, input, number of examples and channel axis in one line."""
+    """Mode, input, number of examples, channel axis, and zero gains that were measured as one, in one line."""
     axes = sorted({block.channel_axis for block in signal.blocks} | {signal.entry.channel_axis})
     channels = f"channels on ax{'i' if len(axes) == 1 else 'e'}s {' and '.join(map(str, axes))}"
-    return f"mode {signal.mode}; input {describe_input(signal.input)}; {channels}"
+    woken = sum(bool(block.woken) for block in signal.blocks)
+    gains = f"; {woken} of {len(signal.blocks)} branches with their zero gain at one" if woken else ""
+    return f"mode {signal.mode}; input {describe_input(signal.input)}; {channels}{gains}"
 
 
 def caption_of(signals: Sequence[SignalPropagation]) -> list[str]:

@@ -225,7 +225,8 @@ def _limit(axes: Axes, panel: Panel, signals: Sequence[SignalPropagation], log: 
     if not values:
         middle = {"ha": "center", "va": "center", "transform": axes.transAxes}
         axes.set(yticks=[], ylim=(0, 1))
-        axes.text(0.5, 0.5, "no finite value", color=_FAINT, **middle)
+        given = [value for signal in signals for value in signal.curve(panel.curve) if value is not None]
+        axes.text(0.5, 0.5, "no finite value" if given else "not measured", color=_FAINT, **middle)
         return
     low, high = limits_of(values, log)
     if log:

@@ -412,8 +412,8 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
                 "the shortcut is left, and the plot says nothing about the branch."
             ),
             remedy=(
-                "Measure with wake=True, which sets gains that can be trained to one meanwhile; a constant factor of zero "
-                "takes the branch out for good."
+                "Measure with wake=True, which sets gains that can be trained to one meanwhile; a constant factor of "
+                "zero takes the branch out for good."
             ),
             code="plot = normfree.spp(model, batch, wake=True)",
         )
