@@ -264,6 +264,8 @@ def _power(value: float) -> str:
     """A tick's number: a power of ten, times two or five."""
     exponent = math.floor(math.log10(value) + 1e-9)
     factor = round(value / 10.0**exponent)
+    if exponent == 0 and factor > 1:
+        return str(factor)
     before = "" if factor == 1 else rf"{factor}\cdot "
     return rf"${before}10^{{{exponent}}}$"
 
