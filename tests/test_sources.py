@@ -174,3 +174,12 @@ def test_what_a_files_model_is_run_with_is_said(tmp_path, capsys):
             assert told in capsys.readouterr().out
     main(["spp", f"{tmp_path / 'net'}.py:net", "--image-size", "12", "--out", str(tmp_path / "out")])
     assert "gives no batch" not in capsys.readouterr().out
+
+
+def test_a_module_and_a_name_in_it_point_to_the_file(tmp_path, monkeypatch):
+    write(tmp_path, nets="from torch import nn\nnet = nn.Linear(2, 2)\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^model='nets:net': .*nets\.py:net"):
+        build("nets:net")
+    with pytest.raises(ValueError, match="NAME=VALUE"):
+        build("nf_resnet50:net")

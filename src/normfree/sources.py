@@ -96,6 +96,9 @@ def build(source: str, original: str | None = None) -> Built:
         raise _no_use(original, source)
     if names_factory(source):
         return _from_file(source)
+    file, _, factory = source.partition(":")
+    if factory.isidentifier() and file not in list_models() and Path(f"{file}.py").is_file():
+        raise invalid("model", source, "is a module and a name in it", f"name the file: {file}.py:{factory}")
     named, pretrained = _by_name(source, DEEPEST)
     if not pretrained and source.count(":") > source.startswith(("torchvision:", "timm:")):  # arguments
         _check_memory(named, source)
