@@ -519,6 +519,7 @@ def data_in(folder: Path) -> None:
 for kind in ("named pipe", "device", "socket", "folder"):
     special(kind, "m.onnx", ["predict", "m.onnx", "image.png"], image_in)
     special(kind, "image.png", ["predict", "model.safetensors", "image.png"], model_in)
+    special(kind, "own.yaml", ["train", "digits", "--config", "own.yaml"], nothing)
     if kind != "folder":  # a folder may be a run
         special(kind, "m.safetensors", ["spp", "m.safetensors"], nothing)
         special(kind, "nets.py", ["spp", "nets.py:net"], nothing)
@@ -1269,6 +1270,38 @@ for title, run in {
 }.items():
     attack("state", f"four threads, {title}", in_threads(run, of_the_process), "", WORKS)
 
+
+# --- settings that somebody wrote -----------------------------------------------------------------------------------
+
+BILLION = "a: &a [x]\n" + "".join(f"{c}: &{c} [*{b}, *{b}]\n" for b, c in zip("abcdefgh", "bcdefghi", strict=True))
+for kind, title, text in (
+    ("code", "calls", f"model: !!python/object/apply:os.system ['touch {CANARY}']\n"),
+    ("code", "makes objects", "model: !!python/object/new:pathlib.Path [/]\n"),
+    ("code", "imports", "model: !!python/module:this\n"),
+    ("code", "has a model that is code", f"model: nf_resnet50:width=__import__('os').system('touch {CANARY}')\n"),
+    ("bomb", "refers to itself eightfold", BILLION),
+    ("bomb", "is nested 5000 deep", "model: " + "[" * 5000 + "]" * 5000),
+    ("bomb", "has a number of a million digits", "epochs: " + "9" * 10**6),
+    ("bomb", "is a hundred megabytes", "# " + "x" * 10**8),
+    ("damage", "has escapes in a name", '"\\x1b]0;owned\\a": 1\n'),
+    ("damage", "has escapes as they are", f"{ESCAPES}: 1\n"),
+    ("damage", "has a key twice", "epochs: 1\nepochs: 2\n"),
+    ("damage", "is a list", "- epochs\n"),
+    ("damage", "is two documents", "epochs: 1\n---\nepochs: 2\n"),
+    ("damage", "is cut off", "optimizer: {rule: 'mu"),
+    ("damage", "is empty", ""),
+    ("wrong", "has a date where a number belongs", "epochs: 2020-01-01\n"),
+    ("wrong", "has a yes where a number belongs", "epochs: yes\n"),
+    ("wrong", "has a setting that there is not", "epochz: 1\n"),
+    ("wrong", "has not a number", "optimizer: {learning_rate: .nan}\n"),
+):
+
+    def settings(folder: Path, text: str = text) -> list[str]:
+        """A recipe, changed by a file."""
+        (folder / "own.yaml").write_text(text)
+        return ["train", "digits", "--config", "own.yaml", "--limit-train-steps", "1", "--out", "out"]
+
+    attack(kind, f"a YAML config that {title}", settings, "own.yaml")
 
 # --- 7: arguments and factories -----------------------------------------------------------------------------------
 
