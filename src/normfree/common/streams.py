@@ -16,10 +16,7 @@ def drop_output() -> None:
 
 def closed_output(error: BaseException) -> bool:
     """Whether an error comes of code, of a model say, that printed when nobody read any more."""
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, BrokenPipeError):
-        seen = seen.__cause__ or seen.__context__
-    if seen is None:
+    if not any(isinstance(one, BrokenPipeError) for one in _chain(error)):
         return False
     if not hasattr(select, "poll"):  # Windows
         return True
@@ -29,3 +26,15 @@ def closed_output(error: BaseException) -> bool:
         return any(event & (select.POLLERR | select.POLLHUP) for _, event in watched.poll(0))
     except (OSError, ValueError):  # no file of the system's
         return False
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and what it came of, each once: an error that is raised again may be its own cause's cause."""
+    chain: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and not any(one is known for known in chain):
+            chain.append(one)
+            waiting += [one.__cause__, one.__context__]
+    return chain
