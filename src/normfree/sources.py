@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from normfree.common.checks import LISTED, check_memory, invalid, require, suggestion
 from normfree.common.files import check_file, kind_of, sizes
-from normfree.common.text import first_line, one_line, quoted
+from normfree.common.text import causes, first_line, one_line, quoted
 from normfree.convert import stored_conversion
 from normfree.models import create_model, list_models
 from normfree.models.registry import parse_overrides
@@ -400,9 +400,7 @@ def _is_of_network(error: BaseException) -> bool:
 
 def _reason(error: BaseException) -> str:
     """Why a connection failed, in the words of what failed first."""
-    while (earlier := error.__cause__ or error.__context__) is not None:
-        error = earlier
-    return first_line(error, 120)
+    return first_line(causes(error)[-1], 120)
 
 
 _ALLOCATING = {torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}

@@ -7,6 +7,8 @@ import os
 import select
 import sys
 
+from normfree.common.text import causes
+
 
 def drop_output() -> None:
     """Have what is left of the output go nowhere, or Python would complain of it at its end."""
@@ -16,7 +18,7 @@ def drop_output() -> None:
 
 def closed_output(error: BaseException) -> bool:
     """Whether an error comes of code, of a model say, that printed when nobody read any more."""
-    if not any(isinstance(one, BrokenPipeError) for one in _chain(error)):
+    if not any(isinstance(one, BrokenPipeError) for one in causes(error)):
         return False
     if not hasattr(select, "poll"):  # Windows
         return True
@@ -26,15 +28,3 @@ def closed_output(error: BaseException) -> bool:
         return any(event & (select.POLLERR | select.POLLHUP) for _, event in watched.poll(0))
     except (OSError, ValueError):  # no file of the system's
         return False
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error and what it came of, each once: an error that is raised again may be its own cause's cause."""
-    chain: list[BaseException] = []
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        one = waiting.pop()
-        if one is not None and not any(one is known for known in chain):
-            chain.append(one)
-            waiting += [one.__cause__, one.__context__]
-    return chain

@@ -82,3 +82,13 @@ def _said(error: BaseException, most: int) -> str:
     except Exception:  # of somebody else's class, whose __str__ fails
         lines = []
     return shortened(printable(lines[0].strip()), most) if lines else ""
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """Return an error, what it came of, and so on, each once: an error that is raised again may be in its own chain."""
+    chain: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and not any(one is known for known in chain):
+        chain.append(one)
+        one = one.__cause__ or one.__context__
+    return chain
