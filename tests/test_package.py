@@ -169,7 +169,7 @@ def test_what_the_core_lacks_is_asked_for_by_its_extra_wherever_it_is_imported()
         asked = {
             str(node.args[0].value).partition(".")[0]
             for node in ast.walk(tree)
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "required"
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require"
             if isinstance(node.args[0], ast.Constant)
         }
         assert others & optional <= asked, file

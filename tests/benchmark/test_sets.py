@@ -19,6 +19,7 @@ def test_every_target_of_the_project_is_in_the_cpu_set(benchmarks):
     }
 
 
+@pytest.mark.slow
 def test_the_gpu_set_rehearses_on_a_cpu_end_to_end(benchmarks, tmp_path):
     code = benchmarks("networks").main(["--set", "gpu", "--device", "cpu", "--quick", "--out", str(tmp_path)])
     assert code == 0

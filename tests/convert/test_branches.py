@@ -25,7 +25,7 @@ class Block(nn.Module):
         self.joined = forward
 
     def forward(self, x):
-        return self.join_sources(self, x)
+        return self.joined(self, x)
 
 
 def record_of(forward, *after):

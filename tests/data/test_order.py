@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from normfree.data.order import Share, evaluation_indices, generator
 
 
-def join_sources(lists):
+def joined(lists):
     return list(itertools.chain.from_iterable(lists))
 
 
@@ -30,9 +30,9 @@ def test_ranks_together_are_one_process(examples, batch_size, world_size, seed, 
         for rank in range(world_size)
     ]
     parts = [epoch_of(share, epoch) for share in shares]
-    assert [join_sources(step) for step in zip(*parts, strict=True)] == whole
+    assert [joined(step) for step in zip(*parts, strict=True)] == whole
     assert len(whole) == shares[0].steps_per_epoch == examples // (batch_size * world_size)
-    seen = join_sources(whole)
+    seen = joined(whole)
     assert len(set(seen)) == len(seen) and set(seen) <= set(range(examples))
     for start in range(len(whole) + 1):
         assert epoch_of(shares[0], epoch, start) == parts[0][start:]
@@ -52,7 +52,7 @@ def test_keys_do_not_run_into_each_other():
 @given(st.integers(0, 50), st.integers(1, 6), st.integers(1, 4))
 def test_evaluation_sees_every_example_once(examples, batch_size, world_size):
     batches = [list(evaluation_indices(examples, batch_size, rank, world_size)) for rank in range(world_size)]
-    assert sorted(join_sources(join_sources(batches))) == list(range(examples))
+    assert sorted(joined(joined(batches))) == list(range(examples))
     assert all(len(batch) == batch_size for rank in batches for batch in rank[:-1])
 
 

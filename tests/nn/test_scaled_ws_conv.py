@@ -154,7 +154,7 @@ def test_first_and_second_derivatives_by_finite_differences():
     assert torch.autograd.gradgradcheck(function, (rows, gain), eps=1e-8, atol=1e-3)
 
 
-def find_ending(kind, alpha, skip_gain, **options):
+def ending(kind, alpha, skip_gain, **options):
     """A layer that ends a branch, and its twin that does not."""
     layer = randomised(kind(3, 4, 3, alpha=alpha, skip_gain=skip_gain, **options)).double()
     twin = copy.deepcopy(layer)
@@ -166,7 +166,7 @@ def find_ending(kind, alpha, skip_gain, **options):
 @pytest.mark.parametrize("alpha", [1.0, 0.3])
 @pytest.mark.parametrize("kind", [ScaledWSConv2d, ScaledConv2d])
 def test_alpha_and_the_skip_gain_are_factors_of_the_output(kind, alpha, skip_gain):
-    layer, twin = find_ending(kind, alpha, skip_gain, input_scale=0.5)
+    layer, twin = ending(kind, alpha, skip_gain, input_scale=0.5)
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     factor = alpha * (1 if skip_gain is None else layer.skip_gain)
     torch.testing.assert_close(layer(x), factor * twin(x), rtol=1e-12, atol=1e-13)
@@ -175,7 +175,7 @@ def test_alpha_and_the_skip_gain_are_factors_of_the_output(kind, alpha, skip_gai
 
 
 def test_gradient_of_the_skip_gain_is_exact():
-    layer, twin = find_ending(ScaledWSConv2d, 0.2, 0.7)
+    layer, twin = ending(ScaledWSConv2d, 0.2, 0.7)
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     (folded,) = torch.autograd.grad(layer(x).square().sum(), layer.skip_gain)
     (explicit,) = torch.autograd.grad((0.2 * layer.skip_gain * twin(x)).square().sum(), layer.skip_gain)

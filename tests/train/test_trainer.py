@@ -315,7 +315,7 @@ def test_the_report_opens_offline_and_says_what_happened(run):
     data = json.loads(page.partition('<script type="application/json" id="data">')[2].partition("</script>")[0])
     assert set(data) == {"loss", "accuracy", "rate", "speed", "signal", "confusion"}
     assert len(data["loss"]["data"][0]["x"]) == 22
-    assert len(data["signal"]["frames"]) >= 4  # steps 0, 5, 10, ... and the last
+    assert len(data["signal"]["records"]) >= 4  # steps 0, 5, 10, ... and the last
     assert "default-src 'none'" in page
     assert f"{100 * run.accuracy:.2f} %" in page
     assert "http" not in page.partition("<script>")[0].replace("http-equiv", "")

@@ -18,7 +18,7 @@ import tyro
 from torch import Tensor
 
 from normfree.commands.shared import Mean, Original, Std, Terminal, TrainedModel, check_options
-from normfree.common.checks import invalid
+from normfree.common.checks import invalid, require
 from normfree.common.files import refused, write_atomically
 from normfree.common.text import quoted
 from normfree.data import (
@@ -187,6 +187,7 @@ class Predict(_Trained):
         """Read all images first, then predict and print."""
         from normfree.train.evaluation import logits_of
 
+        require("torchvision", "predict")
         files = self._files()
         trained = self.open()
         images, standardization, said = self._images(trained, files)

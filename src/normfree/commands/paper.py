@@ -12,7 +12,7 @@ from rich.markdown import Markdown
 from rich.markup import escape
 
 from normfree.commands.shared import Folder, Terminal, check_folder
-from normfree.common.checks import invalid
+from normfree.common.checks import invalid, require
 
 FIGURES = ("figure1", "figure2")
 TABLES = ("table1", "table2", "normalizers", "ablation")
@@ -58,6 +58,7 @@ class Paper:
     def run(self, console: Terminal) -> None:
         """Make it."""
         if self.what in TABLES:
+            require("torchmetrics", "training")
             console.announce(
                 f"finished trainings are kept in {self.out}; after an interruption the same command goes on"
             )
