@@ -212,7 +212,7 @@ def test_silenced_branch():
 def test_a_branch_that_cannot_be_woken():
     silent = findings(nn.Sequential(Gated(1.0), Gated(1.0, zero_last=True)))["silenced_branch", "warning"]
     assert silent.block == 1
-    assert "1 of 2 branches give nothing" in silent.message
+    assert "1 of 2 branches are zero for their weights are" in silent.message
     # Nor one that is not to be: here the gain is in the weights, and nothing is left to see.
     model = create_model("nf_resnet50", depths=(1, 1, 1, 1), width=1)
     asleep = findings(model, torch.randn(2, 3, 32, 32), wake=False)["silenced_branch", "warning"]

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
@@ -51,6 +51,9 @@ class Train:
     """Settings to begin with: a run's folder or config.json, or YAML such as `data: {source: pets}`; other options
     change them. With a model in the file, RECIPE can be left out."""
 
+    lacking: ClassVar[tuple[str, ...]] = ()
+    """Settings that the file, a run's config of an older version, does not have."""
+
     @classmethod
     def apply_config_file(cls, words: Sequence[str]) -> tuple[type[Train], list[str]]:
         """Return the command whose defaults are those of the config file that words ask for, and the words for it.
@@ -73,11 +76,11 @@ class Train:
         recipe = rest[1] if len(rest) > 1 and not rest[1].startswith("-") else None
         if recipe is not None and recipe not in RECIPES:
             raise invalid("recipe", recipe, "there is no such recipe", suggestion(recipe, RECIPES))
-        config, _ = read_config(file, None if recipe is None else RECIPES[recipe]())
+        config, lacking = read_config(file, None if recipe is None else RECIPES[recipe]())
         hint = Annotated[TrainConfig, tyro.conf.arg(name="")]
         fields = [("recipe", hint, field(default=config))]
         kind = make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True, kw_only=True)
-        kind.__doc__ = cls.__doc__
+        kind.__doc__, kind.lacking = cls.__doc__, tuple(lacking)
         return kind, [rest[0], "--config", file, *rest[1 if recipe is None else 2 :]]
 
     def __post_init__(self) -> None:
@@ -87,8 +90,8 @@ class Train:
         """Train, and say what came of it."""
         from normfree.train.trainer import train
 
-        if self.config is not None and (lacking := read_config(self.config, self.recipe)[1]):
-            console.say(f"{self.config} says nothing of {', '.join(lacking)}, at their defaults")
+        if self.lacking:
+            console.say(f"{self.config} says nothing of {', '.join(self.lacking)}, at their defaults")
         summary = train(self.recipe, console)
         metrics = summary.metrics
         if not summary.finished:

@@ -20,12 +20,13 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from normfree.common.checks import invalid
 from normfree.common.text import LONGEST, all_lines, first_line, quoted, shortened
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> Path:

@@ -30,6 +30,7 @@ from normfree.signal.propagation import (
     BlockSignal,
     Entry,
     Finding,
+    Severity,
     SignalPropagation,
     module_title,
 )
@@ -389,47 +390,41 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
         )
     blocks = [b for b in signal.blocks if b.kind == "residual" and not b.broadcast]
     silent = [b for b in blocks if b.residual_avg_channel_var in (0.0, None)]
-    if closed := [b for b in silent if b.zero_gate]:
-        yield Finding(
-            kind="silenced_branch",
-            severity="info",
-            block=closed[0].index,
-            message=(
-                f"{len(closed)} of {len(signal.blocks)} branches are silenced at initialisation by a gate that a layer "
-                f"with weights of zero computes, first {closed[0].place}; the plot says nothing about the branch."
-            ),
-            remedy="Nothing, if intended (adaLN-zero): the network starts as its shortcuts.",
-            code=FILL,
-        )
-    scaled = [b for b in silent if not b.zero_gate and b.residual_avg_channel_var is None]
-    if scaled:
-        yield Finding(
-            kind="silenced_branch",
-            severity="warning",
-            block=scaled[0].index,
-            message=(
-                f"{len(scaled)} of {len(signal.blocks)} branches are multiplied by zero, first {scaled[0].place}: only "
-                "the shortcut is left, and the plot says nothing about the branch."
-            ),
-            remedy=(
-                "Measure with wake=True, which sets gains that can be trained to one meanwhile; a constant factor of "
-                "zero takes the branch out for good."
-            ),
-            code="plot = normfree.spp(model, batch, wake=True)",
-        )
-    silent = [b for b in silent if not b.zero_gate and b.residual_avg_channel_var == 0]
-    if silent:
-        yield Finding(
-            kind="silenced_branch",
-            severity="warning",
-            block=silent[0].index,
-            message=(
-                f"{len(silent)} of {len(signal.blocks)} branches give nothing, first {silent[0].place}: "
-                "weights of zero leave only the shortcut, and the plot says nothing about the branch."
-            ),
-            remedy="Give the last layer of the branch its training initialisation, unless a zero start is meant.",
-            code=FILL,
-        )
+    told = "the plot says nothing about the branch"
+    causes: tuple[tuple[list[BlockSignal], Severity, str, str, str], ...] = (
+        (
+            [b for b in silent if b.zero_gate],
+            "info",
+            "silenced at initialisation by a gate that a layer with weights of zero computes",
+            "Nothing, if intended (adaLN-zero): the network starts as its shortcuts.",
+            FILL,
+        ),
+        (
+            [b for b in silent if not b.zero_gate and b.residual_avg_channel_var is None],
+            "warning",
+            "multiplied by zero",
+            "Measure with wake=True, which sets gains that can be trained to one meanwhile; a constant factor of zero "
+            "takes the branch out for good.",
+            "plot = normfree.spp(model, batch, wake=True)",
+        ),
+        (
+            [b for b in silent if not b.zero_gate and b.residual_avg_channel_var == 0],
+            "warning",
+            "zero for their weights are",
+            "Give the last layer of the branch its training initialisation, unless a zero start is meant.",
+            FILL,
+        ),
+    )
+    for found, severity, what, remedy, code in causes:
+        if found:
+            yield Finding(
+                kind="silenced_branch",
+                severity=severity,
+                block=found[0].index,
+                message=f"{len(found)} of {len(signal.blocks)} branches are {what}, first {found[0].place}; {told}.",
+                remedy=remedy,
+                code=code,
+            )
 
 
 def _is_off(point: BlockSignal, sign: int) -> bool:
