@@ -11,6 +11,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import inspect
+import re
 import sys
 import typing
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -25,13 +26,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from normfree.common.checks import LISTED, check_memory, invalid, require, suggestion
-from normfree.common.files import check_file, kind_of, sizes
-from normfree.common.text import causes, first_line, one_line, quoted
-from normfree.convert import stored_conversion
+from normfree.common.files import check_file, kind_of, read, sizes
+from normfree.common.text import all_lines, causes, first_line, one_line, quoted
+from normfree.convert import Conversion, stored_conversion
 from normfree.models import create_model, list_models
 from normfree.models.registry import parse_overrides
 from normfree.weights import load
-from normfree.weights.checkpoint import check_depths
+from normfree.weights.checkpoint import built_by, check_depths, read_config, read_state_dict
 
 FORMS = (
     "a name of `normfree models`, torchvision:NAME, timm:NAME, FILE.py:FACTORY, a checkpoint of normfree.save, or "
@@ -116,14 +117,47 @@ def _check_memory(named: Callable[[], nn.Module], source: str) -> None:
     check_memory("model", source, size)
 
 
+NetworkFactory = Callable[[int, int], nn.Module]
+"""Builds a network for a number of classes, to end in, and a number of channels, to begin with."""
+
+
+def network_factory(word: str, original: str | None = None) -> NetworkFactory | None:
+    """Return what builds the network that ``normfree train --model`` names; None for one of ours.
+
+    A network of torchvision or timm ends in as many classes as there are, where the word says neither ``num_classes``
+    nor what published weights it has. Any other has its own number of outputs.
+
+    Args:
+        word: as the source of :func:`build`.
+        original: as of :func:`build`.
+
+    Raises:
+        ValueError, ImportError: as of :func:`check_sources`.
+    """
+    if original is None and word.partition(":")[0] in list_models():
+        return None
+    check_sources([word], original)
+    return lambda num_classes, in_channels: build(_with_classes(word, num_classes), original).model
+
+
+def _with_classes(word: str, num_classes: int) -> str:
+    """A word for a model of torchvision or timm with a number of classes, where it may have any."""
+    prefix, _, rest = word.partition(":")
+    name, _, options = rest.partition(":")
+    given = parse_overrides(options) if prefix in ("torchvision", "timm") else {"num_classes": None}
+    if {"num_classes", "weights"} & set(given) or given.get("pretrained"):
+        return word
+    return f"{prefix}:{name}:" + ",".join([f"num_classes={num_classes}", *([options] if options else [])])
+
+
 def takes_original(source: str) -> bool:
-    """Tell whether a source is a converted checkpoint, which is made of its original.
+    """Tell whether a source is a file of weights that go into its original: a converted model, or somebody else's.
 
     Raises:
         ValueError: it is a damaged file.
     """
     path = _checkpoint_of(source)
-    return path is not None and stored_conversion(path) is not None
+    return path is not None and (stored_conversion(path) is not None or built_by(path) is not None)
 
 
 def check_sources(sources: Sequence[str], original: str | None) -> None:
@@ -159,8 +193,48 @@ def load_checkpoint(path: str | Path, original: str | None = None) -> nn.Module:
     return _from_checkpoint(str(path), original).model
 
 
+def word_of(source: str) -> str:
+    """Return the word for what builds a model like that of a file or a run's folder, where it says so; else the source.
+
+    Args:
+        source: as of :func:`build`.
+    """
+    path = _checkpoint_of(source)
+    if path is None or stored_conversion(path) is not None:
+        return source
+    if (trained := built_by(path)) is not None:
+        return _with_classes(*trained)
+    config = read_config(read(path))
+    return f"{config.pop('name')}:" + ",".join(f"{name}={value!r}" for name, value in config.items())
+
+
+def load_weights(model: nn.Module, source: str, path: str | Path) -> None:
+    """Give a model the weights of a state dict in a file.
+
+    Args:
+        model: the model, which is changed.
+        source: what it was built by, for messages.
+        path: a .safetensors file, or one of ``torch.save(model.state_dict(), …)``.
+
+    Raises:
+        ValueError: the file holds no state dict, or another model's.
+    """
+    try:
+        model.load_state_dict(read_state_dict(path, "weights"))
+    except RuntimeError as error:
+        name, remedy = source.partition(":")[0], "give its own state dict"
+        if "size mismatch" in str(error) and not names_factory(source) and not Path(source).exists():
+            base = ":".join(source.split(":")[: 2 if name in ("torchvision", "timm") else 1])
+            remedy += (
+                f"; for another number of classes the MODEL is {base}:num_classes=N, and a network of your own is "
+            )
+            remedy += "FILE.py:FACTORY"
+        differ = re.sub(r"^Error\(s\) in loading state_dict for \w+: *", "", all_lines(error))
+        raise invalid("weights", str(path), f"are the weights of another model: {differ}", remedy) from error
+
+
 def _no_use(original: str, source: str) -> ValueError:
-    rule = f"{quoted(source)} is no converted checkpoint, so there is nothing to build it from"
+    rule = f"{quoted(source)} is no converted checkpoint, nor weights of another's model: it is built without one"
     return invalid("original", original, rule, "leave --original out")
 
 
@@ -169,6 +243,16 @@ def names_factory(source: str) -> bool:
     prefix = source.partition(":")[0]
     named = prefix in ("torchvision", "timm")
     return not named and ".py" in source and Path(source.rpartition(":")[0] or source).suffix == ".py"
+
+
+def is_word(source: str) -> bool:
+    """Tell whether a source is a name or a FILE.py:FACTORY, and no file of weights, exported file or folder."""
+    prefix = source.partition(":")[0]
+    return (
+        prefix in ("torchvision", "timm")
+        or names_factory(source)
+        or (prefix in list_models() and not Path(source).exists())
+    )
 
 
 def _checkpoint_of(source: str) -> str | None:
@@ -187,29 +271,39 @@ def _checkpoint_of(source: str) -> str | None:
 
 
 def _from_checkpoint(path: str, original: str | None) -> Built:
-    conversion = stored_conversion(path)
-    if conversion is None:
+    conversion, trained = stored_conversion(path), built_by(path)
+    if conversion is None and trained is None:
         if original is not None:
             raise _no_use(original, path)
         return Built(load(path))
     if original is not None:
-        built = build(original)
-        return Built(load(path, original=built.model), built.batch)
+        built = build(original if trained is None else _with_classes(original, trained[1]))
+        return Built(load(path, original=built.model), built.batch, shape=_shape_of(conversion))
+    source = conversion.source if conversion is not None else None
+    if trained is not None:
+        source = _with_classes(*trained)
     numbers, tensors = sizes(path)
     named = None
-    if conversion.source is not None:
+    if source is not None:
         try:
-            named, _ = _by_name(conversion.source, tensors, weights=False)
+            named, _ = _by_name(source, tensors, weights=False)
         except ValueError:  # a FILE.py, a path, or a name of nothing: the file may not decide what is run
             named = None
     if named is None:
-        said = "a model of your own" if conversion.source is None else quoted(conversion.source)
-        rule = f"{quoted(path)} was converted from {said}; no code is run because a file names it"
+        said = "a model of your own" if source is None else quoted(source)
+        made = "was converted from" if trained is None else "holds trained weights of"
+        rule = f"{quoted(path)} {made} {said}; no code is run because a file names it"
         raise ValueError(
             f"original: is missing: {rule}; pass --original FILE.py:FACTORY, or whatever builds that model"
         )
-    _check_size(named, conversion.source or "", path, numbers)
-    return Built(load(path, original=named()))
+    _check_size(named, source or "", path, numbers)
+    return Built(load(path, original=named()), shape=_shape_of(conversion))
+
+
+def _shape_of(conversion: Conversion | None) -> tuple[int, ...] | None:
+    """The shape of one example of the batch that a model was converted on, where it took a single tensor."""
+    shapes = () if conversion is None else conversion.input_shapes
+    return shapes[0][1:] if len(shapes) == 1 and len(shapes[0]) > 1 else None
 
 
 def _of_run(built: Built, path: str) -> Built:

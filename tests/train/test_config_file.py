@@ -191,14 +191,3 @@ def test_every_setting_has_a_name_of_its_own():
     config = RECIPES["digits"]()
     assert len(flatten(to_dict(config))) > 60
     assert not any("-" in name for name in flatten(to_dict(config)))
-
-
-@pytest.mark.parametrize("model", ["torchvision:resnet18", "timm:resnet18", "net.py:build", "kept.safetensors", "a/b"])
-def test_a_foreign_model_is_sent_to_a_loop_of_ones_own(model, capsys):
-    code, _, error = run(capsys, "digits", "--model", model)
-    assert (
-        code == 2
-        and error.startswith(f"normfree: --model='{model}': ")
-        and "own_loop.md" in error
-        and "\n" not in error.strip()
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -45,15 +44,13 @@ from normfree.commands.signals import (
 )
 from normfree.common.checks import invalid
 from normfree.common.files import notes_of, read_json
-from normfree.common.text import all_lines
 from normfree.convert import ALPHA, BY_HAND, SKIP_GAIN, Beta, Conversion, Start, conversion_of, convert
 from normfree.convert.verify import BatchStatistics, statistics_of_batch
 from normfree.data import probe_named
 from normfree.signal import Finding, SignalPropagation, spp
-from normfree.sources import build
+from normfree.sources import build, load_weights, word_of
 from normfree.trace.inputs import tensors_of
 from normfree.weights import save
-from normfree.weights.checkpoint import read_state_dict
 
 # Conversion keeps the classifier and brings what is before it to unit variance; weights and pools of one network
 # account for a factor of ten either way. At a hundred the logits are ten times as large, or as small, and the first
@@ -121,12 +118,7 @@ class _Conversion:
             torch.manual_seed(self.seed)
             built = build(self.model, self.original)
         if self.weights is not None:
-            try:
-                built.model.load_state_dict(read_state_dict(self.weights, "weights"))
-            except RuntimeError as error:
-                differ = re.sub(r"^Error\(s\) in loading state_dict for \w+: *", "", all_lines(error))
-                rule = f"are the weights of another model: {differ}"
-                raise invalid("weights", str(self.weights), rule, self._fitting(str(error))) from error
+            load_weights(built.model, self.model, self.weights)
         elif built.own and self.start == "pretrained":
             console.say(f"note: weights as {self.model} made them; --weights FILE takes others")
         elif built.random and self.start == "pretrained":
@@ -146,17 +138,6 @@ class _Conversion:
         batch = next(iter(probe.batches(shape, count=1, seed=self.seed)))
         return model, batch.to(device, precision_of(model)), probe.describe()
 
-    def _fitting(self, error: str) -> str:
-        """What to do about weights that do not fit the model, as torch's error says."""
-        name = self.model.partition(":")[0]
-        if "size mismatch" not in error or Path(name).suffix == ".py" or Path(self.model).exists():
-            return "give its own state dict"
-        base = ":".join(self.model.split(":")[: 2 if name in ("torchvision", "timm") else 1])
-        return (
-            f"give its own state dict; for another number of classes the MODEL is {base}:num_classes=N, and a network "
-            "of your own is FILE.py:FACTORY"
-        )
-
     def convert(self, model: nn.Module, batch: Any) -> tuple[nn.Module, Conversion]:
         """Return the model converted, and the record of it."""
         converted = convert(
@@ -167,7 +148,7 @@ class _Conversion:
             skip_gain=self.skip_gain,
             beta=self.beta,
             seed=self.seed,
-            source=self.model,
+            source=word_of(self.model),
         )
         conversion = conversion_of(converted)
         assert conversion is not None, "convert leaves its record"

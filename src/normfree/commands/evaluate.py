@@ -50,6 +50,8 @@ class _Trained:
     run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
     """Run that says how images are prepared and what the classes are; the one the model lies in by default."""
     original: Original = None
+    weights: Path | None = None
+    """State dict of a MODEL that is built by a word: .safetensors, or a .pth of torch.save(model.state_dict(), …)."""
     trust_code: bool = False
     """Open a .pt2 file although it can run code of whoever wrote it; an .onnx file cannot."""
     image_size: int | None = None
@@ -61,13 +63,34 @@ class _Trained:
         check_statistics(self.mean, self.std)
         check_options(self)
 
-    def open(self) -> Trained:
-        """Return the network."""
-        from normfree.sources import load_checkpoint
+    def open(self, console: Terminal) -> Trained:
+        """Return the network; what a person should know of its weights or its images' size is said."""
+        from normfree.convert import conversion_of
+        from normfree.sources import build, is_word, load_checkpoint, load_weights
         from normfree.train.trained import open_trained
 
+        if is_word(self.model):
+            built = build(self.model, self.original)
+            if self.weights is not None:
+                load_weights(built.model, self.model, self.weights)
+            elif built.random:
+                self.tell(console, f"the weights of {self.model} are random; --weights FILE takes trained ones")
+            return open_trained(self.model, self.run_folder, built=built.model)
+        if self.weights is not None:
+            rule = f"{quoted(self.model)} has weights of its own"
+            raise invalid("weights", str(self.weights), rule, "leave it out, or give what builds the model as MODEL")
         with_original = partial(load_checkpoint, original=self.original)
-        return open_trained(self.model, self.run_folder, opened=with_original, trust_code=self.trust_code)
+        trained = open_trained(self.model, self.run_folder, opened=with_original, trust_code=self.trust_code)
+        if trained.note:
+            self.tell(console, trained.note)
+        conversion = conversion_of(trained.network)
+        shapes = () if conversion is None else conversion.input_shapes
+        size = shapes[0][-1] if len(shapes) == 1 and len(shapes[0]) == 4 else None
+        return dataclasses.replace(trained, size=size)
+
+    def tell(self, console: Terminal, line: str) -> None:
+        """Say a line beside the result."""
+        console.say(line)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +124,10 @@ class Evaluate(_Trained):
 
     def run(self, console: Terminal) -> None:
         """Evaluate, and print how good it is."""
-        from normfree.train.distributed import launch
+        from normfree.train.distributed import launch, resolve_precision
         from normfree.train.evaluation import evaluate
 
-        trained = self.open()
+        trained = self.open(console)
         fabric = launch("cpu" if trained.exported else self.accelerator, "fp32" if trained.exported else self.precision)
         data = self._data(trained, fabric.global_rank, fabric.world_size)
         network = trained.network.to(fabric.device)
@@ -117,7 +140,9 @@ class Evaluate(_Trained):
             )
         top5 = "" if found.top5 is None else f"  top-5 {100 * found.top5:.2f} %"
         skipped = f"  {len(data.bad_images)} bad images" if data.bad_images else ""
+        precision = "fp32" if trained.exported else resolve_precision(self.precision, fabric.device.type)
         line = f"accuracy {100 * found.top1:.2f} %{top5}  loss {found.loss:.4f}  of {found.examples:,} images{skipped}"
+        line += "" if precision == "fp32" else f"  in {precision}; --precision fp32 takes longer and rounds less"
         if self.json is not None:
             result: dict[str, Any] = {"model": self.model, "source": data.config.source, **found.to_dict()}
             result |= {"mean": data.config.mean, "std": data.config.std}
@@ -189,12 +214,10 @@ class Predict(_Trained):
 
         require("torchvision", "predict")
         files = self._files()
-        trained = self.open()
+        trained = self.open(console)
         images, standardization, said = self._images(trained, files)
-        if said and not self.json:
-            console.say(said)
-        elif said:
-            print(said, file=sys.stderr)
+        if said:
+            self.tell(console, said)
         names = trained.class_names
         classes = None if names is None else len(names)
         with torch.no_grad():
@@ -215,6 +238,13 @@ class Predict(_Trained):
             console.say(one["image"])
             for predicted in one["predictions"]:
                 console.say(f"  {100 * predicted['probability']:6.2f} %  {predicted['class']}")
+
+    def tell(self, console: Terminal, line: str) -> None:
+        """Say a line beside the result: on stderr where that is JSON."""
+        if self.json:
+            print(line, file=sys.stderr)
+        else:
+            console.say(line)
 
     def _files(self) -> list[Path]:
         """The image files, those of a folder in the order of their names.

@@ -15,7 +15,7 @@ from normfree.commands.shared import Folder, Terminal, check_folder
 from normfree.common.checks import invalid, require
 
 FIGURES = ("figure1", "figure2")
-TABLES = ("table1", "table2", "normalizers", "ablation")
+TABLES = ("figure3", "table1", "table2", "normalizers", "ablation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,12 @@ class Paper:
     """Make a figure or a table of the paper: what was expected and what was measured, side by side."""
 
     what: Annotated[
-        Literal["figure1", "figure2", "table1", "table2", "normalizers", "ablation", "gamma", "properties"],
+        Literal["figure1", "figure2", "figure3", "table1", "table2", "normalizers", "ablation", "gamma", "properties"],
         tyro.conf.Positional,
     ]
     """figure1: BN-ReLU-Conv, ReLU-BN-Conv and unnormalised at He initialisation. figure2: α/β scaling with
-    plain and with standardized weights, for ReLU, SiLU and identity. table1: depth × method × regularisation.
+    plain and with standardized weights, for ReLU, SiLU and identity. figure3: NF-RegNet beside EfficientNet over
+    budgets of computation, cost and, but for quick, accuracy. table1: depth × method × regularisation.
     table2: batch sizes. normalizers: one network with each. ablation: one part changed at a time. gamma: exact
     constants beside the official ones. properties: independence of examples and the like, BatchNorm beside."""
     scale: Literal["quick", "small", "full"] | None = None
@@ -93,6 +94,10 @@ class Paper:
 
         setting = tables.TableSetting(**self._given(("scale", "seeds", "data")), limit=self.limit_train_steps)
         provenance = {**hardware(), "commit": commit()}
+        if self.what == "figure3":
+            from normfree.paper.budgets import make_figure3
+
+            return make_figure3(setting, self.out, provenance, on_progress)
         return tables.make(tables.TABLES[self.what], setting, self.out, provenance, on_progress)
 
     def _given(self, names: tuple[str, ...]) -> dict[str, Any]:

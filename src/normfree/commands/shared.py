@@ -33,7 +33,9 @@ TrainedModel = Annotated[
     str,
     tyro.conf.Positional,
     tyro.conf.arg(
-        help="A run's folder, a checkpoint's folder, or a .safetensors, .onnx or .pt2 file.", metavar="MODEL"
+        help="A run's folder, a checkpoint's folder, a .safetensors, .onnx or .pt2 file; or, with --weights, a name of "
+        "`normfree models`, torchvision:NAME, timm:NAME or FILE.py:FACTORY.",
+        metavar="MODEL",
     ),
 ]
 Original = Annotated[

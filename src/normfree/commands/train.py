@@ -76,7 +76,7 @@ class Train:
         recipe = rest[1] if len(rest) > 1 and not rest[1].startswith("-") else None
         if recipe is not None and recipe not in RECIPES:
             raise invalid("recipe", recipe, "there is no such recipe", suggestion(recipe, RECIPES))
-        config, lacking = read_config(file, None if recipe is None else RECIPES[recipe]())
+        config, lacking = read_config(file, None if recipe is None else RECIPES[recipe](), code=rest)
         hint = Annotated[TrainConfig, tyro.conf.arg(name="")]
         fields = [("recipe", hint, field(default=config))]
         kind = make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True, kw_only=True)
@@ -92,7 +92,12 @@ class Train:
 
         if self.lacking:
             console.say(f"{self.config} says nothing of {', '.join(self.lacking)}, at their defaults")
-        summary = train(self.recipe, console)
+        network = None
+        if self.recipe.is_foreign:
+            from normfree.sources import network_factory
+
+            network = network_factory(self.recipe.model, self.recipe.original)
+        summary = train(self.recipe, console, network=network)
         metrics = summary.metrics
         if not summary.finished:
             where = f"step {metrics['step']} is in {summary.folder / 'checkpoints'}"

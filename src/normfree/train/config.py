@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -119,7 +119,10 @@ class TrainConfig:
     name: str
     """Of the run, whose folder is runs/NAME unless `--out` says otherwise."""
     model: str
-    """A name of `normfree models`, overrides after a colon: nf_resnet50:width=1,skipinit_gain=1."""
+    """A name of `normfree models`, overrides after a colon: nf_resnet50:width=1,skipinit_gain=1. Or any other network:
+    torchvision:NAME, timm:NAME, FILE.py:FACTORY, a converted or trained .safetensors."""
+    original: str | None = None
+    """Of a model that is a converted .safetensors: what builds the one it was converted from."""
     data: DataConfig = field(default_factory=DataConfig)
     """Images and augmentation."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -195,16 +198,28 @@ class TrainConfig:
             check_choice("log", name, Log)
 
     def _check_model(self) -> None:
+        if self.is_foreign:
+            return
+        if self.original is not None:
+            rule = f"{quoted(self.model_name)} is one of normfree's own networks, which has none"
+            raise invalid("original", self.original, rule, "leave it out")
         if self.model_name not in list_models():
-            rule = f"normfree train knows its own networks by name, and {quoted(self.model_name)} is none"
-            remedy = "train another model in a loop of your own, see docs/tutorials/own_loop.md"
-            foreign = self.model_name in ("torchvision", "timm") or any(mark in self.model_name for mark in ("/", "."))
-            raise invalid("model", self.model, rule, remedy if foreign else suggestion(self.model_name, list_models()))
+            rule = f"there is no {quoted(self.model_name)}"
+            remedy = (
+                f"{suggestion(self.model_name, list_models())} Or pass torchvision:NAME, timm:NAME, FILE.py:FACTORY"
+            )
+            raise invalid("model", self.model, rule, remedy)
         accepted = accepted_overrides(self.model_name)
         for override in self.model_overrides:
             if override not in accepted:
                 rule = f"{self.model_name} has no override {override}"
                 raise invalid("model", self.model, rule, f"it takes {', '.join(accepted)}")
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether ``model`` is the word for a network that is none of ours, or for a file."""
+        name = self.model_name
+        return name not in list_models() and (name in ("torchvision", "timm") or any(mark in name for mark in "/\\."))
 
     @property
     def model_name(self) -> str:
@@ -213,8 +228,8 @@ class TrainConfig:
 
     @property
     def model_overrides(self) -> dict[str, Any]:
-        """What stands after the colon of ``model``."""
-        return parse_overrides(self.model.partition(":")[2])
+        """What stands after the colon of ``model``, for a network of ours."""
+        return {} if self.is_foreign else parse_overrides(self.model.partition(":")[2])
 
     @property
     def folder(self) -> Path:
@@ -330,7 +345,9 @@ YAML_BYTES = 2**20
 """Bytes of YAML that are read at most."""
 
 
-def read_config(path: str | Path, base: TrainConfig | None = None) -> tuple[TrainConfig, list[str]]:
+def read_config(
+    path: str | Path, base: TrainConfig | None = None, *, code: Collection[str] = ()
+) -> tuple[TrainConfig, list[str]]:
     """Read a run's settings from a file.
 
     ``.json`` is the ``config.json`` of a run, or an object of settings; ``.yaml`` and ``.yml`` are settings. Those of
@@ -339,6 +356,7 @@ def read_config(path: str | Path, base: TrainConfig | None = None) -> tuple[Trai
     Args:
         path: of the file, or of a run's folder.
         base: has what the file does not say; the defaults of the fields otherwise, and the file's own name.
+        code: FILE.py:FACTORYs that may be run; no other is because a file names it.
 
     Returns:
         The settings, and the names of those that a run's config.json lacks, because an older version wrote it.
@@ -369,6 +387,11 @@ def read_config(path: str | Path, base: TrainConfig | None = None) -> tuple[Trai
     except ValueError as error:
         said = re.sub(r"^TrainConfig[.:] ?", "", first_line(error, LONGEST))
         raise ValueError(shortened(f"config={str(path)!r}: {said}")) from error
+    for option in ("model", "original"):
+        word = values.get(option)
+        if isinstance(word, str) and ".py" in word and word not in code:
+            rule = f"its {option} is {quoted(word)}, and no code is run because a file names it"
+            raise refused("config", path, rule, f"name it yourself: --{option} {shortened(word, 80)}")
     return config, [name for name in defaults if described and name not in values]
 
 

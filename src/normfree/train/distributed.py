@@ -154,11 +154,11 @@ class WholeStates:
     What goes out and comes in is whole, so that what a checkpoint keeps does not depend on the number of ranks.
     """
 
-    def gather_network(self, network: Backbone) -> Backbone:
+    def gather_network(self, network: nn.Module) -> nn.Module:
         """Return a network with all weights, that ``normfree.save`` takes."""
         return network
 
-    def load_network(self, network: Backbone, tensors: Mapping[str, Tensor]) -> None:
+    def load_network(self, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Give a network the weights it was saved with."""
         network.load_state_dict(dict(tensors))
 
@@ -185,17 +185,18 @@ class WholeStates:
 class ShardedStates(WholeStates):
     """States where every rank has a shard (FSDP): they are gathered on the CPU of rank 0, and spread again."""
 
-    def gather_network(self, network: Backbone) -> Backbone:
+    def gather_network(self, network: nn.Module) -> nn.Module:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         tensors = get_model_state_dict(network, options=options)
+        assert isinstance(network, Backbone), "fsdp is for networks of create_model"
         whole = create_model(**network.config)
         if tensors:  # on rank 0
             whole.load_state_dict(tensors)
         return whole
 
-    def load_network(self, network: Backbone, tensors: Mapping[str, Tensor]) -> None:
+    def load_network(self, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         set_model_state_dict(network, dict(tensors), options=StateDictOptions(full_state_dict=True))

@@ -34,6 +34,8 @@ class Trained:
         data: as the run it comes from resolved them, in the size the network is evaluated at; None without a run.
         class_names: of the logits; None without a run.
         training_data: what tells the images it was trained on from others; empty where that is not known.
+        size: height and width of images that it was converted on; None where that is not known.
+        note: what a person should know before they read an accuracy; "" for nothing.
     """
 
     network: nn.Module
@@ -41,6 +43,8 @@ class Trained:
     data: DataConfig | None
     class_names: tuple[str, ...] | None
     training_data: Mapping[str, Any] = field(default_factory=dict)
+    size: int | None = None
+    note: str = ""
 
     @property
     def in_channels(self) -> Literal[1, 3] | None:
@@ -56,7 +60,7 @@ class Trained:
         """Height and width of its images, as its run or an exported file has them; None where neither says it."""
         if self.data is not None:
             return self.data.image_size
-        return self.network.size if isinstance(self.network, FixedBatch) else None
+        return self.network.size if isinstance(self.network, FixedBatch) else self.size
 
 
 def open_trained(
@@ -64,6 +68,7 @@ def open_trained(
     run: str | Path | None = None,
     *,
     opened: Callable[[Path], nn.Module] = load,
+    built: nn.Module | None = None,
     trust_code: bool = False,
 ) -> Trained:
     """Open a trained network.
@@ -72,6 +77,7 @@ def open_trained(
         source: a run's folder, a checkpoint's folder, or a .safetensors, .onnx or .pt2 file.
         run: folder of the run it comes from, which says how images are prepared; the one it lies in by default.
         opened: how to open a file of weights.
+        built: the network itself, where ``source`` is a word that it was built by.
         trust_code: whether a .pt2 file may be opened. PyTorch's loader runs what such an archive says, so whoever wrote
             it decides what this process does; a .safetensors or .onnx file cannot.
 
@@ -79,6 +85,12 @@ def open_trained(
         ValueError: if there is no such network, it is damaged, or a .pt2 file and not trusted.
     """
     path = Path(source)
+    if built is not None:
+        found = None if run is None else find_run(Path(run), required=True)
+        network = _usable(built, path).eval()
+        if found is None:
+            return Trained(network, False, None, None)
+        return Trained(network, False, found.data, found.classes, found.training_data)
     if (kind := kind_of(path)) not in ("file", "a folder", "nothing"):
         raise refused("model", path, f"is {kind}, no file", f"give {FORMS}")
     if path.suffix == ".pt2" and path.exists() and not trust_code:
@@ -91,9 +103,12 @@ def open_trained(
     data, names, images = (None, None, {}) if found is None else (found.data, found.classes, found.training_data)
     if opener := {".onnx": OnnxNetwork, ".pt2": ProgramNetwork}.get(path.suffix):
         network = opener(path)
-        if data is not None and network.size is not None:
+        note = ""
+        if data is not None and network.size not in (None, data.image_size):
+            note = f"images are taken at {network.size} × {network.size} as the file has them, where the run's are "
+            note += f"{data.image_size} × {data.image_size}"
             data = dataclasses.replace(data, image_size=network.size)
-        return Trained(network, True, data, names, images)
+        return Trained(network, True, data, names, images, note=note)
     weights = weights_of(path)
     return Trained(_usable(opened(weights), weights), False, data, names, images)
 

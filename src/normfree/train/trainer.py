@@ -29,7 +29,7 @@ from normfree.common.checks import check_integer, check_number, invalid, require
 from normfree.common.files import kind_of, parse_json, read_json, write_atomically
 from normfree.common.text import first_line, quoted, short_repr
 from normfree.data import TooFewExamples, TrainingData, list_names, open_evaluation, open_training, with_holdout
-from normfree.models import Backbone, create_model
+from normfree.models import create_model
 from normfree.models.registry import CENTRED
 from normfree.optim import (
     AdaptiveGradientClipping,
@@ -66,6 +66,7 @@ from normfree.train.evaluation import Evaluation, evaluate
 from normfree.train.progress import Progress
 from normfree.train.records import EVALUATION, Loggers, Records, Row, check_loggers, provenance, read_rows
 from normfree.weights import save
+from normfree.weights.checkpoint import save_trained
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -83,11 +84,14 @@ METRICS_OF_ALL = {"status", "step", "seconds", "skipped_steps", "bad_images", "e
 STATE_KEYS = ("step", "skipped", "seconds", "optimizer", "averages", "signal", "data")
 """What a checkpoint's state says."""
 
+NetworkFactory = Callable[[int, int], nn.Module]
+"""Builds a network, given the numbers of classes and of the images' channels."""
+
 Batch = tuple[Tensor, Tensor]
 Result = TypeVar("Result")
 
 
-def train(config: TrainConfig, console: Console | None = None) -> Summary:
+def train(config: TrainConfig, console: Console | None = None, *, network: NetworkFactory | None = None) -> Summary:
     """Train a network, or go on with a run of the same config where its newest checkpoint left it.
 
     Where ``config.out`` is None and runs/NAME holds another run, this one has runs/NAME-2, and so on.
@@ -97,6 +101,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Summary:
     Args:
         config: of the run.
         console: to print to; None for silence.
+        network: builds the network from the numbers of classes and of channels, where ``config.model`` is none of
+            ``normfree models``; it may be random, for the seed is set before.
 
     Returns:
         What came of it.
@@ -111,6 +117,11 @@ def train(config: TrainConfig, console: Console | None = None) -> Summary:
     """
     require("torchmetrics", "training")  # used only after an epoch
     check_loggers(config.log)
+    if config.is_foreign and network is None:
+        rule = "is none of normfree's own networks, and nothing says how it is built"
+        raise invalid(
+            "model", config.model, rule, "pass network=, such as lambda classes, channels: MyNetwork(classes)"
+        )
     fabric = launch(config.accelerator, config.precision, config.strategy)
     stop = StopRequest()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop.on_sigterm(), ExitStack() as folder:
@@ -119,7 +130,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Summary:
             return folder.enter_context(RunFolder(config, find_folder(config))).folder
 
         place = on_rank_zero(fabric, lock)
-        return Trainer(config, fabric, console if fabric.is_global_zero else None, stop, place).run()
+        console = console if fabric.is_global_zero else None
+        return Trainer(config, fabric, console, stop, place, network=network).run()
 
 
 @dataclass(frozen=True)
@@ -223,6 +235,7 @@ class Trainer:
         console: to print to; None for silence.
         stop: asks the run to end early.
         folder: of the run; the config's by default.
+        network: as of :func:`train`.
 
     Attributes:
         config: of the run, fitted to its images and its length; ``chosen`` is as it was given.
@@ -256,6 +269,8 @@ class Trainer:
         console: Console | None = None,
         stop: StopRequest | None = None,
         folder: Path | None = None,
+        *,
+        network: NetworkFactory | None = None,
     ) -> None:
         self.chosen, self.fabric, self.console, self.stop = config, fabric, console, stop or StopRequest()
         self.folder = folder or config.folder
@@ -273,7 +288,7 @@ class Trainer:
         self._notes: list[str] = []
 
         self.states = ShardedStates() if config.strategy == "fsdp" else WholeStates()
-        self.network = self._build_network()
+        self.network = self._build_network(network)
         self.centring = self._build_centring()
         self.average = self._build_average()
         compiled = self._compile()
@@ -327,21 +342,40 @@ class Trainer:
             data = open_training(fitted.rank_data(world_size), rank=rank, world_size=world_size)
         return fitted, data
 
-    def _build_network(self) -> Backbone:
+    def _build_network(self, factory: NetworkFactory | None) -> nn.Module:
         """Build the network, drawn from the seed."""
         torch.manual_seed(self.config.seed)
-        network = create_model(
-            self.config.model_name,
-            num_classes=self.data.num_classes,
-            in_channels=self.data.in_channels,
-            **self.config.model_overrides,
-        )
+        classes, channels = self.data.num_classes, self.data.in_channels
+        if factory is not None and self.config.is_foreign:
+            network = factory(classes, channels)
+            self._check_foreign(network)
+        else:
+            network = create_model(
+                self.config.model_name, num_classes=classes, in_channels=channels, **self.config.model_overrides
+            )
         if self.config.channels_last and not self.sharded:  # FSDP shards contiguous parameters only
             # Not those of 1x1: they are alike in both layouts, and DistributedDataParallel warns of their strides.
             for parameter in network.parameters():
                 if parameter.ndim == 4 and parameter.shape[2:].numel() > 1:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         return network
+
+    def _check_foreign(self, network: nn.Module) -> None:
+        """Raise unless a network that is none of ours gives logits of the data's classes for images of their shape."""
+        classes, shape = self.data.num_classes, self.data.image_shape
+        if self.sharded:
+            rule = "fsdp shards the blocks of normfree's own networks"
+            raise invalid("strategy", self.config.strategy, rule, "pass --strategy ddp")
+        with preserve_model(network, "eval") as preserved, torch.no_grad(), Writes(preserved):
+            try:
+                logits = network(torch.zeros(2, *shape))
+            except Exception as error:  # of the network's own
+                rule = f"fails on images {[2, *shape]} ({first_line(error)})"
+                raise invalid("model", self.config.model, rule, "pass a network for such images") from error
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if found != [2, classes]:
+            rule = f"gives {found} for 2 images, and not logits of {classes} classes, [2, {classes}]"
+            raise invalid("model", self.config.model, rule, f"build it for {classes} classes")
 
     def _build_centring(self) -> InputCentring | None:
         if not self.config.model_overrides.get(CENTRED, False):
@@ -712,11 +746,14 @@ class Trainer:
 
     def weights(self) -> dict[str, Callable[[Path], Any]]:
         """Return for each weights file of a checkpoint what writes it; every rank has to call it."""
-        writers: dict[str, Callable[[Path], Any]] = {WEIGHTS: partial(save, self.states.gather_network(self.network))}
-        if self.average is not None:
-            averaged = self.states.gather_network(self.average.module)  # type: ignore[arg-type]
-            writers[AVERAGED] = partial(save, averaged)
-        return writers
+        networks = {WEIGHTS: self.network} | ({} if self.average is None else {AVERAGED: self.average.module})
+        return {name: partial(self._save, self.states.gather_network(network)) for name, network in networks.items()}
+
+    def _save(self, network: nn.Module, path: Path) -> None:
+        if self.config.is_foreign:
+            save_trained(network, path, self.config.model, self.data.num_classes)
+        else:
+            save(network, path)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint.
@@ -749,7 +786,7 @@ class Trainer:
         self.states.load_network(self.network, load_file(checkpoint.folder / WEIGHTS))
         self.states.load_optimizer(self.network, self.optimizer, state["optimizer"])
         if self.average is not None:
-            self.states.load_network(self.average.module, load_file(checkpoint.folder / AVERAGED))  # type: ignore[arg-type]
+            self.states.load_network(self.average.module, load_file(checkpoint.folder / AVERAGED))
             self.average.updates = check_integer("averages", state["averages"], 0)
         if self.monitor is not None and state["signal"] is not None:
             self.monitor.load_state_dict(parse_json(state["signal"]))
@@ -826,12 +863,12 @@ class Trainer:
             "bad_images": {**self.data.bad_images, **self.evaluation_data.bad_images},
             "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
         }
-        network = self.states.gather_network(self.final_network)  # type: ignore[arg-type]
+        network = self.states.gather_network(self.final_network)
         if self.records is not None:
             training, evaluation = self.records.training.rows, self.records.evaluation.rows
             metrics["best_top1"] = max((row["top1"] or 0 for row in evaluation), default=None)
             if finished:
-                save(network, self.folder / MODEL)
+                self._save(network, self.folder / MODEL)
                 history = metrics["signal"] = None
                 if self.monitor is not None:
                     self.monitor.stop()  # records the last step

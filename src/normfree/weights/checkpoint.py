@@ -29,6 +29,7 @@ from normfree.common.files import (
     write_atomically,
 )
 from normfree.common.text import all_lines, first_line, quoted, shortened
+from normfree.common.torch_compat import copy_model
 from normfree.convert.apply import rewrite
 from normfree.convert.record import NOTE as CONVERTED
 from normfree.convert.record import conversion_of, noted_conversion
@@ -190,6 +191,50 @@ NAMED = "normfree"
 """The note of a model of ``create_model``: its arguments, as JSON."""
 
 
+BUILT_BY = "normfree.built_by"
+"""The note of a trained model of somebody else: the word for what builds it, and its number of classes, as JSON."""
+
+
+def save_trained(model: nn.Module, path: str | Path, word: str, num_classes: int) -> Path:
+    """Write a network that was trained by a word for what builds it: as :func:`save` where a file can rebuild it.
+
+    Any other is written with the word, and read by :func:`load` with the model that the word builds.
+
+    Args:
+        model: the network.
+        path: where to, ``*.safetensors``.
+        word: what it was built by, as ``normfree train --model`` takes it.
+        num_classes: of its outputs.
+    """
+    try:
+        return save(model, path)
+    except ValueError:
+        check_target(path)
+        return write(model, path, {BUILT_BY: json.dumps({"model": word, "num_classes": num_classes})})
+
+
+def built_by(path: str | Path) -> tuple[str, int] | None:
+    """Return what builds the model whose trained weights a file of :func:`save_trained` holds, and its classes.
+
+    Returns:
+        None of any other file.
+
+    Raises:
+        ValueError: no such file, or a damaged one.
+    """
+    stored = read(path)
+    if BUILT_BY not in stored.notes:
+        return None
+    try:
+        note = parse_json(stored.notes[BUILT_BY])
+        word, classes = note["model"], note["num_classes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise stored.error("does not say what builds its model", "take an undamaged copy") from error
+    if not isinstance(word, str) or not is_integer(classes) or classes < 1:
+        raise stored.error("does not say what builds its model", "take an undamaged copy")
+    return word, classes
+
+
 def save(model: nn.Module, path: str | Path) -> Path:
     """Write a model of :func:`normfree.create_model` or :func:`normfree.convert` as one safetensors file.
 
@@ -224,7 +269,8 @@ def load(path: str | Path, *, original: nn.Module | None = None) -> nn.Module:
 
     Args:
         path: the file.
-        original: for a converted model, the one it was converted from, with any weights; it is left as it is.
+        original: for a converted model, the one it was converted from, and for somebody else's, trained by
+            ``normfree train``, the same model, with any weights; it is left as it is.
 
     Returns:
         The model, in evaluation mode, each tensor in the precision it was saved in. Mixed-precision training
@@ -236,6 +282,8 @@ def load(path: str | Path, *, original: nn.Module | None = None) -> nn.Module:
     stored = read(path)
     if CONVERTED in stored.notes:
         return _load_converted(stored, original)
+    if BUILT_BY in stored.notes:
+        return _load_foreign(stored, original)
     if NAMED in stored.notes:
         if original is not None:
             rule = f"{str(stored.path)!r} holds no converted model"
@@ -362,6 +410,18 @@ def _load_converted(stored: Stored, original: nn.Module | None) -> nn.Module:
         raise invalid("original", type(original).__name__, rule, remedy) from error
 
 
+def _load_foreign(stored: Stored, original: nn.Module | None) -> nn.Module:
+    """A copy of the original with the file's weights."""
+    if original is None:
+        rule = f"{quoted(str(stored.path))} holds trained weights of a model that is none of normfree's"
+        raise ValueError(f"original: is missing, for {rule}; pass that model, with any weights")
+    try:
+        return restore(copy_model(unwrap(original)), stored)
+    except (RuntimeError, ValueError) as error:
+        rule = f"it is not the model whose weights {str(stored.path)!r} holds ({all_lines(error)})"
+        raise invalid("original", type(original).__name__, rule, "pass the model that was trained") from error
+
+
 def check_target(path: str | Path) -> Path:
     """Return where to write a file of weights; refuse what is none.
 
@@ -397,7 +457,7 @@ def write(model: nn.Module, path: str | Path, notes: Mapping[str, str]) -> Path:
             tensor = tensor.clone()  # a tied one: safetensors writes nothing twice
         memory.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
-    folded = {} if has_foldable(model) else {FOLDED: "true"}
+    folded = {} if has_foldable(model) or BUILT_BY in notes else {FOLDED: "true"}
     return write_atomically(path, to_bytes(tensors, metadata={**notes, **folded}))
 
 
