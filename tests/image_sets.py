@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,12 @@ def write_folder(folder: Path, count: int, size: int | tuple[int, int] = 12) -> 
     return folder
 
 
-def write_parquet(file: Path, images: list[bytes], labels: list[int], row_group: int = 7) -> Path:
+def write_parquet(
+    file: Path, images: list[bytes], labels: list[int], row_group: int = 7, names: Sequence[str] = CLASSES
+) -> Path:
     import datasets
 
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
     rows = [{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)]
     file.parent.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict({"image": rows, "label": labels}, features=features).to_parquet(

@@ -26,7 +26,7 @@ ALLOWED = {
     "export": {"export", "nn", "trace", "common"},
     "report": {"report", "signal", "common"},
     "benchmark": {"benchmark", "nn", "export", "sources", "common"},
-    "paper": {"paper", "models", "nn", "signal", "report", "train", "common"},
+    "paper": {"paper", "benchmark", "convert", "models", "nn", "signal", "sources", "report", "train", "common"},
     "train": {"train", "data", "models", "nn", "optim", "signal", "trace", "weights", "report", "common"},
 }
 

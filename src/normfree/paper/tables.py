@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from normfree.common.checks import check_choices, check_integer, invalid
 from normfree.common.files import write_atomically
+from normfree.sources import network_factory
 from normfree.train import RECIPES, NonFiniteLossError, TrainConfig, train
 
 Verdict = Literal["agrees", "does not agree", "cannot be tested at this scale"]
@@ -128,6 +129,10 @@ class Scale:
     batches: Sequence[int]
     decides: bool
 
+    def layout(self, depths: tuple[int, int, int, int]) -> dict[str, Any]:
+        """Return the overrides of a ResNet of these depths."""
+        return {"depths": depths, "widths": self.widths, "stem": "cifar"}
+
 
 ScaleName = Literal["quick", "small", "full"]
 
@@ -165,26 +170,38 @@ SCALES: dict[ScaleName, Scale] = {
 }
 
 
+Method = tuple[str, dict[str, Any], dict[str, Any]]
+"""A network: its model, its overrides, and what of the recipe's optimizer is its own."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """One cell of a table.
 
     Attributes:
         row, column: its place.
-        model: a name of ``create_model``.
-        overrides: of the model, beside its layout.
-        depths: blocks per stage.
+        model: as ``normfree train --model`` takes it.
+        overrides: of the model.
         optimizer: fields of the recipe's optimizer that are its own.
         batch_size: images a step; the recipe's by default. The learning rate grows linearly with it.
+        epochs: of each run; the scale's by default.
     """
 
     row: str
     column: str
     model: str
-    depths: tuple[int, int, int, int]
     overrides: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int | None = None
+    epochs: int | None = None
+
+    @classmethod
+    def of(cls, row: str, column: str, method: Method, layout: Mapping[str, Any], **others: Any) -> Arm:
+        """Return the arm of a method in a layout; the arguments in ``others`` that are overrides go before its own."""
+        model, own, optimizer = method
+        overrides = {**layout, **own, **others.pop("overrides", {})}
+        optimizer = {**optimizer, **others.pop("optimizer", {})}
+        return cls(row=row, column=column, model=model, overrides=overrides, optimizer=optimizer, **others)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +228,10 @@ class TableSetting:
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
 
+    def describe(self) -> dict[str, Any]:
+        """Return what the results depend on, as JSON takes it; where the data lie is nobody's concern."""
+        return {"scale": self.scale, "seeds": self.seeds, "limit": self.limit}
+
 
 PLAIN = {"clip_norm": None, "classifier_lr_scale": 1.0}
 """What networks with normalizers are better with: no clipping, the classifier as fast as the rest."""
@@ -218,14 +239,14 @@ PLAIN = {"clip_norm": None, "classifier_lr_scale": 1.0}
 NF = {"alpha": 0.5, "skipinit_gain": 1, "drop_rate": 0, "stochdepth_rate": 0}
 REGULARISED = {"drop_rate": 0.25, "stochdepth_rate": 0.1}
 
-METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+METHODS: dict[str, Method] = {
     "BatchNorm": ("resnetv2_50", {"drop_rate": 0, "stochdepth_rate": 0}, PLAIN),
     "NF": ("nf_resnet50", NF, {}),
     "SkipInit": ("skipinit_resnet50", {"drop_rate": 0, "stochdepth_rate": 0}, {}),
     "FixUp": ("fixup_resnet50", {"drop_rate": 0, "stochdepth_rate": 0}, {}),
     "unnormalised": ("resnetv2_50", {"norm": None, "drop_rate": 0, "stochdepth_rate": 0}, {}),
 }
-"""Networks by the name of their method: model, overrides, and what of the optimizer is their own."""
+"""Networks by the name of their method."""
 
 NORMALIZERS = {
     "NF": METHODS["NF"],
@@ -237,16 +258,10 @@ NORMALIZERS = {
 }
 
 
-def _arm(row: str, column: str, method: tuple[str, dict[str, Any], dict[str, Any]], **others: Any) -> Arm:
-    model, overrides, optimizer = method
-    overrides = overrides | others.pop("overrides", {})
-    return Arm(row=row, column=column, model=model, overrides=overrides, optimizer=optimizer, **others)
-
-
 def table1(scale: Scale) -> list[Arm]:
     """Depth × method × regularisation."""
     return [
-        _arm(f"{method}{suffix}", f"{layers} layers", METHODS[method], depths=depths, overrides=regularised)
+        Arm.of(f"{method}{suffix}", f"{layers} layers", METHODS[method], scale.layout(depths), overrides=regularised)
         for method in METHODS
         for suffix, regularised in (("", {}), (", regularised", REGULARISED))
         for layers, depths in scale.depths.items()
@@ -257,7 +272,7 @@ def table2(scale: Scale) -> list[Arm]:
     """Batch size × method, for as many images each."""
     depths = next(iter(scale.depths.values()))
     return [
-        _arm(method, f"batch {batch}", NORMALIZERS[method], depths=depths, batch_size=batch)
+        Arm.of(method, f"batch {batch}", NORMALIZERS[method], scale.layout(depths), batch_size=batch)
         for method in ("NF", "BatchNorm", "GroupNorm")
         for batch in scale.batches
     ]
@@ -267,7 +282,7 @@ def normalizers(scale: Scale) -> list[Arm]:
     """One network with each normalizer, and without; the digits' last maps are one pixel, which has no variance."""
     layers, depths = next(iter(scale.depths.items()))
     named = {name: one for name, one in NORMALIZERS.items() if scale.recipe == "cifar" or name != "InstanceNorm"}
-    return [_arm(name, f"{layers} layers", method, depths=depths) for name, method in named.items()]
+    return [Arm.of(name, f"{layers} layers", method, scale.layout(depths)) for name, method in named.items()]
 
 
 def ablation(scale: Scale) -> list[Arm]:
@@ -288,22 +303,21 @@ def ablation(scale: Scale) -> list[Arm]:
     arms = []
     for name, (overrides, optimizer) in changes.items():
         method = METHODS["SkipInit"] if name.startswith("plain weights") else METHODS["NF"]
-        arms.append(
-            _arm(name, f"{layers} layers", (method[0], method[1] | overrides, method[2] | optimizer), depths=depths)
-        )
+        changed = {"overrides": overrides, "optimizer": optimizer}
+        arms.append(Arm.of(name, f"{layers} layers", method, scale.layout(depths), **changed))
     return arms
 
 
 def config(arm: Arm, scale: Scale, setting: TableSetting, rate: float, seed: int, folder: Path) -> TrainConfig:
     """The run of one arm at a factor of the recipe's learning rate and a seed."""
     recipe = RECIPES[scale.recipe]()
-    layout = {"depths": arm.depths, "widths": scale.widths, "stem": "cifar"}
-    overrides = ",".join(f"{name}={_literal(value)}" for name, value in {**layout, **arm.overrides}.items())
+    overrides = ",".join(f"{name}={_literal(value)}" for name, value in arm.overrides.items())
+    epochs = arm.epochs or scale.epochs
     name = f"{_word(arm.row)}-{_word(arm.column)}-{rate:g}-{seed}"
     optimizer = dataclasses.replace(
         recipe.optimizer,
         learning_rate=recipe.optimizer.learning_rate * rate,
-        warmup_epochs=min(recipe.optimizer.warmup_epochs, scale.epochs / 4),
+        warmup_epochs=min(recipe.optimizer.warmup_epochs, epochs / 4),
         **arm.optimizer,
     )
     batch = arm.batch_size or recipe.batch_size
@@ -315,12 +329,12 @@ def config(arm: Arm, scale: Scale, setting: TableSetting, rate: float, seed: int
     return dataclasses.replace(
         recipe,
         name=name,
-        model=f"{arm.model}:{overrides}",
+        model=f"{arm.model}:{overrides}" if overrides else arm.model,
         data=dataclasses.replace(recipe.data, source=source),
         optimizer=optimizer,
-        epochs=scale.epochs,
+        epochs=epochs,
         batch_size=batch,
-        evaluate_every=scale.epochs,
+        evaluate_every=epochs,
         seed=seed,
         signal_every=0,
         limit_train_steps=setting.limit,
@@ -340,7 +354,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """Train, or take what a finished run left: accuracy in percent, seconds; 0 where the loss was no longer finite."""
     found: dict[str, Any] = {"seed": config.seed, "learning_rate": config.optimizer.learning_rate}
     try:
-        summary = train(config)
+        summary = train(config, network=network_factory(config.model))
     except NonFiniteLossError as error:
         return {**found, "accuracy": 0.0, "seconds": None, "failed": str(error)}
     if not summary.finished and config.limit_train_steps is None:
@@ -373,15 +387,21 @@ def _columns(cells: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(cell["column"] for cell in cells))
 
 
-def _compared(
-    text: str, paper: str, differences: Sequence[float], at_least: float, scale: Scale, unit: str = "points"
+def compare_accuracies(
+    text: str, paper: str, differences: Sequence[float], at_least: float, decides: bool = True
 ) -> Claim:
-    """A claim that a difference of accuracies is at least so large in every column."""
+    """Return the claim that a difference of accuracies is at least so large in every column.
+
+    Args:
+        text: the claim.
+        paper: the paper's numbers.
+        differences: in points, one a column.
+        at_least: the smallest that agrees.
+        decides: whether accuracies at this scale can decide it.
+    """
     holds: Verdict = "agrees" if min(differences) >= at_least else "does not agree"
-    ours = ", ".join(f"{difference:+.1f}" for difference in differences) + f" {unit}"
-    return Claim(
-        text=text, paper=paper, ours=ours, verdict=holds if scale.decides else "cannot be tested at this scale"
-    )
+    ours = ", ".join(f"{difference:+.1f}" for difference in differences) + " points"
+    return Claim(text=text, paper=paper, ours=ours, verdict=holds if decides else "cannot be tested at this scale")
 
 
 def claims_of_table1(cells: Sequence[dict[str, Any]], scale: Scale) -> list[Claim]:
@@ -396,17 +416,21 @@ def claims_of_table1(cells: Sequence[dict[str, Any]], scale: Scale) -> list[Clai
 
     failing = [accuracy(cells, "unnormalised", column) / max(best("NF", column), 1e-9) for column in columns]
     return [
-        _compared(
+        compare_accuracies(
             "NF reaches BatchNorm's accuracy at every depth (within 0.3 points)",
             "76.8 78.4 79.1 79.6 79.5 (NF, regularised) beside 76.8 78.0 78.6 79.0 78.8 (BN), 50 to 288 layers",
             over("BatchNorm"),
             -0.3,
-            scale,
+            scale.decides,
         ),
-        _compared(
-            "NF is above SkipInit", "75.8 77.3 78.0 78.2 78.7 (SkipInit, regularised)", over("SkipInit"), 0.0, scale
+        compare_accuracies(
+            "NF is above SkipInit",
+            "75.8 77.3 78.0 78.2 78.7 (SkipInit, regularised)",
+            over("SkipInit"),
+            0.0,
+            scale.decides,
         ),
-        _compared("NF is above FixUp", "75.9 77.6 78.4 78.7 78.4 (FixUp)", over("FixUp"), 0.0, scale),
+        compare_accuracies("NF is above FixUp", "75.9 77.6 78.4 78.7 78.4 (FixUp)", over("FixUp"), 0.0, scale.decides),
         Claim(
             text=f"without a normalizer and without a remedy training fails (below {FAILS:.0%} of NF's accuracy)",
             paper=NOT_AT_HAND,
@@ -425,12 +449,12 @@ def claims_of_table2(cells: Sequence[dict[str, Any]], scale: Scale) -> list[Clai
     fall = max(accuracy(cells, "BatchNorm", column) for column in columns) - accuracy(cells, "BatchNorm", small)
     falls: Verdict = "agrees" if fall > 10 else "does not agree"
     return [
-        _compared(
+        compare_accuracies(
             "NF keeps its accuracy at any batch up to 128 (within 1 point)",
             "batch 4, 15 epochs: 69.9 (quoted from secondary notes)",
             [min(nf) - max(nf)],
             -1.0,
-            scale,
+            scale.decides,
         ),
         Claim(
             text="BatchNorm loses more than 10 points at batch 2",
@@ -448,12 +472,12 @@ def claims_of_normalizers(cells: Sequence[dict[str, Any]], scale: Scale) -> list
     others = {name: accuracy(cells, name, column) for name in sorted(rows)}
     best = max(others, key=lambda name: others[name])
     return [
-        _compared(
+        compare_accuracies(
             f"NF reaches the best normalizer, here {best} (within 0.3 points)",
             NOT_AT_HAND,
             [accuracy(cells, "NF", column) - others[best]],
             -0.3,
-            scale,
+            scale.decides,
         )
     ]
 
@@ -507,30 +531,52 @@ def make(
     for arm in table.arms(scale):
         on_progress(f"{arm.row}, {arm.column}")
         cells.append(measure(arm, scale, setting, folder))
-    columns = _columns(cells)
-    rows = list(dict.fromkeys(cell["row"] for cell in cells))
-    by_place = {(cell["row"], cell["column"]): cell for cell in cells}
-    grid = [[row, *(_cell(by_place.get((row, column))) for column in columns)] for row in rows]
-    seeds = setting.seeds or scale.seeds
-    command = f"normfree paper {table.name} --scale {setting.scale}" + (" --data CIFAR10" if scale.decides else "")
-    data = "CIFAR-10" if scale.recipe == "cifar" else "scikit-learn digits"
-    rehearsal = f", at most {setting.limit} steps (a rehearsal)" if setting.limit else ""
-    about = [
-        f"Scale {setting.scale}: {data}, {scale.epochs} epochs, widths {scale.widths}, {len(scale.rates)} learning "
-        f"rate(s) with seed 0, then the best with seeds 0 to {seeds - 1}{rehearsal}. Top-1 of the test images in "
-        "percent, mean and standard deviation over seeds.",
-        "",
-        f"Made by `{command}`; {', '.join(f'{name} {value}' for name, value in provenance.items())}.",
-    ]
     return write_table(
         out,
         f"{table.name}-{setting.scale}",
         title=table.title,
-        about=about,
+        about=about(table.name, setting, provenance, f"widths {scale.widths}"),
         claims=table.claims(cells, scale),
-        grids=[Grid(title="Accuracy", columns=("", *columns), rows=grid)],
-        data={"setting": dataclasses.asdict(setting), "provenance": dict(provenance), "cells": cells},
+        grids=[accuracies(cells)],
+        data={"setting": setting.describe(), "provenance": dict(provenance), "cells": cells},
     )
+
+
+def about(
+    name: str, setting: TableSetting, provenance: Mapping[str, Any], *sizes: str, trains: bool = True
+) -> list[str]:
+    """Return the lines of a page that say how its networks were trained, and by what it is made.
+
+    Args:
+        name: of the table.
+        setting: how it was made.
+        provenance: hardware, versions and commit.
+        sizes: of the networks, in words.
+        trains: whether networks were trained for it.
+    """
+    scale, seeds = SCALES[setting.scale], setting.seeds or SCALES[setting.scale].seeds
+    command = f"normfree paper {name} --scale {setting.scale}" + (" --data CIFAR10" if scale.recipe == "cifar" else "")
+    data = "CIFAR-10" if scale.recipe == "cifar" else "scikit-learn digits"
+    rehearsal = f", at most {setting.limit} steps (a rehearsal)" if setting.limit else ""
+    trained = [f"{data}, {scale.epochs} epochs", *sizes, f"{len(scale.rates)} learning rate(s) with seed 0"]
+    training = (
+        f"{', '.join(trained)}, then the best with seeds 0 to {seeds - 1}{rehearsal}. Top-1 of the test images in "
+        "percent, mean and standard deviation over seeds."
+    )
+    return [
+        f"Scale {setting.scale}: {training if trains else 'nothing is trained.'}",
+        "",
+        f"Made by `{command}`; {', '.join(f'{name} {value}' for name, value in provenance.items())}.",
+    ]
+
+
+def accuracies(cells: Sequence[dict[str, Any]]) -> Grid:
+    """Return the accuracies of all cells, a row for each network."""
+    columns = _columns(cells)
+    by_place = {(cell["row"], cell["column"]): cell for cell in cells}
+    rows = list(dict.fromkeys(cell["row"] for cell in cells))
+    shown = [[row, *(_cell(by_place.get((row, column))) for column in columns)] for row in rows]
+    return Grid(title="Accuracy", columns=("", *columns), rows=shown)
 
 
 def _cell(cell: dict[str, Any] | None) -> str:
