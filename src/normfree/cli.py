@@ -43,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        command = _parse(words)
+        try:
+            command = _parse(words)
+        except SystemExit:  # help, which has been printed
+            sys.stdout.flush()
+            raise
         code = _run(command)
         sys.stdout.flush()
         return _fail("", code) if interrupt.happened() else code  # a library may have caught the interrupt
@@ -99,8 +103,10 @@ def _fail(said: str, code: int) -> int:
         sys.stdout.flush()
     except OSError:
         drop_output()
-    with contextlib.suppress(OSError):
+    try:
         print(f"normfree: {said}", file=sys.stderr, flush=True)
+    except OSError:
+        drop_output(sys.stderr)
     return code
 
 

@@ -53,7 +53,7 @@ from normfree.signal import Finding, SignalPropagation, spp
 from normfree.sources import build
 from normfree.trace.inputs import tensors_of
 from normfree.weights import save
-from normfree.weights.checkpoint import read_state_dict
+from normfree.weights.checkpoint import load_weights, read_state_dict
 
 # Conversion keeps the classifier and brings what is before it to unit variance; weights and pools of one network
 # account for a factor of ten either way. At a hundred the logits are ten times as large, or as small, and the first
@@ -122,7 +122,7 @@ class _Conversion:
             built = build(self.model, self.original)
         if self.weights is not None:
             try:
-                built.model.load_state_dict(read_state_dict(self.weights, "weights"))
+                load_weights(built.model, read_state_dict(self.weights, "weights"))
             except RuntimeError as error:
                 differ = re.sub(r"^Error\(s\) in loading state_dict for \w+: *", "", all_lines(error))
                 rule = f"are the weights of another model: {differ}"

@@ -21,10 +21,13 @@ from typing import Any, NamedTuple, Protocol
 
 from normfree.common.checks import invalid, require, suggestion
 from normfree.common.files import check_file
-from normfree.common.text import first_line
+from normfree.common.text import first_line, quoted
 from normfree.data.config import DataConfig
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+MOST_PATTERNS = 100_000
+"""Names that a source's braces stand for at most."""
 
 SMALL = 2**30
 """Bytes of parquet that are read into memory as they are."""
@@ -82,7 +85,10 @@ def find_source(config: DataConfig) -> Source:
         if files := sorted(str(file) for file in Path(name).rglob("*.parquet")):
             return FileSource("parquet", group_by_split(files), config)
         return FolderSource(Path(name))
-    patterns = expand_braces(name)
+    patterns = list(itertools.islice(expand_braces(name), MOST_PATTERNS + 1))
+    if len(patterns) > MOST_PATTERNS:
+        rule = f"its braces stand for more than {MOST_PATTERNS:,} names"
+        raise invalid("source", name, rule, "name the shards by a pattern such as train-*.tar")
     files = [file for one in patterns for file in ([one] if "://" in one else sorted(glob.glob(one, recursive=True)))]
     if not files:
         rule = "there is no such folder or file"
@@ -93,18 +99,20 @@ def find_source(config: DataConfig) -> Source:
     raise invalid("source", name, "files must all be .parquet or all be .tar", "pass a folder to read image files")
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """Return a pattern with its braces written out: ``a-{08..10}`` is a-08, a-09, a-10, and ``{x,y}`` is x, y."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+def expand_braces(pattern: str) -> Iterator[str]:
+    """Yield a pattern with its braces written out: ``a-{08..10}`` is a-08, a-09, a-10, and ``{x,y}`` is x, y."""
+    match = re.search(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}", pattern)
     if match is None:
-        return [pattern]
+        yield pattern
+        return
     first, last, words = match.groups()
     if words is not None:
-        parts = words.split(",")
+        parts: Iterable[str] = words.split(",")
     else:
-        parts = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        parts = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [word for part in parts for word in expand_braces(f"{head}{part}{tail}")]
+    for part in parts:
+        yield from expand_braces(f"{head}{part}{tail}")
 
 
 class FolderSource:
@@ -144,6 +152,9 @@ class FolderSource:
         for number, name in enumerate(self.class_names):
             found = (folder / name).rglob("*")
             files = sorted(str(file) for file in found if file.suffix.lower() in SUFFIXES)
+            for file in (name, *files):
+                if not file.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in file):
+                    raise invalid("source", file, f"in {quoted(str(folder))}, is no name in UTF-8", "rename it")
             paths += files
             labels += [number] * len(files)
         if not paths:

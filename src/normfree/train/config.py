@@ -27,6 +27,7 @@ from normfree.common.checks import (
     check_integer,
     check_number,
     check_rate,
+    check_seed,
     invalid,
     require,
     suggestion,
@@ -34,6 +35,7 @@ from normfree.common.checks import (
 from normfree.common.files import parse_dataclass, read_bytes, read_json, refused
 from normfree.common.text import LONGEST, first_line, quoted, shortened
 from normfree.data import AugmentationConfig, DataConfig
+from normfree.data.config import check_image_size
 from normfree.models.nfnet import NFNET_SIZES
 from normfree.models.registry import accepted_overrides, list_models, parse_overrides
 from normfree.models.regnets import REGNET_SIZES
@@ -183,7 +185,8 @@ class TrainConfig:
         for name in ("checkpoint_every", "evaluation_size", "limit_train_steps", "limit_eval_steps"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
-        check_integer("seed", self.seed, 0)
+        check_image_size("evaluation_size", self.evaluation_size)
+        check_seed(self.seed)
         check_rate("label_smoothing", self.label_smoothing)
         if self.average_decay is not None:
             check_rate("average_decay", self.average_decay)

@@ -79,7 +79,8 @@ class Curve:
 
     def __init__(self, path: Path, columns: tuple[str, ...], step: int) -> None:
         self.path, self.columns = path, columns
-        self.rows = [row for row in read_rows(path) if (row.get("step") or 0) <= step]
+        rows = [row for row in read_rows(path) if (row.get("step") or 0) <= step]
+        self.rows: list[Row] = [{name: row.get(name) for name in columns} for row in rows]
         write_atomically(path, self._text(self.rows, header=True))
 
     def add(self, row: Mapping[str, float | None]) -> None:

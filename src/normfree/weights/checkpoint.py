@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -28,6 +29,7 @@ from normfree.common.files import (
     read,
     write_atomically,
 )
+from normfree.common.pickles import check_torch_file
 from normfree.common.text import all_lines, first_line, quoted, shortened
 from normfree.convert.apply import rewrite
 from normfree.convert.record import NOTE as CONVERTED
@@ -36,6 +38,7 @@ from normfree.models import Backbone, create_model
 from normfree.models.registry import check_backbone
 from normfree.nn.fold import fold, has_foldable
 from normfree.trace.inputs import unwrap
+from normfree.trace.preserve import check_finite, check_statistics
 
 _SHOWN = 3
 # The block in one of timm's names, and in an official one.
@@ -55,7 +58,7 @@ def without_wrappers(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 STATE_DICT = "give a .safetensors file, or a .pth file of torch.save(model.state_dict(), …)"
 
 
-def read_state_dict(path: str | Path, argument: str = "path") -> Mapping[str, Tensor]:
+def read_state_dict(path: str | Path, argument: str = "path") -> Stored:
     """Read a state dict: a safetensors file, or one of ``torch.save``, of which nothing but tensors is taken.
 
     Args:
@@ -64,17 +67,19 @@ def read_state_dict(path: str | Path, argument: str = "path") -> Mapping[str, Te
         argument: what named it, for messages.
 
     Returns:
-        The tensors, by the names of what wrappers wrap.
+        What the file holds, its tensors by the names of what wrappers wrap.
 
     Raises:
         ValueError: no such file, a damaged one, or one that holds anything but tensors in plain containers.
     """
     path = check_file(path, argument, STATE_DICT)
     if path.suffix == ".safetensors" or is_safetensors(path):
-        return without_wrappers(read(path, argument).tensors)
+        stored = read(path, argument)
+        return replace(stored, tensors=dict(without_wrappers(stored.tensors)))
     if not is_of_torch(path):
         raise invalid(argument, str(path), "holds no state dict", STATE_DICT)
     try:
+        check_torch_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # of something that is no tensor, number or container
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -90,7 +95,28 @@ def read_state_dict(path: str | Path, argument: str = "path") -> Mapping[str, Te
     if not isinstance(found, Mapping) or not all(isinstance(one, Tensor) for one in found.values()):
         rule = "holds no state dict"
         raise invalid(argument, str(path), rule, "write torch.save(model.state_dict(), …)")
-    return without_wrappers({str(name): tensor for name, tensor in found.items()})
+    tensors = without_wrappers({str(name): tensor for name, tensor in found.items()})
+    return Stored(path, argument, {}, dict(tensors))
+
+
+def load_weights(model: nn.Module, stored: Stored) -> None:
+    """Load a state dict into a model, in the model's precisions.
+
+    Raises:
+        RuntimeError: it is of another model.
+        ValueError: naming the file, if it holds numbers of another kind than the model's, or such as no trained model
+            has.
+    """
+    for name, mine in model.state_dict().items():
+        if name in stored.tensors:
+            check_number_kind(stored, name, mine, stored.tensors[name])
+    model.load_state_dict(stored.tensors)
+    try:
+        check_finite(model)
+        check_statistics(model)
+    except ValueError as error:
+        rule = f"holds no weights of a trained model ({first_line(error).removeprefix('model: ').partition(';')[0]})"
+        raise stored.error(rule, "give an undamaged file") from error
 
 
 def listed(names: Sequence[str]) -> str:
