@@ -22,6 +22,9 @@ from normfree.common.text import LONGEST, all_lines, one_line, shortened
 WIDTH = 110
 """Columns of what is not read on a terminal."""
 
+NARROWEST = 20
+"""Columns at least; in fewer than about eight the parser never ends to break the lines of a help."""
+
 COMPLETION = "--tyro-print-completion"
 Shell = Literal["bash", "zsh", "fish"]
 """Shells that the parser writes completions for."""
@@ -41,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     interrupt.raise_again()
     _open_streams()
+    if shutil.get_terminal_size((WIDTH, 0)).columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         try:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from normfree.commands.shared import Mean, Original, Std, Terminal, TrainedModel, check_options
 from normfree.common.checks import invalid, require
-from normfree.common.files import refused, write_atomically
+from normfree.common.files import check_place, refused, write_atomically
 from normfree.common.text import quoted
 from normfree.data import (
     DataConfig,
@@ -100,6 +100,11 @@ class Evaluate(_Trained):
     """auto: bf16 where the hardware multiplies it natively; else fp32. Exported files have their own."""
     json: Path | None = None
     """File to write the numbers and the confusion matrix to."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.json is not None:
+            check_place("json", self.json)
 
     def run(self, console: Terminal) -> None:
         """Evaluate, and print how good it is."""

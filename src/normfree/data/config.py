@@ -34,6 +34,9 @@ LARGEST_SIZE = 4096
 MOST_WORKERS = 1024
 """Processes that decode, and batches that each has ready, at most."""
 
+MOST_SHIFT, MOST_LAYERS = 256, 64
+"""Pixels of a shift, whose border is memory, and RandAugment's operations, each of which takes time, at most."""
+
 LARGEST_MAGNITUDE = 10
 """RandAugment's scale: 10 is the strongest that torchvision's operations are defined for (its own scale's 30)."""
 
@@ -79,6 +82,9 @@ class AugmentationConfig:
         if self.randaugment_magnitude > LARGEST_MAGNITUDE:
             rule = f"must be at most {LARGEST_MAGNITUDE}, the end of the scale"
             raise invalid("randaugment_magnitude", self.randaugment_magnitude, rule, "pass 10 or fewer")
+        for name, most in (("shift", MOST_SHIFT), ("randaugment_layers", MOST_LAYERS)):
+            if getattr(self, name) > most:
+                raise invalid(name, getattr(self, name), f"must be at most {most}", "pass fewer")
         for name in ("mixup", "cutmix"):
             check_number(name, getattr(self, name), 0)
 

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 from normfree.common.checks import invalid, require, suggestion
-from normfree.common.files import check_file
+from normfree.common.files import check_file, kind_of
 from normfree.common.text import first_line, quoted
 from normfree.data.config import DataConfig
 
@@ -31,6 +31,10 @@ MOST_PATTERNS = 100_000
 
 SMALL = 2**30
 """Bytes of parquet that are read into memory as they are."""
+
+
+MOST_UNPACKED, MOST_REPEATED = 2**28, 16
+"""Bytes in memory of a parquet file of any size, and for each of its bytes: encoded images are not compressed again."""
 
 
 class Namer(Protocol):
@@ -81,7 +85,7 @@ def find_source(config: DataConfig) -> Source:
     name = config.source
     if name.startswith("hub:"):
         return HubSource(config)
-    if Path(name).is_dir():
+    if kind_of(name) == "a folder":
         if files := sorted(str(file) for file in Path(name).rglob("*.parquet")):
             return FileSource("parquet", group_by_split(files), config)
         return FolderSource(Path(name))
@@ -214,11 +218,10 @@ class FileSource:
         """The encoded rows of small parquet files, in memory: ``datasets`` would write a copy of them first."""
         datasets = require("datasets", "a data source")
         from datasets.table import InMemoryTable
-        from pyarrow import parquet
 
         count_rows(files)  # names the file that is damaged
         with one_line_errors(self.config.source):
-            tables = [datasets.Dataset(InMemoryTable(parquet.read_table(file))) for file in files]
+            tables = [datasets.Dataset(InMemoryTable(_read_whole(file))) for file in files]
             return _leave_encoded(datasets.concatenate_datasets(tables))
 
     def labels(self, split: str, column: str) -> list[Any] | None:
@@ -251,6 +254,23 @@ class FileSource:
         paths = [os.path.abspath(file) for file in self.paths[split]]
         root = os.path.commonpath([os.path.dirname(path) for path in paths])
         return {os.path.relpath(path, root): path for path in paths}
+
+
+def _read_whole(file: str) -> Any:
+    """The table of a parquet file, unless it is much larger than the file, as one of repeated rows can be.
+
+    Raises:
+        ValueError: naming it.
+    """
+    from pyarrow import Table, parquet
+
+    batches, size, most = [], 0, MOST_UNPACKED + MOST_REPEATED * os.path.getsize(file)
+    with parquet.ParquetFile(file) as opened:
+        for batch in opened.iter_batches(1024):
+            if (size := size + batch.nbytes) > most:
+                raise ValueError(f"{file} unpacks to more than {most / 2**20:,.0f} MiB")
+            batches.append(batch)
+        return Table.from_batches(batches, opened.schema_arrow)
 
 
 class ParquetNamer:
@@ -414,8 +434,10 @@ def scan_shards(files: Sequence[str]) -> tuple[int, int | None]:
     for file in files:
         keys = set()
         try:
-            with tarfile.open(file) as shard:
+            with tarfile.open(file, "r:") as shard:  # of a compressed one, a few bytes may be a memory's worth
                 for member in shard:
+                    if member.issparse():
+                        raise ValueError(f"{quoted(member.name)} is a sparse file, larger than what is stored of it")
                     path = PurePosixPath(member.name)
                     if not member.isfile() or path.name.startswith("."):
                         continue

@@ -49,6 +49,9 @@ Strategy = Literal["auto", "ddp", "fsdp"]
 Precision = Literal["auto", "bf16", "fp32"]
 Log = Literal["tensorboard", "wandb", "mlflow"]
 
+LARGEST_SETTING = 1e30
+"""Of an optimizer's numbers: float32 holds 3e38, and some are multiplied with each other."""
+
 STEPS = 4
 """Steps of an epoch, at least, where the batch is made smaller."""
 
@@ -103,6 +106,9 @@ class OptimizerConfig:
                 check_number(name, getattr(self, name), 0, exclusive=True)
         for name in ("clip_eps", "classifier_lr_scale"):
             check_number(name, getattr(self, name), 0, exclusive=True)
+        for one in dataclasses.fields(self):
+            if isinstance(value := getattr(self, one.name), (int, float)) and value > LARGEST_SETTING:
+                raise invalid(one.name, value, f"must be at most {LARGEST_SETTING:g}", "pass a smaller one")
 
     def peak(self, batch_size: int) -> float:
         """Return the highest learning rate for a batch: ``learning_rate * batch_size / reference_batch``."""

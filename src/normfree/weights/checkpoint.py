@@ -417,7 +417,9 @@ def write(model: nn.Module, path: str | Path, notes: Mapping[str, str]) -> Path:
     path = check_target(path)
     tensors: dict[str, Tensor] = {}
     memory: set[int] = set()
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict().items():
+        _check_writable(model, name, tensor, weight=name in parameters)
         tensor = tensor.detach().cpu().contiguous()
         if tensor.untyped_storage().data_ptr() in memory:
             tensor = tensor.clone()  # a tied one: safetensors writes nothing twice
@@ -425,6 +427,21 @@ def write(model: nn.Module, path: str | Path, notes: Mapping[str, str]) -> Path:
         tensors[name] = tensor
     folded = {} if has_foldable(model) else {FOLDED: "true"}
     return write_atomically(path, to_bytes(tensors, metadata={**notes, **folded}))
+
+
+def _check_writable(model: nn.Module, name: str, tensor: Tensor, *, weight: bool) -> None:
+    """Raise for a tensor that a file could not give back."""
+    __tracebackhide__ = True
+    rule = ""
+    if tensor.is_meta:
+        rule = "is on the meta device, without values"
+    elif tensor.layout != torch.strided or tensor.is_quantized:
+        rule = f"is {'quantized' if tensor.is_quantized else 'sparse'}"
+    elif tensor.dtype not in FLOATING and (weight or tensor.is_floating_point() or tensor.is_complex()):
+        rule = f"holds {_dtype_name(tensor.dtype)}, which are no weights"
+    if rule:
+        remedy = "save it in float32, float64, float16 or bfloat16, as dense tensors"
+        raise invalid("model", type(model).__name__, f"{shortened(name, 80)} {rule}", remedy)
 
 
 def check_fits(model: nn.Module, stored: Stored) -> None:
