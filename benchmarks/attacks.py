@@ -873,6 +873,7 @@ for keys, value in (
     (("derived", "data", "prefetch"), 10**12),
     (("derived", "data", "source"), "{0..99999999999}.tar"),
     (("derived", "data", "source"), "{a,b}" * 40 + ".tar"),
+    (("derived", "data", "source"), "{c,d}" * 4000 + ".tar"),
     (("derived", "data", "source"), f"{{0..{'9' * 5000}}}.tar"),
     (("derived", "classes"), ["0"] * 10),
 ):

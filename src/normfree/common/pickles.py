@@ -40,6 +40,7 @@ class PlainKeysUnpickler(_PYTHONS):
 
     def check_keys(self, keys: Iterable[Any]) -> None:
         """Raise for a key that is no text or number."""
+        __tracebackhide__ = True
         for key in keys:
             if not isinstance(key, (str, bytes, int, float, type(None))):
                 raise self.refusal(f"has a key of type {type(key).__name__.lstrip('_')}")
@@ -124,6 +125,7 @@ def check_torch_file(path: str | Path) -> None:
         pickle.UnpicklingError: it calls something else, which the message names after ``GLOBAL``.
         Exception: it is damaged, of almost any kind.
     """
+    __tracebackhide__ = True
     if not zipfile.is_zipfile(path):  # of versions before 1.6: four pickles, of which the last is the content, a fifth
         with open(path, "rb") as file:
             for _ in range(5):

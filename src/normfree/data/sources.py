@@ -26,8 +26,8 @@ from normfree.data.config import DataConfig
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
-MOST_PATTERNS = 100_000
-"""Names that a source's braces stand for at most."""
+MOST_PATTERNS, MOST_BRACES = 100_000, 32
+"""Names that a source's braces stand for, and pairs of braces, at most."""
 
 SMALL = 2**30
 """Bytes of parquet that are read into memory as they are."""
@@ -89,10 +89,7 @@ def find_source(config: DataConfig) -> Source:
         if files := sorted(str(file) for file in Path(name).rglob("*.parquet")):
             return FileSource("parquet", group_by_split(files), config)
         return FolderSource(Path(name))
-    patterns = list(itertools.islice(expand_braces(name), MOST_PATTERNS + 1))
-    if len(patterns) > MOST_PATTERNS:
-        rule = f"its braces stand for more than {MOST_PATTERNS:,} names"
-        raise invalid("source", name, rule, "name the shards by a pattern such as train-*.tar")
+    patterns = expand_braces(name)
     files = [file for one in patterns for file in ([one] if "://" in one else sorted(glob.glob(one, recursive=True)))]
     if not files:
         rule = "there is no such folder or file"
@@ -103,8 +100,21 @@ def find_source(config: DataConfig) -> Source:
     raise invalid("source", name, "files must all be .parquet or all be .tar", "pass a folder to read image files")
 
 
-def expand_braces(pattern: str) -> Iterator[str]:
-    """Yield a pattern with its braces written out: ``a-{08..10}`` is a-08, a-09, a-10, and ``{x,y}`` is x, y."""
+def expand_braces(pattern: str) -> list[str]:
+    """Return a pattern with its braces written out: ``a-{08..10}`` is a-08, a-09, a-10, and ``{x,y}`` is x, y.
+
+    Raises:
+        ValueError: they stand for too many names.
+    """
+    few = pattern.count("{") <= MOST_BRACES
+    names = list(itertools.islice(_without_braces(pattern), MOST_PATTERNS + 1)) if few else []
+    if not few or len(names) > MOST_PATTERNS:
+        rule = f"its braces stand for more than {MOST_PATTERNS:,} names"
+        raise invalid("source", pattern, rule, "name the shards by a pattern such as train-*.tar")
+    return names
+
+
+def _without_braces(pattern: str) -> Iterator[str]:
     match = re.search(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}", pattern)
     if match is None:
         yield pattern
@@ -116,7 +126,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
         parts = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
     head, tail = pattern[: match.start()], pattern[match.end() :]
     for part in parts:
-        yield from expand_braces(f"{head}{part}{tail}")
+        yield from _without_braces(f"{head}{part}{tail}")
 
 
 class FolderSource:
