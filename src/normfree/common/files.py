@@ -92,8 +92,10 @@ def check_place(argument: str, path: str | Path, *, folder: bool = False) -> Non
     except OSError as error:  # a name that is too long, a working folder that was removed
         raise refused(argument, path, f"is no place ({error.strerror})", "give another") from error
     if not existing.is_dir():
-        what = "a file, not a folder" if existing.is_file() else "no folder"
-        raise refused(argument, path, f"{str(existing)!r} is {what}", "give another place")
+        what = "no folder" if not existing.is_file() else "a file" if folder else "a file, not a folder"
+        raise refused(
+            argument, path, f"{str(existing)!r} is {what}", "give a folder" if folder else "give another place"
+        )
     if existing.is_relative_to("/proc") or not os.access(existing, os.W_OK | os.X_OK):
         raise refused(argument, path, f"{str(existing)!r} cannot be written to", "give another place")
 
