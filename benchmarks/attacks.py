@@ -23,6 +23,7 @@ import signal
 import socket
 import struct
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -621,6 +622,62 @@ for title, content in {
     attack("code" if "os." in title else "bomb", f"official weights of a pickle {title}", read, "w.npz")
 
 
+SHARED_TUPLES = b"\x80\x02)q\x01" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(1, 60))
+SHARED_LISTS = b"\x80\x02]q\x01" + b"".join(b"]q%c(h%ch%ce" % (i + 1, i, i) for i in range(1, 60))
+PICKLES = {
+    "whose key is exponential": SHARED_TUPLES + b"}h<K\x01s.",
+    "of lists that share lists": SHARED_LISTS + b"}X\x01\x00\x00\x00ah<s.",
+    "of a list in itself": b"\x80\x02}X\x01\x00\x00\x00a]q\x01h\x01as.",
+    "of a bytearray of 64 GB": b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85R.",
+    "of a set whose item is exponential": SHARED_TUPLES + b"c__builtin__\nset\n]h<a\x85R.",
+}
+
+
+def write_torch_file(path: Path, content: bytes, kind: int = zipfile.ZIP_STORED, numbers: bytes = b"") -> None:
+    """A file as of torch.save, with this pickle."""
+    with zipfile.ZipFile(path, "w", kind, compresslevel=1) as archive:
+        for name, part in {"data.pkl": content, "version": b"3\n", "byteorder": b"little", "data/0": numbers}.items():
+            archive.writestr(f"archive/{name}", part)
+
+
+WEIGHTS_OF = ["convert", "torchvision:resnet18", "--weights", "w.pth", "--out", "o.safetensors"]
+for title, content in PICKLES.items():
+
+    def weights_of(folder: Path, content: bytes = content) -> list[str]:
+        """A state dict of some bytes."""
+        write_torch_file(folder / "w.pth", content)
+        return WEIGHTS_OF
+
+    def state_of(folder: Path, content: bytes = content) -> list[str]:
+        """A training state of some bytes, with the checksums that belong to it."""
+        run = run_in(folder)
+        rewritten_state(run, lambda state: state, lambda path: write_torch_file(path, content))
+        return train_words(run)
+
+    def old_weights_of(folder: Path, content: bytes = content) -> list[str]:
+        """A state dict of some bytes, as PyTorch wrote it before 1.6."""
+        torch.save({}, folder / "w.pth", _use_new_zipfile_serialization=False)
+        old = (folder / "w.pth").read_bytes()
+        (folder / "w.pth").write_bytes(old.replace(pickle.dumps({}, 2), content, 1))
+        return WEIGHTS_OF
+
+    attack("bomb", f"a state dict of a pickle {title}", weights_of, "w.pth")
+    attack("bomb", f"an old state dict of a pickle {title}", old_weights_of, "w.pth")
+    attack("bomb", f"a training state of a pickle {title}", state_of, "step_")
+
+
+def compressed(folder: Path) -> list[str]:
+    """A state dict whose numbers are compressed."""
+    torch.save({"fc.bias": torch.zeros(1000)}, folder / "one.pth")
+    with zipfile.ZipFile(folder / "one.pth") as archive:
+        content = next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+    write_torch_file(folder / "w.pth", content, zipfile.ZIP_DEFLATED, bytes(4000))
+    return WEIGHTS_OF
+
+
+attack("bomb", "a state dict that is compressed", compressed, "w.pth")
+
+
 def table_in(folder: Path, labels: Any, name: str = "data") -> None:
     """A parquet file of images with labels, and a model."""
     import pyarrow
@@ -667,6 +724,55 @@ for title, labels, kind in (
     )
 for kind in ("", "dictionary", "large_string", "string_view"):
     attack("wrong", f"labels of words, {kind or 'plain'}", labelled(TEN, kind), promise=WORKS)
+
+
+def repeated(folder: Path) -> list[str]:
+    """A small parquet file whose two million images are one."""
+    import pyarrow
+    from pyarrow import parquet
+
+    model_in(folder)
+    (folder / "data").mkdir()
+    rows = 2**17
+    image = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, pyarrow.int32()), [bytes(1000)])
+    part = pyarrow.table({"image": image.cast(pyarrow.binary()), "label": [1] * rows})
+    with parquet.ParquetWriter(folder / "data" / "test.parquet", part.schema) as file:
+        for _ in range(16):
+            file.write_table(part)
+    return ["evaluate", "model.safetensors", "--source", "data", "--image-size", "8"]
+
+
+attack("bomb", "a parquet file of one image two million times", repeated, "data")
+
+
+def shard_of(member: Callable[[], tuple[Any, bytes]], *, compressed: bool = False) -> Callable[[Path], list[str]]:
+    """An evaluation on a WebDataset shard with one image."""
+
+    def act(folder: Path) -> list[str]:
+        model_in(folder)
+        with tarfile.open(folder / "data-000.tar", "w:gz" if compressed else "w", format=tarfile.PAX_FORMAT) as shard:
+            entry, content = member()
+            entry.size = len(content)
+            shard.addfile(entry, io.BytesIO(content))
+            label = tarfile.TarInfo("0.cls")
+            label.size = 1
+            shard.addfile(label, io.BytesIO(b"1"))
+        return ["evaluate", "model.safetensors", "--source", "data-000.tar", "--image-size", "8"]
+
+    return act
+
+
+def sparse_member() -> tuple[Any, bytes]:
+    """A member of 4 GB, of which nothing is stored."""
+    entry = tarfile.TarInfo("0.png")
+    sizes = {"major": "1", "minor": "0", "name": "0.png", "realsize": str(2**32)}
+    entry.pax_headers = {f"GNU.sparse.{key}": value for key, value in sizes.items()}
+    return entry, b"1\n0\n512\n".ljust(512, b"\0") + bytes(512)
+
+
+attack("bomb", "a shard with a sparse member of 4 GB", shard_of(sparse_member), "data-000.tar")
+pages = shard_of(lambda: (tarfile.TarInfo("0.png"), bytes(2**20)), compressed=True)
+attack("bomb", "a shard that is compressed", pages, "data-000.tar")
 
 
 # --- 3: damaged and forged files ----------------------------------------------------------------------------------
@@ -760,17 +866,57 @@ for keys, value in (
     attack("damage", name, changed("config.json", edited(*keys, value=value), evaluated))
 
 
-def rewritten_state(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+for keys, value in (
+    (("derived", "data", "image_size"), 60_000),
+    (("config", "evaluation_size"), 10**9),
+    (("derived", "data", "workers"), 10**5),
+    (("derived", "data", "prefetch"), 10**12),
+    (("derived", "data", "source"), "{0..99999999999}.tar"),
+    (("derived", "data", "source"), "{a,b}" * 40 + ".tar"),
+    (("derived", "data", "source"), "{c,d}" * 4000 + ".tar"),
+    (("derived", "data", "source"), f"{{0..{'9' * 5000}}}.tar"),
+    (("derived", "classes"), ["0"] * 10),
+):
+    act = changed("config.json", edited(*keys, value=value), evaluated)
+    attack("bomb", f"a run's {keys[-1]} of {str(value)[:20]!r}", act, "source" if "source" in keys else "config.json")
+
+for keys, value in (
+    (("evaluation", "top1"), "high"),
+    (("evaluation", "top1"), None),
+    (("evaluation", "top1"), float("nan")),
+    (("evaluation", "top1"), 7.0),
+    (("evaluation", "top5"), [1]),
+    (("evaluation", "examples"), "many"),
+    (("evaluation", "confusion"), "none"),
+    (("evaluation",), {}),
+    (("seconds",), None),
+    (("skipped_steps",), []),
+    (("bad_images",), 7),
+):
+    title = f"metrics.json with {'.'.join(keys)} {str(value)!r}"
+    attack("damage", title, changed("metrics.json", edited(*keys, value=value)), "metrics.json")
+attack(
+    "wrong", "metrics.json of a run that stopped", changed("metrics.json", edited("status", value=ESCAPES)), "", WORKS
+)
+for title, header in {"a column of escapes": ESCAPES.encode() + b",step\n", "a column twice": b"step,step\n"}.items():
+    change = changed("train.csv", lambda content, header=header: header + b"1,2\n")
+    attack("damage", f"train.csv with {title}", change, "", WORKS)
+
+
+def rewritten_state(
+    run: Path, change: Callable[[dict[str, Any]], Any], write: Callable[[Path], None] | None = None
+) -> None:
     """Another training state in every checkpoint, with the checksums that belong to it."""
     from normfree.train.checkpoint import _facts, _own_hash
 
     (run / "metrics.json").unlink(missing_ok=True)
     for folder in sorted((run / "checkpoints").iterdir()):
         state = torch.load(folder / "state.pt", weights_only=True)
-        torch.save(change(state), folder / "state.pt")
+        torch.save(change(state), folder / "state.pt") if write is None else write(folder / "state.pt")
         document = json.loads((folder / "manifest.json").read_bytes())
         document.pop("sha256")
-        document["files"]["state.pt"] = _facts(folder / "state.pt")
+        for name in ("state.pt", "model.safetensors"):
+            document["files"][name] = _facts(folder / name)
         (folder / "manifest.json").write_text(json.dumps({**document, "sha256": _own_hash(document)}))
 
 
@@ -802,6 +948,94 @@ for title, change in {
     "a tensor of 10**12": lambda state: {**state, "optimizer": torch.zeros(1).expand(10**12)},
 }.items():
     attack("damage", f"a training state with {title}", stated(change), "step_")
+
+
+def halfway(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], list[str]]:
+    """Going on from a forged state of which there are steps left."""
+
+    def act(folder: Path) -> list[str]:
+        run = run_in(folder)
+        rewritten_state(run, change)
+        shutil.rmtree(max((run / "checkpoints").iterdir()))
+        return train_words(run)
+
+    return act
+
+
+def with_momenta(change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], Any]:
+    """A training state with other momenta."""
+
+    def changed_state(state: dict[str, Any]) -> dict[str, Any]:
+        for of_parameter in state["optimizer"]["state"].values():
+            of_parameter["momentum_buffer"] = change(of_parameter["momentum_buffer"])
+        return state
+
+    return changed_state
+
+
+def with_setting(**setting: Any) -> Callable[[dict[str, Any]], Any]:
+    """A training state whose optimizer has another setting."""
+
+    def changed_state(state: dict[str, Any]) -> dict[str, Any]:
+        for group in state["optimizer"]["param_groups"]:
+            group |= setting
+        return state
+
+    return changed_state
+
+
+def with_data(**position: Any) -> Callable[[dict[str, Any]], Any]:
+    """A training state that is at other images."""
+    return lambda state: {**state, "data": [{**state["data"][0], **position}]}
+
+
+attack("wrong", "a training state that is whole", halfway(lambda state: state), "", WORKS)
+for title, change in {
+    "momenta of one number": with_momenta(lambda momentum: momentum.reshape(-1)[:1].clone()),
+    "momenta that are NaN": with_momenta(lambda momentum: momentum * float("nan")),
+    "momenta of integers": with_momenta(lambda momentum: momentum.long()),
+    "momenta in one row": with_momenta(lambda momentum: momentum.reshape(1, -1)),
+    "momenta that are sparse": with_momenta(lambda momentum: momentum.to_sparse()),
+    "momenta of words": with_momenta(lambda momentum: "momentum"),
+    "no momenta": lambda state: {**state, "optimizer": {**state["optimizer"], "state": {}}},
+    "another weight decay": with_setting(weight_decay=1e9),
+    "another momentum": with_setting(momentum=0.0),
+    "a momentum that is NaN": with_setting(momentum=float("nan")),
+    "steps uphill": with_setting(maximize=True),
+    "a setting of words": with_setting(nesterov="yes"),
+    "a step beyond the end": lambda state: {**state, "step": 10**12},
+    "another step than its checkpoint's": lambda state: {**state, "step": state["step"] - 1},
+    "images of another epoch": with_data(epoch=10**18),
+    "images of a negative step": with_data(step=-3),
+    "images of a step of words": with_data(step="three"),
+    "images of no end": with_data(step=10**18),
+}.items():
+    attack("wrong", f"going on from a training state with {title}", halfway(change), "step_")
+
+
+def other_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], list[str]]:
+    """Going on from a checkpoint of other weights, with the checksums that belong to it."""
+
+    def act(folder: Path) -> list[str]:
+        from safetensors.torch import load_file, save_file
+
+        run = run_in(folder)
+        for place in (run / "checkpoints").iterdir():
+            save_file(change(load_file(place / "model.safetensors")), place / "model.safetensors", {})
+        rewritten_state(run, lambda state: state)
+        shutil.rmtree(max((run / "checkpoints").iterdir()))
+        return train_words(run)
+
+    return act
+
+
+for title, change in {
+    "integers": lambda tensors: {name: tensor.long() for name, tensor in tensors.items()},
+    "half precision": lambda tensors: {name: tensor.half() for name, tensor in tensors.items()},
+    "NaN": lambda tensors: {name: tensor * float("nan") for name, tensor in tensors.items()},
+    "one tensor fewer": lambda tensors: dict(list(tensors.items())[1:]),
+}.items():
+    attack("wrong", f"going on from weights of {title}", other_weights(change), "step_")
 
 
 def manifested(change: Callable[[dict[str, Any]], Any], *, signed: bool = True) -> Callable[[Path], list[str]]:
@@ -943,6 +1177,35 @@ for command in ("evaluate", "predict"):
     attack("wrong", f"{command}: weights of two precisions", act, promise=WORKS)
 
 
+def foreign(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[Path], list[str]]:
+    """A state dict of another library's network, to convert."""
+
+    def act(folder: Path) -> list[str]:
+        import torchvision
+
+        torch.manual_seed(0)
+        tensors = torchvision.models.resnet18().state_dict()
+        torch.save({name: change(name, tensor) for name, tensor in tensors.items()}, folder / "w.pth")
+        return [*WEIGHTS_OF, "--start", "pretrained", "--image-size", "32"]
+
+    return act
+
+
+attack(
+    "wrong", "a state dict in half precision", foreign(lambda n, t: t.half() if t.is_floating_point() else t), "", WORKS
+)
+for title, change in {
+    "NaN in one layer": lambda name, tensor: tensor * float("nan") if name == "layer1.0.conv1.weight" else tensor,
+    "integers": lambda name, tensor: tensor.long(),
+    "yes and no": lambda name, tensor: tensor.bool(),
+    "complex numbers": lambda name, tensor: tensor.to(torch.complex64),
+    "eight-bit floats": lambda name, tensor: tensor.to(torch.float8_e4m3fn),
+    "a negative variance": lambda name, tensor: -tensor if name.endswith("running_var") else tensor,
+    "sparse tensors": lambda name, tensor: tensor.to_sparse() if tensor.dim() else tensor,
+    "tensors without values": lambda name, tensor: tensor.to("meta"),
+}.items():
+    attack("wrong", f"a state dict of {title}", foreign(change), "w.pth")
+
 STATISTICS = {"NaN": float("nan"), "infinity": float("inf"), "minus five": -5.0}
 
 
@@ -982,6 +1245,28 @@ for words in (
         attack("wrong", f"{words[0]}: a running variance of {title}", normalized(fill_variance(value), words), "model")
     if words[0] in ("evaluate", "predict"):
         attack("wrong", f"{words[0]}: weights of 1e30", normalized(fill_weights, words), "model.safetensors")
+
+
+def unwritable(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], Any]:
+    """A model of ours with a weight that a file could not give back, to save."""
+
+    def act(folder: Path) -> Any:
+        model = normfree.create_model("nf_resnet50", **SMALL)  # type: ignore[arg-type]
+        weight = change(next(model.parameters()).detach())
+        model.stem.conv.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))  # type: ignore
+        return lambda: normfree.save(model, folder / "model.safetensors")
+
+    return act
+
+
+for title, change in {
+    "without values": lambda tensor: tensor.to("meta"),
+    "that is sparse": lambda tensor: tensor.to_sparse(),
+    "of eight-bit floats": lambda tensor: tensor.to(torch.float8_e4m3fn),
+    "of integers": lambda tensor: tensor.long(),
+    "of complex numbers": lambda tensor: tensor.to(torch.complex64),
+}.items():
+    attack("wrong", f"saving a weight {title}", unwritable(change), "model")
 
 
 def headless(words: list[str]) -> Callable[[Path], list[str]]:
@@ -1028,6 +1313,26 @@ def digits_split(folder: Path) -> list[str]:
 
 
 attack("wrong", "a split that the digits do not have", digits_split, "test")
+
+
+def not_utf8(part: str) -> Callable[[Path], list[str]]:
+    """Class folders, or images, of a name that is no text."""
+
+    def act(folder: Path) -> list[str]:
+        model_in(folder)
+        image = image_in(folder)
+        names = {"class": ("\udcff", "1.png"), "image": ("0", "\udcff.png")}[part]
+        for split in ("train", "test"):
+            place = folder / "data" / split / names[0]
+            place.mkdir(parents=True)
+            shutil.copy(image, place / names[1])
+        return ["evaluate", "model.safetensors", "--source", "data", "--image-size", "8"]
+
+    return act
+
+
+for part in ("class", "image"):
+    attack("wrong", f"a name of no encoding: {part}", not_utf8(part), "data")
 
 
 # --- 6: what is left behind ---------------------------------------------------------------------------------------
@@ -1123,6 +1428,26 @@ def shown_caches(model: Any) -> Any:
     return list(model.held), cache.length, len(cache.keys), model.held["mask"].tolist()
 
 
+def settings_of_process() -> tuple[Any, ...]:
+    """Of torch, NumPy and Python, that change what is computed."""
+    import numpy as np
+
+    of_torch = torch.get_float32_matmul_precision(), torch.is_anomaly_enabled(), torch.is_autocast_enabled("cpu")
+    return *of_torch, torch.backends.cudnn.enabled, np.geterr(), sys.getrecursionlimit()
+
+
+def change_settings() -> None:
+    """Have all of them otherwise."""
+    import numpy as np
+
+    torch.set_float32_matmul_precision("medium")
+    torch.autograd.set_detect_anomaly(True)
+    torch.set_autocast_enabled("cpu", True)
+    torch.backends.cudnn.enabled = False
+    np.seterr(all="ignore")
+    sys.setrecursionlimit(5000)
+
+
 STATE: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], Any], Callable[[Any], Any]]] = {
     "caches in lists, dicts and objects": (
         lambda: {"layers": [types.SimpleNamespace(keys=[], length=0)], "mask": torch.zeros(2)},
@@ -1160,6 +1485,11 @@ STATE: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], Any], Callable[[A
         lambda: [torch.nn.BatchNorm1d(6)],
         lambda m, x: m.held[0](x),
         lambda m: (m.held[0].running_mean.tolist(), m.held[0].num_batches_tracked.tolist()),
+    ),
+    "settings of the process": (
+        dict,
+        lambda m, x: change_settings(),
+        lambda m: settings_of_process(),
     ),
     "a lock": (threading.Lock, lambda m, x: setattr(m, "more", x), lambda m: hasattr(m, "more")),
     "torch's settings": (
@@ -1318,8 +1648,18 @@ for words in (
     ["spp", ESCAPES],
     [ESCAPES],
     ["train", "digits", "--data.num-classes", "1000000000000"],
+    ["train", "digits", "--seed", str(10**20)],
+    ["train", "digits", "--data.workers", "1000000"],
+    ["train", "digits", "--data.prefetch", str(10**12)],
+    ["train", "digits", "--data.image-size", "100000"],
+    ["train", "digits", "--evaluation-size", "1000000"],
+    ["train", "digits", "--data.augmentation.shift", "1000000000"],
+    ["train", "digits", "--data.augmentation.randaugment-layers", "1000000000"],
+    ["train", "digits", "--optimizer.learning-rate", "1e308", "--limit-train-steps", "2"],
+    ["train", "digits", "--data.source", "{0..999999999999}.tar"],
     ["export", "nf_resnet50:width=1", "--tolerance", "nan"],
     ["benchmark", "nf_resnet50", "--seconds", "nan"],
+    ["benchmark", "nf_resnet50", "--batch-size", str(10**12)],
     ["predict", "none", "x.png", "--top", str(10**30)],
     ["evaluate", "[bold"],
     ["models", "[/nothing]"],
@@ -1330,6 +1670,38 @@ for words in (
 ):
     shown = " ".join(words).encode("unicode_escape").decode()[:60]
     attack("argument", f"normfree {shown}", lambda folder, words=words: list(words))
+
+NO_PLACES: dict[str, Callable[[Path], Any]] = {
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to nowhere below a file": lambda path: path.symlink_to("/dev/null/nowhere/at.all"),
+    "a named pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/full"),
+}
+for title, make in NO_PLACES.items():
+    for words in (
+        ["spp", "MODEL", "--out", "PLACE"],
+        ["train", "digits", "--out", "PLACE"],
+        ["convert", "MODEL", "--out", "PLACE.safetensors"],
+        ["export", "MODEL", "--out", "PLACE.onnx"],
+        ["evaluate", "MODEL", "--source", "digits", "--json", "PLACE.json"],
+    ):
+        if "." in words[-1] and make is NO_PLACES["a link to itself"]:
+            continue  # where a file takes its place
+
+        def placed(folder: Path, make: Callable[[Path], Any] = make, words: list[str] = words) -> list[str]:
+            """A command that would write there."""
+            model_in(folder)
+            make(folder / words[-1].replace("PLACE", "place"))
+            return [word.replace("MODEL", "model.safetensors").replace("PLACE", "place") for word in words]
+
+        attack("argument", f"{words[0]}: {title} as {words[-2]}", placed, "place")
+for words in (["spp", "MODEL", "--out", "x" * 300], ["evaluate", "MODEL", "--source", "digits", "--json", "x" * 300]):
+
+    def long_name(folder: Path, words: list[str] = words) -> list[str]:
+        """A command that would write to a name that is too long."""
+        return [word.replace("MODEL", str(model_in(folder))) for word in words]
+
+    attack("argument", f"{words[0]}: a name of 300 letters as {words[-2]}", long_name, words[-2].strip("-"))
 
 for title, body in {
     "exits": "import sys; sys.exit()",

@@ -22,6 +22,9 @@ from normfree.common.text import LONGEST, all_lines, one_line, shortened
 WIDTH = 110
 """Columns of what is not read on a terminal."""
 
+NARROWEST = 20
+"""Columns at least; in fewer than about eight the parser never ends to break the lines of a help."""
+
 COMPLETION = "--tyro-print-completion"
 Shell = Literal["bash", "zsh", "fish"]
 """Shells that the parser writes completions for."""
@@ -41,9 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     interrupt.raise_again()
     _open_streams()
+    if shutil.get_terminal_size((WIDTH, 0)).columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        command = _parse(words)
+        try:
+            command = _parse(words)
+        except SystemExit:  # help, which has been printed
+            sys.stdout.flush()
+            raise
         code = _run(command)
         sys.stdout.flush()
         return _fail("", code) if interrupt.happened() else code  # a library may have caught the interrupt
@@ -99,8 +108,10 @@ def _fail(said: str, code: int) -> int:
         sys.stdout.flush()
     except OSError:
         drop_output()
-    with contextlib.suppress(OSError):
+    try:
         print(f"normfree: {said}", file=sys.stderr, flush=True)
+    except OSError:
+        drop_output(sys.stderr)
     return code
 
 

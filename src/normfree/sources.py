@@ -32,7 +32,7 @@ from normfree.convert import Conversion, stored_conversion
 from normfree.models import create_model, list_models
 from normfree.models.registry import parse_overrides
 from normfree.weights import load
-from normfree.weights.checkpoint import built_by, check_depths, read_config, read_state_dict
+from normfree.weights.checkpoint import built_by, check_depths, load_stored, read_config, read_state_dict
 
 FORMS = (
     "a name of `normfree models`, torchvision:NAME, timm:NAME, FILE.py:FACTORY, a checkpoint of normfree.save, or "
@@ -117,12 +117,10 @@ def _check_memory(named: Callable[[], nn.Module], source: str) -> None:
     check_memory("model", source, size)
 
 
-NetworkFactory = Callable[[int, int], nn.Module]
-"""Builds a network for a number of classes, to end in, and a number of channels, to begin with."""
-
-
-def network_factory(word: str, original: str | None = None) -> NetworkFactory | None:
+def network_factory(word: str, original: str | None = None) -> Callable[[int, int], nn.Module] | None:
     """Return what builds the network that ``normfree train --model`` names; None for one of ours.
+
+    What is returned takes the number of classes and of the images' channels.
 
     A network of torchvision or timm ends in as many classes as there are, where the word says neither ``num_classes``
     nor what published weights it has. Any other has its own number of outputs.
@@ -220,7 +218,7 @@ def load_weights(model: nn.Module, source: str, path: str | Path) -> None:
         ValueError: the file holds no state dict, or another model's.
     """
     try:
-        model.load_state_dict(read_state_dict(path, "weights"))
+        load_stored(model, read_state_dict(path, "weights"))
     except RuntimeError as error:
         name, remedy = source.partition(":")[0], "give its own state dict"
         if "size mismatch" in str(error) and not names_factory(source) and not Path(source).exists():

@@ -190,6 +190,27 @@ def test_streams_may_be_closed(closed):
     assert "Traceback" not in run.stderr and "Exception ignored" not in run.stderr
 
 
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["models", "--help"], ["--tyro-print-completion", "bash"]]
+)
+def test_help_on_a_full_device_is_one_line(words):
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([*COMMAND, *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "space" in run.stderr, run.stderr
+
+
+def test_an_error_on_a_full_device_keeps_its_code():
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([*COMMAND, "nothing"], stdout=subprocess.PIPE, stderr=full, check=False)
+    assert run.returncode == 2
+
+
+def test_a_help_in_one_column_ends():
+    environment = {**os.environ, "COLUMNS": "1"}
+    run = subprocess.run([*COMMAND, "models", "--help"], env=environment, capture_output=True, timeout=60, check=False)
+    assert run.returncode == 0 and b"usage" in run.stdout
+
+
 def test_a_full_device_is_one_line():
     with open("/dev/full", "w") as full:
         run = subprocess.run([*COMMAND, "models"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)

@@ -176,7 +176,7 @@ def test_a_state_that_would_execute_code_is_refused(store):
             return (print, ("owned",))
 
     checkpoint = store.write(1, {"evil": Evil()}, {WEIGHTS: lambda path: path.write_bytes(b"")}, None)
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(Exception, match="calls GLOBAL __builtin__"):
         checkpoint.state()
 
 

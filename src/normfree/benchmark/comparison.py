@@ -21,7 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.common.checks import check_choice, check_choices, check_integer, check_number, invalid, require
+from normfree.common.checks import (
+    check_choice,
+    check_choices,
+    check_integer,
+    check_memory,
+    check_number,
+    invalid,
+    require,
+)
 from normfree.common.text import first_line, one_line
 from normfree.nn import fold, has_foldable
 from normfree.sources import build
@@ -330,6 +338,7 @@ class Part:
         check_choices(self)
         for name in ("batch_size", "channels", "image_size", "rounds"):
             check_integer(name, getattr(self, name), 1)
+        check_memory("batch_size", self.batch_size, 4 * self.batch_size * self.channels * self.image_size**2)
         check_number("budget", self.budget, 0.0)
         labels = [contender.label for contender in self.contenders]
         if not labels or len(set(labels)) < len(labels):

@@ -43,7 +43,7 @@ from normfree.commands.signals import (
     write_signals,
 )
 from normfree.common.checks import invalid
-from normfree.common.files import notes_of, read_json
+from normfree.common.files import check_place, notes_of, read_json
 from normfree.convert import ALPHA, BY_HAND, SKIP_GAIN, Beta, Conversion, Start, conversion_of, convert
 from normfree.convert.verify import BatchStatistics, statistics_of_batch
 from normfree.data import probe_named
@@ -170,7 +170,7 @@ class Convert(_Conversion):
         check_images(self)
         if self.out.is_dir() or self.out.suffix != ".safetensors":
             raise invalid("out", str(self.out), "is no checkpoint's name", "give one that ends in .safetensors")
-        check_folder(self.out.parent)
+        check_place("out", self.out)
         self._check_replaced()
 
     def run(self, console: Terminal) -> None:

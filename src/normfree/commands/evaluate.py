@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from normfree.commands.shared import Mean, Original, Std, Terminal, TrainedModel, check_options
 from normfree.common.checks import invalid, require
-from normfree.common.files import refused, write_atomically
+from normfree.common.files import check_place, refused, write_atomically
 from normfree.common.text import quoted
 from normfree.data import (
     DataConfig,
@@ -30,7 +31,7 @@ from normfree.data import (
     open_evaluation,
     with_any_split,
 )
-from normfree.data.config import check_statistics, imagenet_statistics, preparation
+from normfree.data.config import check_image_size, check_statistics, imagenet_statistics, preparation
 from normfree.data.holdout import HoldoutSource
 from normfree.train.config import Accelerator, Precision
 
@@ -62,6 +63,7 @@ class _Trained:
     def __post_init__(self) -> None:
         check_statistics(self.mean, self.std)
         check_options(self)
+        check_image_size("image_size", self.image_size)
 
     def open(self, console: Terminal) -> Trained:
         """Return the network; what a person should know of its weights or its images' size is said."""
@@ -122,6 +124,11 @@ class Evaluate(_Trained):
     json: Path | None = None
     """File to write the numbers and the confusion matrix to."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.json is not None:
+            check_place("json", self.json)
+
     def run(self, console: Terminal) -> None:
         """Evaluate, and print how good it is."""
         from normfree.train.distributed import launch, resolve_precision
@@ -164,6 +171,8 @@ class Evaluate(_Trained):
         options = ("source", "image_size", "mean", "std", "batch_size", "workers", "on_bad_image")
         changes = {option: getattr(self, option) for option in options} | {"evaluation_split": self.split}
         changes = {field: value for field, value in changes.items() if value is not None}
+        if known is not None and self.workers is None:  # of the run's machine, which may have had more cores
+            changes["workers"] = min(known.workers, os.cpu_count() or 1)
         if self.source is not None and known is not None and self.source != known.source:
             # What was found in the run's own data does not hold for others.
             changes |= {"in_memory": "auto", "streaming": "auto", "image_column": None, "label_column": None}

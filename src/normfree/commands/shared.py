@@ -5,7 +5,6 @@ Imports no torch: ``normfree models`` and every ``--help`` come here first.
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 
 from normfree.common.checks import check_integer, check_seed, invalid
+from normfree.common.files import check_place
 from normfree.common.streams import drop_output
 from normfree.common.text import printable
 
@@ -145,11 +145,7 @@ def check_folder(out: Path) -> None:
     Raises:
         ValueError: naming the folder and why.
     """
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise invalid("out", str(out), f"{str(existing)!r} is a file", "give a folder")
-    if existing.is_relative_to("/proc") or not os.access(existing, os.W_OK | os.X_OK):
-        raise invalid("out", str(out), f"{str(existing)!r} cannot be written to", "give another folder")
+    check_place("out", out, folder=True)
 
 
 def command_line(name: str, options: Any, positional: Sequence[str], *, without: Sequence[str]) -> str:

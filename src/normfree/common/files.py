@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -68,6 +69,37 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
     return Path(path)
 
 
+def check_place(argument: str, path: str | Path, *, folder: bool = False) -> None:
+    """Refuse a file or folder that could not be written, before any work is done; nothing is made yet.
+
+    Args:
+        argument: that names it.
+        path: of the file, or of the folder.
+        folder: whether it is a folder.
+
+    Raises:
+        ValueError: naming the path, and what stands in the way: no folder, a device, no permission, no such name.
+    """
+    __tracebackhide__ = True
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(path)
+        place = Path(os.path.abspath(path))
+        if not folder and (kind := kind_of(os.path.realpath(place))) not in ("file", "nothing"):
+            raise refused(argument, path, f"is {kind}, no file", "give another path")
+        place = place if folder else Path(os.path.realpath(place)).parent
+        existing = next(one for one in (place, *place.parents) if os.path.lexists(one))
+    except OSError as error:  # a name that is too long, a working folder that was removed
+        raise refused(argument, path, f"is no place ({error.strerror})", "give another") from error
+    if not existing.is_dir():
+        what = "no folder" if not existing.is_file() else "a file" if folder else "a file, not a folder"
+        raise refused(
+            argument, path, f"{str(existing)!r} is {what}", "give a folder" if folder else "give another place"
+        )
+    if existing.is_relative_to("/proc") or not os.access(existing, os.W_OK | os.X_OK):
+        raise refused(argument, path, f"{str(existing)!r} cannot be written to", "give another place")
+
+
 def file_error(error: OSError, path: str | Path) -> OSError:
     """Return an error of writing as one that names the file that was to be written."""
     return type(error)(error.errno, f"could not be written: {error.strerror or first_line(error)}", str(path))
@@ -75,7 +107,7 @@ def file_error(error: OSError, path: str | Path) -> OSError:
 
 def temporary_path(path: Path) -> Path:
     """Return a new name beside a path, for a file or folder of this process that will be renamed to it."""
-    return path.with_name(f".{path.name[:100]}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{_short(path.name)}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def remove_stale(folder: Path, name: str | None = None, *, locked: bool = False) -> None:
@@ -86,7 +118,7 @@ def remove_stale(folder: Path, name: str | None = None, *, locked: bool = False)
         name: of the file that was to be written; any by default.
         locked: whether the folder is this process's alone, so that all that is there is stale, of other machines too.
     """
-    for path in folder.glob(f".{'*' if name is None else glob.escape(name[:100])}.*-*.tmp"):
+    for path in folder.glob(f".{'*' if name is None else glob.escape(_short(name))}.*-*.tmp"):
         match = re.fullmatch(r"\..+\.(\w+)-(\d+)-[0-9a-f]{8}\.tmp", path.name)
         if match is None or not (locked or (match[1] == _machine() and not _is_alive(int(match[2])))):
             continue
@@ -94,6 +126,11 @@ def remove_stale(folder: Path, name: str | None = None, *, locked: bool = False)
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _short(name: str) -> str:
+    """The beginning of a name, which leaves room for what follows in the 255 bytes of a file's."""
+    return os.fsencode(name)[:100].decode(errors="ignore")
 
 
 def _machine() -> str:
@@ -140,7 +177,7 @@ def kind_of(path: str | Path) -> str:
     """Return what a path leads to: "file", "nothing", or in words what else."""
     try:
         mode = os.stat(path).st_mode
-    except (OSError, ValueError):  # the latter: a NUL in the name
+    except (OSError, ValueError, TypeError):  # the latter two: a NUL in the name, no path at all
         return "nothing"
     return "file" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no regular file")
 

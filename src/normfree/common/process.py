@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -185,7 +187,39 @@ def settings_of_torch() -> Sequence[Kept]:
         _Setting("cuDNN's benchmark mode", lambda: cudnn.benchmark, lambda on: setattr(cudnn, "benchmark", on)),
         _Setting("cuDNN's determinism", lambda: cudnn.deterministic, lambda on: setattr(cudnn, "deterministic", on)),
         _Setting("attention's fast path", mha.get_fastpath_enabled, mha.set_fastpath_enabled),
+        _Setting("cuDNN itself", lambda: cudnn.enabled, lambda on: setattr(cudnn, "enabled", on)),
+        _Setting("autograd's anomaly mode", _anomaly_mode, lambda mode: torch.autograd.set_detect_anomaly(*mode)),
+        _Setting("NumPy's handling of errors", lambda: tuple(np.geterr().items()), lambda how: np.seterr(**dict(how))),
+        _Setting("Python's limit of recursion", sys.getrecursionlimit, sys.setrecursionlimit),
+        *(
+            _Setting(
+                f"autocast on {device}", partial(torch.is_autocast_enabled, device), partial(_set_autocast, device)
+            )
+            for device in ("cpu", "cuda")
+        ),
+        *_precision_of_products(),
     ]
+
+
+def _anomaly_mode() -> tuple[bool, bool]:
+    return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+
+
+def _set_autocast(device: str, on: bool) -> None:
+    torch.set_autocast_enabled(device, on)
+    torch.clear_autocast_cache()
+
+
+def _precision_of_products() -> list[Kept]:
+    """The precision of float32 products; none where torch's newer settings, which have no one name for it, set it."""
+    try:
+        return [
+            _Setting(
+                "the precision of products", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+            )
+        ]
+    except RuntimeError:
+        return []
 
 
 def _set_default_device(device: torch.device) -> None:

@@ -6,14 +6,15 @@ import contextlib
 import os
 import select
 import sys
+from typing import IO
 
 from normfree.common.text import causes
 
 
-def drop_output() -> None:
-    """Have what is left of the output go nowhere, or Python would complain of it at its end."""
+def drop_output(stream: IO[str] | None = None) -> None:
+    """Have what is left in a stream, standard output by default, go nowhere, or Python would complain at its end."""
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
 def closed_output(error: BaseException) -> bool:

@@ -28,6 +28,15 @@ HOLDOUT = 0.1
 MOST_CLASSES = 1_000_000
 """Classes a network has at most; labels that number more are identifiers."""
 
+LARGEST_SIZE = 4096
+"""Height and width of images at most: of one in float32 that are 0.2 GB."""
+
+MOST_WORKERS = 1024
+"""Processes that decode, and batches that each has ready, at most."""
+
+MOST_SHIFT, MOST_LAYERS = 256, 64
+"""Pixels of a shift, whose border is memory, and RandAugment's operations, each of which takes time, at most."""
+
 LARGEST_MAGNITUDE = 10
 """RandAugment's scale: 10 is the strongest that torchvision's operations are defined for (its own scale's 30)."""
 
@@ -73,6 +82,9 @@ class AugmentationConfig:
         if self.randaugment_magnitude > LARGEST_MAGNITUDE:
             rule = f"must be at most {LARGEST_MAGNITUDE}, the end of the scale"
             raise invalid("randaugment_magnitude", self.randaugment_magnitude, rule, "pass 10 or fewer")
+        for name, most in (("shift", MOST_SHIFT), ("randaugment_layers", MOST_LAYERS)):
+            if getattr(self, name) > most:
+                raise invalid(name, getattr(self, name), f"must be at most {most}", "pass fewer")
         for name in ("mixup", "cutmix"):
             check_number(name, getattr(self, name), 0)
 
@@ -145,6 +157,9 @@ class DataConfig:
         for name in ("batch_size", "prefetch", "shuffle_block"):
             check_integer(name, getattr(self, name), 1)
         check_integer("workers", self.workers, 0)
+        for name in ("workers", "prefetch"):
+            if getattr(self, name) > MOST_WORKERS:
+                raise invalid(name, getattr(self, name), f"must be at most {MOST_WORKERS:,}", "pass fewer")
         check_seed(self.seed)
         check_integer("holdout_seed", self.holdout_seed, 0)
         if self.holdout is not None:
@@ -152,6 +167,7 @@ class DataConfig:
         for name in ("num_classes", "examples", "evaluation_examples", "image_size"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
+        check_image_size("image_size", self.image_size)
         if self.num_classes is not None and self.num_classes > MOST_CLASSES:
             rule = f"must be at most {MOST_CLASSES:,}"
             raise invalid("num_classes", self.num_classes, rule, "pass the number of different labels")
@@ -179,6 +195,13 @@ class DataConfig:
         """Means and deviations; of a resolved config."""
         assert self.mean is not None and self.std is not None
         return self.mean, self.std
+
+
+def check_image_size(argument: str, size: int | None) -> None:
+    """Refuse a height and width that no network takes, and that one image could fill the memory with."""
+    __tracebackhide__ = True
+    if size is not None and size > LARGEST_SIZE:
+        raise invalid(argument, size, f"must be at most {LARGEST_SIZE:,}", "pass a smaller one")
 
 
 def check_statistics(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from normfree.common.checks import invalid, require
+from normfree.common.checks import check_integer, invalid, require
 from normfree.common.torch_compat import end_workers
 from normfree.data.augmentation import Augmentation, CentreCrop, Crop, Standardization, TrainingCrop
 from normfree.data.config import DataConfig, imagenet_statistics
@@ -163,8 +163,11 @@ class TrainingData:
             if own and state["share"][name] != value:
                 rule = f"the saved run had {state['share'][name]!r}, and its order cannot go on with another"
                 raise invalid(name, value, rule, f"pass {name}={state['share'][name]!r}, or start anew")
-        self.epoch, self.step, self._place = state["epoch"], state["step"], state["place"]
-        self.bad_images = dict(state["bad_images"])
+        epoch, step = (check_integer(name, state[name], 0) for name in ("epoch", "step"))
+        if step > self.steps_per_epoch:
+            raise invalid("step", step, f"an epoch has {self.steps_per_epoch} batches", "give an undamaged state")
+        self.epoch, self.step, self._place = epoch, step, state["place"]
+        self.bad_images = {str(name): str(reason) for name, reason in dict(state["bad_images"]).items()}
 
 
 def open_evaluation(

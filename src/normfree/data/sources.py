@@ -20,14 +20,21 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 from normfree.common.checks import invalid, require, suggestion
-from normfree.common.files import check_file
-from normfree.common.text import first_line
+from normfree.common.files import check_file, kind_of
+from normfree.common.text import first_line, quoted
 from normfree.data.config import DataConfig
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
+MOST_PATTERNS, MOST_BRACES = 100_000, 32
+"""Names that a source's braces stand for, and pairs of braces, at most."""
+
 SMALL = 2**30
 """Bytes of parquet that are read into memory as they are."""
+
+
+MOST_UNPACKED, MOST_REPEATED = 2**28, 16
+"""Bytes in memory of a parquet file of any size, and for each of its bytes: encoded images are not compressed again."""
 
 
 class Namer(Protocol):
@@ -78,7 +85,7 @@ def find_source(config: DataConfig) -> Source:
     name = config.source
     if name.startswith("hub:"):
         return HubSource(config)
-    if Path(name).is_dir():
+    if kind_of(name) == "a folder":
         if files := sorted(str(file) for file in Path(name).rglob("*.parquet")):
             return FileSource("parquet", group_by_split(files), config)
         return FolderSource(Path(name))
@@ -94,17 +101,32 @@ def find_source(config: DataConfig) -> Source:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return a pattern with its braces written out: ``a-{08..10}`` is a-08, a-09, a-10, and ``{x,y}`` is x, y."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    """Return a pattern with its braces written out: ``a-{08..10}`` is a-08, a-09, a-10, and ``{x,y}`` is x, y.
+
+    Raises:
+        ValueError: they stand for too many names.
+    """
+    few = pattern.count("{") <= MOST_BRACES
+    names = list(itertools.islice(_without_braces(pattern), MOST_PATTERNS + 1)) if few else []
+    if not few or len(names) > MOST_PATTERNS:
+        rule = f"its braces stand for more than {MOST_PATTERNS:,} names"
+        raise invalid("source", pattern, rule, "name the shards by a pattern such as train-*.tar")
+    return names
+
+
+def _without_braces(pattern: str) -> Iterator[str]:
+    match = re.search(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}", pattern)
     if match is None:
-        return [pattern]
+        yield pattern
+        return
     first, last, words = match.groups()
     if words is not None:
-        parts = words.split(",")
+        parts: Iterable[str] = words.split(",")
     else:
-        parts = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        parts = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [word for part in parts for word in expand_braces(f"{head}{part}{tail}")]
+    for part in parts:
+        yield from _without_braces(f"{head}{part}{tail}")
 
 
 class FolderSource:
@@ -144,6 +166,9 @@ class FolderSource:
         for number, name in enumerate(self.class_names):
             found = (folder / name).rglob("*")
             files = sorted(str(file) for file in found if file.suffix.lower() in SUFFIXES)
+            for file in (name, *files):
+                if not file.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in file):
+                    raise invalid("source", file, f"in {quoted(str(folder))}, is no name in UTF-8", "rename it")
             paths += files
             labels += [number] * len(files)
         if not paths:
@@ -203,11 +228,10 @@ class FileSource:
         """The encoded rows of small parquet files, in memory: ``datasets`` would write a copy of them first."""
         datasets = require("datasets", "a data source")
         from datasets.table import InMemoryTable
-        from pyarrow import parquet
 
         count_rows(files)  # names the file that is damaged
         with one_line_errors(self.config.source):
-            tables = [datasets.Dataset(InMemoryTable(parquet.read_table(file))) for file in files]
+            tables = [datasets.Dataset(InMemoryTable(_read_whole(file))) for file in files]
             return _leave_encoded(datasets.concatenate_datasets(tables))
 
     def labels(self, split: str, column: str) -> list[Any] | None:
@@ -240,6 +264,23 @@ class FileSource:
         paths = [os.path.abspath(file) for file in self.paths[split]]
         root = os.path.commonpath([os.path.dirname(path) for path in paths])
         return {os.path.relpath(path, root): path for path in paths}
+
+
+def _read_whole(file: str) -> Any:
+    """The table of a parquet file, unless it is much larger than the file, as one of repeated rows can be.
+
+    Raises:
+        ValueError: naming it.
+    """
+    from pyarrow import Table, parquet
+
+    batches, size, most = [], 0, MOST_UNPACKED + MOST_REPEATED * os.path.getsize(file)
+    with parquet.ParquetFile(file) as opened:
+        for batch in opened.iter_batches(1024):
+            if (size := size + batch.nbytes) > most:
+                raise ValueError(f"{file} unpacks to more than {most / 2**20:,.0f} MiB")
+            batches.append(batch)
+        return Table.from_batches(batches, opened.schema_arrow)
 
 
 class ParquetNamer:
@@ -403,8 +444,10 @@ def scan_shards(files: Sequence[str]) -> tuple[int, int | None]:
     for file in files:
         keys = set()
         try:
-            with tarfile.open(file) as shard:
+            with tarfile.open(file, "r:") as shard:  # of a compressed one, a few bytes may be a memory's worth
                 for member in shard:
+                    if member.issparse():
+                        raise ValueError(f"{quoted(member.name)} is a sparse file, larger than what is stored of it")
                     path = PurePosixPath(member.name)
                     if not member.isfile() or path.name.startswith("."):
                         continue

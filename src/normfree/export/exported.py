@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from normfree.common.checks import check_flag, check_number, invalid, require
+from normfree.common.files import check_place
 from normfree.common.process import one_thread_at_a_time
 from normfree.common.text import one_line
 from normfree.common.torch_compat import copy_model, tree_map
@@ -462,11 +463,7 @@ def check_path(path: str | Path, suffix: str) -> Path:
         raise invalid("path", str(path), f"must end in {suffix}", f"pass {str(path.with_suffix(suffix))!r}")
     if path.is_dir():
         raise invalid("path", str(path), "is a folder", "pass a file's name")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    if not existing.is_dir():
-        raise invalid("path", str(path), f"{str(existing)!r} is a file, not a folder", "pass another place")
-    if existing.is_relative_to("/proc") or not os.access(existing, os.W_OK | os.X_OK):
-        raise invalid("path", str(path), f"{str(existing)!r} cannot be written to", "pass another place")
+    check_place("path", path)
     return path
 
 

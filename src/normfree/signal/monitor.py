@@ -168,7 +168,7 @@ class SignalMonitor:
         return signal
 
     def _measure(self) -> SignalPropagation:
-        if any(parameter.device.type != "cpu" for parameter in self.model.parameters()):
+        if any(parameter.device.type not in ("cpu", "meta") for parameter in self.model.parameters()):
             torch.accelerator.synchronize()  # the training step's time is not ours
         began, self._asked = perf_counter(), self.steps
         try:

@@ -78,13 +78,13 @@ def check_batch(batch: Batch, argument: str = "batch") -> None:
             raise ValueError(
                 f"{argument}: a tensor of shape {tuple(tensor.shape)} is on the meta device, without values"
             )
-        if tensor.is_floating_point() and (bad := int((~torch.isfinite(_values(tensor))).sum())):
+        if tensor.is_floating_point() and (bad := int((~torch.isfinite(values_of(tensor))).sum())):
             raise ValueError(
                 f"{argument}: {bad} of {tensor.numel()} input values are not finite; clean the input first"
             )
 
 
-def _values(tensor: Tensor) -> Tensor:
+def values_of(tensor: Tensor) -> Tensor:
     """The values that a tensor stores: of a sparse one those beside its zeros."""
     if tensor.layout == torch.strided:
         return tensor

@@ -18,6 +18,7 @@ from normfree.common.process import RandomStates, one_thread_at_a_time, put_back
 from normfree.common.text import LONGEST_PART, one_line, shortened
 from normfree.common.torch_compat import TorchDispatchMode, preserve_version_counters
 from normfree.trace.held import Held, KeptTensor, place_of
+from normfree.trace.inputs import values_of
 from normfree.trace.operations import written_by
 
 Mode = Literal["batch-statistics", "train", "eval"]
@@ -215,7 +216,7 @@ def check_finite(model: nn.Module) -> None:
     """
     __tracebackhide__ = True
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and (bad := int((~torch.isfinite(parameter)).sum())):
+        if parameter.is_floating_point() and (bad := int((~torch.isfinite(values_of(parameter))).sum())):
             raise ValueError(
                 f"model: parameter {name!r} has {bad} of {parameter.numel()} values that are not finite; "
                 "initialise it, or load a sound checkpoint"

@@ -36,6 +36,7 @@ from normfree.common.files import (
     temporary_path,
     write_atomically,
 )
+from normfree.common.pickles import check_torch_file
 from normfree.common.text import first_line, printable, quoted, shortened
 from normfree.common.torch_compat import tree_leaves
 from normfree.train.config import FREE, TrainConfig, flatten, to_dict
@@ -82,6 +83,7 @@ class Checkpoint:
     def state(self) -> dict[str, Any]:
         """What it takes to go on, beside the weights; never anything but tensors and plain values."""
         try:
+            check_torch_file(self.folder / STATE)
             state = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
         except Exception as error:  # of pickle's, zipfile's and torch's many kinds
             raise _damaged(self.folder, f"{STATE} cannot be read ({first_line(error)})") from error

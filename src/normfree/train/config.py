@@ -27,6 +27,7 @@ from normfree.common.checks import (
     check_integer,
     check_number,
     check_rate,
+    check_seed,
     invalid,
     require,
     suggestion,
@@ -34,6 +35,7 @@ from normfree.common.checks import (
 from normfree.common.files import parse_dataclass, read_bytes, read_json, refused
 from normfree.common.text import LONGEST, first_line, quoted, shortened
 from normfree.data import AugmentationConfig, DataConfig
+from normfree.data.config import check_image_size
 from normfree.models.nfnet import NFNET_SIZES
 from normfree.models.registry import accepted_overrides, list_models, parse_overrides
 from normfree.models.regnets import REGNET_SIZES
@@ -46,6 +48,9 @@ Accelerator = Literal["auto", "cpu", "cuda"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 Precision = Literal["auto", "bf16", "fp32"]
 Log = Literal["tensorboard", "wandb", "mlflow"]
+
+LARGEST_SETTING = 1e30
+"""Of an optimizer's numbers: float32 holds 3e38, and some are multiplied with each other."""
 
 STEPS = 4
 """Steps of an epoch, at least, where the batch is made smaller."""
@@ -101,6 +106,9 @@ class OptimizerConfig:
                 check_number(name, getattr(self, name), 0, exclusive=True)
         for name in ("clip_eps", "classifier_lr_scale"):
             check_number(name, getattr(self, name), 0, exclusive=True)
+        for one in dataclasses.fields(self):
+            if isinstance(value := getattr(self, one.name), (int, float)) and value > LARGEST_SETTING:
+                raise invalid(one.name, value, f"must be at most {LARGEST_SETTING:g}", "pass a smaller one")
 
     def peak(self, batch_size: int) -> float:
         """Return the highest learning rate for a batch: ``learning_rate * batch_size / reference_batch``."""
@@ -186,7 +194,8 @@ class TrainConfig:
         for name in ("checkpoint_every", "evaluation_size", "limit_train_steps", "limit_eval_steps"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
-        check_integer("seed", self.seed, 0)
+        check_image_size("evaluation_size", self.evaluation_size)
+        check_seed(self.seed)
         check_rate("label_smoothing", self.label_smoothing)
         if self.average_decay is not None:
             check_rate("average_decay", self.average_decay)

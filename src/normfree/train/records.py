@@ -14,6 +14,7 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ import torch
 
 from normfree.common.checks import require
 from normfree.common.files import file_error, kind_of, read_bytes, read_json, refused, write_atomically
-from normfree.common.text import first_line, one_line
+from normfree.common.text import first_line, one_line, quoted
 
 TRAINING = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "clip_fraction", "images_per_second", "seconds")
 EVALUATION = ("step", "epoch", "loss", "top1", "top5", "examples", "seconds")
@@ -79,7 +80,8 @@ class Curve:
 
     def __init__(self, path: Path, columns: tuple[str, ...], step: int) -> None:
         self.path, self.columns = path, columns
-        self.rows = [row for row in read_rows(path) if (row.get("step") or 0) <= step]
+        rows = [row for row in read_rows(path) if (row.get("step") or 0) <= step]
+        self.rows: list[Row] = [{name: row.get(name) for name in columns} for row in rows]
         write_atomically(path, self._text(self.rows, header=True))
 
     def add(self, row: Mapping[str, float | None]) -> None:
@@ -140,6 +142,33 @@ def _number(cell: str) -> float | None:
 
 
 PACKAGES = ("normfree", "torch", "torchvision", "lightning", "datasets", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What every metrics.json of a finished run says."""
+
+    step: int
+    seconds: float
+    skipped_steps: int
+    bad_images: Mapping[str, str]
+    evaluation: Figures
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What it says of the last evaluation."""
+
+    examples: int
+    loss: float | None
+    top1: float
+    top5: float | None
+    confusion: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        for name in ("top1", "top5"):
+            if (share := getattr(self, name)) is not None and not 0 <= share <= 1:
+                raise ValueError(f"{name} is {quoted(share)}, no share")
 
 
 def provenance() -> dict[str, Any]:

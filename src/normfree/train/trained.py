@@ -21,6 +21,9 @@ from normfree.weights import load
 
 REMEDY = "export the network again"
 
+MOST_INPUT = 2**31
+"""Bytes of a batch that an exported file takes at most."""
+
 FORMS = "a run's folder, a checkpoint's folder, or a .safetensors, .onnx or .pt2 file"
 
 
@@ -189,6 +192,8 @@ def find_run(path: Path, *, required: bool = False) -> RunData | None:
             names = {one.name for one in dataclasses.fields(RunData)}
             known = {name: value for name, value in described["derived"].items() if name in names}
             derived = parse_dataclass(RunData, known)
+            if len(set(derived.classes)) < len(derived.classes):
+                raise ValueError("RunData.classes: a class is there twice")
             size = config.get("evaluation_size") or derived.data.image_size
             return dataclasses.replace(derived, data=dataclasses.replace(derived.data, image_size=size))
         except ValueError as error:
@@ -207,6 +212,8 @@ def image_sizes(shape: Sequence[object]) -> tuple[int | None, int | None, int | 
     if len(shape) != 4:
         raise ValueError(f"it takes {quoted(list(shape))}, no batch of images [N, C, H, W]")
     batch, channels, size = (one if isinstance(one, int) and one > 0 else None for one in (*shape[:2], shape[-1]))
+    if 4 * (batch or 1) * (channels or 1) * (size or 1) ** 2 > MOST_INPUT:
+        raise ValueError(f"it takes batches {quoted(list(shape))}, of more than {MOST_INPUT / 2**30:g} GiB")
     return batch, channels, size
 
 

@@ -26,8 +26,9 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import SGD, Optimizer
 
 from normfree.common.checks import check_integer, check_number, invalid, require
-from normfree.common.files import kind_of, parse_json, read_json, write_atomically
+from normfree.common.files import kind_of, parse_dataclass, parse_json, read, read_json, refused, write_atomically
 from normfree.common.text import first_line, quoted, short_repr
+from normfree.common.torch_compat import tree_leaves
 from normfree.data import TooFewExamples, TrainingData, list_names, open_evaluation, open_training, with_holdout
 from normfree.models import create_model
 from normfree.models.registry import CENTRED
@@ -64,7 +65,16 @@ from normfree.train.config import OptimizerConfig, TrainConfig, to_dict
 from normfree.train.distributed import FABRIC_PRECISION, ShardedStates, WholeStates, launch, resolve_precision, shard
 from normfree.train.evaluation import Evaluation, evaluate
 from normfree.train.progress import Progress
-from normfree.train.records import EVALUATION, Loggers, Records, Row, check_loggers, provenance, read_rows
+from normfree.train.records import (
+    EVALUATION,
+    Loggers,
+    Metrics,
+    Records,
+    Row,
+    check_loggers,
+    provenance,
+    read_rows,
+)
 from normfree.weights import save
 from normfree.weights.checkpoint import save_trained
 
@@ -77,9 +87,6 @@ COMPILED_ON = ("cuda",)
 
 PROBE = 16
 """Images that the signal is recorded with."""
-
-METRICS_OF_ALL = {"status", "step", "seconds", "skipped_steps", "bad_images", "evaluation"}
-"""What every metrics.json says."""
 
 STATE_KEYS = ("step", "skipped", "seconds", "optimizer", "averages", "signal", "data")
 """What a checkpoint's state says."""
@@ -510,8 +517,16 @@ class Trainer:
         if step < self.last_step or kind_of(path) == "nothing":
             return None
         metrics = read_json(path, "run")
-        evaluated = isinstance(metrics.get("evaluation"), dict) and metrics.get("step") == step
-        return metrics if evaluated and set(metrics) >= METRICS_OF_ALL else None
+        if metrics.get("status") != "finished" or metrics.get("step") != step:
+            return None
+        try:
+            parse_dataclass(Metrics, {one.name: metrics[one.name] for one in dataclasses.fields(Metrics)})
+        except KeyError:  # of an older version
+            return None
+        except ValueError as error:
+            rule = f"is damaged ({first_line(error)})"
+            raise refused("run", path, rule, "remove it, and it is written again") from error
+        return metrics
 
     def describe(self) -> dict[str, Any]:
         """Return what was chosen, what followed from it, and where it ran, as ``config.json`` has it."""
@@ -776,20 +791,55 @@ class Trainer:
             raise ValueError(f"{where}: {rule}; give the run's own settings, or restore it from a copy") from error
 
     def _load_state(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
-        from safetensors.torch import load_file
-
-        for name, minimum in (("step", 0), ("skipped", 0)):
-            check_integer(name, state[name], minimum)
-        self.step, self.skipped = state["step"], state["skipped"]
+        step = check_integer("step", state["step"], 0)
+        if step != checkpoint.step or step > self.total_steps:
+            raise ValueError(f"step {step} of {self.total_steps} in a checkpoint of step {checkpoint.step}")
+        self.step, self.skipped = step, check_integer("skipped", state["skipped"], 0)
         self.seconds = check_number("seconds", state["seconds"], 0)
         self.data.load_state_dict(state["data"][self.fabric.global_rank])
-        self.states.load_network(self.network, load_file(checkpoint.folder / WEIGHTS))
-        self.states.load_optimizer(self.network, self.optimizer, state["optimizer"])
+        batches = self.data.epoch * self.steps_per_epoch * self.accumulation + self.data.step
+        if batches != step * self.accumulation:
+            raise ValueError(f"the images are at batch {batches} instead of {step * self.accumulation}")
+        self._load_network(self.network, checkpoint.folder / WEIGHTS)
+        self._load_optimizer(state["optimizer"])
         if self.average is not None:
-            self.states.load_network(self.average.module, load_file(checkpoint.folder / AVERAGED))
+            self._load_network(self.average.module, checkpoint.folder / AVERAGED)
             self.average.updates = check_integer("averages", state["averages"], 0)
+            if self.average.updates > step:
+                raise ValueError(f"weights were averaged {self.average.updates} times in {step} steps")
         if self.monitor is not None and state["signal"] is not None:
             self.monitor.load_state_dict(parse_json(state["signal"]))
+
+    def _load_network(self, network: nn.Module, path: Path) -> None:
+        """Give a network a checkpoint's weights, which are of its precisions and finite, as they were when written."""
+        own, tensors = network.state_dict(), read(path).tensors
+        if unlike := [name for name, tensor in tensors.items() if name in own and tensor.dtype != own[name].dtype]:
+            raise ValueError(f"{unlike[0]} is {tensors[unlike[0]].dtype} instead of {own[unlike[0]].dtype}")
+        self.states.load_network(network, tensors)
+        check_finite(network)
+
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
+        """Give the optimizer its state: momenta of the parameters, and no settings but those of the config.
+
+        Raises:
+            ValueError: naming a setting that is another, or a parameter whose state is no finite tensor of its shape.
+        """
+        if any(isinstance(leaf, Tensor) and not leaf.is_floating_point() for leaf in tree_leaves(saved["state"])):
+            raise ValueError("the optimizer's state holds integers")
+        settings = [dict(group) for group in self.optimizer.param_groups]
+        self.states.load_optimizer(self.network, self.optimizer, saved)
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            for name in (own.keys() & group.keys()) - {"params", "lr"}:
+                if group[name] != own[name]:
+                    raise ValueError(f"the optimizer's {name} is {quoted(group[name])} instead of {quoted(own[name])}")
+        if self.step > self.skipped and not self.optimizer.state:
+            raise ValueError("the optimizer has no momenta")
+        for name, parameter in self.network.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                sound = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
+                sound = sound and (key != "momentum_buffer" or value.shape == parameter.shape)
+                if value is not None and not (sound and bool(torch.isfinite(value).all())):
+                    raise ValueError(f"the optimizer's {key} of {name} is no finite tensor of its shape")
 
     # Records
 

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -28,6 +29,7 @@ from normfree.common.files import (
     read,
     write_atomically,
 )
+from normfree.common.pickles import check_torch_file
 from normfree.common.text import all_lines, first_line, quoted, shortened
 from normfree.common.torch_compat import copy_model
 from normfree.convert.apply import rewrite
@@ -37,6 +39,7 @@ from normfree.models import Backbone, create_model
 from normfree.models.registry import check_backbone
 from normfree.nn.fold import fold, has_foldable
 from normfree.trace.inputs import unwrap
+from normfree.trace.preserve import check_finite, check_statistics
 
 _SHOWN = 3
 # The block in one of timm's names, and in an official one.
@@ -56,7 +59,7 @@ def without_wrappers(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 STATE_DICT = "give a .safetensors file, or a .pth file of torch.save(model.state_dict(), …)"
 
 
-def read_state_dict(path: str | Path, argument: str = "path") -> Mapping[str, Tensor]:
+def read_state_dict(path: str | Path, argument: str = "path") -> Stored:
     """Read a state dict: a safetensors file, or one of ``torch.save``, of which nothing but tensors is taken.
 
     Args:
@@ -65,17 +68,19 @@ def read_state_dict(path: str | Path, argument: str = "path") -> Mapping[str, Te
         argument: what named it, for messages.
 
     Returns:
-        The tensors, by the names of what wrappers wrap.
+        What the file holds, its tensors by the names of what wrappers wrap.
 
     Raises:
         ValueError: no such file, a damaged one, or one that holds anything but tensors in plain containers.
     """
     path = check_file(path, argument, STATE_DICT)
     if path.suffix == ".safetensors" or is_safetensors(path):
-        return without_wrappers(read(path, argument).tensors)
+        stored = read(path, argument)
+        return replace(stored, tensors=dict(without_wrappers(stored.tensors)))
     if not is_of_torch(path):
         raise invalid(argument, str(path), "holds no state dict", STATE_DICT)
     try:
+        check_torch_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # of something that is no tensor, number or container
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -91,7 +96,28 @@ def read_state_dict(path: str | Path, argument: str = "path") -> Mapping[str, Te
     if not isinstance(found, Mapping) or not all(isinstance(one, Tensor) for one in found.values()):
         rule = "holds no state dict"
         raise invalid(argument, str(path), rule, "write torch.save(model.state_dict(), …)")
-    return without_wrappers({str(name): tensor for name, tensor in found.items()})
+    tensors = without_wrappers({str(name): tensor for name, tensor in found.items()})
+    return Stored(path, argument, {}, dict(tensors))
+
+
+def load_stored(model: nn.Module, stored: Stored) -> None:
+    """Load a state dict into a model, in the model's precisions.
+
+    Raises:
+        RuntimeError: it is of another model.
+        ValueError: naming the file, if it holds numbers of another kind than the model's, or such as no trained model
+            has.
+    """
+    for name, mine in model.state_dict().items():
+        if name in stored.tensors:
+            check_number_kind(stored, name, mine, stored.tensors[name])
+    model.load_state_dict(stored.tensors)
+    try:
+        check_finite(model)
+        check_statistics(model)
+    except ValueError as error:
+        rule = f"holds no weights of a trained model ({first_line(error).removeprefix('model: ').partition(';')[0]})"
+        raise stored.error(rule, "give an undamaged file") from error
 
 
 def listed(names: Sequence[str]) -> str:
@@ -451,7 +477,9 @@ def write(model: nn.Module, path: str | Path, notes: Mapping[str, str]) -> Path:
     path = check_target(path)
     tensors: dict[str, Tensor] = {}
     memory: set[int] = set()
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict().items():
+        _check_writable(model, name, tensor, weight=name in parameters)
         tensor = tensor.detach().cpu().contiguous()
         if tensor.untyped_storage().data_ptr() in memory:
             tensor = tensor.clone()  # a tied one: safetensors writes nothing twice
@@ -459,6 +487,21 @@ def write(model: nn.Module, path: str | Path, notes: Mapping[str, str]) -> Path:
         tensors[name] = tensor
     folded = {} if has_foldable(model) or BUILT_BY in notes else {FOLDED: "true"}
     return write_atomically(path, to_bytes(tensors, metadata={**notes, **folded}))
+
+
+def _check_writable(model: nn.Module, name: str, tensor: Tensor, *, weight: bool) -> None:
+    """Raise for a tensor that a file could not give back."""
+    __tracebackhide__ = True
+    rule = ""
+    if tensor.is_meta:
+        rule = "is on the meta device, without values"
+    elif tensor.layout != torch.strided or tensor.is_quantized:
+        rule = f"is {'quantized' if tensor.is_quantized else 'sparse'}"
+    elif tensor.dtype not in FLOATING and (weight or tensor.is_floating_point() or tensor.is_complex()):
+        rule = f"holds {_dtype_name(tensor.dtype)}, which are no weights"
+    if rule:
+        remedy = "save it in float32, float64, float16 or bfloat16, as dense tensors"
+        raise invalid("model", type(model).__name__, f"{shortened(name, 80)} {rule}", remedy)
 
 
 def check_fits(model: nn.Module, stored: Stored) -> None:

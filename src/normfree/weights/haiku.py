@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from normfree.common.checks import invalid
 from normfree.common.files import check_file, kind_of
+from normfree.common.pickles import PlainKeysUnpickler
 from normfree.common.text import first_line, printable, quoted
 from normfree.models import (
     Backbone,
@@ -210,17 +210,8 @@ def _find(module: Any, name: Any) -> _StandIn:
     return _KNOWN[module, name]
 
 
-_PYTHONS: Any = pickle._Unpickler  # type: ignore[attr-defined] - the one written in Python
-
-
-class _Unpickler(_PYTHONS):
-    """Python's unpickler, written in Python, with every way out closed.
-
-    Keys of dicts are looked at before they are hashed: tuples that share tuples are hashed in time exponential in their
-    depth.
-    """
-
-    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(_PYTHONS.dispatch)
+class _Unpickler(PlainKeysUnpickler):
+    """Python's unpickler, with every way out closed."""
 
     def find_class(self, module: str, name: str) -> Any:
         return _find(module, name)
@@ -228,27 +219,8 @@ class _Unpickler(_PYTHONS):
     def persistent_load(self, pid: Any) -> Any:
         raise _Refused("has a persistent id")
 
-    def load_setitem(self) -> None:
-        _check_keys(self.stack[-2:-1])
-        super().load_setitem()
-
-    def load_setitems(self) -> None:
-        _check_keys(self.stack[::2])
-        super().load_setitems()
-
-    def load_dict(self) -> None:
-        _check_keys(self.stack[::2])
-        super().load_dict()
-
-    dispatch[pickle.SETITEM[0]] = load_setitem
-    dispatch[pickle.SETITEMS[0]] = load_setitems
-    dispatch[pickle.DICT[0]] = load_dict
-
-
-def _check_keys(keys: Iterable[Any]) -> None:
-    for key in keys:
-        if not isinstance(key, (str, bytes, int, float, type(None))):
-            raise _Refused(f"has a key of type {type(key).__name__.lstrip('_')}")
+    def refusal(self, rule: str) -> Exception:
+        return _Refused(rule)
 
 
 def _check_opcodes(content: bytes) -> None:

@@ -21,7 +21,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from normfree.common.checks import invalid, require
-from normfree.common.files import Stored, read, write_atomically
+from normfree.common.files import Stored, kind_of, read, write_atomically
 from normfree.common.text import all_lines, first_line
 from normfree.models import Backbone, create_model
 from normfree.models.registry import check_backbone
@@ -149,10 +149,10 @@ def from_pretrained(
     Source: the folder's form and the options' names are ``huggingface_hub.PyTorchModelHubMixin``'s.
     """
     folder = Path(source)
-    if folder.is_file():
+    if kind_of(folder) == "file":
         rule = "is a file, and a folder or a repository's name is wanted"
         raise invalid("source", str(source), rule, "read a file of normfree.save with normfree.load")
-    if not folder.is_dir():
+    if kind_of(folder) != "a folder":
         options = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
         folder = _download(str(source), revision=revision, local_files_only=local_files_only, **options)
     model = load_folder(folder, argument="source", **overrides)

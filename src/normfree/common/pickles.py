@@ -1,0 +1,167 @@
+"""What a pickle of somebody else would build, found without building it: all that it names has a stand-in.
+
+PyTorch's loader for tensors alone runs nothing, but takes all the time and memory that a few bytes ask for: a key of
+tuples that share tuples is hashed in time exponential in their depth, ``bytearray`` makes as many bytes as it is told.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+DEEPEST = 64
+"""Containers in containers in a file of ``torch.save`` at most; an optimizer's state has seven."""
+
+MOST_VALUES = 10**7
+"""Values in it at most, counted as often as they are met on the way from the outermost container."""
+
+_CALLED = re.compile(
+    r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter|parameter_with_state)|torch\._tensor\._rebuild_from_type_v2"
+    r"|torch\.(Size|device)|collections\.OrderedDict|_codecs\.encode"
+)
+"""What may be called: what makes tensors of stored numbers, and plain containers; none makes more than it is given."""
+
+_PYTHONS: Any = pickle._Unpickler  # type: ignore[attr-defined] - the one written in Python
+
+
+class PlainKeysUnpickler(_PYTHONS):
+    """Python's unpickler, written in Python, which looks at the keys of dicts before they are hashed.
+
+    Args:
+        file: to read from.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(_PYTHONS.dispatch)
+
+    def check_keys(self, keys: Iterable[Any]) -> None:
+        """Raise for a key that is no text or number."""
+        __tracebackhide__ = True
+        for key in keys:
+            if not isinstance(key, (str, bytes, int, float, type(None))):
+                raise self.refusal(f"has a key of type {type(key).__name__.lstrip('_')}")
+
+    def refusal(self, rule: str) -> Exception:
+        """Return (not raise) the error about the file."""
+        return ValueError(f"it {rule}")
+
+    def load_setitem(self) -> None:
+        self.check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        self.check_keys(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        self.check_keys(self.stack[::2])
+        super().load_dict()
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+
+
+class _Made:
+    """What a call would return, and all that it is given later."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        self.parts = parts
+
+    def __setstate__(self, state: Any) -> None:
+        self.parts.append(state)
+
+    def append(self, item: Any) -> None:
+        self.parts.append(item)
+
+    def extend(self, items: Iterable[Any]) -> None:
+        self.parts.extend(items)
+
+    def __setitem__(self, key: Any, item: Any) -> None:
+        self.parts += [key, item]
+
+
+class _Named:
+    """A class or function that the file names; nothing is imported."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *arguments: Any) -> _Made:
+        if not _CALLED.fullmatch(self.name):
+            raise pickle.UnpicklingError(f"it calls GLOBAL {self.name}")  # as torch's own error names it
+        return _Made(list(arguments))
+
+
+class _OfTensors(PlainKeysUnpickler):
+    """Reads what ``torch.save`` writes."""
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(PlainKeysUnpickler.dispatch)
+
+    def find_class(self, module: str, name: str) -> _Named:
+        return _Named(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> _Made:
+        return _Made([pid])  # the numbers of a tensor, which are beside the pickle
+
+    def load_newobj(self) -> None:
+        arguments = self.stack.pop()
+        self.append(self.stack.pop()(*arguments))
+
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+
+
+def check_torch_file(path: str | Path) -> None:
+    """Raise unless a file of ``torch.save`` is of tensors in plain containers, as large as it says and no larger.
+
+    Args:
+        path: a regular file.
+
+    Raises:
+        pickle.UnpicklingError: it calls something else, which the message names after ``GLOBAL``.
+        Exception: it is damaged, of almost any kind.
+    """
+    __tracebackhide__ = True
+    if not zipfile.is_zipfile(path):  # of versions before 1.6: four pickles, of which the last is the content, a fifth
+        with open(path, "rb") as file:
+            for _ in range(5):
+                _check(file)
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(one.compress_type != zipfile.ZIP_STORED for one in entries):
+            raise ValueError("it is a compressed archive, which torch.save does not write")
+        if sum(one.file_size for one in entries) > Path(path).stat().st_size:
+            raise ValueError("its parts are larger than the archive")
+        for entry in entries:
+            if entry.filename.rpartition("/")[2] == "data.pkl":
+                _check(io.BytesIO(archive.read(entry)))
+
+
+def _check(file: BinaryIO) -> None:
+    _extent(_OfTensors(file).load(), 0, {})
+
+
+def _extent(value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """How many values are met on the way through one, and how deep they lie; raises for too many, and for a circle."""
+    if isinstance(value, dict):
+        parts = [*value, *value.values()]
+    elif isinstance(value, (list, tuple, set, frozenset, _Made)):
+        parts = value.parts if isinstance(value, _Made) else list(value)
+    else:
+        return 1, 0
+    count, height = known.get(id(value), (0, 0))
+    if not count:
+        known[id(value)] = 1, DEEPEST  # which one in itself is too deep for
+        count = 1
+        for part in parts if depth < DEEPEST else ():
+            one, inner = _extent(part, depth + 1, known)
+            count, height = count + one, max(height, inner + 1)
+        known[id(value)] = count, height
+    if depth + height >= DEEPEST or count > MOST_VALUES:
+        raise ValueError(f"it holds containers in containers, more than {DEEPEST} deep or {MOST_VALUES:,} in all")
+    return count, height
