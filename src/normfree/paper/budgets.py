@@ -45,7 +45,7 @@ from normfree.paper.tables import (
     accuracies,
     accuracy,
     compare_accuracies,
-    measure,
+    measure_all,
     write_table,
 )
 from normfree.sources import build
@@ -259,10 +259,7 @@ def make_figure3(
     costs = _kept_costs(folder / "costs.json", setting, on_progress)
     cells: list[dict[str, Any]] = []
     if scale.recipe == "cifar":
-        for arm in arms(costs, scale.epochs):
-            on_progress(f"{arm.row}, {arm.column}")
-            cell = measure(arm, scale, setting, folder)
-            cells.append({**cell, "model": Path(cell["model"]).name, "epochs": arm.epochs or scale.epochs})
+        cells = measure_all(arms(costs, scale.epochs), setting, folder, on_progress)
     columns = ("", "parameters, M", "multiplications, M", "step, ms", "step / EfficientNet's", "peak memory, MiB")
     grids = [
         Grid(title=f"Cost of budget {number}", columns=columns, rows=[_cost_row(*one) for one in at_this.items()])

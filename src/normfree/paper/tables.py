@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from normfree.common.checks import check_choices, check_integer, invalid
 from normfree.common.files import write_atomically
 from normfree.sources import network_factory
 from normfree.train import RECIPES, NonFiniteLossError, TrainConfig, train
+from normfree.train.checkpoint import METRICS
 
 Verdict = Literal["agrees", "does not agree", "cannot be tested at this scale"]
 
@@ -141,10 +143,10 @@ SCALES: dict[ScaleName, Scale] = {
         recipe="digits",
         depths={14: (1, 1, 1, 1), 26: (2, 2, 2, 2)},
         widths=(16, 32, 32, 32),
-        epochs=10,
+        epochs=5,
         rates=(1.0, 4.0),
         seeds=2,
-        batches=(2, 8, 64),
+        batches=(4, 16, 64),
         decides=False,
     ),
     "small": Scale(
@@ -362,15 +364,53 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return {**found, "accuracy": 100 * (summary.accuracy or 0.0), "seconds": summary.metrics["seconds"]}
 
 
-def measure(arm: Arm, scale: Scale, setting: TableSetting, folder: Path) -> dict[str, Any]:
-    """Every run of an arm: its learning rates with the first seed, then the best one with the others."""
-    grid = {rate: run(config(arm, scale, setting, rate, 0, folder)) for rate in scale.rates}
-    best = max(grid, key=lambda rate: grid[rate]["accuracy"])
-    others = [run(config(arm, scale, setting, best, seed, folder)) for seed in range(1, setting.seeds or scale.seeds)]
+def measure_all(
+    arms: Sequence[Arm], setting: TableSetting, folder: Path, on_progress: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Return every run of all arms: each learning rate with the first seed, then the best one with the others.
+
+    Args:
+        arms: to train.
+        setting: how.
+        folder: of the runs; those that are finished are not repeated.
+        on_progress: told before each run which it is, of how many, and how long the rest takes at the pace so far.
+    """
+    scale = SCALES[setting.scale]
+    seeds = setting.seeds or scale.seeds
+    total = len(arms) * (len(scale.rates) + seeds - 1)
+    began, done, trained = time.monotonic(), 0, 0
+
+    def train_one(arm: Arm, rate: float, seed: int) -> dict[str, Any]:
+        nonlocal done, trained
+        left = f", {_duration((time.monotonic() - began) / trained * (total - done))} left" if trained else ""
+        on_progress(f"{arm.row}, {arm.column}: training {done + 1} of {total}{left}")
+        chosen = config(arm, scale, setting, rate, seed, folder)
+        trained += not (chosen.folder / METRICS).exists()
+        found = run(chosen)
+        done += 1
+        return found
+
+    cells = []
+    for arm in arms:
+        grid = {rate: train_one(arm, rate, 0) for rate in scale.rates}
+        best = max(grid, key=lambda rate: grid[rate]["accuracy"])
+        others = [train_one(arm, best, seed) for seed in range(1, seeds)]
+        cells.append(_cell_of(arm, best, grid, others))
+    return cells
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _cell_of(
+    arm: Arm, best: float, grid: Mapping[float, dict[str, Any]], others: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "row": arm.row,
         "column": arm.column,
-        "model": arm.model,
+        "model": Path(arm.model).name,
+        "epochs": arm.epochs,
         "rate": best,
         "grid": list(grid.values()),
         "runs": [grid[best], *others],
@@ -527,10 +567,7 @@ def make(
     """
     scale = SCALES[setting.scale]
     folder = out / "runs" / f"{table.name}-{setting.scale}"
-    cells = []
-    for arm in table.arms(scale):
-        on_progress(f"{arm.row}, {arm.column}")
-        cells.append(measure(arm, scale, setting, folder))
+    cells = measure_all(table.arms(scale), setting, folder, on_progress)
     return write_table(
         out,
         f"{table.name}-{setting.scale}",
