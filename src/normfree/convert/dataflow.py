@@ -260,7 +260,7 @@ def _size(value: object) -> float | None:
     """A number, or the root mean square of a tensor that is no activation."""
     if isinstance(value, Tensor):
         size = float(value.detach().double().square().mean().sqrt())
-        return math.copysign(size, float(value)) if value.numel() == 1 else size
+        return math.copysign(size, float(value.detach())) if value.numel() == 1 else size
     return float(value) if isinstance(value, (int, float)) else None
 
 

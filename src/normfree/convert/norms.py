@@ -572,6 +572,8 @@ class Normalizations:
             }
         if name in _PRODUCTS or name in _SUMMANDS or name in _LARGER or name == "where":
             return self._combine(step)
+        if name in op.CONVOLUTION | op.LINEAR and len(step.inputs) == 1:
+            return _weigh(self.related(step.inputs[0]))
         if name in ("bmm", "matmul") and len(step.inputs) == 2 and self.flow.shapes[step.outputs[0]][-2:] == (1, 1):
             return self._reduce(step, self._product(step, args[0], args[1], divide=False), 0)
         return _bend(first) if name in _BENDING and len(step.inputs) == 1 else {}
@@ -796,6 +798,16 @@ def _named(reduction: str, each: Relation) -> str:
 
 def _statistics_in(relations: Relations) -> Relations:
     return {root: each for root, each in relations.items() if each.statistic is not None}
+
+
+def _weigh(relations: Relations) -> Relations:
+    """Of what a layer sums of magnitudes, such as the squares by which a divisive normalization divides."""
+    over = frozenset({"channels"})
+    return {
+        root: Relation(each.degree, Statistic("weighted norm", over), magnitude=True)
+        for root, each in relations.items()
+        if each.magnitude and each.statistic is None and not each.bent
+    }
 
 
 def _bend(relations: Relations) -> Relations:
