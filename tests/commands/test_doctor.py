@@ -119,7 +119,7 @@ def test_it_says_first_what_it_will_do_and_then_what_it_found(run):
         "error: explosion",
         "    See docs/signal.md#explosion\n",
         "What conversion changes",
-        "Sequential converted (fresh): 21 ScaledWSConv2d; it had no normalizer",
+        "Sequential converted (fresh): 21 ScaledWSConv2d; it had no normalizer that is recognised",
         "What was found in the converted model",
         "healthy: no finding is an error",
         "as given: ",
@@ -146,7 +146,10 @@ def test_of_a_healthy_net_without_norms_nothing_is_asked(run, tmp_path):
     code, told = run("doctor", "nets.py:healthy", "--out", "doctor")
     assert code == 0
     assert "as given: no error." in told
-    assert "Not converted: it has no normalizer, and nothing was found that conversion would mend." in told
+    assert (
+        "Not converted: it has no normalizer that is recognised, and nothing was found that conversion would mend."
+        in told
+    )
     assert not (tmp_path / "doctor" / "conversion.json").exists()
     assert run("convert", "nets.py:healthy", "--out", "m.safetensors")[0] == 0, "asked for, it is converted"
 

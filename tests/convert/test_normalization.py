@@ -143,6 +143,14 @@ def fused(net, x):
     return torch.addcmul(net.shift, x * torch.rsqrt(x.square().mean(-1, True) + 1e-6), net.gain)
 
 
+def divisive(net, x):  # of learned image compression
+    return x * torch.rsqrt(F.conv2d(x * x, net.conv.weight.square(), net.conv.bias.square() + 1))
+
+
+def divisive_by_magnitudes(net, x):
+    return x / F.linear(x.abs(), net.linear.weight.abs(), net.linear.bias.abs() + 1)
+
+
 NORMS = {
     "llama": (llama, (TOKENS,), RMS, {"channels"}),
     "t5": (t5, (TOKENS,), RMS, {"channels"}),
@@ -172,6 +180,8 @@ NORMS = {
     "vectors, but zeros": (zero_vectors_kept, (TOKENS,), VECTORS, {"channels"}),
     "cosines": (lambda net, x: F.cosine_similarity(x, net.gain[None, None], dim=-1), (TOKENS,), VECTORS, {"channels"}),
     "maximum": (lambda net, x: x / x.abs().amax(-1, keepdim=True).clamp(min=1e-5), (TOKENS,), VECTORS, {"channels"}),
+    "divisive": (divisive, (IMAGES,), VECTORS, {"channels"}),
+    "divisive, by magnitudes": (divisive_by_magnitudes, (TOKENS,), VECTORS, {"channels"}),
     "in place": (in_place, (TOKENS,), RMS, {"channels"}),
     "einsum": (by_einsum, (TOKENS,), VECTORS, {"channels"}),
     "neighbours": (of_neighbours, (IMAGES,), RMS, {"neighbours"}),
@@ -208,6 +218,18 @@ def excited(net, x):
 
 def excited_by_squares(net, x):
     return x * torch.sigmoid(net.conv(x.pow(2).mean((2, 3), keepdim=True)))
+
+
+def weighted_squares(net, x):
+    return x * net.linear(x.square())
+
+
+def gated_by_weighted_squares(net, x):
+    return x * torch.sigmoid(net.linear(x.square()))
+
+
+def divided_by_a_layer(net, x):
+    return x / (1 + net.linear(x).square())
 
 
 def gated_by_norms(net, x):
@@ -265,6 +287,9 @@ def deviation_of_the_batch(net, x):
 
 
 NOT_NORMS = {
+    "weighted squares": (weighted_squares, TOKENS),
+    "a gate of weighted squares": (gated_by_weighted_squares, TOKENS),
+    "a layer's output in the denominator": (divided_by_a_layer, TOKENS),
     "softmax": (lambda net, x: F.softmax(x, -1), TOKENS),
     "softmax by hand": (softmax_by_hand, TOKENS),
     "squeeze and excitation": (excited, IMAGES),

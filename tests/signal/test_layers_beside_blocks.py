@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normfree.signal import spp
+from normfree.signal import points, spp
 
 X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 WIDTH = 32
@@ -350,3 +350,37 @@ def test_sparse_tensors_are_no_activations():
     torch.manual_seed(0)
     signal = spp(SparseProducts(), (torch.randn(16, 8), torch.randint(0, 16, (2, 64))))
     assert [block.name for block in signal.blocks] == ["first", "last"]
+
+
+def test_the_cost_of_marking_blocks_grows_as_the_unrolled_network(monkeypatch):
+    """Each step's input is added to two states; what was computed before it was read is not searched for it."""
+
+    class Unrolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.given, self.first, self.second = nn.Linear(9, 8), nn.LSTMCell(8, 8), nn.LSTMCell(8, 8)
+
+        def forward(self, x):
+            one = two = (torch.zeros(len(x), 8),) * 2
+            sums = []
+            for step in self.given(x).unbind(1):
+                one = self.first(step, one)
+                two = self.second(one[0], two)
+                sums.append(step + one[0] + two[0])
+            return torch.stack(sums, 1)
+
+    searched, way_from = [], points._way_from
+
+    def watched(ancestor, node, ways):
+        found = way_from(ancestor, node, ways)
+        searched.append(len(ways))
+        return found
+
+    monkeypatch.setattr(points, "_way_from", watched)
+    counts = []
+    for steps in (10, 40):
+        searched.clear()
+        torch.manual_seed(0)
+        spp(Unrolled(), torch.randn(2, steps, 9), gradient=False)
+        counts.append(sum(searched))
+    assert counts[1] <= 1.1 * 4 * counts[0]

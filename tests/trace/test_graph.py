@@ -320,6 +320,28 @@ def _cell(inputs: int, partial: bool) -> Callable[[int], Node]:
     return build
 
 
+def _gated_unit(*, at_once: bool) -> Callable[[int], Node]:
+    """A gated recurrent unit unrolled, its inputs taken one by one or all at once before the first step."""
+
+    def build(steps: int) -> Node:
+        x = source()
+        taken = [part(x) for _ in range(steps)] if at_once else None
+        hidden = bend(layer(part(x)))
+        for step in range(steps):
+            given, state = layer(taken[step] if taken else part(x)), layer(hidden)
+            gates = []
+            for _ in range(3):
+                one, other = part(given), part(state)
+                residual(one, other)
+                gates.append(add(one, other))
+            new, kept = bend(bend(gates[0]), gates[1]), bend(bend(gates[2]), hidden)
+            residual(new, kept)
+            hidden = add(new, kept)
+        return hidden
+
+    return build
+
+
 def _early(second_input: bool) -> Callable[[int], Node]:
     """The same early activation, weighted anew, is added at every step."""
 
@@ -368,6 +390,8 @@ GROWING: dict[str, tuple[Callable[[int], Node], int]] = {
     "unrolled cell": (_cell(inputs=1, partial=True), 4),
     "unrolled cell with a given state": (_cell(inputs=2, partial=True), 4),
     "unrolled cell without slices": (_cell(inputs=2, partial=False), 4),
+    "unrolled gated unit": (_gated_unit(at_once=False), 4),
+    "unrolled gated unit, its inputs taken at once": (_gated_unit(at_once=True), 4),
     "one early activation": (_early(second_input=False), 4),
     "one early activation of another input": (_early(second_input=True), 4),
     "straight": (_straight, 4),

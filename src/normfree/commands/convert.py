@@ -60,7 +60,7 @@ OUTPUT_FACTOR = 100.0
 # Of a norm's input beside its running variance: less than this does not make outputs a hundred times as large.
 STATISTICS_FACTOR = 4.0
 
-NOTHING_TO_DO = "it has no normalizer, and nothing was found that conversion would mend"
+NOTHING_TO_DO = "it has no normalizer that is recognised, and nothing was found that conversion would mend"
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from normfree.convert.dataflow import (
     is_norm,
     passes_unchanged,
 )
-from normfree.convert.norms import NOT_FOLLOWED, why_unknown
+from normfree.convert.norms import why_not_followed, why_unknown
 from normfree.convert.structure import Structure, changes_branch, gate_of, is_fusion, unexpanded_shape, why_no_map
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
@@ -174,8 +174,8 @@ def _reason_to_keep(structure: Structure, ways: SignalPaths, calls: list[Call]) 
     """Why a norm stays, whatever else could carry its variance; "" for no reason."""
     if unknown := why_unknown(structure.flow, calls[0]):
         return unknown
-    if any(call.input is None or call.output is None for call in calls):
-        return NOT_FOLLOWED
+    if reason := why_not_followed(calls):
+        return reason
     behind = [structure.producing_layer(call.input, alone=False) for call in calls]
     by_convolution = all(call is not None and structure.is_convolution(call) for call in behind)
     if not _is_convolutional(structure, calls) and not by_convolution and any(map(ways.is_near_attention, calls)):
@@ -183,7 +183,7 @@ def _reason_to_keep(structure: Structure, ways: SignalPaths, calls: list[Call]) 
     direct = next((call.name for call in behind if call is not None and structure.obstacles[call.name]), None)
     if direct is not None:
         return structure.obstacles[direct]
-    return next((reason for call in calls if (reason := _unknown_weight(structure, call))), "")
+    return next((reason for call in calls if (reason := unknown_weight(structure, call))), "")
 
 
 def _is_convolutional(structure: Structure, calls: list[Call]) -> bool:
@@ -191,11 +191,11 @@ def _is_convolutional(structure: Structure, calls: list[Call]) -> bool:
     name, module, node = calls[0].name, calls[0].module, calls[0].input
     if is_norm(module):
         return is_map_norm(module)
-    is_map = node is not None and len(structure.flow.shapes[node]) > 3 and node.note.channel_axis == 1
+    is_map = node is not None and len(structure.flow.shapes[node]) > 3 and node.note.axis == 1
     return name in structure.constants or is_map
 
 
-def _unknown_weight(structure: Structure, call: Call) -> str:
+def unknown_weight(structure: Structure, call: Call) -> str:
     """Why a norm stays directly behind a weight that is no layer's we know; "" where it is not."""
     node, flow = call.input, structure.flow
     while node is not None and node not in structure.layer_at:
@@ -215,8 +215,8 @@ def _is_unknown_weight(step: Step) -> bool:
 
 
 def _unknown(flow: Dataflow, step: Step) -> str:
-    known = why_no_map(flow, step.module)
-    return f"{step.module or 'the model'} before it {known or f'computes {step.name} with no weight of its own'}"
+    known = why_no_map(flow, step.module) or f"computes {op.plain_name(step.name)} with no weight of its own"
+    return f"{step.module or 'the model'} before it {known}"
 
 
 class SignalPaths:
@@ -263,7 +263,7 @@ class SignalPaths:
 
     def _forwards(self) -> None:
         for step in self.flow.steps:
-            values = self._values(step)
+            values = self.carried_values(step)
             source = self._source(step, values)
             attends = self.attends(step)
             aggregates = step.name in _AGGREGATING or (step.name in _PRODUCTS - {"mul"} and not step.learned)
@@ -276,7 +276,7 @@ class SignalPaths:
                 if attends or any(each in self.after_attention for each in step.inputs):
                     self.after_attention.add(node)
 
-    def _values(self, step: Step) -> list[Node]:
+    def carried_values(self, step: Step) -> list[Node]:
         """The activations whose values an operation carries on; not its indices, masks, gates and coefficients."""
         nodes = [node for node in dict.fromkeys(step.inputs) if node not in self.flow.numbers]
         if gated := gate_of(self.flow, step):
@@ -714,7 +714,7 @@ class _BranchWalk:
         if step.name in HOMOGENEOUS and len(step.inputs) == 1:
             self.constant = True
             return [replace(way, node=step.inputs[0])]
-        raise _BlockedError(f"it ends in {step.name}, which no weight lies behind")
+        raise _BlockedError(f"it ends in {op.plain_name(step.name)}, which no weight lies behind")
 
     def _module_of(self, step: Step, node: Node) -> str | None:
         """The leaf module (or removed norm with an activation) that ran an operation and gave what it made."""

@@ -260,7 +260,7 @@ def _size(value: object) -> float | None:
     """A number, or the root mean square of a tensor that is no activation."""
     if isinstance(value, Tensor):
         size = float(value.detach().double().square().mean().sqrt())
-        return math.copysign(size, float(value)) if value.numel() == 1 else size
+        return math.copysign(size, float(value.detach())) if value.numel() == 1 else size
     return float(value) if isinstance(value, (int, float)) else None
 
 
@@ -652,7 +652,8 @@ class Use:
 
 def is_foreign(module: nn.Module) -> bool:
     """Whether a module has a weight of its own, and is no norm and no layer of torch's in what it computes."""
-    weights = [p for p in module._parameters.values() if p is not None and p.dim() > 1 and p.is_floating_point()]
+    parameters = [p for p in module._parameters.values() if p is not None and p.dim() > 1]
+    weights = [p for p in parameters if p.is_floating_point() or p.is_complex()]
     return bool(weights) and not is_norm(module) and base_of(module, fresh=True) is None
 
 

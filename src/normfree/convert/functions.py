@@ -69,7 +69,10 @@ class Functions:
         if found is None:
             return None
         base, steps = found
-        name = "·".join(dict.fromkeys(step.name for step in steps if step.name in op.NONLINEAR)) or "identity"
+        name = (
+            "·".join(dict.fromkeys(op.plain_name(step.name) for step in steps if step.name in op.NONLINEAR))
+            or "identity"
+        )
         return Function(base, tuple(steps), name, _key(steps, base), _replay(steps, base, node))
 
     def gamma(self, function: Function, bias: float = 0.0) -> float | None:

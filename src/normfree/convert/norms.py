@@ -54,6 +54,16 @@ NOT_FOLLOWED = "no recorded operation leads from the input to it"
 """Why a norm stays in a model whose forward copies its input piece by piece, as detectors do."""
 
 
+def why_not_followed(calls: Iterable[Call]) -> str:
+    """Why it is not known where a norm stands; "" where it is."""
+    followed = [call.input is not None and call.output is not None for call in calls]
+    if all(followed):
+        return ""
+    if not any(followed):
+        return NOT_FOLLOWED
+    return f"it runs {len(followed)} times, and not each time on what comes from the input, as a first state does not"
+
+
 def norm_calls(flow: Dataflow, normalizations: Normalizations) -> tuple[dict[str, list[Call]], dict[str, AffineMap]]:
     """The modules that are norms by what they compute, with their calls in running order, and the constants of those.
 
@@ -490,8 +500,9 @@ class Normalizations:
 
     @cached_property
     def examples(self) -> int | None:
-        """The number of examples, where all inputs agree on it."""
+        """The number of examples, where all inputs agree on it, or all but those that hold numbers, as edges do."""
         inputs = [node for node in self.flow.shapes if node not in self.flow.made_by and len(node.parents) == 1]
+        inputs = [node for node in inputs if node not in self.flow.numbers] or inputs
         sizes = {self.flow.shapes[node][0] for node in inputs if self.flow.shapes[node]}
         return sizes.pop() if len(sizes) == 1 else None
 
@@ -561,6 +572,8 @@ class Normalizations:
             }
         if name in _PRODUCTS or name in _SUMMANDS or name in _LARGER or name == "where":
             return self._combine(step)
+        if name in op.CONVOLUTION | op.LINEAR and len(step.inputs) == 1:
+            return _weigh(self.related(step.inputs[0]))
         if name in ("bmm", "matmul") and len(step.inputs) == 2 and self.flow.shapes[step.outputs[0]][-2:] == (1, 1):
             return self._reduce(step, self._product(step, args[0], args[1], divide=False), 0)
         return _bend(first) if name in _BENDING and len(step.inputs) == 1 else {}
@@ -785,6 +798,16 @@ def _named(reduction: str, each: Relation) -> str:
 
 def _statistics_in(relations: Relations) -> Relations:
     return {root: each for root, each in relations.items() if each.statistic is not None}
+
+
+def _weigh(relations: Relations) -> Relations:
+    """Of what a layer sums of magnitudes, such as the squares by which a divisive normalization divides."""
+    over = frozenset({"channels"})
+    return {
+        root: Relation(each.degree, Statistic("weighted norm", over), magnitude=True)
+        for root, each in relations.items()
+        if each.magnitude and each.statistic is None and not each.bent
+    }
 
 
 def _bend(relations: Relations) -> Relations:

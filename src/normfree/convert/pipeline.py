@@ -284,9 +284,9 @@ def _notes_on_scales(structure: Structure, changes: list[Change]) -> Iterator[st
         behind = [] if node is None else structure.nearest_behind(node)
         alone = [name for name in behind if name not in new]
         cause = "the input itself" if not behind else f"what comes from {', '.join(sorted(alone or behind)[:3])}"
-        stays = ", which conversion left as it is" if alone else ""
+        stays = ", which conversion left as it is," if alone else ""
         yield (
-            f"{change.name} has an input scale of {scale:.4g}: {cause}{stays}, reaches it with a mean square of about "
+            f"{change.name} has an input scale of {scale:.4g}: {cause}{stays} reaches it with a mean square of about "
             f"{scale**-2:.2g}; scale it there, by its initialization or in the data"
         )
 

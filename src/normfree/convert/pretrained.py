@@ -9,16 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from normfree.convert.apply import fold_affine, learns
-from normfree.convert.dataflow import (
-    activation_in,
-    channels_of,
-    class_name,
-    is_layer,
-)
-from normfree.convert.norms import NOT_FOLLOWED, AffineMap, why_unknown
+from normfree.convert.carriers import unknown_weight
+from normfree.convert.dataflow import Call, Dataflow, activation_in, channels_of, class_name, is_layer, passes_unchanged
+from normfree.convert.norms import AffineMap, why_not_followed, why_unknown
 from normfree.convert.record import AFFINE, BARE, WITH_ACTIVATION, Change, Kept
 from normfree.convert.structure import Structure, unseen_norms
 from normfree.nn import ChannelAffine
+from normfree.trace import operations as op
 
 
 def pretrained_plan(
@@ -75,14 +72,17 @@ def pretrained_plan(
 def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
     """The layer a norm folds into, or None and why there is none."""
     calls = structure.norms[norm]
-    if any(call.input is None for call in calls):
-        return None, NOT_FOLLOWED
+    if reason := why_not_followed(calls):
+        return None, reason
     behind = [structure.producing_layer(call.input, alone=False) for call in calls]
     layers = {call.name for call in behind if call is not None}
     if not any(structure.has_layer_behind(call.input) for call in calls if call.input is not None):
         return None, "it takes the input itself, which no layer comes before"
     if None in behind:
-        return None, "it follows no layer alone, but a sum, a concatenation, a pool or an activation"
+        call = calls[behind.index(None)]
+        return None, unknown_weight(
+            structure, call
+        ) or f"it follows no layer alone, but {_made_by(structure.flow, call)}"
     if any(structure.producing_layer(call.input, alone=True) is None for call in calls):
         return None, f"the output of {', '.join(sorted(layers))} before it is read elsewhere, too"
     if len(layers) > 1:
@@ -106,13 +106,22 @@ def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
     return layer, ""
 
 
+def _made_by(flow: Dataflow, call: Call) -> str:
+    """The operation that made what a norm takes, but for its layout, and where it ran."""
+    node = call.input
+    while node is not None and (step := flow.made_by.get(node)) is not None:
+        if not passes_unchanged(step):
+            return f"{op.plain_name(step.name)} in {step.module or 'the model'}"
+        node = step.inputs[0]
+    return "something else"
+
+
 def _in_between(training: Structure | None, norm: str, layer: str) -> str:
     """What stands between a layer and its norm in training alone, such as a dropout; "" for nothing."""
     for call in training.norms.get(norm, ()) if training is not None else ():
         behind = training.producing_layer(call.input, alone=True)  # type: ignore[union-attr]
         if behind is None or behind.name != layer:
-            step = training.flow.made_by.get(call.input) if call.input is not None else None  # type: ignore[union-attr]
-            what = f"{step.name} in {step.module or 'the model'}" if step is not None else "something else"
+            what = _made_by(training.flow, call)  # type: ignore[union-attr]
             return f"in training {what} comes between {layer} and it, or reads what {layer} made"
     return ""
 

@@ -163,7 +163,11 @@ class Conversion:
             counts[change.now] = counts.get(change.now, 0) + 1
         made = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
         count = len(self.norms_left)
-        none = "no normalizer left that is recognised" if self.replaces_norms else "it had no normalizer"
+        none = (
+            "no normalizer left that is recognised"
+            if self.replaces_norms
+            else "it had no normalizer that is recognised"
+        )
         left = f"{count} normalizer{'s' if count > 1 else ''} left" if count else none
         return f"{self.model} converted ({self.start}): {made}; {left}"
 

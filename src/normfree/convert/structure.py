@@ -174,14 +174,18 @@ class Structure:
         return all(call.output not in self.alive for call in self.layers[name])
 
     def region(self, addition: Addition, end: Node) -> set[Node]:
-        """The activations between an addition's ancestor and its branch or shortcut ``end``, which is included."""
+        """The activations between an addition's ancestor and its branch or shortcut ``end``, which is included.
+
+        What else a branch reads (the embedding of a time step, a memory) comes from elsewhere, and is not among them.
+        """
         ancestor = addition.ancestor
         if (ancestor, end) not in self._regions:
-            self._regions[ancestor, end] = {
-                node
-                for node in self.flow.backwards(end, stop=lambda each: each.level <= ancestor.level)
-                if node.level > ancestor.level
-            }
+            behind = self.flow.backwards(end, stop=lambda each: each.level <= ancestor.level)
+            inside = {ancestor}
+            for node in sorted(behind, key=lambda each: each.level):
+                if not inside.isdisjoint(node.parents):
+                    inside.add(node)
+            self._regions[ancestor, end] = inside - {ancestor}
         return self._regions[ancestor, end]
 
 
@@ -204,7 +208,7 @@ def layers_to_standardize(
     chosen, kept = [], {}
     for name in structure.layers:
         if name not in wanted:
-            kept[name] = "no removed normalizer follows it"
+            kept[name] = "it answers for no removed normalizer"
         elif name not in direct and structure.is_gate_only(name):
             kept[name] = "it only computes a gate"
         elif reason := structure.why_left(name):
@@ -528,6 +532,8 @@ class _Finder:
         """
         if attached := attached_to(self.module):
             raise _NoMapError(f"has {attached}")
+        if any(parameter.is_complex() for parameter in self.module.parameters(recurse=False)):
+            raise _NoMapError("has weights of complex numbers")
         weight = self._weight()
         uses = [use for use in self.uses if use.origin.name == weight]
         self._check_alone(weight, uses)

@@ -57,6 +57,9 @@ ROUGHEST = 4.0
 """Gain of a gradient of the roughest function that unit variance suits: tanh(5 x) has 3.3. One of more, such as the
 sine of thirty times its input, is made for a smaller signal, and the layers before it for giving that."""
 
+_MODULATING = op.SCALING | op.SUMS
+"""Operations by which a broadcast activation (an embedding's scale and shift) acts on another: no row goes on there."""
+
 LAST = "no layer follows it on the way to an output"
 STANDARDIZED = "it standardizes its weight already"
 
@@ -119,7 +122,8 @@ class _Search:
         self.ahead: dict[Node, _Ahead] = {}
         for step in reversed(self.flow.steps):
             before = self._before(step)
-            for node in step.inputs:
+            modulates = self.has_norms and step.name in _MODULATING
+            for node in ways.carried_values(step) if modulates else step.inputs:
                 self.ahead[node] = self.ahead.get(node, _Ahead()) | before
         made = {call.output: 1.0 for calls in structure.layers.values() for call in calls if call.output is not None}
         self.functions = Functions(structure, set(), made)

@@ -22,7 +22,7 @@ from normfree.convert.norms import Normalization, Normalizations, reduced_axes
 from normfree.convert.record import AFFINE, Conversion, Kept
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
-from normfree.trace.inputs import Batch, examples_in, of_this_thread
+from normfree.trace.inputs import Batch, examples_in, of_this_thread, tensors_of
 
 LEAST_ERROR = (1e-2, 0.1)
 """Relative error that is no rounding: TensorFloat-32 makes 1e-3, a norm that was misunderstood 0.1 and more; in half
@@ -201,16 +201,21 @@ def statistics_of_batch(model: nn.Module, batch: Batch) -> list[BatchStatistics]
 def change_by_others(model: nn.Module, batch: Batch) -> float | None:
     """The relative change of the first example's output in training mode when the others become copies of it.
 
+    Integers beside them (the edges of a graph) that do not agree on the number of examples stay as they are.
+
     Returns:
         The change; None where it is no more than rounding makes, or where it is not known: the inputs do not agree
         on a number of examples, or training wants something else, such as targets.
     """
-    examples = examples_in(batch)
-    if examples is None or examples < 2:
+    tensors = [tensor for tensor in tensors_of(batch) if tensor.dim()]
+    if examples_in(batch) is None:
+        tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
+    sizes = {len(tensor) for tensor in tensors}
+    if len(sizes) != 1 or (examples := sizes.pop()) < 2:
         return None
 
     def alone(tensor: Any) -> Any:
-        alike = isinstance(tensor, Tensor) and tensor.dim() > 0 and tensor.layout == torch.strided
+        alike = any(tensor is each for each in tensors) and tensor.layout == torch.strided
         return tensor[:1].expand_as(tensor).clone() if alike else tensor
 
     outputs = []
@@ -326,9 +331,9 @@ def note_leak(converted: nn.Module, conversion: Conversion, batch: Batch) -> Con
         return replace(conversion, kept=(*conversion.kept, kept))
     step = None if normalizations is None else _along_first_axis(normalizations)
     if step is not None:
-        where = step.module or "the model"
+        where, what = step.module or "the model", op.plain_name(step.name)
         note = (
-            f"{seen}: {where} computes {step.name} along the first axis, whose rows (nodes of a graph, time steps) see "
+            f"{seen}: {where} computes {what} along the first axis, whose rows (nodes of a graph, time steps) see "
             "each other by the model's own design, not by a normalizer"
         )
         return replace(conversion, notes=(*conversion.notes, note))

@@ -64,7 +64,7 @@ def findings_of(
         *_zero_layer(signal),
         *_correlation_collapse(along, made_of),
         *gradient_explosion(signal, made_of, size),
-        *gradient_vanishing(signal, made_of, size),
+        *gradient_vanishing(signal, made_of, size, chains(signal)),
     ]
     found = [replace(finding, docs=f"{DOCS}#{finding.kind}") for finding in found]
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
@@ -509,10 +509,11 @@ def _find_collapse(stretch: Stretch) -> Iterator[tuple[float, list[BlockSignal]]
     """The similarity a stretch begins with and the points that are alike, if it makes different examples so.
 
     A token of a class, or a learned query, starts the same for all: so its stream is not compared, and of layers beside
-    blocks a single one that reads it is not. Nor is a small head, which starts as its bias.
+    blocks a single one that reads it is not. Nor is a small head, which starts as its bias. Nothing has collapsed where
+    a normalizer takes off what the examples have in common (a bias above an input of small units), and leaves the rest.
     """
     start = None if stretch.entry is None else stretch.entry.input_correlation
-    if start is None or start > STILL_APART or stretch.pooled:
+    if start is None or start > STILL_APART or stretch.pooled or stretch.apart_again:
         return
     points = [p for p in stretch.points if not p.last]
     many = [p for p in points if p.input_correlation is not None and prod(p.shape[1:]) >= FEW_FEATURES]
@@ -582,6 +583,7 @@ class Stretch:
         ends: no normalizer is behind it, but outputs, a global pool or what cannot be followed.
         pooled: its points have one position each, and follow maps.
         entry: where its stream begins, if that is known.
+        apart_again: different examples are far apart further along, where nothing has been put beside the signal yet.
     """
 
     start: float
@@ -590,6 +592,7 @@ class Stretch:
     ends: bool
     pooled: bool
     entry: Entry | None
+    apart_again: bool
 
 
 def stretches(signal: SignalPropagation) -> list[Stretch]:
@@ -632,11 +635,17 @@ def _cut(signal: SignalPropagation, chain: Sequence[BlockSignal]) -> list[Stretc
     start, at = 0.0, ""
     points = list[BlockSignal]()
     has_positions = pooled = False
+    before_apart, apart = set[int](), False
+    for point in reversed(chain):
+        before_apart |= {id(point)} if apart else set()
+        alike = 1.0 if point.last or point.input_correlation is None else point.input_correlation
+        apart = (apart or alike < STILL_APART) and not point.mixed
 
     def close(ends: bool) -> None:
         if points:
             goes_on = points[-1].renewed or points[-1].joined
-            found.append(Stretch(start, at, tuple(points), ends and not goes_on, pooled, entry))
+            apart = id(points[-1]) in before_apart
+            found.append(Stretch(start, at, tuple(points), ends and not goes_on, pooled, entry, apart))
             points.clear()
 
     before: BlockSignal | None = None

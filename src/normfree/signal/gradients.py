@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import inf, isfinite, log10, prod
+from math import inf, isfinite, log10, prod, sqrt
 from statistics import median
 from typing import Any
 
@@ -83,7 +83,8 @@ def sq_gradients(
 ) -> Gradients:
     """Mean squared gradient at every point, of ``Σ r·output`` with one draw r ~ N(0, 1), from one backward pass.
 
-    Of a complex output the real and the imaginary part are projected. Where the output does not change with any point
+    Of a complex output the real and the imaginary part are projected; of several outputs each as a whole has the weight
+    of the first. Where the output does not change with any point
     that varies (a head that starts at zero), the last of these is projected in its place. A point within an autograd
     function whose backward is written out has no gradient of its own: None.
 
@@ -184,7 +185,7 @@ def _measure(
                 last = places[max(varying)]
                 outputs, projection = [last.edge], [_drawn(last.shape, **last.options, generator=generator)]
             else:
-                projection = [_drawn(t.shape, t.dtype, t.device, generator) for t in outputs]
+                projection = _weigh_alike([_drawn(t.shape, t.dtype, t.device, generator) for t in outputs])
             if whole and outputs:
                 torch.autograd.backward(outputs, projection)
         if not whole and recorder.hidden:
@@ -202,6 +203,15 @@ def _drawn(shape: torch.Size, dtype: torch.dtype, device: torch.device, generato
     if dtype.is_complex:
         return torch.view_as_complex(torch.randn(*shape, 2, generator=generator)).to(device, dtype)
     return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def _weigh_alike(projections: Sequence[Tensor]) -> list[Tensor]:
+    """The projections of several outputs, each as a whole with the weight of the first.
+
+    A map has thousands of times more values than a class: with equal weights for each value, what lies behind the last
+    map would seem to receive next to nothing, and what lies before it to explode.
+    """
+    return [r * sqrt(projections[0].numel() / max(1, r.numel())) for r in projections]
 
 
 def _keep(found: dict[int, float], index: int, place: Place, gradient: Tensor | None) -> None:
@@ -329,8 +339,9 @@ class PlaceRecorder(Recorder):
         """Stop before the activations kept for the backward pass fill the memory: the system would end the process."""
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self.largest = max(self.largest, tensor.nbytes)
-                self.unchecked += tensor.nbytes
+                nbytes = tensor.numel() * tensor.element_size()  # sparse tensors have no nbytes
+                self.largest = max(self.largest, nbytes)
+                self.unchecked += nbytes
         if self.unchecked > CHECK_EVERY:
             self.unchecked = 0
             free = available_memory()
@@ -461,21 +472,34 @@ WEAK, TOO_WEAK = 1e-6, 1e-9
 
 
 def gradient_vanishing(
-    signal: SignalPropagation, made_of: Architecture = _PLAIN, size: Sequence[Finding] = ()
+    signal: SignalPropagation,
+    made_of: Architecture = _PLAIN,
+    size: Sequence[Finding] = (),
+    chains: Sequence[Sequence[BlockSignal]] = (),
 ) -> Iterator[Finding]:
     """S or G falls from the output to the input: the early layers do not learn.
 
-    The calls of one module share its weights, which receive the sum: the largest counts. Arguments are those of
-    :func:`gradient_explosion`; where the signal fades, its gradient fades with it.
+    Points compare with those that their own signal comes to: of two streams beside each other, one in small units
+    behind which a normalizer stands has a gradient as large as its signal is small. The calls of one module share its
+    weights, which receive the sum: the largest counts. Where the signal fades, its gradient fades with it.
+
+    Args:
+        signal: the measurement.
+        made_of: of what the model is made.
+        size: the findings on the size of the signal.
+        chains: the points of every path from an entry to an end; by default all points are one.
     """
     remedy = remedies.gradient_vanishing(made_of)
     fades = any(finding.kind == "attenuation" for finding in size)
-    points = _largest_of_each_module(_rate(signal))
-    for values, faint, too_faint, relative in (
-        ([p.sensitivity for p in points], FAINT, TOO_FAINT, ", relative to the signal,"),
-        ([p.power for p in points], WEAK, TOO_WEAK, ""),
+    rated = {point.block.index: point for point in _rate(signal)}
+    ways = chains or (signal.blocks,)
+    ways = [_largest_of_each_module([rated[p.index] for p in way if p.index in rated]) for way in ways]
+    for value, faint, too_faint, relative in (
+        (lambda p: p.sensitivity, FAINT, TOO_FAINT, ", relative to the signal,"),
+        (lambda p: p.power, WEAK, TOO_WEAK, ""),
     ):
-        first, last, loss = _loss(values)
+        losses = [(_loss([value(p) for p in points]), points) for points in ways if points]
+        (first, last, loss), points = max(losses, key=lambda one: one[0][2], default=((0, 0, 0.0), []))
         if loss < -log10(faint):
             continue
         early, late = points[first].block, points[last].block

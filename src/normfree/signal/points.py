@@ -552,8 +552,8 @@ def _way_from(ancestor: Node, node: Node, ways: _Ways) -> tuple[int, bool] | Non
     waiting = [node]
     while waiting:
         node = waiting[-1]
-        if node not in ways and node.note.order <= ancestor.note.order:
-            ways[node] = None
+        if node not in ways and (node.note.order <= ancestor.note.order or node.number < ancestor.first_reader):
+            ways[node] = None  # made before anything was computed from the ancestor
         if node in ways:
             waiting.pop()
         elif unknown := [parent for parent in node.parents if parent not in ways]:

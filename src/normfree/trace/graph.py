@@ -54,6 +54,7 @@ class Path(NamedTuple):
 NO_STEP = Path()
 
 _NUMBERS = count()
+_UNREAD = 2**63
 
 
 class Node:
@@ -72,6 +73,7 @@ class Node:
         whole: how many of them are reached by a path with a weighted operation before any partial one.
         number: how many were made before it.
         readers: number of activations computed from it so far.
+        first_reader: number of the first of them; what was made before it comes from elsewhere.
         sums: how many of it and its dominators are residual additions.
         straight: the furthest activation behind it before which signals were joined or bent.
         since: what paths from here to others pass, as far as was asked: fewest weighted and fewest partial
@@ -82,6 +84,7 @@ class Node:
     __slots__ = (
         "depth",
         "dominator",
+        "first_reader",
         "jump",
         "level",
         "note",
@@ -103,6 +106,7 @@ class Node:
         self.note = note
         self.number = next(_NUMBERS)
         self.readers = self.sums = 0
+        self.first_reader = _UNREAD
         self.since: dict[Node, tuple[int, int] | None] | None = None
         self.straight = self
         self.dominator: Node | None = None
@@ -117,10 +121,12 @@ class Node:
         step, first = self.step, self.parents[0]
         dominator, level, path, single = first, first.level, first.path, True
         first.readers += 1
+        first.first_reader = min(first.first_reader, self.number)
         for parent in self.parents:
             if parent is not first:
                 single = False
                 parent.readers += 1
+                parent.first_reader = min(parent.first_reader, self.number)
                 dominator = meet(dominator, parent)
                 level = max(level, parent.level)
                 path = _join(path, parent.path)
@@ -420,7 +426,7 @@ def _since(source: Node, node: Node) -> tuple[int, int] | None:
 
 def _place_of(source: Node, node: Node, found: dict[Node, tuple[int, int] | None]) -> tuple[int, int] | Node | None:
     """What is known of the paths from ``source`` to ``node``, or else the activation to search behind."""
-    if node.level <= source.level:
+    if node.level <= source.level or node.number < source.first_reader:
         return (0, 0) if node is source else None
     common = meet(source, node)
     entry, since = source, (0, 0)

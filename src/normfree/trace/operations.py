@@ -19,6 +19,11 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+def plain_name(name: str) -> str:
+    """An operation's name as people know it, for messages: ``prelu`` of ``_prelu_kernel``."""
+    return name.strip("_").removesuffix("_kernel").removesuffix("_with_indices")
+
+
 LINEAR = frozenset({"addmm", "mm", "bmm", "baddbmm", "addbmm", "linear", "matmul", "addmv", "mv", "mkldnn_linear"})
 """Matrix products: weighted if one factor is a parameter, a product of activations otherwise."""
 
