@@ -301,6 +301,54 @@ for title, source in FORGED_SOURCES.items():
     attack("code", f"a converted file names {title}", forged_source(source), "c.safetensors")
 
 
+def trained_by(word: Any, classes: Any, command: tuple[str, ...] = ("spp", "t.safetensors")) -> Any:
+    """A command on weights that name what `normfree train` built their model by."""
+
+    def act(folder: Path) -> list[str]:
+        note = json.dumps({"model": word, "num_classes": classes})
+        write_tensors(folder / "t.safetensors", {"fc.weight": torch.zeros(3, 4)}, {"normfree.built_by": note})
+        (folder / "nets.py").write_text(EVIL)
+        return list(command)
+
+    return act
+
+
+for title, (word, classes) in {
+    "a factory": ("nets.py:net", 3),
+    "a hub model of timm": ("timm:hf-hub:someone/evil", 3),
+    "a large torchvision model": ("torchvision:vit_h_14", 3),
+    "a billion classes": ("torchvision:squeezenet1_0", 10**9),
+    "no classes": ("torchvision:squeezenet1_0", 0),
+    "a number": (7, 3),
+    "itself": ("t.safetensors", 3),
+    "escapes": (ESCAPES, 3),
+    "arguments that are code": ("torchvision:squeezenet1_0:dropout=__import__('os').system('touch code_was_run')", 3),
+}.items():
+    attack("code", f"trained weights name {title}", trained_by(word, classes), "t.safetensors")
+attack(
+    "code",
+    "normfree evaluate finds the factory that trained weights name",
+    trained_by("nets.py:net", 3, ("evaluate", "t.safetensors", "--source", "digits")),
+    "t.safetensors",
+)
+
+
+def settings_naming(option: str) -> Callable[[Path], list[str]]:
+    """A settings file that names code."""
+
+    def act(folder: Path) -> list[str]:
+        (folder / "nets.py").write_text(EVIL)
+        model = "nets.py:net" if option == "model" else "kept.safetensors"
+        (folder / "own.yaml").write_text(f"model: {model}\noriginal: nets.py:net\n")
+        return ["train", "digits", "--config", "own.yaml", "--out", "run"]
+
+    return act
+
+
+for option in ("model", "original"):
+    attack("code", f"a settings file names code as its {option}", settings_naming(option), "own.yaml")
+
+
 def command_on(*words: str) -> Callable[[Path], list[str]]:
     """A command on a converted checkpoint whose factory lies beside it."""
 

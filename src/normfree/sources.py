@@ -15,7 +15,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -277,16 +277,13 @@ def _from_checkpoint(path: str, original: str | None) -> Built:
     if original is not None:
         built = build(original if trained is None else _with_classes(original, trained[1]))
         return Built(load(path, original=built.model), built.batch, shape=_shape_of(conversion))
-    source = conversion.source if conversion is not None else None
-    if trained is not None:
-        source = _with_classes(*trained)
+    source = trained[0] if trained is not None else conversion.source if conversion is not None else None
     numbers, tensors = sizes(path)
     named = None
-    if source is not None:
-        try:
+    with suppress(ValueError):  # a FILE.py, a path, or a name of nothing: the file may not decide what is run
+        if source is not None:
+            source = source if trained is None else _with_classes(*trained)
             named, _ = _by_name(source, tensors, weights=False)
-        except ValueError:  # a FILE.py, a path, or a name of nothing: the file may not decide what is run
-            named = None
     if named is None:
         said = "a model of your own" if source is None else quoted(source)
         made = "was converted from" if trained is None else "holds trained weights of"
