@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_run import tiny
 
+from normfree.train import networks as module
 from normfree.train import train
-from normfree.train import trainer as module
 
 CENTRED = "nf_resnet50:depths=(1,1,1,1),widths=(8,8,16,16),stem=cifar,centred=True,drop_rate=0.25"
 NORMED = "resnet50:depths=(1,1,1,1),widths=(8,8,16,16),stem=cifar"

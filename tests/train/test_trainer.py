@@ -321,9 +321,10 @@ def test_the_report_opens_offline_and_says_what_happened(run):
     assert "http" not in page.partition("<script>")[0].replace("http-equiv", "")
 
 
-def test_the_guides_example_runs(tmp_path, monkeypatch, capsys):
+def test_the_guides_examples_run(tmp_path, monkeypatch, capsys):
     guide = Path(__file__).parents[2] / "docs" / "training.md"
-    (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL))
     monkeypatch.chdir(tmp_path)
     exec(compile(code.replace("epochs=2", "epochs=2, limit_train_steps=3, signal_every=0"), str(guide), "exec"), {})
     assert capsys.readouterr().out.startswith("True ")
+    assert (tmp_path / "runs" / "mine" / "model.safetensors").exists()

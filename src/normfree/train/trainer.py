@@ -30,7 +30,6 @@ from normfree.common.files import kind_of, parse_dataclass, parse_json, read, re
 from normfree.common.text import first_line, quoted, short_repr
 from normfree.common.torch_compat import tree_leaves
 from normfree.data import TooFewExamples, TrainingData, list_names, open_evaluation, open_training, with_holdout
-from normfree.models import create_model
 from normfree.models.registry import CENTRED
 from normfree.optim import (
     AdaptiveGradientClipping,
@@ -64,6 +63,7 @@ from normfree.train.checkpoint import (
 from normfree.train.config import OptimizerConfig, TrainConfig, to_dict
 from normfree.train.distributed import FABRIC_PRECISION, ShardedStates, WholeStates, launch, resolve_precision, shard
 from normfree.train.evaluation import Evaluation, evaluate
+from normfree.train.networks import NetworkFactory, build_network, compile_network
 from normfree.train.progress import Progress
 from normfree.train.records import (
     EVALUATION,
@@ -82,17 +82,11 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from rich.console import Console
 
-COMPILED_ON = ("cuda",)
-"""Devices on which a network is compiled by default: kernel launches take longer than the kernels there."""
-
 PROBE = 16
 """Images that the signal is recorded with."""
 
 STATE_KEYS = ("step", "skipped", "seconds", "optimizer", "averages", "signal", "data")
 """What a checkpoint's state says."""
-
-NetworkFactory = Callable[[int, int], nn.Module]
-"""Builds a network, given the numbers of classes and of the images' channels."""
 
 Batch = tuple[Tensor, Tensor]
 Result = TypeVar("Result")
@@ -295,10 +289,13 @@ class Trainer:
         self._notes: list[str] = []
 
         self.states = ShardedStates() if config.strategy == "fsdp" else WholeStates()
-        self.network = self._build_network(network)
+        self.network = build_network(config, self.data, network)
         self.centring = self._build_centring()
         self.average = self._build_average()
-        compiled = self._compile()
+        compiled, note = compile_network(self.network, config, self.data, fabric)
+        self._notes += [note] if note else []
+        if self.centring is not None:
+            self.centring.forget()  # what compilation ran with
         self.compiled = compiled is not None
         self.model = fabric.setup_module(self.network if compiled is None else compiled)
         self.optimizer = self._build_optimizer()
@@ -349,41 +346,6 @@ class Trainer:
             data = open_training(fitted.rank_data(world_size), rank=rank, world_size=world_size)
         return fitted, data
 
-    def _build_network(self, factory: NetworkFactory | None) -> nn.Module:
-        """Build the network, drawn from the seed."""
-        torch.manual_seed(self.config.seed)
-        classes, channels = self.data.num_classes, self.data.in_channels
-        if factory is not None and self.config.is_foreign:
-            network = factory(classes, channels)
-            self._check_foreign(network)
-        else:
-            network = create_model(
-                self.config.model_name, num_classes=classes, in_channels=channels, **self.config.model_overrides
-            )
-        if self.config.channels_last and not self.sharded:  # FSDP shards contiguous parameters only
-            # Not those of 1x1: they are alike in both layouts, and DistributedDataParallel warns of their strides.
-            for parameter in network.parameters():
-                if parameter.ndim == 4 and parameter.shape[2:].numel() > 1:
-                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        return network
-
-    def _check_foreign(self, network: nn.Module) -> None:
-        """Raise unless a network that is none of ours gives logits of the data's classes for images of their shape."""
-        classes, shape = self.data.num_classes, self.data.image_shape
-        if self.sharded:
-            rule = "fsdp shards the blocks of normfree's own networks"
-            raise invalid("strategy", self.config.strategy, rule, "pass --strategy ddp")
-        with preserve_model(network, "eval") as preserved, torch.no_grad(), Writes(preserved):
-            try:
-                logits = network(torch.zeros(2, *shape))
-            except Exception as error:  # of the network's own
-                rule = f"fails on images {[2, *shape]} ({first_line(error)})"
-                raise invalid("model", self.config.model, rule, "pass a network for such images") from error
-        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        if found != [2, classes]:
-            rule = f"gives {found} for 2 images, and not logits of {classes} classes, [2, {classes}]"
-            raise invalid("model", self.config.model, rule, f"build it for {classes} classes")
-
     def _build_centring(self) -> InputCentring | None:
         if not self.config.model_overrides.get(CENTRED, False):
             return None
@@ -394,51 +356,6 @@ class Trainer:
 
     def _process_group(self) -> Any:
         return torch.distributed.group.WORLD if self.fabric.world_size > 1 else None
-
-    def _compile(self) -> nn.Module | None:
-        """Compile the network, if that is asked for or pays; None where it is trained as it is.
-
-        One forward and one backward pass run first, for torch compiles at the first call; what they left in the network
-        is undone.
-
-        Raises:
-            ValueError: compilation is asked for and fails.
-        """
-        wanted, device = self.config.compile, self.fabric.device
-        if wanted is False or (wanted == "auto" and (device.type not in COMPILED_ON or self.sharded)):
-            return None
-        compiled: Any = torch.compile(self.network)
-        if self.sharded:
-            return compiled
-        reason = None
-        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        shape = (self.data.config.batch_size, *self.data.image_shape)
-        self.network.to(device).train()
-        buffers = [buffer.clone() for buffer in self.network.buffers()]
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            try:
-                with self.fabric.autocast():
-                    logits = compiled(torch.rand(shape, device=device).contiguous(memory_format=layout))
-                logits.float().square().mean().backward()
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # of the compiler, of what it calls, or of the network itself
-                reason = first_line(error)
-        self.network.zero_grad()
-        for buffer, before in zip(self.network.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-        if self.centring is not None:
-            self.centring.forget()
-        reasons = [reason]
-        if self.fabric.world_size > 1:
-            reasons = [reason] * self.fabric.world_size
-            torch.distributed.all_gather_object(reasons, reason)
-        if not (failed := [each for each in reasons if each is not None]):
-            return compiled
-        if wanted is True:
-            raise invalid("compile", True, f"the network is not compiled here ({failed[0]})", "pass --compile False")
-        self._notes.append(f"not compiled, so that steps take longer: {failed[0]}")
-        return None
 
     def _build_average(self) -> WeightAverage | None:
         if self.config.average_decay is None:
