@@ -339,3 +339,52 @@ def test_a_run_s_folder_stands_for_its_config(tmp_path):
     assert read_config(tmp_path) == read_config(tmp_path / "config.json")
     with pytest.raises(ValueError, match=r"config\.json.*is no file"):
         read_config(tmp_path / "..")
+
+
+def test_a_model_by_a_word_is_evaluated_with_its_weights_as_the_converted_one_is(run):
+    words = ["--source", "images", "--image-size", "16", *OPTIONS, "--precision", "fp32"]
+    code, before, _ = run("evaluate", "nets.py:net", "--weights", "trained.pth", *words)
+    assert code == 0 and "accuracy 100.00 %" in before
+    assert run(*CONVERT, "--weights", "trained.pth")[0] == 0
+    after = run("evaluate", *USE, "--source", "images", *OPTIONS, "--precision", "fp32")[1]
+    assert after == before, "at the size it was converted on"
+    code, told, _ = run("predict", "nets.py:net", "images", "--weights", "trained.pth", *words[2:-2], "--json")
+    assert code == 0 and [one["predictions"][0]["index"] for one in json.loads(told)] == [0] * 6 + [1] * 6
+
+
+def test_random_weights_and_bf16_are_said(run):
+    code, told, _ = run(
+        "evaluate", "torchvision:squeezenet1_1:num_classes=2", "--source", "images", "--image-size", "32"
+    )
+    assert code == 0 and "random; --weights FILE" in told
+    told = run("evaluate", *USE_NET, "--precision", "bf16")[1]
+    assert "in bf16; --precision fp32" in told and "bf16" not in run("evaluate", *USE_NET, "--precision", "fp32")[1]
+
+
+USE_NET = ["nets.py:net", "--weights", "trained.pth", "--source", "images", "--image-size", "16", *OPTIONS]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([*USE, "--weights", "trained.pth"], "--weights"),
+        (["nets.py:net", "--weights", "missing.pth"], "missing.pth"),
+        (["nets.py:absent"], "absent"),
+        (["torchvision:resnet1"], "resnet18"),
+        (["nets.py:net", "--weights", "trained.pth", "--run", "images"], "--run"),
+    ],
+)
+def test_weights_that_do_not_belong_are_one_line(words, named, run):
+    assert run(*CONVERT, "--weights", "trained.pth")[0] == 0
+    code, _, error = run("evaluate", *words, "--source", "images")
+    assert code == 2 and named in error and error.count("\n") == 1
+
+
+def test_an_exported_file_of_another_size_than_its_runs_is_said(run, tmp_path):
+    options = ["--epochs", "1", "--limit-train-steps", "2", "--out", "made", "--data.image-size", "16"]
+    assert run("train", "cifar", "--data.source", "images", "--model", "nets.py:net", *options)[0] == 0
+    original = ["--original", "nets.py:net"]
+    assert run("export", "made", *original, "--out", "same.onnx")[0] == 0
+    assert run("export", "made", *original, "--image-size", "32", "--out", "other.onnx")[0] == 0
+    assert "32 × 32" not in run("evaluate", "same.onnx", "--run", "made")[1]
+    assert "taken at 32 × 32" in run("evaluate", "other.onnx", "--run", "made")[1]

@@ -47,6 +47,9 @@ MOST_IMAGES = 10_000
 class _Trained:
     """What both commands take."""
 
+    same_as: ClassVar[dict[str, str]] = {"run": "run_folder"}
+    """Options by the names that errors have for them: an argument, or the field of the data that they change."""
+
     model: TrainedModel
     run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
     """Run that says how images are prepared and what the classes are; the one the model lies in by default."""
@@ -102,8 +105,7 @@ class Evaluate(_Trained):
     Under torchrun the images are divided among the processes.
     """
 
-    same_as: ClassVar[dict[str, str]] = {"evaluation_split": "split"}
-    """Options that are called otherwise than the field of the data that they change."""
+    same_as: ClassVar[dict[str, str]] = {"evaluation_split": "split", "run": "run_folder"}
 
     source: str | None = None
     """Other data: digits, a folder, *.parquet, *.tar, hub:OWNER/NAME."""
