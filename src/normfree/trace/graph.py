@@ -432,7 +432,7 @@ def _place_of(source: Node, node: Node, found: dict[Node, tuple[int, int] | None
     entry, since = source, (0, 0)
     if common is not source:  # all paths run through the first dominator of the node that is none of the source
         entry = dominator_at(node, common.depth + 1)
-        if entry.level <= source.level:
+        if entry.level <= source.level or entry.number < source.first_reader:
             return None
         if entry in found:
             since = found[entry]
