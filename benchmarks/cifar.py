@@ -13,8 +13,8 @@ Four questions, each answered with the recipe's own loop, augmentation and sched
    Whether a loss spiked, which is a noted mean loss of more than twice the smallest before it.
 3. Batch size 2: one pass over the images at batch 2 and at 128, the same rate for each image.
 4. The first question with Muon, the normalizer-free network with centred weights. Both at every rate of one grid
-   (``--grid-epochs``, ``--grid-seeds``), then at their best rate (``--epochs``, ``--seeds``); ``--finished`` makes the
-   page of the runs there are.
+   (``--grid-epochs``, ``--grid-seeds``), then at their best rate (``--epochs``, ``--seeds``), NF also for an epoch more;
+   ``--finished`` makes the page of the runs there are.
 
 The runs are kept in DIR_OUT/runs, and one that is finished is not run again: an interruption costs one run's rest.
 """
@@ -154,6 +154,9 @@ def with_muon(source: str, folder: Path, options: argparse.Namespace, limit: int
     for seed in range(1 if limit else options.seeds):
         for twin in MUON:
             added(final[twin], twin, best[twin], seed, epochs)
+    longer: list[dict[str, Any]] = []
+    for seed in range(1 if limit else options.seeds):
+        added(longer, "NF Muon", best["NF Muon"], seed, epochs + 1)
     return {
         "epochs": epochs,
         "grid_epochs": grid_epochs,
@@ -161,6 +164,7 @@ def with_muon(source: str, folder: Path, options: argparse.Namespace, limit: int
         "grid": grid,
         "best": best,
         "seeds": final,
+        "longer": longer,
     }
 
 
@@ -231,6 +235,9 @@ def _muon(part: dict[str, Any]) -> list[str]:
         lines.append(f"| {twin} | {' | '.join(cells)} |")
     if any(not runs for rates_of in part["grid"].values() for runs in rates_of.values()):
         lines += ["", "Not every rate was run: neither network is tuned here, and this is no verdict."]
+    if longer := part.get("longer"):
+        seeds = ", ".join(str(one["seed"]) for one in longer)
+        lines += ["", f"With one epoch more NF Muon reaches {_accuracies(longer)} (seeds {seeds})."]
     for twin, (_, fields) in part["models"].items():
         rest, final = fields["sgd_learning_rate"], fields["sgd_learning_rate"] * fields["classifier_lr_scale"]
         lines += ["", f"{twin}: gains and biases at {rest:g}, classifier at {final:g}, no clipping."]
