@@ -13,8 +13,8 @@ Four questions, each answered with the recipe's own loop, augmentation and sched
    Whether a loss spiked, which is a noted mean loss of more than twice the smallest before it.
 3. Batch size 2: one pass over the images at batch 2 and at 128, the same rate for each image.
 4. The first question with Muon, the normalizer-free network with centred weights. Both at every rate of one grid
-   (``--grid-epochs``, ``--grid-seeds``), then at their best rate (``--epochs``, ``--seeds``), NF also for an epoch more;
-   ``--finished`` makes the page of the runs there are.
+   (``--grid-epochs``, ``--grid-seeds``), then at their best rate (``--epochs``, ``--seeds``), NF also for an epoch
+   more; ``--finished`` makes the page of the runs there are.
 
 The runs are kept in DIR_OUT/runs, and one that is finished is not run again: an interruption costs one run's rest.
 """
