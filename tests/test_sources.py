@@ -181,7 +181,7 @@ def test_a_factory_whose_arguments_have_defaults_is_called(tmp_path):
         ),
         ("none.py:net", r"there is no file '.*none.py'; FILE.py:FACTORY names"),
         ("net.py:nett", r"defines no function 'nett'; did you mean net"),
-        ("wide.py:wide", r"^model: wide of .*wide.py needs arguments \(width, depth\); a FACTORY takes none: give them"),
+        ("wide.py:wide", r"^model: wide of .*wide.py needs arguments \(width, depth\); a FACTORY takes none: give"),
         ("net.py:Other", r"^model: Other of .*net.py needs arguments \(width\); a FACTORY takes none"),
     ],
 )
