@@ -54,6 +54,8 @@ def test_what_the_plan_does_not_speak_of_is_no_finding():
     assert found_in([1.0, 1.0, 0.2], averaged=True) is None, "an average pool in the shortcut"
     assert found_in([1.0, 0.2, 1.0], residual_avg_channel_var=None) is None, "a branch that is silent"
     assert found_in([1.0, 1.0, 0.2], expected_var=None) is None, "no plan"
+    assert found_in([1.0, 1.0, 0.2], shape=(8, 16, 8, 3)) is None, "a map that is mostly padding"
+    assert found_in([1.0, 1.0, 0.2], shape=(8, 16, 8, 4)) is not None
     assert found_in([1.0, 1.0, 0.2]) is not None
 
 
@@ -125,9 +127,19 @@ INPUTS: dict[str, Callable[[int], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("name", ["nf_resnet50", "nf_regnet_b0", "nf_regnet_b5", "nfnet_f0"])
-def test_the_networks_of_this_package_keep_their_plan(name, kind):
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("nf_resnet50", {}, 64),
+        ("nf_resnet50", {"use_se": True}, 32),
+        ("nf_resnet50", {"alpha": 1.0}, 64),
+        ("nf_regnet_b0", {}, 64),
+        ("nf_regnet_b8", {}, 32),
+        ("nfnet_f0", {}, 64),
+    ],
+)
+def test_the_networks_of_this_package_keep_their_plan(name, options, size, kind):
     torch.manual_seed(0)
-    plot = normfree.spp(create_model(name), INPUTS[kind](64), gradient=False)
+    plot = normfree.spp(create_model(name, **options), INPUTS[kind](size), gradient=False)
     assert all(block.expected_var for block in plot.blocks)
     assert "variance_plan" not in {finding.kind for finding in plot.findings}
