@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,21 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     for example in examples:
         exec(compile(example, page, "exec"), names)
         check_stated_values(example, names)
+
+
+def test_the_example_of_several_ranks_runs_on_two(tmp_path):
+    text = (DOCS / "tutorials/own_loop.md").read_text(encoding="utf-8")
+    (example,) = (each for each in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if "all_reduce" in each)
+    (tmp_path / "example.py").write_text(example, encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "example.py"]
+    path = os.pathsep.join([str(DOCS.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    ended = subprocess.run(launch, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(line for line in ended.stdout.splitlines() if line.startswith("rank")) == [
+        "rank 0 of 2: done",
+        "rank 1 of 2: done",
+    ]
 
 
 def check_stated_values(example, names):

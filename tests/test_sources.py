@@ -145,6 +145,31 @@ def test_a_file_that_is_none_is_refused_without_being_opened(tmp_path, capsys):
         normfree.load("/dev/zero")
 
 
+NET = """\
+from torch import nn
+
+def net(): ...
+
+class Other(nn.Module):
+    def __init__(self, width): ...
+
+def _own(): ...
+"""
+WIDE = """\
+from torch import nn
+
+def wide(width, /, bias=True, *more, depth, **rest): ...
+
+def optional(width=3, *more, **rest):
+    return nn.Linear(width, 2)
+"""
+
+
+def test_a_factory_whose_arguments_have_defaults_is_called(tmp_path):
+    write(tmp_path, wide=WIDE)
+    assert build(str(tmp_path / "wide.py:optional")).model.in_features == 3
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -156,10 +181,12 @@ def test_a_file_that_is_none_is_refused_without_being_opened(tmp_path, capsys):
         ),
         ("none.py:net", r"there is no file '.*none.py'; FILE.py:FACTORY names"),
         ("net.py:nett", r"defines no function 'nett'; did you mean net"),
+        ("wide.py:wide", r"^model: wide of .*wide.py needs arguments \(width, depth\); a FACTORY takes none: give"),
+        ("net.py:Other", r"^model: Other of .*net.py needs arguments \(width\); a FACTORY takes none"),
     ],
 )
 def test_what_a_factory_is_is_said(words, told, tmp_path):
-    write(tmp_path, net="from torch import nn\ndef net(): ...\nclass Other(nn.Module): ...\ndef _own(): ...\n")
+    write(tmp_path, net=NET, wide=WIDE)
     with pytest.raises(ValueError, match=told):
         build(str(tmp_path / words))
 

@@ -588,7 +588,21 @@ def _call_factory(file: Path, factory: str) -> Any:
     if not callable(function):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise _Explained(f"model: {file} defines no function {factory!r}; {suggestion(factory, names)}")
+    try:
+        needed = [p.name for p in inspect.signature(function).parameters.values() if _is_needed(p)]
+    except (TypeError, ValueError):  # of a built-in, which says nothing of its arguments
+        needed = []
+    if needed:
+        raise _Explained(
+            f"model: {factory} of {file} needs arguments ({', '.join(needed)}); a FACTORY takes none: give them "
+            "defaults, or write a function that calls it"
+        )
     return function()
+
+
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    variable = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return not variable and parameter.default is inspect.Parameter.empty
 
 
 # The modules beside a person's FILE.py are importable from files of its folder, also long after it was run: a model's

@@ -43,6 +43,17 @@ FOUND = Finding(kind="explosion", severity="error", block=2, message="it <b>grow
 HISTORY = SignalHistory([(0, signal_of(1.1)), (50, signal_of(20.0, findings=(FOUND,))), (100, signal_of(2.0))])
 
 
+def test_the_entry_is_named_however_many_blocks_there_are():
+    """By its tick where each block has one, beside those that plotly chooses elsewhere."""
+    few = HISTORY.figure().layout
+    assert few.xaxis.labelalias["-1"] == "entry" and few.xaxis.dtick == 1
+    blocks = tuple(replace(signal_of(1.1).blocks[0], index=i) for i in range(27))
+    many = SignalHistory([(step, replace(signal_of(1.1), blocks=blocks)) for step in (0, 1)]).figure().layout
+    (entry,) = (note for note in many.annotations if note.text == "entry")
+    assert (entry.x, entry.xref) == (-1, "x") and "entry" not in many.xaxis.labelalias.values()
+    assert not any(note.text == "entry" for note in few.annotations)
+
+
 def test_a_frame_for_each_step_moves_the_curves_and_nothing_else():
     figure = HISTORY.figure()
     assert [frame.name for frame in figure.frames] == ["0", "50", "100"]

@@ -284,6 +284,29 @@ def test_finding_click_shows_its_block(page: Page) -> None:
     assert page.evaluate("() => chart._fullLayout.xaxis.range[1]") > 199
 
 
+TEXTS = """(which) => [...document.querySelectorAll(which)].map((it) => {
+    const box = it.getBoundingClientRect();
+    return [it.textContent.trim(), box.left, box.right];
+}).filter(([text]) => text)"""
+ENTRY = "() => chart.getBoundingClientRect().left + chart._fullLayout.xaxis._offset + chart._fullLayout.xaxis.d2p(-1)"
+
+
+@pytest.mark.parametrize("blocks", [5, 28, 300])
+@pytest.mark.parametrize("width", [420, 1400])
+def test_the_entry_is_named_once_however_many_blocks_there_are(browser: Browser, tmp_path: Path, blocks, width) -> None:
+    signal = signal_of("a")
+    many = tuple(replace(signal.blocks[0], index=i) for i in range(blocks))
+    report = write_report([replace(signal, blocks=many)], tmp_path / "many.html")
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(report.as_uri())
+    page.wait_for_function("() => window.chart?._fullLayout?.xaxis?._offset")
+    ((_, left, right),) = (each for each in page.evaluate(TEXTS, "#chart text") if each[0] == "entry")
+    assert 0 <= left <= page.evaluate(ENTRY) <= right + 12
+    ticks = page.evaluate(TEXTS, "#chart .xtick text")
+    assert ticks and all(text == "entry" or (text.isdigit() and at >= right) for text, at, _ in ticks), (right, ticks)
+    page.close()
+
+
 def test_names_show_as_they_are(page: Page) -> None:
     assert page.locator("#legend button").nth(3).inner_text() == EVIL
     assert page.locator("#legend button").nth(4).get_attribute("title", timeout=1000).startswith(LONG)  # type: ignore[union-attr]

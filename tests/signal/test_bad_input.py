@@ -114,6 +114,19 @@ CASES = {
         lambda: spp(linear(), [1, 2]),
         "batch: an item of the iterable is of type int; each must be a tensor, a tuple",
     ),
+    "a NumPy array": (
+        lambda: spp(linear(), X.numpy()),
+        "batch: it is a NumPy array; give torch.from_numpy(array), with .float() where",
+    ),
+    "a tuple of NumPy arrays": (
+        lambda: spp(linear(), (X.numpy(),)),
+        "batch: it holds no tensor; give a tensor, a tuple or a dict of tensors; give torch.from_numpy(array)",
+    ),
+    "a list of NumPy arrays": (
+        lambda: spp(linear(), [X.numpy()]),
+        "batch: an item of the iterable is of type ndarray; each must be a tensor, a tuple of positional or a dict of "
+        "keyword arguments; give torch.from_numpy(array)",
+    ),
     "wrong number of channels": (
         lambda: spp(NET, torch.randn(2, 4, 8, 8)),
         "model: Sequential failed on an input of shape [2, 4, 8, 8] in 0: RuntimeError: ",

@@ -89,7 +89,7 @@ def test_a_signal_that_explodes_in_one_step(gains, severity):
     found = {kind: f for (kind, _), f in findings(plain(gains)).items()}
     assert (found["explosion"].severity if severity else found.get("explosion")) == severity
     if severity:
-        assert f"block {gains.index(max(gains))} " in found["explosion"].message.split("past")[1]
+        assert f"layer {gains.index(max(gains))} " in found["explosion"].message.split("past")[1]
 
 
 def test_a_burst_that_a_normalizer_takes_back_is_none():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 import torch
@@ -175,6 +176,9 @@ SICK = {
         lambda: (dense(150, gain=4.0), X),
     ],
 }
+BY_HAND = {"single_value", "variance_plan", "softmax_output"}
+"""Whose remedy is in the batch or in the model's own lines, so that there are none to be pasted."""
+
 CASES = [(kind, number) for kind, made in SICK.items() for number in range(len(made))]
 
 
@@ -203,7 +207,7 @@ def test_a_gradient_that_is_not_finite_is_traced_to_its_line():
 
 
 def test_every_kind_is_tried_and_has_its_place_in_the_documentation():
-    assert set(SICK) == set(KINDS)
+    assert set(SICK) | BY_HAND == set(KINDS) and not BY_HAND & set(SICK)
     torch.manual_seed(0)
     for kind, number in CASES:
         model, batch = SICK[kind][number]()
@@ -217,8 +221,15 @@ def test_every_kind_is_tried_and_has_its_place_in_the_documentation():
 
 def test_a_failed_assertion_shows_the_remedy():
     torch.manual_seed(0)
-    with pytest.raises(AssertionError, match=r"(?s)See docs/signal.md#attenuation.\nimport normfree"):
-        normfree.spp(dense(12), X).assert_healthy()
+    plot = normfree.spp(dense(12), X)
+    errors = [finding for finding in plot.findings if finding.severity == "error"]
+    assert len(errors) > 1 and len({error.code for error in errors}) == 1
+    with pytest.raises(AssertionError, match=r"See docs/signal\.md#attenuation") as raised:
+        plot.assert_healthy()
+    told = str(raised.value)
+    assert told.count("normfree.convert(model, batch)") == 1, "the lines that all have in common, once"
+    assert told.endswith("\n\n    import normfree\n\n" + indent(errors[0].code.partition("\n\n")[2], "    "))
+    assert all(f"  {error.kind}: " in told and error.kind in told.partition("In Python")[2] for error in errors)
 
 
 TOKENS = torch.randint(50, (8, 12), generator=torch.Generator().manual_seed(0))
@@ -294,6 +305,12 @@ def seeded(made):
     return made()
 
 
+def offset(layer):
+    """Layers with biases far above what they add to."""
+    layers = [part for _ in range(6) for part in (layer(), nn.ReLU())]
+    return changed(nn.Sequential(*layers, layer()), lambda m: [p.fill_(5.0) for p in m.parameters() if p.dim() == 1])
+
+
 def remedies_of(made, batch):
     return {finding.kind: finding for finding in normfree.spp(seeded(made), batch).findings}
 
@@ -308,6 +325,14 @@ def test_the_words_of_a_remedy_fit_the_model_in_hand():
     assert "do not saturate in the place of sigmoid" in bent and "He" not in bent
     blocks = remedies_of(lambda: images(*(Block() for _ in range(20))), IMAGES)["explosion"]
     assert "x + α·f(x/β)" in blocks.remedy and "branches as alpha * f(x / beta)" in blocks.code
+    for layer, batch, name in (
+        (lambda: nn.Conv1d(16, 16, 3), torch.randn(4, 16, 40), "ScaledWSConv1d"),
+        (lambda: nn.Conv3d(16, 16, 1), torch.randn(4, 16, 4, 4, 4), "ScaledWSConv3d"),
+        (lambda: nn.ConvTranspose2d(16, 16, 1), torch.randn(4, 16, 4, 4), "ScaledWSConvTranspose2d"),
+        (lambda: nn.Linear(16, 16), torch.randn(4, 16), "ScaledWSLinear"),
+    ):
+        shifted = remedies_of(lambda layer=layer: offset(layer), batch)["mean_shift"].remedy
+        assert f"({name})" in shifted, shifted
     for kind, finding in remedies_of(lambda: Cells(nn.LSTM), SEQUENCES).items():
         assert not re.search("ReLU|He |pools|ScaledWS|branch", finding.remedy + finding.code), kind
         assert ("orthogonal" in finding.remedy) == ("orthogonal_" in finding.code), kind
@@ -330,3 +355,53 @@ def test_names_that_end_alike_are_not_drawn_by_mistake():
     found = {each.kind: each for each in normfree.spp(model, torch.randn(4, 6, 8)).findings}
     exec(found["mean_shift"].code, {"model": model})
     assert torch.equal(model[10].weight, head)
+
+
+def test_a_chain_has_layers_and_no_blocks():
+    plot = normfree.spp(seeded(lambda: dense(40)), X)
+    assert len(plot.findings) > 3
+    for finding in plot.findings:
+        assert not re.search(r"\bblock\b", finding.message), finding.message
+    assert plot.blocks[3].place == "layer 3 (6)"
+
+
+def test_no_message_names_a_place_twice():
+    """Where it begins to show may be where it is worst."""
+    once = seeded(lambda: nn.Sequential(*(part for _ in range(3) for part in (nn.Linear(32, 32), nn.ReLU()))))
+    changed(once, lambda m: m[-2].bias.fill_(5.0))
+    dead = changed(seeded(lambda: dense(3, gain=1.5)), lambda m: m[2].weight[:8].zero_())
+    branch = seeded(lambda: images(Block(std=0.02), Block()))
+    tried = set()
+    for model, batch in ((once, X), (dead, X), (branch, IMAGES)):
+        for finding in normfree.spp(model, batch, gradient=False).findings:
+            tried.add(finding.kind)
+            for place in re.findall(r"(?:block|layer) \d+ \(\S+\)", finding.message.partition(". The ")[0]):
+                assert finding.message.partition(". The ")[0].count(place) == 1, finding.message
+    assert tried >= {"mean_shift", "dead_channels", "branch_variance"}
+
+
+def test_behind_the_output_there_is_no_next_layer():
+    model = seeded(lambda: nn.Sequential(nn.Linear(32, 3)))
+    changed(model, lambda m: m[0].bias.fill_(5.0))
+    (finding,) = (each for each in normfree.spp(model, X).findings if each.kind == "mean_shift")
+    assert "next layer" not in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("last", "found"),
+    [
+        (nn.Softmax(1), True),
+        (nn.Sequential(nn.Softmax(1), nn.Flatten(), nn.Unflatten(1, (4,))), True),
+        (nn.LogSoftmax(1), False),
+        (nn.Sigmoid(), False),
+        (nn.Identity(), False),
+        (Operation(lambda x: 3 * x.softmax(1)), False),
+        (Operation(lambda x: x.softmax(0)), False),
+        (Operation(lambda x: (x, x.softmax(1))), False),
+        (Operation(lambda x: x * x.softmax(1)), False),
+    ],
+)
+def test_an_output_of_probabilities_is_said(last, found):
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4), last)
+    severities = {each.kind: each.severity for each in normfree.spp(model, X).findings}
+    assert severities.get("softmax_output") == ("info" if found else None)

@@ -22,6 +22,7 @@ from normfree.convert import Conversion
 from normfree.data import GaussianNoise, Probe
 from normfree.data.config import check_statistics, preparation
 from normfree.data.probe import Images
+from normfree.report.panels import is_layerwise
 from normfree.report.plot import plot_signals
 from normfree.report.signal_page import write_report
 from normfree.signal import BlockSignal, Curve, Finding, SignalPropagation, input_shape, write_json
@@ -205,7 +206,8 @@ def print_signal(console: Terminal, signal: SignalPropagation) -> None:
         collapse_padding=True,
     )
     table.add_column("", justify="right", no_wrap=True)
-    table.add_column("block", overflow="fold", min_width=12)
+    unit = "layer" if is_layerwise(signal) else "block"
+    table.add_column(unit, overflow="fold", min_width=12)
     optional = {"expected_var", "avg_sq_gradient"}
     curves = {column: signal.curve(column.curve) for column in _COLUMNS}
     shown = {c: v for c, v in curves.items() if c.curve not in optional or any(x is not None for x in v)}

@@ -196,7 +196,9 @@ def _layout(signals: Sequence[SignalPropagation], panels: Sequence[Panel], below
     """The panels with their axes, and so many pixels below them."""
     rows, last = len(panels), max(len(signal.blocks) for signal in signals)
     inner = rows * (_PANEL_HEIGHT + _TITLES)
-    told = "" if last <= FEW_BLOCKS else " (leftmost point: the entry)"
+    few = last <= FEW_BLOCKS
+    entry = {"text": "entry", "xref": "x", "yref": "paper", "x": ENTRY_X, "y": 0, "showarrow": False, "yanchor": "top"}
+    entry |= {"xanchor": "right", "xshift": 6 if last <= 60 else -6, "yshift": -4}
     layout: dict[str, Any] = {
         "height": inner + below + 40,
         "margin": {"l": 64, "r": 16, "t": 40, "b": below},
@@ -208,11 +210,11 @@ def _layout(signals: Sequence[SignalPropagation], panels: Sequence[Panel], below
         "annotations": [],
         "xaxis": {
             "anchor": f"y{_axis(rows - 1)}",
-            "title": {"text": x_label(signals) + told, "standoff": 6},
+            "title": {"text": x_label(signals), "standoff": 6},
             "range": [ENTRY_X - 0.3, last - 0.7],
-            "labelalias": {"-1": "entry", "\u22121": "entry"},
+            "labelalias": dict.fromkeys(("-1", "\u22121"), "entry" if few else " "),
             "tickformat": "d",
-            "dtick": 1 if last <= FEW_BLOCKS else None,
+            "dtick": 1 if few else None,
             "zeroline": False,
             "gridcolor": _GRID,
         },
@@ -225,6 +227,7 @@ def _layout(signals: Sequence[SignalPropagation], panels: Sequence[Panel], below
         heading = {"text": f"<b>{panel.title}</b>", "x": 0, "y": top, "xref": "paper", "yref": "paper"}
         heading |= {"xanchor": "left", "yanchor": "bottom", "yshift": 3, "showarrow": False, "font": {"size": 13}}
         layout["annotations"].append(heading)
+    layout["annotations"] += [] if few else [entry]  # ticks that plotly chooses need not have one there
     return layout
 
 

@@ -128,6 +128,12 @@ MEANINGS: dict[Kind, str] = {
     "reaches them is lost: saturating activations at too small a gain, or a signal that fades.",
     "zero_layer": "A layer that starts at zero gives the same for every input: a choice of flows, value heads and box "
     "regressions, and otherwise a mistake.",
+    "single_value": "A variance is over examples and positions. Of one vector there is none: every number of the plot "
+    "is zero, and tells nothing.",
+    "variance_plan": "The plan says what variance each block's sum has if each branch keeps the variance and is scaled "
+    "by alpha. A factor that is forgotten, or another alpha than the plan's, takes the measured variance off it.",
+    "softmax_output": "A loss that takes logits applies its own softmax: of a softmax once more the gradient is small, "
+    "and training slow.",
     "non_finite": "From one operation on there are infinities, or what is not a number: after large magnitudes by "
     "overflow, after usual ones by a logarithm or root of what is negative, or a division by zero.",
 }
@@ -212,7 +218,7 @@ def _place(layer: BlockSignal, signal: SignalPropagation) -> str:
 def remarks(point: Entry | BlockSignal, transition: bool = True) -> str:
     """What is special about a point, in words; the transition only where nothing else shows it."""
     if isinstance(point, Entry):
-        return "input of the first block" if transition else ""
+        return "input of the first" if transition else ""
     words = ["transition"] if point.transition and transition else []
     if point.encloses:
         words.append(f"encloses {point.encloses} residual addition{'s' if point.encloses > 1 else ''}")

@@ -102,9 +102,10 @@ def non_finite_from(values: Iterable[float | None]) -> int | None:
     return next(bad, None)
 
 
-def place_of(x: int) -> str:
-    """What stands at an x: "the entry", or a block by its index."""
-    return "the entry" if x == ENTRY_X else f"block {x}"
+def place_of(x: int, signals: Sequence[SignalPropagation]) -> str:
+    """What stands at an x: "the entry", or by its index a block, or a layer where no model has blocks."""
+    unit = "layer" if all(map(is_layerwise, signals)) else "block"
+    return "the entry" if x == ENTRY_X else f"{unit} {x}"
 
 
 def describe_measurement(signal: SignalPropagation) -> str:
@@ -192,7 +193,7 @@ def edge_note(panel: Panel, signals: Sequence[SignalPropagation], log: bool) -> 
     notes = []
     if starts:
         more = "".join(f", {x}" for x in starts[1:3]) + (", …" if len(starts) > 3 else "")
-        notes.append(f"{TIMES} non-finite from {place_of(starts[0])}{more}")
+        notes.append(f"{TIMES} non-finite from {place_of(starts[0], signals)}{more}")
     if log and any(value == 0 for curve in curves for value in curve):
         notes.append("▾ zero")
     return "   ".join(notes)

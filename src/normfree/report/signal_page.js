@@ -111,15 +111,16 @@
   function layout() {
     const rows = data.panels.length, title = 34, plot = narrow.matches ? 150 : 175, bottom = 48;
     const inner = rows * (plot + title), at = (pixels) => 1 - pixels / inner;
-    const ticked = last <= 20 && !narrow.matches;
-    const told = narrow.matches ? "" : ` (${ticked ? "entry" : "leftmost point"}: input of the first)`;
+    // Ticks that plotly chooses need not have one at the entry: then it is named beside them.
+    const ticked = last <= 20 && !narrow.matches, tick = ticked ? "entry" : " ";
+    const told = narrow.matches ? "" : " (entry: input of the first)";
     const made = {
       ...page.style(), height: inner + bottom + 6, margin: { l: narrow.matches ? 50 : 62, r: 14, t: 6, b: bottom },
       paper_bgcolor: css("--paper"), plot_bgcolor: css("--paper"), hovermode: "closest", hoverdistance: 30,
       annotations: [], shapes: [],
       xaxis: {
         anchor: `y${axis(rows - 1)}`, title: { text: data.x_label + told, standoff: 8 }, range: state.range ?? home(),
-        uirevision: state.view, tickformat: "d", labelalias: { "-1": "entry", "\u22121": "entry" }, dtick: ticked ? 1 : undefined, zeroline: false,
+        uirevision: state.view, tickformat: "d", labelalias: { "-1": tick, "\u22121": tick }, dtick: ticked ? 1 : undefined, zeroline: false,
         showgrid: false, ticks: "outside", tickcolor: css("--line"), showline: true, linecolor: css("--line"),
         showspikes: true, spikemode: "across", spikesnap: "data", spikethickness: 1, spikedash: "solid",
         spikecolor: css("--muted"),
@@ -133,6 +134,10 @@
         tickfont: { size: log ? 10 : 12 }, gridcolor: css("--grid"), zerolinecolor: css("--line"), showline: true, linecolor: css("--line"),
       };
       made.annotations.push(heading(panel, at(top), log), ...crosses(panel, row));
+    });
+    if (!ticked) made.annotations.push({
+      text: "entry", xref: "x", yref: "paper", x: ENTRY, y: 0, xanchor: "right", xshift: last > 60 ? -6 : 6,
+      yanchor: "top", yshift: -4, showarrow: false, font: { color: css("--ink"), size: 12 },
     });
     if (state.selected !== null) made.shapes.push(band(state.selected));
     return made;
@@ -154,7 +159,7 @@
     const shown = data.models.filter((model, index) => !state.hidden.has(index) && model.gaps[panel.curve] !== null);
     return shown.map((model) => ({
       text: "<b>×</b>", x: model.gaps[panel.curve], xref: "x", y: 1, yref: `y${axis(row)} domain`, yanchor: "middle", showarrow: false,
-      font: { color: model.color, size: 18 }, hovertext: `non-finite from ${model.gaps[panel.curve] === ENTRY ? "the entry" : `block ${model.gaps[panel.curve]}`}`,
+      font: { color: model.color, size: 18 }, hovertext: `non-finite from ${model.gaps[panel.curve] === ENTRY ? "the entry" : `${model.unit} ${model.gaps[panel.curve]}`}`,
     }));
   }
 

@@ -234,7 +234,7 @@ def _gaps(signals: Sequence[SignalPropagation]) -> str:
             if (start := non_finite_from(signal.curve(panel.curve))) is not None:
                 starts.setdefault(start, []).append(panel.title.lower())
         for start, titles in sorted(starts.items()):
-            place = f"{place_of(start)} ({[signal.entry, *signal.blocks][start - ENTRY_X].title})"
+            place = f"{place_of(start, [signal])} ({[signal.entry, *signal.blocks][start - ENTRY_X].title})"
             lines.append(f"{signal.model}: {', '.join(titles)} non-finite from {place}; the curve has a gap there.")
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return f'<ul class="gaps" id="gaps">{items}</ul>' if lines else ""
@@ -254,7 +254,7 @@ def _finding(finding: Finding, signal: SignalPropagation, number: int) -> str:
         name = next((f": {escape(b.title)}" for b in signal.blocks if b.index == finding.block), "")
         place = (
             f'<button type="button" class="locate" data-model="{number}" data-block="{finding.block:d}" '
-            f'title="show in the curves">block {finding.block}{name}</button>'
+            f'title="show in the curves">{place_of(finding.block, [signal])}{name}</button>'
         )
     return finding_item(finding, place)
 

@@ -65,6 +65,8 @@ class Architecture:
         branches: names of the weights inside residual branches.
         ends: names of the last weight of each residual branch.
         others: names of all its other weights.
+        standardized: the classes of layers with standardized weights that take the place of those it has.
+        softmax: its output is a softmax.
     """
 
     residual: int = 0
@@ -81,6 +83,8 @@ class Architecture:
     branches: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    standardized: tuple[str, ...] = ()
+    softmax: bool = False
 
 
 class Weights:
@@ -195,7 +199,25 @@ def architecture_of(model: nn.Module, weights: Weights, seen: Seen) -> Architect
         branches=tuple(sorted(branches)),
         ends=tuple(sorted(last)),
         others=tuple(sorted(set(weights.names) - branches - chain)),
+        standardized=_standardized(model, chain | branches),
     )
+
+
+_LAYERS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+
+def _standardized(model: nn.Module, names: Collection[str]) -> tuple[str, ...]:
+    """The classes of layers with standardized weights for the layers that some weights are of, of whatever subclass."""
+    owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    return tuple(f"ScaledWS{kind.__name__}" for kind in _LAYERS if any(isinstance(owner, kind) for owner in owners))
 
 
 def _can_be_standardized(layer: Layer) -> bool:

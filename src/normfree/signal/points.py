@@ -432,7 +432,8 @@ class PointRecorder(Recorder):
         if self.plan is not None or plan.complete:
             self.recording.outputs = [self._output(t, i) for i, t in enumerate(outputs) if self._is_output(t)]
             self._settle(carried)
-            self.recording.architecture = self._architecture(carried, refused, attends=bool(logits))
+            architecture = self._architecture(carried, refused, attends=bool(logits))
+            self.recording.architecture = replace(architecture, softmax=self._is_softmax(outputs))
         return plan
 
     def _architecture(self, carried: Collection[Node], refused: Collection[int], *, attends: bool) -> Architecture:
@@ -497,6 +498,16 @@ class PointRecorder(Recorder):
 
     def _is_output(self, tensor: Tensor) -> bool:
         return tensor in self.nodes and tensor.is_floating_point() and tensor.dim() > 1 and tensor.numel() > 0
+
+    def _is_softmax(self, outputs: Sequence[Tensor]) -> bool:
+        """Whether the one output is a softmax over the channels, whose operation was the last but for views."""
+        if len(outputs) != 1 or not self._is_output(outputs[0]):
+            return False
+        note: Note = self.nodes[outputs[0]].note
+        if note.operation not in op.SOFTMAX:
+            return False
+        total = outputs[0].detach().float().sum(note.channel_axis)
+        return bool(((total - 1).abs() < 0.01).all())
 
     def _output(self, tensor: Tensor, index: int) -> Point:
         return self._point(tensor, "output", name=f"output {index}", after=self.nodes[tensor].note.point)

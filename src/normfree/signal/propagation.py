@@ -7,7 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
+from textwrap import indent
 from typing import Any, Literal, get_args
 
 from normfree.common.checks import check_choice
@@ -34,6 +36,9 @@ Kind = Literal[
     "gradient_vanishing",
     "zero_layer",
     "non_finite",
+    "single_value",
+    "variance_plan",
+    "softmax_output",
 ]
 """Of findings."""
 
@@ -89,6 +94,11 @@ class Entry:
     def title(self) -> str:
         """The module's name as it is shown."""
         return module_title(self.name)
+
+    @property
+    def values(self) -> int:
+        """How many values each channel has in the first batch: over examples and positions."""
+        return prod(self.shape) // self.shape[self.channel_axis]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +199,17 @@ class BlockSignal(Position):
         """How a message names the point."""
         if self.kind == "output":
             return self.name
-        return f"layer {self.title}" if self.index == BESIDE else f"block {self.index} ({self.title})"
+        return f"layer {self.title}" if self.index == BESIDE else f"{self.unit} {self.index} ({self.title})"
+
+    @property
+    def unit(self) -> str:
+        """What the point is one of: a block ends with a residual addition."""
+        return "layer" if self.kind == "layer" else "block"
+
+    @property
+    def values(self) -> int:
+        """How many values each channel has in the first batch: over examples and positions."""
+        return prod(self.shape) // self.shape[self.channel_axis]
 
     def __repr__(self) -> str:
         return short_repr(self, f"of {shortened(self.place, 120)}: {self._numbers}")
@@ -198,6 +218,7 @@ class BlockSignal(Position):
     def _numbers(self) -> str:
         branch = self.residual_avg_channel_var
         told = f"squared mean {self.avg_channel_sq_mean:.4g}  variance {self.avg_channel_var:.4g}"
+        told += "" if self.expected_var is None else f" (expected {self.expected_var:.4g})"
         return told if branch is None else f"{told}  branch {branch:.4g}"
 
     @property
@@ -324,15 +345,17 @@ class SignalPropagation:
 
         Raises:
             ValueError: if ``ignore`` names no kind of finding.
-            AssertionError: with one line per finding of severity "error".
+            AssertionError: with one line per finding of severity "error", and each remedy's lines of Python once.
         """
         __tracebackhide__ = True
         ignored = {check_choice("ignore", kind, Kind) for kind in ignore}
         errors = [f for f in self.findings if f.severity == "error" and f.kind not in ignored]
         if errors:
             lines = [f"the signal of {self.model} is not healthy at initialisation:"]
-            for found in errors:
-                lines += [f"  {found.kind}: {found.message} Remedy: {found.remedy} See {found.docs}.", found.code]
+            lines += [f"  {e.kind}: {e.message} Remedy: {e.remedy} See {e.docs}." for e in errors]
+            for code in dict.fromkeys(error.code for error in errors if error.code):
+                kinds = ", ".join(dict.fromkeys(error.kind for error in errors if error.code == code))
+                lines += [f"In Python ({kinds}), with your model and its batch:", "", indent(code, "    ")]
             raise AssertionError("\n".join(lines))
 
     def __repr__(self) -> str:

@@ -257,21 +257,22 @@ def attenuation(made_of: Architecture, *, residual: bool, averaged: bool) -> Rem
     return _remedy(made_of, gain, otherwise, beside=not residual)
 
 
-def mean_shift(made_of: Architecture, *, residual: bool) -> Remedy:
+def mean_shift(made_of: Architecture, *, residual: bool, last: bool = False) -> Remedy:
     """Of channels that carry an offset.
 
     Args:
         made_of: of what the model is made.
         residual: sums carry it, and not layers alone.
+        last: it is largest behind a layer that no other follows.
     """
+    layers = f" ({_list(made_of.standardized)})" if made_of.standardized else ""
     standardized = (
         "Standardize the weights, so that each filter sums to zero and the positive mean of the activation cannot turn "
-        "into an offset (convolutions: ScaledWSConv2d), or normalize after the activation."
+        f"into an offset{layers}, or normalize after the activation."
     )
     if (not residual or made_of.gated) and not made_of.convertible:
-        return Remedy(
-            "Nothing, if the signal is healthy otherwise; a normalizer before the next layer takes it off.", ""
-        )
+        off = "an output may have one" if last else "a normalizer before the next layer takes it off"
+        return Remedy(f"Nothing, if the signal is healthy otherwise; {off}.", "")
     smaller = "An offset feeds itself through the branches, and less through small ones." if made_of.residual else ""
     layer_norm = "Or centre what the layers read, by a normalizer before them."
     return _remedy(made_of, standardized, " ".join(filter(None, (smaller, layer_norm))), beside=True)
@@ -289,6 +290,21 @@ def branch_variance(made_of: Architecture, *, small_alone: bool) -> Remedy:
     if small_alone and not made_of.convertible:
         return Remedy(f"Nothing, if intended: {small}", "")
     return _remedy(made_of, scaled, _capital(small))
+
+
+def variance_plan(gain: float | None) -> str:
+    """Of a variance that is not the planned one.
+
+    Args:
+        gain: the variance that a branch gives to that which the plan would have it give, for what it reads; of most
+            branches. None where that is not known.
+    """
+    if gain is not None and not 0.7 < gain < 1.4:
+        return (
+            f"A branch gives {gain:.2g} times the variance that it should: look for a γ that is missing, or for the "
+            "factor 2 of a squeeze-excite gate."
+        )
+    return "Compare alpha and beta of the blocks with those that the plan was made for: variance_plan(depths, alpha)."
 
 
 def correlation_collapse(made_of: Architecture) -> Remedy:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -27,6 +28,8 @@ def batches_of(batch: Batch | Iterable[Batch]) -> Iterator[Batch]:
     if isinstance(batch, (Tensor, tuple, Mapping)):
         yield dict(batch) if isinstance(batch, Mapping) else batch  # other mappings hide what they hold
         return
+    if isinstance(batch, np.ndarray):
+        raise ValueError(f"batch: it is a NumPy array; {_FROM_NUMPY}")
     if not isinstance(batch, Iterable):
         raise ValueError(
             f"batch: {type(batch).__name__} is no batch; give a tensor, a tuple of positional or a dict of "
@@ -43,8 +46,16 @@ def batches_of(batch: Batch | Iterable[Batch]) -> Iterator[Batch]:
         else:
             raise ValueError(
                 f"batch: an item of the iterable is of type {type(item).__name__}; each must be a tensor, a tuple of "
-                "positional or a dict of keyword arguments"
+                f"positional or a dict of keyword arguments{_if_numpy(item)}"
             )
+
+
+_FROM_NUMPY = "give torch.from_numpy(array), with .float() where its numbers are float64"
+
+
+def _if_numpy(batch: Any) -> str:
+    """The remedy for NumPy arrays, where there are any among the leaves of a batch."""
+    return f"; {_FROM_NUMPY}" if any(isinstance(leaf, np.ndarray) for leaf in tree_leaves(batch)) else ""
 
 
 def _inputs_of(loaded: tuple[Any, ...]) -> Batch:
@@ -70,7 +81,9 @@ def check_batch(batch: Batch, argument: str = "batch") -> None:
     __tracebackhide__ = True
     tensors = tensors_of(batch)
     if not tensors:
-        raise ValueError(f"{argument}: it holds no tensor; give a tensor, a tuple or a dict of tensors")
+        raise ValueError(
+            f"{argument}: it holds no tensor; give a tensor, a tuple or a dict of tensors{_if_numpy(batch)}"
+        )
     for tensor in tensors:
         if tensor.numel() == 0:
             raise ValueError(f"{argument}: a tensor of shape {tuple(tensor.shape)} is empty; give at least one example")

@@ -91,7 +91,9 @@ ACTIVATION = NONLINEAR & {
 }
 """Elementwise activation functions."""
 
-BOUNDED_GATE = frozenset({"sigmoid", "hardsigmoid", "_softmax", "_safe_softmax"})
+SOFTMAX = frozenset({"_softmax", "_safe_softmax"})
+
+BOUNDED_GATE = SOFTMAX | {"sigmoid", "hardsigmoid"}
 """What makes a gate, or the weights of an attention, of the values it is given."""
 
 INVERSE_SIZE = frozenset({"rsqrt", "reciprocal"})
