@@ -46,7 +46,7 @@ from normfree.convert.record import (
     Conversion,
 )
 from normfree.nn import ChannelAffine, ChannelUnits, KeptMean, Standardization, WeightLayout, standardization_of
-from normfree.nn.scaled_ws import BranchEnd, StandardizedFilters
+from normfree.nn.scaled_ws import BranchEnd, ScaledLayer, StandardizedFilters
 from normfree.nn.standardized_module import raw_name
 from normfree.trace import operations as op
 from normfree.trace.inputs import Batch, call, copy_of
@@ -251,7 +251,8 @@ def fold_affine(old: Any, new: Any, scale: Tensor, shift: Tensor) -> None:
     """Have the layer that keeps means compute ``scale * y + shift``, y being what the old one computes.
 
     Args:
-        old: the layer before the rewriting.
+        old: the layer before the rewriting; the factors of a :class:`normfree.nn.ScaledConv2d` are part of what it
+            computes.
         new: the layer in its place, or itself with its weight standardized in place.
         scale: [O], in float64.
         shift: [O], in float64.
@@ -260,15 +261,19 @@ def fold_affine(old: Any, new: Any, scale: Tensor, shift: Tensor) -> None:
     layout = ours.WeightLayout() if part is None else part.layout
     before, device = old._parameters.get(layout.bias), old._parameters[layout.weight].device
     scale, shift = scale.to(device), shift.to(device)
+    weight, factor = old.get_parameter(layout.weight), scale
+    if isinstance(old, ScaledLayer):
+        end = old.branch_scale()
+        scale = scale if end is None else scale * torch.as_tensor(end).double()
+        factor = scale * old.input_scale
     bias = shift / layout.bias_factor if before is None else shift / layout.bias_factor + scale * before.double()
-    weight = old.get_parameter(layout.weight)
     if part is not None:
-        part.set_effective_weight(new.get_parameter(raw_name(layout.weight)), weight, scale)
+        part.set_effective_weight(new.get_parameter(raw_name(layout.weight)), weight, factor)
         new.get_parameter(raw_name(layout.biases[0])).copy_(bias)
     elif isinstance(new, ours.KeptMean):
-        new.set_effective(weight, bias, scale)
+        new.set_effective(weight, bias, factor)
     else:
-        new.weight.copy_(weight.double() * scale.view(-1, 1, 1, 1))
+        new.weight.copy_(weight.double() * factor.view(-1, 1, 1, 1))
         new.bias.copy_(bias)
 
 
