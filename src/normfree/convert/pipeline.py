@@ -43,7 +43,7 @@ from normfree.convert.record import (
     conversion_of,
 )
 from normfree.convert.structure import Structure, directly_followed, training_structure, unseen_norms
-from normfree.convert.unnormalized import LAST, STANDARDIZED
+from normfree.convert.unnormalized import GATE, LAST, STANDARDIZED
 from normfree.convert.verify import explain_failures, first_mismatching_norm, note_leak
 from normfree.signal import spp
 from normfree.signal.measure import architecture_in
@@ -383,7 +383,7 @@ def _nothing_to_convert(
             remedy = 'keep it as it is, or choose start="fresh", which draws weights anew that hold the variance'
             return ValueError(f"model: {class_name(model)} has nothing to convert: {none}; {remedy}")
         stay = [one for one in kept if one.reason != LAST]
-        if not stay or all(one.reason == STANDARDIZED for one in stay):
+        if not stay or {one.reason for one in stay} in ({STANDARDIZED}, {STANDARDIZED, GATE}):
             why = "its layers standardize their weights already" if stay else "no layer that another follows"
             return ValueError(f"model: {class_name(model)} has nothing to convert: {none}, and {why}; keep it as it is")
         first = f"{stay[0].name or 'the model'} ({stay[0].was}) stays, for {stay[0].reason}"

@@ -62,6 +62,7 @@ _MODULATING = op.SCALING | op.SUMS
 
 LAST = "no layer follows it on the way to an output"
 STANDARDIZED = "it standardizes its weight already"
+GATE = "it only computes a gate"
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class _Search:
         if reason := structure.why_left(name):
             return reason
         if structure.is_gate_only(name):
-            return "it only computes a gate"
+            return GATE
         if len(calls) > 1 and self.has_norms:
             return f"it runs {len(calls)} times"
         if len(calls) > 1 and self._is_recurrent(calls):
