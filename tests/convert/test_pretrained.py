@@ -217,3 +217,57 @@ def train(model, images, labels, *, batch, steps, rate):
 @torch.no_grad()
 def accuracy(model, images, labels):
     return float((model.eval()(images).argmax(1) == labels).float().mean())
+
+
+def plain_scaled(**factors):
+    """A norm behind each kind of our convolution that is not standardized, whose factors are numbers in its weight."""
+    layer = normfree.nn.ScaledConv2d(3, 4, 3, **factors)
+    nn.init.normal_(layer.weight, 0.1)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return randomise(nn.Sequential(layer, nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        {},
+        {"bias": False, "stride": 2, "padding": "same"},
+        {"input_scale": 1.7},
+        {"alpha": 0.2, "skip_gain": -0.7, "input_scale": 3.0},
+        {"alpha": 0.0},
+        {"skip_gain": 0.0},
+    ],
+)
+def test_a_norm_folds_into_our_convolution_that_is_not_standardized(factors):
+    model = plain_scaled(**factors).eval()
+    converted = normfree.convert(model, IMAGES, start="pretrained")
+    assert [type(part).__name__ for part in converted[:2]] == ["KeptMeanConv2d", "Identity"]
+    with torch.no_grad():
+        assert torch.allclose(converted(IMAGES), model(IMAGES), atol=1e-5)
+    fresh = normfree.convert(model, IMAGES)
+    assert [change.now for change in fresh.conversion.changes] == ["ScaledWSConv2d", "Identity"]
+
+
+def test_a_norm_folds_into_our_convolution_of_one_weight_a_filter():
+    layer = normfree.nn.ScaledConv2d(3, 3, 1, groups=3, input_scale=2.0, alpha=0.5)
+    model = randomise(nn.Sequential(layer, nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 1))).eval()
+    converted = normfree.convert(model, IMAGES, start="pretrained")
+    assert type(converted[1]) is nn.Identity
+    with torch.no_grad():
+        assert torch.allclose(converted(IMAGES), model(IMAGES), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "left"), [("resnet50", 0.5, 0), ("bn_regnet_b0", 0.25, 0), ("resnetv2_50", 0.5, 17)]
+)
+def test_our_own_batch_norm_networks_fold(name, width, left):
+    """What a pre-activation network keeps are the maps behind its sums, which no layer alone comes before."""
+    model = normfree.create_model(name, num_classes=5, width=width).eval()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    converted = normfree.convert(model, images, start="pretrained")
+    maps = [change.reason for change in converted.conversion.changes if change.now == "ChannelAffine"]
+    assert len(maps) == left
+    assert all("it follows no layer alone" in reason for reason in maps)
+    with torch.no_grad():
+        assert torch.allclose(normfree.fold(converted)(images), model(images), rtol=1e-3, atol=1e-4)

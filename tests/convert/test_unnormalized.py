@@ -227,10 +227,11 @@ def test_layers_whose_start_is_a_choice_stay():
     torch.manual_seed(0)
     model = Strange()
     converted = normfree.convert(model, (noise(64, 4), torch.arange(64) % 5))
-    assert [change.name for change in converted.conversion.changes] == ["plain"]
+    narrow, plain = converted.conversion.changes
+    assert (narrow.name, narrow.now, plain.name) == ("narrow", "scaled Linear", "plain")
+    assert narrow.reason.endswith("it keeps its weight: it has 4 weights a filter, too few to have their mean removed")
     reasons = {one.name: one.reason for one in converted.conversion.kept}
     assert reasons == {
-        "narrow": "it has 4 weights a filter, too few to have their mean removed",
         "normed": "it has parametrizations",
         "shared": "the model reads a parameter of shared, too",
         "zero": ZERO,
@@ -238,7 +239,10 @@ def test_layers_whose_start_is_a_choice_stay():
         "sine": "the sin behind it is made for a smaller signal than one of unit variance",
         "last": LAST,
     }
-    kept = {name: tensor for name, tensor in converted.state_dict().items() if not name.startswith("plain.")}
+    kept = {
+        name: tensor for name, tensor in converted.state_dict().items() if not name.startswith(("plain.", "narrow."))
+    }
+    assert torch.equal(model.narrow.weight, converted.get_parameter("narrow.raw_weight"))
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in kept.items())
 
 
@@ -282,7 +286,8 @@ def test_a_branch_that_normalizes_in_its_forward_stays():
 
     model = headed(nn.Conv2d(3, 16, 3, padding=1), *(Grouped() for _ in range(2)), *(Block() for _ in range(2)))
     record = normfree.convert(model, IMAGES).conversion
-    assert {change.name.partition(".")[0] for change in record.changes} == {"3", "4"}
+    assert {change.name.partition(".")[0] for change in record.changes} == {"0", "3", "4"}
+    assert record.changes[0].now == "scaled Conv2d", "the stem, which gives the stream of blocks 3 and 4 its scale"
     assert {one.name for one in record.norms_left} == {"1", "2"}
 
 

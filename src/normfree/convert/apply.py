@@ -39,6 +39,7 @@ from normfree.convert.record import (
     KEPT_MEAN,
     OUT_OF_PLACE,
     OUTPUT_COPY,
+    RESCALED,
     SCALED,
     UNITS,
     WITH_ACTIVATION,
@@ -46,8 +47,8 @@ from normfree.convert.record import (
     Conversion,
 )
 from normfree.nn import ChannelAffine, ChannelUnits, KeptMean, Standardization, WeightLayout, standardization_of
-from normfree.nn.scaled_ws import BranchEnd, StandardizedFilters
-from normfree.nn.standardized_module import raw_name
+from normfree.nn.scaled_ws import BranchEnd, ScaledLayer, StandardizedFilters
+from normfree.nn.standardized_module import WeightScale, raw_name, scale_weight, weight_scale_of
 from normfree.trace import operations as op
 from normfree.trace.inputs import Batch, call, copy_of
 from normfree.trace.preserve import Writes
@@ -84,7 +85,10 @@ def exchange_modules(model: nn.Module, conversion: Conversion) -> tuple[nn.Modul
                 old.inplace = False  # type: ignore[assignment]
                 continue
             if change.weight is not None:
-                _standardize_in_place(old, change)
+                if is_rescaled(change):
+                    scale_weight(old, change.weight.weight, _input_scale(change))
+                else:
+                    _standardize_in_place(old, change)
                 continue
             if change.within is not None:
                 continue
@@ -140,8 +144,13 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def is_layer_change(change: Change) -> bool:
-    """Whether a change standardizes the weight of a layer, by another layer in its place or in place."""
+    """Whether a change gives a layer an input scale: by another layer in its place, or in place."""
     return change.now in LAYERS or change.weight is not None
+
+
+def is_rescaled(change: Change) -> bool:
+    """Whether a change leaves a layer its weight, and gives it an input scale alone."""
+    return change.now.startswith(f"{RESCALED} ")
 
 
 def _factors(change: Change) -> dict[str, Any]:
@@ -251,7 +260,8 @@ def fold_affine(old: Any, new: Any, scale: Tensor, shift: Tensor) -> None:
     """Have the layer that keeps means compute ``scale * y + shift``, y being what the old one computes.
 
     Args:
-        old: the layer before the rewriting.
+        old: the layer before the rewriting; the factors of a :class:`normfree.nn.ScaledConv2d` are part of what it
+            computes.
         new: the layer in its place, or itself with its weight standardized in place.
         scale: [O], in float64.
         shift: [O], in float64.
@@ -260,15 +270,19 @@ def fold_affine(old: Any, new: Any, scale: Tensor, shift: Tensor) -> None:
     layout = ours.WeightLayout() if part is None else part.layout
     before, device = old._parameters.get(layout.bias), old._parameters[layout.weight].device
     scale, shift = scale.to(device), shift.to(device)
+    weight, factor = old.get_parameter(layout.weight), scale
+    if isinstance(old, ScaledLayer):
+        end = old.branch_scale()
+        scale = scale if end is None else scale * torch.as_tensor(end).double()
+        factor = scale * old.input_scale
     bias = shift / layout.bias_factor if before is None else shift / layout.bias_factor + scale * before.double()
-    weight = old.get_parameter(layout.weight)
     if part is not None:
-        part.set_effective_weight(new.get_parameter(raw_name(layout.weight)), weight, scale)
+        part.set_effective_weight(new.get_parameter(raw_name(layout.weight)), weight, factor)
         new.get_parameter(raw_name(layout.biases[0])).copy_(bias)
     elif isinstance(new, ours.KeptMean):
-        new.set_effective(weight, bias, scale)
+        new.set_effective(weight, bias, factor)
     else:
-        new.weight.copy_(weight.double() * scale.view(-1, 1, 1, 1))
+        new.weight.copy_(weight.double() * factor.view(-1, 1, 1, 1))
         new.bias.copy_(bias)
 
 
@@ -351,6 +365,7 @@ class Measured:
     Attributes:
         scales: the input scale of each layer that had none, or one that was off.
         sizes: the mean square of what each layer to be checked gave, its alpha and skip gain apart.
+        biases: the bias of each layer that keeps its weight, by which what it gives has mean 0.
         factors: the factor of each norm's place that had none.
         units: the mean and the standard deviation of each channel in the place of each affine map.
         lost: the mean square at each norm's place where the layers before it do not carry the variance.
@@ -359,6 +374,7 @@ class Measured:
 
     scales: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, float] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
     units: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
@@ -415,6 +431,10 @@ def measure(
         ) from error
     for name, scale in found.scales.items():  # the run leaves attributes and buffers as they were
         _rule_of(modules[name]).input_scale = scale
+    layouts = {change.name: change.weight for change in conversion.changes if change.name in found.biases}
+    for name, bias in found.biases.items():
+        with torch.no_grad():
+            modules[name].get_parameter(layouts[name].bias).copy_(bias)  # type: ignore[union-attr]
     for name, factor in found.factors.items():
         modules[name][0].correction = factor  # type: ignore[index]
     for name, (mean, deviation) in found.units.items():
@@ -429,7 +449,9 @@ def _hooks(
     name = change.name
     if is_layer_change(change):
         yield name, lambda module, inputs, named: ran.add(name)
-        if change.input_scale is None or name in checked:
+        if is_rescaled(change):
+            yield name, _at_first(_rescaler(change, found))
+        elif change.input_scale is None or name in checked:
             yield name, _at_first(_setter(name, change, found))
     elif change.now == UNITS:
         yield name, _at_first(_units_setter(name, found.units))
@@ -472,6 +494,41 @@ def _setter(name: str, change: Change, found: Measured) -> Before:
     return hook
 
 
+def _rescaler(change: Change, found: Measured) -> Before:
+    """Set the input scale of a layer that keeps its weight: its channels get a mean variance of 1.
+
+    Its filters do not sum to zero, so its mean square would count what all examples have in common. A bias that learns
+    takes that out: the mean of each channel becomes 0, as what standardized filters make of an offset.
+    """
+    layout = change.weight
+    assert layout is not None, "scaled in place"
+
+    def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        part, bias = weight_scale_of(module), module._parameters.get(layout.bias)
+        assert part is not None, "a rescaled layer has its factor"
+        scaled = isinstance(module, BranchEnd) and module.branch_scale() is not None
+        if bias is not None and (scaled or not bias.requires_grad):
+            bias = None
+        before = None if bias is None else bias.clone()
+        part.input_scale = 1.0
+        if bias is not None:
+            bias.zero_()
+        with MapOutput(part) as map_:
+            module.forward(*copy_of(inputs), **copy_of(named))
+        channels = map_.output.double().movedim(1 if map_.convolves else -1, 0).flatten(1)
+        several = channels.shape[1] >= LEAST_VALUES
+        variance = float(channels.var(1, correction=0).mean() if several else channels.var(correction=0))
+        constant = variance <= LEAST_SEEN * float(channels.square().mean())
+        found.scales[change.name] = part.input_scale = 1.0 if constant else variance**-0.5
+        if bias is not None and several and not constant:
+            found.biases[change.name] = -part.input_scale / layout.bias_factor * channels.mean(1)
+            before = found.biases[change.name]
+        if bias is not None and before is not None:
+            bias.copy_(before)
+
+    return hook
+
+
 def _size_reader(change: Change, found: Measured) -> After:
     name = change.name
 
@@ -507,26 +564,28 @@ def _plain_output(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, A
 
 
 class MapOutput(TorchDispatchMode):
-    """Catches what the convolution or matrix product makes that reads a weight standardized in place.
+    """Catches what the convolution or matrix product makes that reads a weight standardized or scaled in place.
 
     Args:
         part: the factors of the module that will run.
 
     Attributes:
         output: what was made.
+        convolves: by a convolution.
     """
 
     follows_weights = True
     output: Tensor
+    convolves: bool
 
-    def __init__(self, part: Standardization) -> None:
+    def __init__(self, part: Standardization | WeightScale) -> None:
         super().__init__()
         self.part = part
         self.made: Any = WeakTensorKeyDictionary()
 
     def __enter__(self) -> MapOutput:
         def weight(raw: Tensor) -> Tensor:
-            made = type(self.part).weight(self.part, raw)
+            made = type(self.part).weight(self.part, raw)  # type: ignore[arg-type]
             self.made[made] = True
             return made
 
@@ -544,7 +603,7 @@ class MapOutput(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if any(tensor in self.made for tensor in op.tensors_in(args, kwargs or {})):
             if op.name_of(func) in op.CONVOLUTION | op.LINEAR:
-                self.output = result
+                self.output, self.convolves = result, op.name_of(func) in op.CONVOLUTION
             else:
                 for leaf in tree_leaves(result):
                     if isinstance(leaf, Tensor):
@@ -553,8 +612,8 @@ class MapOutput(TorchDispatchMode):
 
 
 def _rule_of(module: nn.Module) -> Any:
-    """What has the factors of a layer: itself, or its child where its weight is standardized in place."""
-    return standardization_of(module) or module
+    """What has the factors of a layer: itself, or its child where its weight is standardized or scaled in place."""
+    return standardization_of(module) or weight_scale_of(module) or module
 
 
 def _factor_setter(name: str, found: dict[str, float]) -> Before:

@@ -759,7 +759,7 @@ def base_of(module: nn.Module, *, fresh: bool) -> type[nn.Module] | None:
         return None
     if type(module) in TWINS:
         return type(module)
-    if type(module) in (ours.PaddedConv2d, ours.ScaledConv2d) and (fresh or type(module) is ours.PaddedConv2d):
+    if type(module) in (ours.PaddedConv2d, ours.ScaledConv2d):
         return nn.Conv2d
     for kind in TWINS:
         if isinstance(module, kind) and "weight" in module._parameters and _computes_as(module, kind):

@@ -30,8 +30,9 @@ from normfree.convert.dataflow import (
 )
 from normfree.convert.functions import Functions
 from normfree.convert.record import BARE, SCALED, UNITS, WITH_ACTIVATION, Beta, Change, Kept
+from normfree.convert.rescaled import find_sources, first_layers, rescaling
 from normfree.convert.structure import Structure, WeightedMap, layers_to_standardize
-from normfree.convert.unnormalized import Unnormalized, biases_of_rows, find_unnormalized
+from normfree.convert.unnormalized import LAST, Unnormalized, biases_of_rows, find_unnormalized
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
 
@@ -59,6 +60,7 @@ class Plan:
         notes: branches that could not be scaled.
         replaceable: the norms behind aggregations that go, in whose place an affine map could stand.
         unnormalized: what of it no norm asks for.
+        unscaled: what gives a residual stream its scale, whatever that is, and carries no factor, in words.
     """
 
     changes: list[Change]
@@ -66,6 +68,7 @@ class Plan:
     notes: list[str]
     replaceable: frozenset[str]
     unnormalized: Unnormalized
+    unscaled: tuple[str, ...]
 
 
 def fresh_plan(
@@ -126,6 +129,13 @@ def fresh_plan(
             is_shared = places.calls[name][0].name in places.shared
             within = name.rpartition(".")[0] if is_shared else None
             changes.append(_scale_change(modules[name], name, ending, factors, within=within))
+    ends = [node for ending in found for node in (ending.addition.ancestor, ending.addition.shortcut)]
+    streams = find_sources(structure, ways, ends, gone)
+    scalable = {name for name in bare.scalable if layers_kept[name] != LAST}
+    first = set() if bare.beside_norms else first_layers(structure, ways, scalable, gone)
+    rescaled = [name for name in structure.layers if name in first | (streams.layers & bare.scalable)]
+    changes += [rescaling(structure, name, layers_kept.pop(name)) for name in rescaled]
+    others = [name for name in structure.layers if name in streams.layers - {*chosen, *rescaled}]
     kept = [Kept(name=n, was=class_name(modules[n]), reason=reason, norm=True) for n, reason in norms.kept.items()]
     kept += [Kept(name=n, was=class_name(modules[n]), reason=reason) for n, reason in layers_kept.items()]
     notes = [
@@ -145,7 +155,14 @@ def fresh_plan(
         for name in norms.aggregated - passed - set(restored)
         if len(structure.norms[name]) == 1 and is_batch_norm(structure.norms[name][0].module)
     }
-    return Plan(changes=changes, kept=kept, notes=notes, replaceable=frozenset(replaceable), unnormalized=bare)
+    return Plan(
+        changes=changes,
+        kept=kept,
+        notes=notes,
+        replaceable=frozenset(replaceable),
+        unnormalized=bare,
+        unscaled=(*others, *streams.others),
+    )
 
 
 def _restore_variance(

@@ -14,7 +14,7 @@ from torch import nn
 
 from normfree.common.checks import check_choice, check_integer, check_number, invalid
 from normfree.common.process import one_thread_at_a_time
-from normfree.convert.apply import Measured, exchange_modules, is_layer_change, keep_pace, measure
+from normfree.convert.apply import Measured, exchange_modules, is_layer_change, is_rescaled, keep_pace, measure
 from normfree.convert.dataflow import (
     Call,
     Dataflow,
@@ -43,7 +43,7 @@ from normfree.convert.record import (
     conversion_of,
 )
 from normfree.convert.structure import Structure, directly_followed, training_structure, unseen_norms
-from normfree.convert.unnormalized import LAST, STANDARDIZED
+from normfree.convert.unnormalized import GATE, LAST, STANDARDIZED
 from normfree.convert.verify import explain_failures, first_mismatching_norm, note_leak
 from normfree.signal import spp
 from normfree.signal.measure import architecture_in
@@ -203,9 +203,28 @@ def _fresh(
         uncarried |= more
     gone = [change.name for change in full.changes if change.name in structure.norms]
     keep_pace(model, converted, full.changes, directly_followed(structure, gone))
+    assert isinstance(converted, Converted), "conversion leaves its record"
+    _note_stream(converted, plan, batch)
     if not plan.unnormalized.beside_norms and (plan.notes or any(one.reason != LAST for one in plan.kept)):
         _check_health(model, converted, plan, batch)
     return converted
+
+
+def _note_stream(converted: Converted, plan: Plan, batch: Batch) -> None:
+    """Note what enters the first residual block where nothing gives it unit variance."""
+    if not plan.unscaled:
+        return
+    entry = spp(converted, batch, gradient=False).entry.avg_channel_var
+    least, most = NEAR_UNIT
+    if least <= entry <= most:
+        return
+    record = converted.conversion
+    note = (
+        f"what enters the first residual block has a variance of {entry:.2g}, given by {', '.join(plan.unscaled[:3])}, "
+        f"which takes no factor, so that a branch, of variance {record.alpha**2:.2g}, adds a share of "
+        f"{record.alpha**2 / entry:.2g}; scale it there, by its initialization or in the data"
+    )
+    converted.conversion = replace(record, notes=(*record.notes, note))  # type: ignore[assignment]
 
 
 def _check_reach(model: nn.Module, plan: Plan, batch: Batch) -> None:
@@ -278,7 +297,7 @@ def _notes_on_scales(structure: Structure, changes: list[Change]) -> Iterator[st
     new = {change.name for change in changes}
     for change in changes:
         scale = (change.input_scale or 1.0) / (change.correction or 1.0)
-        if not is_layer_change(change) or LEAST_SCALE <= scale <= MOST_SCALE:
+        if not is_layer_change(change) or is_rescaled(change) or LEAST_SCALE <= scale <= MOST_SCALE:
             continue
         node = structure.layers[change.name][0].input
         behind = [] if node is None else structure.nearest_behind(node)
@@ -364,7 +383,7 @@ def _nothing_to_convert(
             remedy = 'keep it as it is, or choose start="fresh", which draws weights anew that hold the variance'
             return ValueError(f"model: {class_name(model)} has nothing to convert: {none}; {remedy}")
         stay = [one for one in kept if one.reason != LAST]
-        if not stay or all(one.reason == STANDARDIZED for one in stay):
+        if not stay or {one.reason for one in stay} in ({STANDARDIZED}, {STANDARDIZED, GATE}):
             why = "its layers standardize their weights already" if stay else "no layer that another follows"
             return ValueError(f"model: {class_name(model)} has nothing to convert: {none}, and {why}; keep it as it is")
         first = f"{stay[0].name or 'the model'} ({stay[0].was}) stays, for {stay[0].reason}"

@@ -42,6 +42,9 @@ AFFINE, UNITS, SCALED = "ChannelAffine", "ChannelUnits", "BranchScale"
 STANDARDIZED, KEPT_MEAN = "standardized", "kept-mean"
 """Before the class of a module that stays and whose weight was standardized in place."""
 
+RESCALED = "scaled"
+"""Before the class of a module that stays with its weight, which got a constant factor (the input scale)."""
+
 
 HEADS = ("module", "before", "after", "why")
 """Of the columns of a record's table."""
@@ -66,7 +69,7 @@ class Change:
         correction: factor that restores what a gate takes, on the gate or within a layer's input scale; in a norm's
             place, one over the standard deviation that the example has there; None for none.
         bias: that a layer starts with, for the function behind it to be nearly linear; None for 0.
-        weight: how the module reads its weight, where that is standardized in place; None where another module stands.
+        weight: how the module reads its weight, where that is standardized or scaled in place; None elsewhere.
     """
 
     name: str

@@ -39,7 +39,7 @@ from torch import nn
 from normfree.convert.carriers import SignalPaths
 from normfree.convert.dataflow import Addition, Call, Step, passes_unchanged
 from normfree.convert.functions import Function, Functions
-from normfree.convert.structure import Structure, is_fusion, layers_in, norms_in, why_no_map
+from normfree.convert.structure import Structure, WeightedMap, is_fusion, layers_in, norms_in, why_no_map
 from normfree.nn import standardization_of
 from normfree.nn.scaled_ws import StandardizedFilters
 from normfree.trace import operations as op
@@ -62,6 +62,7 @@ _MODULATING = op.SCALING | op.SUMS
 
 LAST = "no layer follows it on the way to an output"
 STANDARDIZED = "it standardizes its weight already"
+GATE = "it only computes a gate"
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Unnormalized:
         kept: the other layers, and why they stay.
         out_of_reach: the residual additions in whose branch no layer can be standardized, and why.
         beside_norms: the model has norms.
+        scalable: the layers that stay though nothing forbids a constant factor in their weight.
     """
 
     layers: frozenset[str] = frozenset()
@@ -81,6 +83,7 @@ class Unnormalized:
     kept: Mapping[str, str] = field(default_factory=dict)
     out_of_reach: Mapping[str, str] = field(default_factory=dict)
     beside_norms: bool = False
+    scalable: frozenset[str] = frozenset()
 
 
 def find_unnormalized(structure: Structure, ways: SignalPaths, chosen: Iterable[str]) -> Unnormalized:
@@ -148,7 +151,8 @@ class _Search:
             if addition not in branches and inside - self.silent - self.chosen
         }
         sums = frozenset(addition.output for addition in branches)
-        return Unnormalized(frozenset(layers), sums, kept, out_of_reach, self.has_norms)
+        scalable = frozenset(n for n in self.structure.layers if n not in layers | self.chosen and self._is_scalable(n))
+        return Unnormalized(frozenset(layers), sums, kept, out_of_reach, self.has_norms, scalable)
 
     def _inside_branches(self) -> set[str]:
         return {name for inside in self.inside.values() for name in inside}
@@ -189,7 +193,7 @@ class _Search:
         if reason := structure.why_left(name):
             return reason
         if structure.is_gate_only(name):
-            return "it only computes a gate"
+            return GATE
         if len(calls) > 1 and self.has_norms:
             return f"it runs {len(calls)} times"
         if len(calls) > 1 and self._is_recurrent(calls):
@@ -198,11 +202,17 @@ class _Search:
             return "it stands beside attention"
         if not bool(layer.own_weight().count_nonzero()):
             return ZERO
-        if layer.fan_in < FEWEST_WEIGHTS:
-            weights = "1 weight" if layer.fan_in == 1 else f"{layer.fan_in} weights"
-            return f"it has {weights} a filter, too few to have their mean removed"
         rough = next((function for call in calls for function in self._rough_functions(call)), None)
-        return "" if rough is None else f"the {rough} behind it is made for a smaller signal than one of unit variance"
+        if rough is not None:
+            return f"the {rough} behind it is made for a smaller signal than one of unit variance"
+        return _too_few(layer) if layer.fan_in < FEWEST_WEIGHTS else ""
+
+    def _is_scalable(self, name: str) -> bool:
+        """Whether nothing speaks against unit variance of what a layer gives, and its weight takes a factor."""
+        layer, reason = self.structure.maps[name], self.reasons.get(name, "")
+        if layer.problem or layer.own_standardization or name in self.structure.shared:
+            return False
+        return reason in ("", _too_few(layer)) or (layer.fan_in == 1 and reason == self.structure.why_left(name))
 
     def _rough_functions(self, call: Call) -> Iterator[str]:
         """The names of the functions of what a layer gives alone that are too rough for unit variance."""
@@ -281,6 +291,11 @@ class _Search:
             for other in around - self.reasons.keys():
                 self.reasons[other] = f"it lies in a branch that starts at zero, for {name} does"
         return silent
+
+
+def _too_few(layer: WeightedMap) -> str:
+    weights = "1 weight" if layer.fan_in == 1 else f"{layer.fan_in} weights"
+    return f"it has {weights} a filter, too few to have their mean removed"
 
 
 # --- rows of layers without a shortcut --------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ What    W standardized filter by filter, times a learnable gain, as in :mod:`nor
 c       input_scale * factor, a constant
 m       learnable mean per filter, where one is kept
 
+:class:`WeightScale` is the same without the standardization, ``weight = c * W``: for a weight that is to stay as it is.
+
 Gain, mean and skip gain are parameters of a child. The module is given a subclass of its class whose ``weight`` is a
 property, which is what ``torch.nn.utils.parametrize`` does, too: how an attribute is read is for an object's class to
 say. Two things differ: the raw parameters are the module's own, so that Opacus takes their gradients per example and
@@ -30,6 +32,9 @@ from normfree.nn.scaled_ws import ADDED_BIAS, StandardizedFilters, WeightLayout
 
 CHILD = "standardization"
 """The child of a standardized module that holds its factors."""
+
+SCALE = "weight_scale"
+"""The child of a module that holds the constant factor of its weight."""
 
 
 class Standardization(StandardizedFilters, Reparametrization):
@@ -111,10 +116,7 @@ def standardize_module(module: nn.Module, layout: WeightLayout, **factors: Any) 
     Raises:
         ValueError: as :class:`Standardization`; the module has an attribute of a name that is needed.
     """
-    for name in names_needed(layout):
-        if hasattr(module, name):
-            kind = type(module).__name__
-            raise ValueError(f"module: {kind} has an attribute {name!r}, which standardizing needs; rename it")
+    _check_free(module, names_needed(layout))
     part = Standardization(module.get_parameter(layout.weight), layout, **factors)
     for name in (layout.weight, *layout.biases):
         raw = module._parameters.pop(name, None)
@@ -131,6 +133,61 @@ def standardization_of(module: nn.Module) -> Standardization | None:
     return found if isinstance(found, Standardization) else None
 
 
+class WeightScale(Reparametrization):
+    """The constant factor of the input of a module's linear map, which its weight carries.
+
+    ``y = op(c * x, W) + b = op(x, c * W) + b``: in whatever units the input is, W learns as on an input of c's.
+
+    Args:
+        name: of the weight.
+        input_scale: c.
+    """
+
+    def __init__(self, name: str, input_scale: float = 1.0) -> None:
+        super().__init__()
+        self.name, self.input_scale = name, float(input_scale)
+
+    def weight(self, raw: Tensor) -> Tensor:
+        """Return what the forward reads for a raw weight."""
+        return raw * self.input_scale
+
+    @torch.no_grad()
+    def restore(self, module: nn.Module) -> None:
+        """Undo :func:`scale_weight`, what the forward has read becoming the parameter."""
+        value = getattr(module, self.name).detach()
+        module.__class__ = type(module).restored_class  # type: ignore[attr-defined]
+        del module._modules[SCALE], module._parameters[raw_name(self.name)]
+        module.register_parameter(self.name, nn.Parameter(value))
+
+    def extra_repr(self) -> str:
+        return f"input_scale={self.input_scale:.6g}"
+
+
+def scale_weight(module: nn.Module, name: str, input_scale: float = 1.0) -> WeightScale:
+    """Have a module's forward read its weight of a name times a constant; returns that.
+
+    Args:
+        module: the module, which is changed: its class becomes a subclass of the one it had, with the same forward.
+        name: of the weight, a parameter of its own.
+        input_scale: the constant.
+
+    Raises:
+        ValueError: the module has an attribute of a name that is needed.
+    """
+    _check_free(module, [SCALE, raw_name(name)])
+    module.register_parameter(raw_name(name), module._parameters.pop(name))
+    part = WeightScale(name, input_scale)
+    module.add_module(SCALE, part.train(module.training))
+    module.__class__ = _with_scaled_weight(type(module), name)
+    return part
+
+
+def weight_scale_of(module: nn.Module) -> WeightScale | None:
+    """Return the factor of a module that :func:`scale_weight` has changed; None for any other."""
+    found = module._modules.get(SCALE)
+    return found if isinstance(found, WeightScale) else None
+
+
 def raw_name(name: str) -> str:
     """Return the name of the parameter that a module's weight or bias of a name is computed from."""
     return f"raw_{name}"
@@ -141,6 +198,13 @@ def names_needed(layout: WeightLayout) -> list[str]:
     return [CHILD, ADDED_BIAS, *(raw_name(name) for name in (layout.weight, *layout.biases))]
 
 
+def _check_free(module: nn.Module, names: list[str]) -> None:
+    for name in names:
+        if hasattr(module, name):
+            kind = type(module).__name__
+            raise ValueError(f"module: {kind} has an attribute {name!r}, which standardizing needs; rename it")
+
+
 @cache
 def _with_standardized_weight(kind: type[nn.Module], weight: str, biases: tuple[str, ...]) -> type[nn.Module]:
     """Return the subclass of a module's class whose weight and bias are what its factors make of them."""
@@ -149,10 +213,17 @@ def _with_standardized_weight(kind: type[nn.Module], weight: str, biases: tuple[
     return _subclass(kind, f"Standardized{kind.__name__}", namespace, (_with_standardized_weight, weight, biases))
 
 
-def _computed_attribute(name: str, method: str) -> property:
+@cache
+def _with_scaled_weight(kind: type[nn.Module], weight: str) -> type[nn.Module]:
+    """Return the subclass of a module's class whose weight is what its factor makes of it."""
+    namespace = {weight: _computed_attribute(weight, "weight", SCALE), "restored_class": kind}
+    return _subclass(kind, f"Scaled{kind.__name__}", namespace, (_with_scaled_weight, weight))
+
+
+def _computed_attribute(name: str, method: str, child: str = CHILD) -> property:
     """What a method of a module's factors makes of its raw parameter of a name."""
     raw = raw_name(name)
-    return property(lambda self: getattr(getattr(self, CHILD), method)(getattr(self, raw)))
+    return property(lambda self: getattr(getattr(self, child), method)(getattr(self, raw)))
 
 
 @cache
