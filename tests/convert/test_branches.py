@@ -126,7 +126,7 @@ def test_an_activation_of_a_function_leaves_the_factor_to_the_place_of_the_norm_
     (end,) = [change for change in before.changes if change.alpha is not None]
     assert end.name == "1.branch.0" and end.skip_gain is None, "relu(s x) has no gradient for s at s = 0"
     assert record_of(lambda m, x: x + F.silu(m.branch(x))).notes == (
-        "branch added in 1 keeps its size: it ends in silu, which no weight lies behind",
+        "branch added in 1 keeps its size: it ends in silu, which no weight follows",
     )
 
 

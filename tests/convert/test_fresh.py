@@ -140,7 +140,7 @@ def test_what_cannot_be_scaled_is_told():
     up = nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2))
     record = normfree.convert(nn.Sequential(nn.Conv2d(3, 16, 3), Scaled(up)), IMAGES).conversion
     assert record.notes == (
-        "branch added in 1 keeps its size: it ends in upsample_nearest2d, which no weight lies behind",
+        "branch added in 1 keeps its size: it ends in upsample_nearest2d, which no weight follows",
     )
     assert all(change.alpha is None for change in record.changes)
 
@@ -270,7 +270,7 @@ def test_a_layer_that_ends_a_branch_not_each_time_is_told_once():
     assert all(change.alpha is None for change in record.changes)
     assert record.different_notes() == [
         "branch added in the model keeps its size: conv2, which ends it, does so not each time it runs (6 times)",
-        "branch added in the model keeps its size: it ends in tanh, which no weight lies behind",
+        "branch added in the model keeps its size: it ends in tanh, which no weight follows",
     ]
 
 

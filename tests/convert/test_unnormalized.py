@@ -236,7 +236,7 @@ def test_layers_whose_start_is_a_choice_stay():
         "shared": "the model reads a parameter of shared, too",
         "zero": ZERO,
         "gate": "it only computes a gate",
-        "sine": "the sin behind it is made for a smaller signal than one of unit variance",
+        "sine": "the sin after it is made for a smaller signal than one of unit variance",
         "last": LAST,
     }
     kept = {

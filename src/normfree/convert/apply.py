@@ -681,7 +681,7 @@ def keep_pace(model: nn.Module, converted: nn.Module, changes: Iterable[Change],
     The size of a raw weight W changes no output, but its gradient is inverse to it, and so a step of gradient descent
     moves the effective weight by a share that falls as 1 / |W|². The same holds of the original where a norm follows
     the layer: there the raw weight gets the size of the original's, and a learning rate found for the original fits.
-    (PyTorch's default initialization, of variance 1 / (3 N), is a third of the effective size behind a ReLU: at that
+    (PyTorch's default initialization, of variance 1 / (3 N), is a third of the effective size after a ReLU: at that
     size such a layer would turn nine times more slowly.) Elsewhere a step moves the effective weight as far as it
     would move a plain layer's if the raw weight has its size; a layer that shrinks its input (c < 1) keeps its own.
 

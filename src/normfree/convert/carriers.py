@@ -3,16 +3,16 @@
 A norm gives its output unit variance, whatever its input has. Without it, one of these has to:
 
 1. the layer directly before it, standardized: its output has unit variance;
-2. the layers directly behind it (``linear(norm(x))``), standardized: the scale of their input is measured;
+2. the layers directly after it (``linear(norm(x))``), standardized: the scale of their input is measured;
 3. the nearest layers on every path back to it, standardized, whatever is in between (rather than 2 where all of
    them are convolutions or end residual branches, which are standardized in any case);
 4. an affine map in its place, with the mean and variance that the example has there (BatchNorm), where a path leads
    back to the input, a lookup, a recurrence or a weight of no known layer;
-5. the layers behind it, where only what is homogeneous lies in between (a norm that no affine map can stand for).
+5. the layers after it, where only what is homogeneous lies in between (a norm that no affine map can stand for).
 
 A norm for which there is none of these stays, and so does one that directly follows a weight that cannot be
 standardized; :func:`sort_norms` gives the reason. A residual branch is scaled by what ends it: its last layers, or the
-gate or activation behind them (:func:`find_endings`).
+gate or activation after them (:func:`find_endings`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from normfree.trace import operations as op
 from normfree.trace.graph import Node
 
 MOST_NAMED = 4
-"""Names of layers in one entry of a record: a stream has as many behind it as blocks before."""
+"""Names of layers in one entry of a record: a stream has as many after it as blocks before."""
 
 
 INPUT = "the input itself"
@@ -69,8 +69,8 @@ class Source:
     """What gives an activation its size.
 
     Attributes:
-        names: the nearest layers (or norms) behind it, :data:`MOST_NAMED` of them at most.
-        obstacle: why one of the weights behind it cannot be standardized; "" where all can.
+        names: the nearest layers (or norms) after it, :data:`MOST_NAMED` of them at most.
+        obstacle: why one of the weights after it cannot be standardized; "" where all can.
         past: what it comes from past any layer: the input, a lookup, a recurrence; "" where every path has a layer.
         settled: its layers are standardized, whatever answers a norm: convolutions, and those of a residual stream.
     """
@@ -100,7 +100,7 @@ class NormPlan:
     Attributes:
         removed: those it can do without, and the layers that answer each.
         between: those among them that layers before them answer past other operations.
-        aggregated: those among them behind an aggregation over nodes or positions: a layer may then give them a mean
+        aggregated: those among them after an aggregation over nodes or positions: a layer may then give them a mean
             square of 1, and little of it as variance within channels, for aggregation makes nodes alike.
         affine: those an affine map stands for, and why.
         kept: the others, and why.
@@ -156,8 +156,8 @@ def _carrier_of(structure: Structure, ways: SignalPaths, call: Call) -> _Carrier
     carried = not source.obstacle and not source.past
     if carried and source.settled:
         return _Carrier(source.names, between=True)
-    if source.past != INPUT and (behind := ways.consuming_layers(call.output)):
-        return _Carrier(behind)
+    if source.past != INPUT and (consumers := ways.consuming_layers(call.output)):
+        return _Carrier(consumers)
     if carried:
         return _Carrier(source.names, between=True)
     reason = f"it takes {source.past}" if source.past else f"{source.obstacle}"
@@ -167,7 +167,7 @@ def _carrier_of(structure: Structure, ways: SignalPaths, call: Call) -> _Carrier
         alone = ", each example by itself" if is_norm(call.module) else ""
         return _Carrier(kept=f"it gives the input its units{alone}")
     absorbing = ways.absorbing.get(call.output, ())
-    return _Carrier(absorbing) if absorbing else _Carrier(kept=f"{reason}, and no layer behind it takes over")
+    return _Carrier(absorbing) if absorbing else _Carrier(kept=f"{reason}, and no layer after it takes over")
 
 
 def _reason_to_keep(structure: Structure, ways: SignalPaths, calls: list[Call]) -> str:
@@ -176,11 +176,11 @@ def _reason_to_keep(structure: Structure, ways: SignalPaths, calls: list[Call]) 
         return unknown
     if reason := why_not_followed(calls):
         return reason
-    behind = [structure.producing_layer(call.input, alone=False) for call in calls]
-    by_convolution = all(call is not None and structure.is_convolution(call) for call in behind)
+    producers = [structure.producing_layer(call.input, alone=False) for call in calls]
+    by_convolution = all(call is not None and structure.is_convolution(call) for call in producers)
     if not _is_convolutional(structure, calls) and not by_convolution and any(map(ways.is_near_attention, calls)):
-        return "it stands between linear and attention layers, not behind a convolution"
-    direct = next((call.name for call in behind if call is not None and structure.obstacles[call.name]), None)
+        return "it stands between linear and attention layers, not after a convolution"
+    direct = next((call.name for call in producers if call is not None and structure.obstacles[call.name]), None)
     if direct is not None:
         return structure.obstacles[direct]
     return next((reason for call in calls if (reason := unknown_weight(structure, call))), "")
@@ -196,7 +196,7 @@ def _is_convolutional(structure: Structure, calls: list[Call]) -> bool:
 
 
 def unknown_weight(structure: Structure, call: Call) -> str:
-    """Why a norm stays directly behind a weight that is no layer's we know; "" where it is not."""
+    """Why a norm stays directly after a weight that is no layer's we know; "" where it is not."""
     node, flow = call.input, structure.flow
     while node is not None and node not in structure.layer_at:
         step = flow.made_by.get(node)
@@ -405,7 +405,7 @@ class Ending:
             none where ``problem`` says why.
         learned: name of a parameter of the branch's own that scales it, and so stands for the skip gain; "" for none.
         square: mean square of that parameter, 1 for none, or where the addition itself applies it.
-        factor: size of the constant factors that the model's own code has behind the modules; they count towards alpha.
+        factor: size of the constant factors that the model's own code has after the modules; they count towards alpha.
         constant: the modules carry alpha alone, and no skip gain: it would scale more than the end of the branch.
         passed: the removed norms between the modules and the addition.
         absorbing: the layers that take back what a module scales beside the end of the branch.
@@ -599,7 +599,7 @@ class _BranchWalk:
         while waiting:
             way = waiting.pop()
             try:
-                waiting += self._behind(way)
+                waiting += self._before(way)
             except _BlockedError:
                 if not way.carrier:
                     raise
@@ -617,7 +617,7 @@ class _BranchWalk:
             passed=frozenset(self.passed),
         )
 
-    def _behind(self, way: _Path) -> list[_Path]:
+    def _before(self, way: _Path) -> list[_Path]:
         """The ways on; none where a layer ends one. A way with a carrier goes on to find the gates before it."""
         node = way.node
         if node is self.addition.ancestor:
@@ -696,7 +696,7 @@ class _BranchWalk:
         return step
 
     def _activated(self, step: Step, way: _Path) -> list[_Path]:
-        """A branch that ends in an activation has the factor behind it: its module's, or that of a norm's place there.
+        """A branch that ends in an activation has the factor after it: its module's, or that of a norm's place there.
 
         The factor of a function that is homogeneous can stand before it, but no gain that is learned: the gradient of
         one that is zero would be zero.
@@ -714,7 +714,7 @@ class _BranchWalk:
         if step.name in HOMOGENEOUS and len(step.inputs) == 1:
             self.constant = True
             return [replace(way, node=step.inputs[0])]
-        raise _BlockedError(f"it ends in {op.plain_name(step.name)}, which no weight lies behind")
+        raise _BlockedError(f"it ends in {op.plain_name(step.name)}, which no weight follows")
 
     def _module_of(self, step: Step, node: Node) -> str | None:
         """The leaf module (or removed norm with an activation) that ran an operation and gave what it made."""

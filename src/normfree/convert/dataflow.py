@@ -183,7 +183,7 @@ class Dataflow:
         return x.expand(shape) if step.name == "expand" else x.reshape(shape)
 
     def outputs_in(self, node: Node, product: tuple[Node, int]) -> Tensor | None:
-        """Which output of a product stands where in an activation behind it: indices, in the activation's shape.
+        """Which output of a product stands where in an activation after it: indices, in the activation's shape.
 
         Args:
             node: the activation.
@@ -193,15 +193,15 @@ class Dataflow:
             The indices; None if anything but layout, cropping and an added constant lies between the two.
         """
         made, axis = product
-        steps, behind = list[Step](), node
-        while behind is not made:
-            step = self.made_by.get(behind)
+        steps, current = list[Step](), node
+        while current is not made:
+            step = self.made_by.get(current)
             if step is None or len(step.inputs) != 1 or step.name == "as_strided":
                 return None
             if not (passes_unchanged(step) or step.name in CROPPING or step.name == "add"):
                 return None
             steps.append(step)
-            behind = step.inputs[0]
+            current = step.inputs[0]
         shape = self.shapes[made]
         sizes = [1] * len(shape)
         sizes[axis] = shape[axis]
@@ -216,7 +216,7 @@ class Dataflow:
         return indices
 
     def backwards(self, node: Node, stop: Callable[[Node], bool]) -> Iterator[Node]:
-        """``node`` and all it was computed from, not looking behind an activation where ``stop`` holds."""
+        """``node`` and all it was computed from, not looking before an activation where ``stop`` holds."""
         seen, waiting = {node}, [node]
         while waiting:
             current = waiting.pop()
@@ -344,7 +344,7 @@ def with_heads(module: nn.Module) -> bool:
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
-"""What is called with a module, its positional and keyword arguments, and behind it its output."""
+"""What is called with a module, its positional and keyword arguments, and then its output."""
 
 
 @contextmanager
@@ -727,7 +727,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def is_map_norm(module: nn.Module) -> bool:
-    """Whether a norm of torch's is one of convolutional networks; a LayerNorm over the last axis: only behind one."""
+    """Whether a norm of torch's is one of convolutional networks; a LayerNorm over the last axis: only after one."""
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return "2d" in class_name(module).lower()
     return is_norm(module)

@@ -5,7 +5,7 @@ that the next standardized layer sees is 1.6 times what it would be for p = 0.3,
 that back in every layer; scales that do not know of it let the signal of ten layers grow a hundred or ten thousand
 times in training. So what dropout acts on has no closed form, and is measured with dropout on.
 
-In evaluation the signal is then smaller than in training, as behind batch norms, whose running statistics are those of
+In evaluation the signal is then smaller than in training, as after batch norms, whose running statistics are those of
 training. Source: Hendrycks and Gimpel, "Adjusting for dropout variance in batch normalization and weight
 initialization", 2016.
 """

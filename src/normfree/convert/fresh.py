@@ -58,7 +58,7 @@ class Plan:
         changes: the modules to be exchanged; input scales to be measured are None.
         kept: what is left alone.
         notes: branches that could not be scaled.
-        replaceable: the norms behind aggregations that go, in whose place an affine map could stand.
+        replaceable: the norms after aggregations that go, in whose place an affine map could stand.
         unnormalized: what of it no norm asks for.
         unscaled: what gives a residual stream its scale, whatever that is, and carries no factor, in words.
     """
@@ -329,15 +329,15 @@ def _scale_of(call: Call, functions: Functions, biases: Mapping[str, float]) -> 
         beta = math.sqrt(variance)
         return InputScale(1 / beta, "fed by unit variance" if beta == 1 else f"1/β, β = {beta:.4g} by the plan")
     function = functions.function_before(call.input)
-    bias = biases.get(functions.layer_behind(function.base) or "", 0.0) if function is not None else 0.0
+    bias = biases.get(functions.layer_before(function.base) or "", 0.0) if function is not None else 0.0
     constant = None if function is None else functions.gamma(function, bias)
     if function is None or constant is None:
-        if call.input in functions.behind_dropout:
+        if call.input in functions.after_dropout:
             return InputScale(None, WITH_DROPOUT)
         return InputScale(None, "measured: no closed form for what feeds it")
     beta = math.sqrt(functions.planned[function.base])
     of_beta = "" if beta == 1 else f" / β, β = {beta:.4g} by the plan"
-    of_bias = f" behind a bias of {bias:g}" if bias else ""
+    of_bias = f" after a bias of {bias:g}" if bias else ""
     return InputScale(constant / beta, f"γ = {constant:.4g} of {function.name}{of_bias}{of_beta}")
 
 

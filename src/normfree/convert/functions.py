@@ -60,7 +60,7 @@ class Functions:
         self.known: dict[Any, float | None] = {}
         self.of_none: set[Node] = set()
         """What was found to be a function of no single Gaussian activation; nothing made of it is."""
-        self.behind_dropout: set[Node] = set()
+        self.after_dropout: set[Node] = set()
         """Of these, those because of dropout."""
 
     def function_before(self, node: Node) -> Function | None:
@@ -92,7 +92,7 @@ class Functions:
                 self.known[key] = None
         return self.known[key]
 
-    def layer_behind(self, node: Node | None) -> str | None:
+    def layer_before(self, node: Node | None) -> str | None:
         """The layer that made an activation, past norms that go."""
         while node is not None:
             if node in self.structure.layer_at:
@@ -120,8 +120,8 @@ class Functions:
             unknown = dropped or current in self.of_none
             if len(bases) > 1 or unknown or step is None or not self._is_elementwise(step, current):
                 self.of_none.add(node)
-                if dropped or current in self.behind_dropout:
-                    self.behind_dropout.add(node)
+                if dropped or current in self.after_dropout:
+                    self.after_dropout.add(node)
                 return None
             steps[step.number] = step
             for each in step.inputs:

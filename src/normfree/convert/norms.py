@@ -80,12 +80,12 @@ def norm_calls(flow: Dataflow, normalizations: Normalizations) -> tuple[dict[str
         frozen = found is not None and has_statistics(calls[0].module, len(found.scale))
         if found is not None and (known or frozen):
             constants[name] = found
-        if known or (frozen and _has_layer_behind(flow, calls)) or all(map(normalizations.is_norm, calls)):
+        if known or (frozen and _has_layer_before(flow, calls)) or all(map(normalizations.is_norm, calls)):
             norms[name] = calls
     return norms, constants
 
 
-def _has_layer_behind(flow: Dataflow, calls: list[Call]) -> bool:
+def _has_layer_before(flow: Dataflow, calls: list[Call]) -> bool:
     inputs = [call.input for call in calls if call.input is not None]
     return any(
         e.step.weighted for node in inputs for e in flow.backwards(node, stop=lambda each: each.step.weighted > 0)

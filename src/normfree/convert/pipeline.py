@@ -177,7 +177,7 @@ def _fresh(
 ) -> nn.Module:
     """The converted model, what is still open measured.
 
-    Where the measurement shows that behind an aggregation little of what a norm's place has is variance within channels
+    Where the measurement shows that after an aggregation little of what a norm's place has is variance within channels
     (nodes have become alike), no layer carries it on: then it is planned again, with an affine map there.
     """
     uncarried: dict[str, str] = {}
@@ -300,9 +300,9 @@ def _notes_on_scales(structure: Structure, changes: list[Change]) -> Iterator[st
         if not is_layer_change(change) or is_rescaled(change) or LEAST_SCALE <= scale <= MOST_SCALE:
             continue
         node = structure.layers[change.name][0].input
-        behind = [] if node is None else structure.nearest_behind(node)
-        alone = [name for name in behind if name not in new]
-        cause = "the input itself" if not behind else f"what comes from {', '.join(sorted(alone or behind)[:3])}"
+        sources = [] if node is None else structure.nearest_before(node)
+        alone = [name for name in sources if name not in new]
+        cause = "the input itself" if not sources else f"what comes from {', '.join(sorted(alone or sources)[:3])}"
         stays = ", which conversion left as it is," if alone else ""
         yield (
             f"{change.name} has an input scale of {scale:.4g}: {cause}{stays} reaches it with a mean square of about "

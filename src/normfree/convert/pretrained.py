@@ -74,12 +74,12 @@ def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
     calls = structure.norms[norm]
     if reason := why_not_followed(calls):
         return None, reason
-    behind = [structure.producing_layer(call.input, alone=False) for call in calls]
-    layers = {call.name for call in behind if call is not None}
-    if not any(structure.has_layer_behind(call.input) for call in calls if call.input is not None):
+    producers = [structure.producing_layer(call.input, alone=False) for call in calls]
+    layers = {call.name for call in producers if call is not None}
+    if not any(structure.has_layer_before(call.input) for call in calls if call.input is not None):
         return None, "it takes the input itself, which no layer comes before"
-    if None in behind:
-        call = calls[behind.index(None)]
+    if None in producers:
+        call = calls[producers.index(None)]
         return None, unknown_weight(
             structure, call
         ) or f"it follows no layer alone, but {_made_by(structure.flow, call)}"
@@ -94,7 +94,7 @@ def _layer_before(structure: Structure, norm: str) -> tuple[str | None, str]:
         return None, f"{layer} before it {problem}"
     in_order = all(
         structure.keeps_order(before, call.input)
-        for before, call in zip(behind, calls, strict=True)
+        for before, call in zip(producers, calls, strict=True)
         if before is not None and call.input is not None
     )
     if not in_order or channels_of(calls[0].module) != structure.maps[layer].outputs:
@@ -119,8 +119,8 @@ def _made_by(flow: Dataflow, call: Call) -> str:
 def _in_between(training: Structure | None, norm: str, layer: str) -> str:
     """What stands between a layer and its norm in training alone, such as a dropout; "" for nothing."""
     for call in training.norms.get(norm, ()) if training is not None else ():
-        behind = training.producing_layer(call.input, alone=True)  # type: ignore[union-attr]
-        if behind is None or behind.name != layer:
+        producer = training.producing_layer(call.input, alone=True)  # type: ignore[union-attr]
+        if producer is None or producer.name != layer:
             what = _made_by(training.flow, call)  # type: ignore[union-attr]
             return f"in training {what} comes between {layer} and it, or reads what {layer} made"
     return ""

@@ -60,7 +60,7 @@ class Change:
         now: the class in its place; "Activation" for a norm's own, which stays.
         reason: why, in words.
         into: the layer that a norm's constants were folded into (*pretrained*).
-        carried_by: what carries the variance that a norm gave: standardized layers before it or behind it (the nearest
+        carried_by: what carries the variance that a norm gave: standardized layers before it or after it (the nearest
             four at most), a norm that stays, or the norm's own place, where an affine map or a factor stands (*fresh*).
         within: the module in which alone it was exchanged, of several that hold it; None for everywhere.
         input_scale: constant factor of a layer's input (γ / β); None for what is no layer.
@@ -68,7 +68,7 @@ class Change:
         skip_gain: initial value of its learnable factor; None for none.
         correction: factor that restores what a gate takes, on the gate or within a layer's input scale; in a norm's
             place, one over the standard deviation that the example has there; None for none.
-        bias: that a layer starts with, for the function behind it to be nearly linear; None for 0.
+        bias: that a layer starts with, for the function after it to be nearly linear; None for 0.
         weight: how the module reads its weight, where that is standardized or scaled in place; None elsewhere.
     """
 

@@ -55,35 +55,35 @@ def find_sources(
     while waiting:
         node = waiting.pop()
         step, norm = flow.made_by.get(node), structure.norm_at.get(node)
-        behind: list[Node] = []
+        before: list[Node] = []
         if node in structure.layer_at:
             found.layers.add(structure.layer_at[node].name)
         elif norm is not None:
-            behind = [norm.input] if norm.name in gone and norm.input is not None else []
+            before = [norm.input] if norm.name in gone and norm.input is not None else []
         elif node in shortcuts:
-            behind = [shortcuts[node]]
+            before = [shortcuts[node]]
         elif step is None:  # an input, or what was written through a view
-            behind = [each for each in node.parents if each.parents]
-            found.others.update({} if behind else {INPUT: None})
+            before = [each for each in node.parents if each.parents]
+            found.others.update({} if before else {INPUT: None})
         elif step.name in op.EMBEDDING or step.name in op.RECURRENT or node.step.weighted:
             found.others[step.module or "a weight of the model"] = None
         else:
-            behind = ways.carried_values(step)
-        behind = [each for each in behind if each not in seen]
-        seen.update(behind)
-        waiting += behind
+            before = ways.carried_values(step)
+        before = [each for each in before if each not in seen]
+        seen.update(before)
+        waiting += before
     return found
 
 
 def first_layers(structure: Structure, ways: SignalPaths, scalable: Container[str], gone: Container[str]) -> set[str]:
     """Those of the layers that take a factor before which there is nothing but the input and such layers."""
-    behind = {
+    before = {
         name: find_sources(structure, ways, [call.input for call in calls], gone)
         for name, calls in structure.layers.items()
         if name in scalable
     }
     found = set[str]()
-    while new := {n for n, b in behind.items() if b.layers <= found and b.others.keys() <= {INPUT}} - found:
+    while new := {n for n, b in before.items() if b.layers <= found and b.others.keys() <= {INPUT}} - found:
         found |= new
     return found
 

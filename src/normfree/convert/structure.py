@@ -86,11 +86,11 @@ class Structure:
         self._layered: dict[Node, bool] = {}
         for step in self.flow.steps:  # in their order, so that no answer has to look far
             for node in step.outputs:
-                self.has_layer_behind(node)
+                self.has_layer_before(node)
 
     @cached_property
     def obstacles(self) -> dict[str, str]:
-        """For each layer why it cannot be standardized, as what a norm behind it sees; "" where it can."""
+        """For each layer why it cannot be standardized, as what a norm after it sees; "" where it can."""
         return {name: self._obstacle(name) for name in self.layers}
 
     def why_left(self, name: str) -> str:
@@ -125,16 +125,16 @@ class Structure:
         """Whether a call is of a layer that convolves."""
         return call.name in self.maps and self.maps[call.name].convolution
 
-    def has_layer_behind(self, node: Node) -> bool:
+    def has_layer_before(self, node: Node) -> bool:
         """Whether anything with a weight lies between the input and an activation."""
         if node not in self._layered:
             self._layered[node] = (
-                node in self.layer_at or node.step.weighted > 0 or any(map(self.has_layer_behind, node.parents))
+                node in self.layer_at or node.step.weighted > 0 or any(map(self.has_layer_before, node.parents))
             )
         return self._layered[node]
 
-    def nearest_behind(self, node: Node) -> set[str]:
-        """The layers and norms nearest behind an activation, by name."""
+    def nearest_before(self, node: Node) -> set[str]:
+        """The layers and norms nearest before an activation, by name."""
         stops = self.norm_at | self.layer_at
         found = self.flow.backwards(node, stop=lambda each: each in stops)
         return {stops[each].name for each in found if each in stops}
@@ -158,7 +158,7 @@ class Structure:
         return None
 
     def keeps_order(self, layer: Call, node: Node) -> bool:
-        """Whether channel c of an activation [N, C, …] behind a layer is the layer's output c."""
+        """Whether channel c of an activation [N, C, …] after a layer is the layer's output c."""
         if node.note.axis is not None or layer.product is None:
             return node.note.axis == 1
         indices = self.flow.outputs_in(node, layer.product)
@@ -180,9 +180,9 @@ class Structure:
         """
         ancestor = addition.ancestor
         if (ancestor, end) not in self._regions:
-            behind = self.flow.backwards(end, stop=lambda each: each.level <= ancestor.level)
+            before = self.flow.backwards(end, stop=lambda each: each.level <= ancestor.level)
             inside = {ancestor}
-            for node in sorted(behind, key=lambda each: each.level):
+            for node in sorted(before, key=lambda each: each.level):
                 if not inside.isdisjoint(node.parents):
                     inside.add(node)
             self._regions[ancestor, end] = inside - {ancestor}
@@ -235,9 +235,9 @@ def _before(structure: Structure, removed: Iterable[str]) -> set[str]:
             call = structure.layer_at[node]
             found |= {call.name} if structure.is_convolution(call) else set()
         elif node not in structure.norm_at:
-            behind = [parent for parent in node.parents if parent not in seen and parent.dominator is not None]
-            seen.update(behind)
-            waiting += behind
+            parents = [parent for parent in node.parents if parent not in seen and parent.dominator is not None]
+            seen.update(parents)
+            waiting += parents
     return found
 
 
@@ -478,7 +478,7 @@ def layers_of(flow: Dataflow) -> tuple[dict[str, list[Call]], dict[str, Weighted
     """The layers of a model: the calls of each, and its map, by name.
 
     The input and output of a call are the module's, of torch's layers and subclasses that compute the same; of any
-    other layer they are those of its map, a bias included, whatever its forward does before and behind.
+    other layer they are those of its map, a bias included, whatever its forward does before and after.
     """
     calls = flow.calls_by_module(is_layer)
     maps: dict[str, WeightedMap] = {}

@@ -7,7 +7,7 @@ scaled, by its place and not by what it happens to give.
 *A model without norms*: all hidden layers, and all residual branches.
 
 *A model with some*: the residual branches without a norm in them, and of the other layers those of which
-:data:`FEWEST_IN_A_ROW` or more stand one behind the other with no norm between them. A shorter row is a head, or two
+:data:`FEWEST_IN_A_ROW` or more stand one after the other with no norm between them. A shorter row is a head, or two
 layers tuned to each other. What several signals go through (a head over the levels of a pyramid) stays, and so does
 what stands beside attention, whose norms stay.
 
@@ -204,7 +204,7 @@ class _Search:
             return ZERO
         rough = next((function for call in calls for function in self._rough_functions(call)), None)
         if rough is not None:
-            return f"the {rough} behind it is made for a smaller signal than one of unit variance"
+            return f"the {rough} after it is made for a smaller signal than one of unit variance"
         return _too_few(layer) if layer.fan_in < FEWEST_WEIGHTS else ""
 
     def _is_scalable(self, name: str) -> bool:
@@ -249,13 +249,13 @@ class _Search:
     def _in_a_row(self, names: list[str]) -> list[str]:
         """Those of some layers that stand in a row of so many, in the order in which they run."""
         following = {name: [other for other in names if self._follows(name, other)] for name in names}
-        behind, before = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+        after, before = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
         for name in names:
             for other in following[name]:
                 before[other] = max(before[other], before[name] + 1)
         for name in reversed(names):
-            behind[name] = max((behind[other] + 1 for other in following[name]), default=0)
-        return [name for name in names if before[name] + 1 + behind[name] >= FEWEST_IN_A_ROW]
+            after[name] = max((after[other] + 1 for other in following[name]), default=0)
+        return [name for name in names if before[name] + 1 + after[name] >= FEWEST_IN_A_ROW]
 
     def _follows(self, name: str, other: str) -> bool:
         """Whether a layer reads what another made, with no norm between, and no way from maps to single vectors."""
@@ -277,7 +277,7 @@ class _Search:
             return False
         if ahead.norm and not (ahead.layers or ahead.weight):
             return False
-        return bool(ahead.layers) or ahead.weight or structure.has_layer_behind(addition.ancestor)
+        return bool(ahead.layers) or ahead.weight or structure.has_layer_before(addition.ancestor)
 
     def _layers_inside(self, addition: Addition) -> frozenset[str]:
         return frozenset(layers_in(self.structure, self.structure.region(addition, addition.branch)))
@@ -391,7 +391,7 @@ class _Rows:
         flow = self.structure.flow
         while node is not None:
             if (function := self.functions.function_before(node)) is not None:
-                layer = self.functions.layer_behind(function.base)
+                layer = self.functions.layer_before(function.base)
                 is_unit = self.functions.planned[function.base] == 1
                 return (layer, function) if layer is not None and is_unit else None
             step = flow.made_by.get(node)
