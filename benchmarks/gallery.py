@@ -63,7 +63,7 @@ BATCH, LARGEST = 8, 224
 def measure(name: str) -> SignalPropagation:
     """The plot of one model."""
     torch.manual_seed(0)
-    model, _ = build(name)
+    model = build(name).model
     shape = input_shape(model)
     size = min(LARGEST, shape[-1])
     batch = torch.randn(BATCH, shape[-3], size, size, generator=torch.Generator().manual_seed(0))
