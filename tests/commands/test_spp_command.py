@@ -273,3 +273,9 @@ def test_models_lists_by_pattern(capsys):
     printed = capsys.readouterr().out
     assert "25,557,048" in printed
     assert main(["models", "nothing*"]) == 2
+
+
+def test_the_table_of_a_chain_has_layers(tmp_path, factories, capsys):
+    assert main(["spp", f"{factories}:plain", "--image-size", "8", "--out", str(tmp_path / "out")]) == 0
+    head = next(line for line in capsys.readouterr().out.splitlines() if "sq. mean" in line)
+    assert head.split()[0] == "layer"
