@@ -139,9 +139,7 @@ def test_a_layer_scale_stands_for_the_skip_gain():
 def test_what_cannot_be_scaled_is_told():
     up = nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2))
     record = normfree.convert(nn.Sequential(nn.Conv2d(3, 16, 3), Scaled(up)), IMAGES).conversion
-    assert record.notes == (
-        "branch added in 1 keeps its size: it ends in upsample_nearest2d, which no weight follows",
-    )
+    assert record.notes == ("branch added in 1 keeps its size: it ends in upsample_nearest2d, which no weight follows",)
     assert all(change.alpha is None for change in record.changes)
 
 

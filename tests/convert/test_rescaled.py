@@ -27,8 +27,8 @@ class Block(nn.Module):
 
 
 class Padding(nn.Conv1d):
-    def forward(self, x):
-        return F.conv1d(F.pad(x, (2, 2)), self.weight, self.bias)
+    def forward(self, input):
+        return F.conv1d(F.pad(input, (2, 2)), self.weight, self.bias)
 
 
 class Product(nn.Module):
@@ -61,8 +61,8 @@ class Head(nn.Linear):
     def __init__(self):
         super().__init__(16, 3)
 
-    def forward(self, x):
-        return super().forward(x.flatten(2).mean(2) if x.dim() > 2 else x)
+    def forward(self, input):
+        return super().forward(input.flatten(2).mean(2) if input.dim() > 2 else input)
 
 
 VECTORS, MAPS = (256, 4), (16, 1, 12, 12)

@@ -188,6 +188,35 @@ def test_branch_variance(gain, severity):
     assert "branch_variance" not in kinds(net(3, gain=HE, scale=0.01))
 
 
+class Outweighed(nn.Module):
+    """``x + factor * norm(linear(x))``: a branch of unit variance, beside a stream of any."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.linear, self.norm, self.factor = nn.Linear(48, 48), nn.BatchNorm1d(48), factor
+
+    def forward(self, x):
+        return x + self.factor * self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("factor", "units", "told"),
+    [
+        (0.2, 255.0, True),
+        (1.0, 255.0, True),
+        (0.2, 1.0, False),  # as it is planned
+        (1e-6, 1.0, False),  # a layer scale is a choice, and no fault of the stream
+        (255.0, 255.0, False),  # a factor that brings the branch to its stream
+    ],
+)
+def test_branches_that_are_nothing_beside_their_stream(factor, units, told):
+    torch.manual_seed(0)
+    found = findings(nn.Sequential(*(Outweighed(factor) for _ in range(6))), units * X)
+    assert (("branch_variance", "warning") in found) == told
+    if told:
+        assert "branches add next to nothing to their stream" in found["branch_variance", "warning"].message
+
+
 class Gated(nn.Module):
     def __init__(self, gain: float = 0.0, *, zero_last: bool = False) -> None:
         super().__init__()

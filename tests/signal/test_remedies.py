@@ -60,6 +60,17 @@ def dense(count, activation=nn.ReLU, gain=None, norm=None):
     return nn.Sequential(*parts, nn.Linear(32, 4))
 
 
+class Normed(nn.Module):
+    """A branch of unit variance, whatever the stream is."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return x + self.norm(self.conv(torch.relu(x)))
+
+
 def changed(model, change):
     with torch.no_grad():
         change(model)
@@ -154,6 +165,7 @@ SICK = {
     "branch_variance": [
         lambda: (images(*(Block(std=0.02) for _ in range(3))), IMAGES),
         lambda: (images(*(Block(std=0.9) for _ in range(3))), IMAGES),
+        lambda: (images(*(Normed() for _ in range(3))), 255 * IMAGES),
     ],
     "silenced_branch": [
         lambda: (images(*(Block(gain=0.0) for _ in range(3))), IMAGES),

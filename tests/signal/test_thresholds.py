@@ -69,6 +69,11 @@ def shifted(ratio: float, growth: float = 1.0) -> list[BlockSignal]:
     return [replace(BLOCK, avg_channel_sq_mean=ratio, residual_avg_channel_var=v) for v in grown]
 
 
+def outweighed(share: float) -> list[BlockSignal]:
+    """Eight branches of unit variance, together a share of the stream they are added to."""
+    return [replace(BLOCK, avg_channel_var=8 / share, transition=i == 0) for i in range(8)]
+
+
 def changed(name: str) -> Callable[[float], list[BlockSignal]]:
     return lambda value: [BLOCK, replace(BLOCK, **{name: value})]
 
@@ -87,6 +92,7 @@ SIDES = {
     "branch too small": (
         *("branch_variance", changed("residual_avg_channel_var"), 1 / rules.BRANCH_FACTOR, ("info", None)),
     ),
+    "outweighed": ("branch_variance", outweighed, rules.OUTWEIGHED, ("warning", None)),
     "shifted": ("mean_shift", shifted, rules.SHIFTED, (None, "warning")),
     "lost": ("mean_shift", shifted, rules.LOST, ("warning", "error")),
     "fed": ("mean_shift", lambda v: shifted(2.0, v), rules.FED, ("warning", "error")),

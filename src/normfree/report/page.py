@@ -114,7 +114,8 @@ MEANINGS: dict[Kind, str] = {
     "mean_shift": "The mean of a ReLU is positive, and filters that do not sum to zero turn it into an offset of the "
     "channel, the same for every input and larger with every block.",
     "branch_variance": "A branch that gives more than four times the variance it should, or less than a quarter. Small "
-    "ones are a note, for they may be meant (layer scale, transformers).",
+    "ones are a note, for they may be meant (layer scale, transformers). Or all of them together are nothing beside "
+    "the stream they are added to.",
     "silenced_branch": "A zero gain, weight or gate leaves the shortcut alone: the start of SkipInit, FixUp and "
     "adaLN-zero.",
     "dead_channels": "What is constant whatever the input carries nothing: filters of zero, biases far below zero "

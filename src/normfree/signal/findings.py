@@ -59,6 +59,7 @@ def findings_of(
         *size,
         *_mean_shift(signal, along, made_of),
         *_branch_variance(signal, made_of),
+        *_outweighed_branches(signal, made_of),
         *_silenced_branch(signal),
         *_dead_channels(signal, along, made_of),
         *_zero_layer(signal),
@@ -376,6 +377,47 @@ def _branch_variance(signal: SignalPropagation, made_of: Architecture) -> Iterat
         remedy=remedy.text,
         code=remedy.code,
     )
+
+
+# A stream of pixels of 0 to 255 has a variance of thousands, and keeps its branches of unit variance out: together they
+# are less than a hundredth of it, a tenth of its deviation, whatever factor below one they have. In networks that train
+# they are more than the stream by the last block, or a tenth of it for each block where it has grown by fifty of them.
+# A stream that changes by STEP beside them is changed by a factor above one.
+OUTWEIGHED = 0.01
+
+
+def _outweighed_branches(signal: SignalPropagation, made_of: Architecture) -> Iterator[Finding]:
+    """Branches of a usual variance, all of which together are next to nothing beside the stream they are added to."""
+    rated = [(b.residual_avg_channel_var, b) for b in signal.blocks if b.kind == "residual" and not b.broadcast]
+    rated = [(v, b) for v, b in rated if v and isfinite(v) and _positive(b)]
+    if not rated or median(v for v, _ in rated) < 1 / BRANCH_FACTOR:  # of small ones the rule above tells
+        return
+    share = sum(v / b.avg_channel_var for v, b in rated)
+    if share >= OUTWEIGHED or any(_changes(before, after) for before, after in _along_identity(signal)):
+        return
+    value, first = rated[0]
+    remedy = remedies.outweighed_branches(made_of)
+    yield Finding(
+        kind="branch_variance",
+        severity="warning",
+        block=first.index,
+        message=(
+            f"branches add next to nothing to their stream: before any factor, the variances of all {len(rated)} are "
+            f"{share:.2g} of it together, first {first.place}, with {value:.3g} beside {first.avg_channel_var:.3g}."
+        ),
+        remedy=remedy.text,
+        code=remedy.code,
+    )
+
+
+def _along_identity(signal: SignalPropagation) -> Iterator[tuple[Entry | BlockSignal, BlockSignal]]:
+    """Each point behind an identity shortcut, and what comes before it."""
+    before = [signal.entry, *signal.blocks]
+    return ((a, b) for a, b in zip(before, signal.blocks, strict=False) if not b.transition)
+
+
+def _changes(before: Entry | BlockSignal, after: BlockSignal) -> bool:
+    return not 1 / STEP <= after.avg_channel_var / max(before.avg_channel_var, 1e-300) <= STEP
 
 
 def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:

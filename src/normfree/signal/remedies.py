@@ -307,6 +307,12 @@ def variance_plan(gain: float | None) -> str:
     return "Compare alpha and beta of the blocks with those that the plan was made for: variance_plan(depths, alpha)."
 
 
+def outweighed_branches(made_of: Architecture) -> Remedy:
+    """Of branches that are nothing beside their stream."""
+    text = "Bring the stream to unit variance where it begins: standardize the input, or scale the first layer."
+    return Remedy(text, _by_conversion(made_of) if made_of.convertible and not made_of.computed else "")
+
+
 def correlation_collapse(made_of: Architecture) -> Remedy:
     """Of inputs that become alike."""
     shortcut = "strengthen the shortcut against the branch (α)" if made_of.residual else "add shortcuts"
