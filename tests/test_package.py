@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from benchmarks.install import clean_environment, environment, link, pip, required_by
@@ -181,3 +182,19 @@ def test_hubconf_asks_for_the_core_alone():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert set(module.dependencies) <= {Requirement(text).name for text in PROJECT["dependencies"]}
+
+
+def test_what_is_pinned_installs_on_the_oldest_python_that_is_supported():
+    """Debian 12 has Python 3.11.2: a package that asks for 3.11.5 would end `make demo` there."""
+    oldest = f"{next(iter(SpecifierSet(PROJECT['requires-python']))).version}.0"
+    pins = [line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
+    asked = {name: metadata.metadata(name).get("Requires-Python") or "" for name in pins if _is_installed(name)}
+    assert len(asked) > 100
+    assert [name for name, needed in asked.items() if oldest not in SpecifierSet(needed)] == []
+
+
+def _is_installed(name):
+    try:
+        return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return False

@@ -1,5 +1,7 @@
 """Each private name of torch that is used says what it did: a version of torch without one fails here."""
 
+import sys
+
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +16,7 @@ from normfree.common.torch_compat import (
     cpu_multiplies_bf16,
     current_autograd_node,
     end_workers,
+    import_tracer,
     in_forward_mode,
     in_function_transform,
     is_jit_tracing,
@@ -32,6 +35,11 @@ class Following(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
+
+
+def test_the_tracer_is_imported():
+    import_tracer()
+    assert "torch._dynamo" in sys.modules
 
 
 def test_base_classes_of_layers():

@@ -6,6 +6,7 @@ All are in torch 2.9 to 2.12.
 from __future__ import annotations
 
 import copy
+import importlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ __all__ = [
     "cpu_multiplies_bf16",
     "current_autograd_node",
     "end_workers",
+    "import_tracer",
     "in_forward_mode",
     "in_function_transform",
     "is_jit_tracing",
@@ -89,6 +91,14 @@ def _is_plain(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, nn.Parameter):
         return False
     return not (_functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor))
+
+
+def import_tracer() -> None:
+    """Import what torch itself imports where a dispatch mode first sees an operation.
+
+    That import looks through all modules there are, and fails where a lazy one among them does.
+    """
+    importlib.import_module("torch._dynamo")
 
 
 def written_positions(function: Any) -> tuple[int, ...]:
