@@ -279,3 +279,10 @@ def test_the_table_of_a_chain_has_layers(tmp_path, factories, capsys):
     assert main(["spp", f"{factories}:plain", "--image-size", "8", "--out", str(tmp_path / "out")]) == 0
     head = next(line for line in capsys.readouterr().out.splitlines() if "sq. mean" in line)
     assert head.split()[0] == "layer"
+
+
+def test_how_images_are_prepared_is_said_once_for_all_models(tmp_path, capsys):
+    words = ["nf_resnet50:widths=(8,8,8,8),depths=(1,1,1,1)", "resnet50:widths=(8,8,8,8),depths=(1,1,1,1)"]
+    options = ["--input", "photos", "--image-size", "32", "--batch-size", "2", "--out", str(tmp_path)]
+    assert main(["spp", *words, *options]) == 0
+    assert capsys.readouterr().out.count("images standardized with ImageNet's") == 1

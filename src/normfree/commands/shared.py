@@ -174,6 +174,10 @@ def command_line(name: str, options: Any, positional: Sequence[str], *, without:
 class Terminal(Console):
     """A console of rich's whose own control codes are the only ones: those in texts are written as escapes."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._announced: set[str] = set()
+
     def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Render as rich does, with printable text."""
         for segment in super().render(renderable, options):
@@ -190,6 +194,12 @@ class Terminal(Console):
         except BrokenPipeError:
             self.quiet = True
             drop_output()
+
+    def announce_once(self, text: str) -> None:
+        """Announce what has not been announced before: a note that is the same for several models."""
+        if text not in self._announced:
+            self._announced.add(text)
+            self.announce(text)
 
     def on_broken_pipe(self) -> None:
         """Raise the error of a closed pipe; rich's own answer, SystemExit, could be that of a model's code."""

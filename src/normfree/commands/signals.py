@@ -136,7 +136,7 @@ def prepared(
         return probe.standardized(mean, std)
     if built.statistics is not None and len(built.statistics[0]) == 3:
         return probe.standardized(*built.statistics)
-    console.announce(preparation(probe.mean, probe.std))
+    console.announce_once(preparation(probe.mean, probe.std))
     return probe
 
 
