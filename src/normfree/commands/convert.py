@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -48,7 +49,7 @@ from normfree.convert import ALPHA, BY_HAND, SKIP_GAIN, Beta, Conversion, Start,
 from normfree.convert.verify import BatchStatistics, statistics_of_batch
 from normfree.data import probe_named
 from normfree.signal import Finding, SignalPropagation, spp
-from normfree.sources import build, load_weights, word_of
+from normfree.sources import build, load_weights, names_factory, word_of
 from normfree.trace.inputs import tensors_of
 from normfree.weights import save
 
@@ -182,6 +183,9 @@ class Convert(_Conversion):
         paths = [save(converted, self.out), conversion.to_json(self.out.with_suffix(".json"))]
         print_conversion(console, conversion)
         console.say_written(paths, replaced)
+        named = self.original or word_of(self.model)
+        original = f" --original {shlex.quote(named)}" if names_factory(named) else ""
+        console.say(f"to train it: normfree train RECIPE --model {shlex.quote(str(self.out))}{original}")
 
     def _check_replaced(self) -> None:
         """Refuse to write over what is no earlier checkpoint of ours, or over what the model is read from.

@@ -892,7 +892,10 @@ def diagnose_nonfinite(trainer: Trainer, batches: Sequence[Batch], loss: float) 
     value = "it is not finite" if math.isnan(loss) else f"it is {loss:g}"
     gradients = {name: p.grad for name, p in trainer.network.named_parameters() if p.grad is not None}
     where = f"loss at step {trainer.step} (epoch {trainer.epoch})"
-    remedy = "lower the learning rate, lengthen the warm-up or clip; --on-nonfinite skip goes on without such steps"
+    remedy = (
+        "lower the learning rate, lengthen the warm-up or clip (--optimizer.clip-norm 1), with another --out; "
+        "--on-nonfinite skip goes on without such steps"
+    )
     if trainer.sharded:
         return f"{where}: {value}, in a network whose shards are not searched; {remedy}"
     try:
