@@ -277,7 +277,7 @@ def _from_checkpoint(path: str, original: str | None) -> Built:
         return Built(load(path))
     if original is not None:
         built = build(original if trained is None else _with_classes(original, trained[1]))
-        return Built(load(path, original=built.model), built.batch, shape=_shape_of(conversion))
+        return Built(load(path, original=built.model), built.batch, shape=example_shape(conversion))
     source = trained[0] if trained is not None else conversion.source if conversion is not None else None
     numbers, tensors = sizes(path)
     named = None
@@ -293,11 +293,11 @@ def _from_checkpoint(path: str, original: str | None) -> Built:
             f"original: is missing: {rule}; pass --original FILE.py:FACTORY, or whatever builds that model"
         )
     _check_size(named, source or "", path, numbers)
-    return Built(load(path, original=named()), shape=_shape_of(conversion))
+    return Built(load(path, original=named()), shape=example_shape(conversion))
 
 
-def _shape_of(conversion: Conversion | None) -> tuple[int, ...] | None:
-    """The shape of one example of the batch that a model was converted on, where it took a single tensor."""
+def example_shape(conversion: Conversion | None) -> tuple[int, ...] | None:
+    """Return the shape of one example of the batch a model was converted on; None unless that was a single tensor."""
     shapes = () if conversion is None else conversion.input_shapes
     return shapes[0][1:] if len(shapes) == 1 and len(shapes[0]) > 1 else None
 

@@ -71,7 +71,7 @@ class _Trained:
     def open(self, console: Terminal) -> Trained:
         """Return the network; what a person should know of its weights or its images' size is said."""
         from normfree.convert import conversion_of
-        from normfree.sources import build, is_word, load_checkpoint, load_weights
+        from normfree.sources import build, example_shape, is_word, load_checkpoint, load_weights
         from normfree.train.trained import open_trained
 
         if is_word(self.model):
@@ -88,10 +88,8 @@ class _Trained:
         trained = open_trained(self.model, self.run_folder, opened=with_original, trust_code=self.trust_code)
         if trained.note:
             self.tell(console, trained.note)
-        conversion = conversion_of(trained.network)
-        shapes = () if conversion is None else conversion.input_shapes
-        size = shapes[0][-1] if len(shapes) == 1 and len(shapes[0]) == 4 else None
-        return dataclasses.replace(trained, size=size)
+        shape = example_shape(conversion_of(trained.network))
+        return trained if shape is None or len(shape) != 3 else dataclasses.replace(trained, size=shape[-1])
 
     def tell(self, console: Terminal, line: str) -> None:
         """Say a line beside the result."""

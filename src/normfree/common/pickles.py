@@ -1,7 +1,7 @@
 """What a pickle of somebody else would build, found without building it: all that it names has a stand-in.
 
-PyTorch's loader for tensors alone runs nothing, but takes all the time and memory that a few bytes ask for: a key of
-tuples that share tuples is hashed in time exponential in their depth, ``bytearray`` makes as many bytes as it is told.
+PyTorch's loader for tensors alone runs nothing, but takes all the time and memory that a few bytes ask for: hashing a
+key of tuples that share tuples takes time exponential in their depth, and ``bytearray(n)`` allocates n bytes.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class BatchStatistics:
 def statistics_of_batch(model: nn.Module, batch: Batch) -> list[BatchStatistics]:
     """Compare the running statistics of each batch norm with its input in training mode, at its first run.
 
-    There the norms before it normalize by the batch, so a difference is told where it begins and not again after it.
+    There the norms before it normalize by the batch, so a difference is reported where it begins, not again after it.
 
     Args:
         model: the model; left as it is.

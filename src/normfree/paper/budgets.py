@@ -246,7 +246,7 @@ def make_figure3(
         setting: how; at scale "quick" only costs are measured.
         out: folder; its ``runs`` keeps costs and runs, so that an interruption costs one run's rest.
         provenance: hardware, versions and commit, for the page.
-        on_progress: told before each network.
+        on_progress: called with a line before each network.
 
     Returns:
         The paths written, the page last.

@@ -231,7 +231,7 @@ class TableSetting:
                 check_integer(name, getattr(self, name), 1)
 
     def describe(self) -> dict[str, Any]:
-        """Return what the results depend on, as JSON takes it; where the data lie is nobody's concern."""
+        """Return what the results depend on, as JSON takes it; not the path of the data."""
         return {"scale": self.scale, "seeds": self.seeds, "limit": self.limit}
 
 
@@ -373,7 +373,7 @@ def measure_all(
         arms: to train.
         setting: how.
         folder: of the runs; those that are finished are not repeated.
-        on_progress: told before each run which it is, of how many, and how long the rest takes at the pace so far.
+        on_progress: called before each run with its number, how many there are, and the time left at the pace so far.
     """
     scale = SCALES[setting.scale]
     seeds = setting.seeds or scale.seeds
