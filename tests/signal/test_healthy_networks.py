@@ -51,7 +51,7 @@ HEALTHY = {
 SICK = {
     "resnetv2_50 without norm": (lambda: create_model("resnetv2_50", norm=None), "explosion"),
     "nf_resnet50 with plain weights": (
-        lambda: create_model("nf_resnet50", conv="scaled", depths=(3, 24, 36, 3), width=1),
+        lambda: create_model("nf_resnet50", conv="scaled", skipinit_gain=1, depths=(3, 24, 36, 3), width=1),
         "mean_shift",
     ),
 }
@@ -81,3 +81,9 @@ def test_an_explosion_behind_zero_gains_is_a_warning():
     assert "start them at zero" not in found["explosion"].remedy
     awake = spp(create_model("resnetv2_50", width=1, num_classes=10, norm=None), torch.randn(2, 3, 64, 64))
     assert {finding.kind: finding for finding in awake.findings}["explosion"].severity == "error"
+
+
+def test_a_mean_shift_behind_zero_gains_is_a_warning():
+    network = create_model("nf_resnet50", conv="scaled", depths=(3, 24, 36, 3), width=1)
+    found = {each.kind: each for each in spp(network, INPUTS["gaussian"]()).findings}
+    assert found["mean_shift"].severity == "warning"

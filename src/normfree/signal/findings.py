@@ -70,8 +70,26 @@ def findings_of(
         *gradient_explosion(signal, made_of, size),
         *gradient_vanishing(signal, made_of, size, chains(signal)),
     ]
+    if _starts_as_shortcuts(signal):
+        found = [replace(each, severity="warning") if _is_of_branches(each, signal) else each for each in found]
     found = [replace(finding, docs=f"{DOCS}#{finding.kind}") for finding in found]
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
+
+
+# What only branches bring into a residual stream: a network whose branches are all silent starts without it.
+OF_BRANCHES = ("explosion", "mean_shift", "correlation_collapse", "gradient_explosion")
+
+
+def _starts_as_shortcuts(signal: SignalPropagation) -> bool:
+    """Whether every branch has a gain of zero at initialisation, and was measured with it at one."""
+    return bool(signal.blocks) and all(block.woken for block in signal.blocks)
+
+
+def _is_of_branches(finding: Finding, signal: SignalPropagation) -> bool:
+    """Whether an error would not be there without what the branches add."""
+    if finding.severity != "error" or finding.kind not in OF_BRANCHES or finding.block is None:
+        return False
+    return signal.blocks[finding.block].kind == "residual"
 
 
 def _non_finite(signal: SignalPropagation, found: NonFinite | None, made_of: Architecture) -> Iterator[Finding]:
@@ -118,14 +136,12 @@ def _explosion(signal: SignalPropagation, along: Sequence[Stretch], made_of: Arc
     found += [each for output in signal.outputs if (each := _output_burst(signal, output))]
     if not found:
         return
-    # While all branches are silenced the network starts as its shortcuts, which do not explode.
-    silenced = bool(signal.blocks) and all(block.woken for block in signal.blocks)
     worst = min(found, key=lambda each: (not each.severe, -each.ratio))
     peak = "" if worst.peak is worst.over else f" to {worst.peak.avg_channel_var:.3g} at {worst.peak.place}"
-    remedy = remedies.explosion(made_of, residual=worst.over.kind == "residual", silenced=silenced)
+    remedy = remedies.explosion(made_of, residual=worst.over.kind == "residual", silenced=_starts_as_shortcuts(signal))
     yield Finding(
         kind="explosion",
-        severity="error" if worst.severe and not (silenced and worst.over.kind == "residual") else "warning",
+        severity="error" if worst.severe else "warning",
         block=worst.over.index_on_plot,
         message=(
             f"the variance {worst.how}: from {worst.start:.3g} {worst.at} past {worst.over.avg_channel_var:.3g} at "
