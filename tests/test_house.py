@@ -27,7 +27,7 @@ ALLOWED = {
     "report": {"report", "signal", "common"},
     "benchmark": {"benchmark", "nn", "export", "sources", "common"},
     "paper": {"paper", "benchmark", "convert", "models", "nn", "signal", "sources", "report", "train", "common"},
-    "train": {"train", "data", "models", "nn", "optim", "signal", "trace", "weights", "report", "common"},
+    "train": {"train", "convert", "data", "models", "nn", "optim", "signal", "trace", "weights", "report", "common"},
 }
 
 # Files that belong to no folder.

@@ -12,6 +12,7 @@ import normfree
 from normfree.cli import main
 from normfree.commands.convert import Convert, Doctor
 from normfree.commands.shared import Terminal
+from normfree.convert import Conversion
 from normfree.sources import build
 
 FACTORIES = """
@@ -241,4 +242,35 @@ def test_the_report_names_the_command_with_its_options(source, tmp_path):
 
 def test_what_a_factory_gives_is_not_overruled(source, capsys):
     assert run("convert", source, "--out", "m.safetensors", "--image-size", "64") == 2
-    assert "gives a batch of its own; leave out --input and --image-size" in capsys.readouterr().err
+    assert "gives a batch of its own; leave it out, or give --input too" in capsys.readouterr().err
+
+
+def test_an_input_that_is_named_goes_before_a_factorys_batch(source, tmp_path):
+    size = build(source).batch.shape
+    for name in ("gaussian", "photos"):
+        assert run("spp", source, "--input", name, "--batch-size", "3", "--out", "spp") == 0
+        (measured,) = json.loads((tmp_path / "spp" / "spp.json").read_text())["models"]
+        assert measured["input"]["kind"] == name
+        assert measured["input"]["shape"] == [3, *size[1:]], "of the factory's size, for nothing else is asked"
+
+
+GREY = """
+import torch
+from torch import nn
+
+def net():
+    first = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+    return nn.Sequential(first, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+"""
+
+
+def test_conversion_on_what_is_trained_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grey.py").write_text(GREY)
+    assert run("convert", "grey.py:net", "--input", "digits", "--out", "m.safetensors") == 0
+    record = Conversion.from_dict(json.loads((tmp_path / "m.json").read_text()))
+    assert record.input_shapes == ((8, 1, 8, 8),), "the digits' own size, and not 224"
+    assert 0.5 < record.input_mean_squares[0] < 2, "standardized as in training"
+    capsys.readouterr()
+    assert run("convert", "grey.py:net", "--input", "digit", "--out", "m.safetensors") == 2
+    assert "--input='digit'" in capsys.readouterr().err

@@ -182,7 +182,7 @@ MISTAKES = {
     "input of the wrong shape": (["torchvision:vit_b_32"], r"\[2, 3, 32, 32\].*Wrong image height"),
     "folder without images": (["{file}:plain", "--input", "{empty}"], r"holds no image"),
     "image that does not decode": (["{file}:plain", "--input", "{damaged}"], r"a\.jpg does not decode"),
-    "no such folder": (["{file}:plain", "--input", "{missing}"], r"no folder"),
+    "no such folder": (["{file}:plain", "--input", "{missing}"], r"--input=.*no such folder"),
     "batch of none": (["{file}:plain", "--batch-size", "0"], r"--batch-size=0"),
     "size of none": (["{file}:plain", "--image-size", "0"], r"--image-size=0"),
     "word for a number": (["{file}:plain", "--seed", "one"], r"--seed.*'one'"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from normfree.data import GaussianNoise, ImageFolder, Photographs, probe_named
+from normfree.data import DataConfig, GaussianNoise, ImageFolder, Photographs, open_training, probe_named
+from normfree.data.probe import SourceImages
 
 SHAPE = (4, 3, 32, 32)
 
@@ -61,6 +62,32 @@ def test_names(folder):
     assert isinstance(probe_named("gaussian"), GaussianNoise)
     assert isinstance(probe_named("photos"), Photographs)
     assert isinstance(probe_named(str(folder)), ImageFolder)
+
+
+def test_a_source_of_training_images_is_standardized_as_in_training():
+    probe = probe_named("digits")
+    assert isinstance(probe, SourceImages) and probe.shape == (1, 8, 8)
+    (everything,) = probe.batches((1442, 1, 8, 8), count=1, seed=0)
+    assert everything.mean().abs() < 0.01
+    assert everything.std() == pytest.approx(1, abs=0.01)
+    first, again, other = (next(probe.batches((16, 1, 8, 8), count=1, seed=seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert len(list(probe.batches((1000, 1, 8, 8), count=3, seed=0))) == 3, "again from the start"
+    half = next(probe.standardized([0.5], [1.0]).batches((1442, 1, 8, 8), count=1, seed=0))
+    assert (float(half.min()), float(half.max())) == pytest.approx((-0.5, 0.5))
+    mean, std = open_training(DataConfig(source="digits")).config.statistics
+    assert probe.describe() == {"kind": "training images", "source": "digits", "mean": [*mean], "std": [*std]}
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 4), (2, 2, 8, 8), (2, 64)])
+def test_a_source_fits_models_of_square_images_only(shape):
+    with pytest.raises(ValueError, match="square images"):
+        next(probe_named("digits").batches(shape, count=1, seed=0))
+
+
+def test_no_such_source_says_what_there_is(tmp_path):
+    with pytest.raises(ValueError, match=r"input=.*no such folder.*digits.*or gaussian, photos"):
+        probe_named(str(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", b"GIF89a"])

@@ -35,6 +35,9 @@ def net():
 def with_batch():
     return net(), torch.randn(8, 1, 8, 8)
 
+def with_a_small_batch():
+    return net(), 0.1 * torch.randn(8, 1, 8, 8)
+
 def of_five():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
 
@@ -97,6 +100,18 @@ def test_a_converted_network_is_trained_averaged_and_opened(file, converted, tmp
     capsys.readouterr()
     assert main(["evaluate", str(out), "--original", original, "--precision", "fp32"]) == 0
     assert f"accuracy {100 * summary.accuracy:.2f} %" in capsys.readouterr().out
+
+
+def test_a_network_converted_in_other_units_is_said_to_be(file, converted, tmp_path, capsys):
+    """A tenth of the deviation is a hundredth of the mean square; that of Gaussian noise is that of the digits."""
+    for word, said in ((f"{file}:with_a_small_batch", True), (f"{file}:with_batch", False)):
+        out = tmp_path / f"{said}.safetensors"
+        assert main(["convert", word, "--out", str(out)]) == 0
+        capsys.readouterr()
+        words = ["--model", str(out), "--original", f"{file}:net", "--epochs", "1", "--out", str(tmp_path / str(said))]
+        assert main(["train", "digits", *words]) == 0
+        assert ("mean square 0.01" in (told := capsys.readouterr().out)) == said
+        assert ("--input digits" in told) == said
 
 
 @pytest.mark.parametrize("kind", ["file", "converted"])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from rich.markup import escape as escape_markup
 from torch import nn
 
@@ -19,6 +18,7 @@ from normfree.commands.shared import (
     Device,
     Folder,
     ImageSize,
+    Input,
     Mean,
     Model,
     Original,
@@ -31,14 +31,11 @@ from normfree.commands.shared import (
 )
 from normfree.commands.signals import (
     COLOURS,
-    batch_shape,
-    check_images,
+    InputSource,
     device_named,
     is_healthy,
     no_picture,
-    note_on_batch,
     precision_of,
-    prepared,
     print_conversion,
     print_signal,
     write_signals,
@@ -47,7 +44,6 @@ from normfree.common.checks import invalid
 from normfree.common.files import check_place, notes_of, read_json
 from normfree.convert import ALPHA, BY_HAND, SKIP_GAIN, Beta, Conversion, Start, conversion_of, convert
 from normfree.convert.verify import BatchStatistics, statistics_of_batch
-from normfree.data import probe_named
 from normfree.signal import Finding, SignalPropagation, spp
 from normfree.sources import build, load_weights, names_factory, word_of
 from normfree.trace.inputs import tensors_of
@@ -96,8 +92,7 @@ class _Conversion:
     """Initial value of their learnable factor (fresh)."""
     beta: Beta = "plan"
     """plan: closed forms of input scales where there are any; measured: all on the input (fresh)."""
-    input: Annotated[str, tyro.conf.arg(metavar="gaussian|photos|FOLDER")] = "gaussian"
-    """What to run and measure with: unit Gaussian noise, crops of two photographs, or a folder of images."""
+    input: Input = None
     mean: Mean = None
     std: Std = None
     image_size: ImageSize = None
@@ -112,9 +107,9 @@ class _Conversion:
         Pretrained conversion of random weights is said on the console.
 
         Raises:
-            ValueError: no such model, weights or device; an option that a factory's batch leaves no room for.
+            ValueError: no such model, weights, device or input; an option that a factory's batch leaves no room for.
         """
-        device = device_named(self.device)
+        inputs, device = InputSource.of(self).open(), device_named(self.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             built = build(self.model, self.original)
@@ -127,17 +122,13 @@ class _Conversion:
             also = "" if named is None else f" or {self.model}{named}"
             console.say(f"note: the weights of {self.model} are random (seed {self.seed}); give --weights FILE{also}")
         model = built.model.to(device)
-        if built.batch is not None:
-            if self.input != "gaussian" or self.image_size is not None:
-                rule = f"{self.model} gives a batch of its own"
-                raise invalid("input", self.input, rule, "leave out --input and --image-size")
-            return model, built.batch, {"kind": "the factory's own"}
-        probe = prepared(probe_named(self.input), built, console, mean=self.mean, std=self.std)
-        shape = batch_shape(built, probe, image_size=self.image_size, batch_size=self.batch_size)
-        if (note := note_on_batch(self.model, probe, shape, self.image_size)) is not None:
-            console.announce(note)
-        batch = next(iter(probe.batches(shape, count=1, seed=self.seed)))
-        return model, batch.to(device, precision_of(model)), probe.describe()
+        if built.batch is not None and self.input is None and self.image_size is not None:
+            rule = f"{self.model} gives a batch of its own"
+            raise invalid("image_size", self.image_size, rule, "leave it out, or give --input too")
+        batch, described = inputs.draw(built, self.model, console)
+        if isinstance(batch, Iterator):
+            batch = next(batch).to(device, precision_of(model))
+        return model, batch, described
 
     def convert(self, model: nn.Module, batch: Any) -> tuple[nn.Module, Conversion]:
         """Return the model converted, and the record of it."""
@@ -168,7 +159,7 @@ class Convert(_Conversion):
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_images(self)
+        InputSource.of(self)
         if self.out.is_dir() or self.out.suffix != ".safetensors":
             raise invalid("out", str(self.out), "is no checkpoint's name", "give one that ends in .safetensors")
         check_place("out", self.out)
@@ -228,7 +219,7 @@ class Doctor(_Conversion):
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_images(self)
+        InputSource.of(self)
         check_folder(self.out)
 
     def run(self, console: Terminal) -> int:
@@ -326,7 +317,7 @@ class Doctor(_Conversion):
             return []
         changes = changed_outputs(before, after)
         if self.start == "pretrained":
-            prepared_as = self.mean is not None or self.input == "gaussian"
+            prepared_as = self.mean is not None or self.input in (None, "gaussian")
             return [statistics_differ(changes[0], statistics_of_batch(model, batch), prepared_as)] if changes else []
         if self.beta == "measured":
             remedy = "See the notes of the conversion; --alpha scales the branches."

@@ -52,6 +52,15 @@ ImageSize = Annotated[
     int | None,
     tyro.conf.arg(help="Height and width; that of a run's images, else what the model suggests, else 224, by default."),
 ]
+Input = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="What to measure with: gaussian (unit noise), photos (random crops of two photographs), a folder of "
+        "images, or a source as train's --data.source takes it (digits, parquet files, …). By default the batch that "
+        "a factory gives, else gaussian.",
+        metavar="gaussian|photos|FOLDER|SOURCE",
+    ),
+]
 Mean = Annotated[
     tuple[float, ...] | None,
     tyro.conf.arg(

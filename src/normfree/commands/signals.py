@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite, prod
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -13,15 +14,15 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from normfree.commands.shared import Terminal
 from normfree.common.checks import check_memory, invalid, require
 from normfree.common.text import first_line
 from normfree.convert import Conversion
-from normfree.data import GaussianNoise, Probe
+from normfree.data import GaussianNoise, Probe, probe_named
 from normfree.data.config import check_statistics, preparation
-from normfree.data.probe import Images
+from normfree.data.probe import Images, SourceImages
 from normfree.report.panels import is_layerwise
 from normfree.report.plot import plot_signals
 from normfree.report.signal_page import write_report
@@ -56,88 +57,117 @@ def precision_of(model: nn.Module) -> torch.dtype:
     return torch.float32 if parameter is None else parameter.dtype
 
 
-def batch_shape(built: Built, probe: Probe, *, image_size: int | None, batch_size: int) -> tuple[int, ...]:
-    """Return the shape of a batch [N, ...]: that of a run's images, or as the model suggests, in the size asked for.
+@dataclass(frozen=True)
+class InputSource:
+    """What models are measured with, as the options of a command say.
 
-    Args:
-        built: the model.
-        probe: what the batch is drawn from; images suggest 3 × 224 × 224 where the model suggests nothing.
-        image_size: height and width, None for what is suggested.
-        batch_size: examples.
-
-    Raises:
-        ValueError: the shape cannot be inferred, or the batch is larger than the machine's memory.
+    Attributes:
+        name: "gaussian", "photos", a folder, a source of training images; None for what a factory gives, else noise.
+        image_size: height and width, None for what the model or the images suggest.
+        batch_size: examples in a batch.
+        seed: of all draws.
+        mean, std: of the channels, that images are standardized with; None for what the model's run says.
     """
-    try:
-        shape = built.shape or input_shape(built.model)
-    except ValueError:
-        if isinstance(probe, GaussianNoise) and image_size is None:
-            raise ValueError(
-                "model: its input shape cannot be inferred; let FACTORY of FILE.py return (model, batch)"
-            ) from None
-        shape = (3, 224, 224)
-    if image_size is not None:
-        first = next((module for module in built.model.modules() if isinstance(module, nn.Conv2d)), None)
-        images = (3 if first is None else first.in_channels, 0, 0)
-        shape = (*(shape if len(shape) >= 3 else images)[:-2], image_size, image_size)
-    for argument, value, size in (("image_size", image_size, math.prod(shape)), ("batch_size", batch_size, batch_size)):
-        check_memory(argument, value, 4 * size)
-    check_memory("batch_size", batch_size, 4 * batch_size * math.prod(shape))
-    return (batch_size, *shape)
+
+    name: str | None
+    image_size: int | None
+    batch_size: int
+    seed: int
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+    @classmethod
+    def of(cls, options: Any) -> InputSource:
+        """Return what the options of a command ask for.
+
+        Raises:
+            ValueError: means and deviations that are none, or that nothing is standardized with.
+        """
+        mean, std = options.mean, options.std
+        check_statistics(mean, std)
+        if mean is not None and options.input in (None, "gaussian"):
+            remedy = "leave --mean and --std out, or give --input FOLDER"
+            raise invalid("mean", mean, "noise is not standardized", remedy)
+        return cls(options.input, options.image_size, options.batch_size, options.seed, mean, std)
+
+    @cached_property
+    def probe(self) -> Probe:
+        """What batches are drawn from."""
+        return probe_named(self.name or "gaussian")
+
+    def open(self) -> InputSource:
+        """Open what batches are drawn from, so that what cannot be opened is said before a model is built."""
+        self.probe  # noqa: B018
+        return self
+
+    def draw(self, built: Built, source: str, console: Terminal, *, count: int = 1) -> tuple[Any, dict[str, Any]]:
+        """Return a factory's own batch, or an iterator over so many drawn for a model; and what a record says of it.
+
+        What a model of a file is run with, where nobody said so, is said on the console.
+
+        Args:
+            built: the model.
+            source: its name.
+            console: to say it on.
+            count: of batches.
+
+        Raises:
+            ValueError: the shape cannot be inferred, or the batch is larger than the machine's memory.
+        """
+        if built.batch is not None and self.name is None:
+            return built.batch, {"kind": "the factory's own"}
+        probe = self._standardized(built, console)
+        shape = self._shape(built, probe)
+        if self.image_size is None and built.batch is None and names_factory(source):
+            console.announce(_note_on_batch(source, probe, shape))
+        return probe.batches(shape, count=count, seed=self.seed), probe.describe()
+
+    def _standardized(self, built: Built, console: Terminal) -> Probe:
+        """The probe, its images standardized as asked, or as in the model's run; else by themselves or as ImageNet."""
+        probe = self.probe
+        if not isinstance(probe, (Images, SourceImages)):
+            return probe
+        if self.mean is not None and self.std is not None:
+            return probe.standardized(self.mean, self.std)
+        channels = 3 if isinstance(probe, Images) else probe.shape[0]
+        if built.statistics is not None and len(built.statistics[0]) == channels:
+            return probe.standardized(*built.statistics)
+        if isinstance(probe, Images):
+            console.announce_once(preparation(probe.mean, probe.std))
+        return probe
+
+    def _shape(self, built: Built, probe: Probe) -> tuple[int, ...]:
+        """The shape of a batch [N, ...]: of a run's images or a factory's, the source's, or what the model suggests."""
+        shape = built.shape
+        if shape is None and isinstance(built.batch, Tensor):
+            shape = tuple(built.batch.shape[1:])
+        try:
+            shape = shape or input_shape(built.model)
+        except ValueError:
+            if isinstance(probe, GaussianNoise) and self.image_size is None:
+                raise ValueError(
+                    "model: its input shape cannot be inferred; let FACTORY of FILE.py return (model, batch)"
+                ) from None
+            shape = (3, 224, 224)
+        if isinstance(probe, SourceImages) and built.shape is None:
+            shape = (shape[0] if len(shape) == 3 else probe.shape[0], *probe.shape[1:])
+        if self.image_size is not None:
+            first = next((module for module in built.model.modules() if isinstance(module, nn.Conv2d)), None)
+            images = (3 if first is None else first.in_channels, 0, 0)
+            shape = (*(shape if len(shape) >= 3 else images)[:-2], self.image_size, self.image_size)
+        sizes = (("image_size", self.image_size, prod(shape)), ("batch_size", self.batch_size, self.batch_size))
+        for argument, value, size in sizes:
+            check_memory(argument, value, 4 * size)
+        check_memory("batch_size", self.batch_size, 4 * self.batch_size * prod(shape))
+        return (self.batch_size, *shape)
 
 
-def note_on_batch(source: str, probe: Probe, shape: tuple[int, ...], image_size: int | None) -> str | None:
-    """Return what a model of a file is run with where nobody said so; None of other models, and where somebody did.
-
-    Args:
-        source: of the model.
-        probe: what the batch is drawn from.
-        shape: of the batch.
-        image_size: height and width that were asked for.
-    """
-    if not names_factory(source) or image_size is not None:
-        return None
+def _note_on_batch(source: str, probe: Probe, shape: tuple[int, ...]) -> str:
+    """What a model of a file is run with."""
     kind = "Gaussian noise" if isinstance(probe, GaussianNoise) else str(probe.describe()["kind"])
     options = "" if len(shape) < 4 else "; or pass --image-size"
     options += ", --input" if options and isinstance(probe, GaussianNoise) else ""
     return f"note: {source} gives no batch; it is run on {kind} {list(shape)}: return (model, batch) from it{options}"
-
-
-def check_images(options: Any) -> None:
-    """Refuse means and deviations that are none, or that nothing is standardized with.
-
-    Args:
-        options: a command with ``input``, ``mean`` and ``std``.
-
-    Raises:
-        ValueError: naming which.
-    """
-    check_statistics(options.mean, options.std, 3)
-    if options.mean is not None and options.input == "gaussian":
-        remedy = "leave --mean and --std out, or give --input FOLDER"
-        raise invalid("mean", options.mean, "noise is not standardized", remedy)
-
-
-def prepared(
-    probe: Probe,
-    built: Built,
-    console: Terminal,
-    *,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-) -> Probe:
-    """Return what a model is measured with, its images standardized as asked, or as in the model's run.
-
-    Where neither says it they are with ImageNet's mean and deviation, which is said on the console.
-    """
-    if not isinstance(probe, Images):
-        return probe
-    if mean is not None and std is not None:
-        return probe.standardized(mean, std)
-    if built.statistics is not None and len(built.statistics[0]) == 3:
-        return probe.standardized(*built.statistics)
-    console.announce_once(preparation(probe.mean, probe.std))
-    return probe
 
 
 def write_signals(
@@ -269,7 +299,7 @@ def _number(value: float | None, column: _Column, *, is_entry: bool) -> str:
         return "" if is_entry and not column.cosine else "–"
     if column.cosine:
         return f"{value:.3f}"
-    if not math.isfinite(value):
+    if not isfinite(value):
         return "[red]non-finite[/red]"
     if value == 0:
         return "0"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
 
 import torch
-import tyro
 from rich.markup import escape
 from rich.progress import Progress
 
@@ -18,6 +17,7 @@ from normfree.commands.shared import (
     Device,
     Folder,
     ImageSize,
+    Input,
     Mean,
     Models,
     Original,
@@ -29,17 +29,13 @@ from normfree.commands.shared import (
     command_line,
 )
 from normfree.commands.signals import (
-    batch_shape,
-    check_images,
+    InputSource,
     device_named,
     no_picture,
-    note_on_batch,
     precision_of,
-    prepared,
     print_signal,
     write_signals,
 )
-from normfree.data import Probe, probe_named
 from normfree.signal import Mode, Points, SignalPropagation, spp
 from normfree.sources import build, check_sources, takes_original
 
@@ -54,8 +50,7 @@ class Spp:
 
     models: Models
     original: Original = None
-    input: Annotated[str, tyro.conf.arg(metavar="gaussian|photos|FOLDER")] = "gaussian"
-    """Unit Gaussian noise, photos (random crops of scikit-learn's two photographs), or a folder of images."""
+    input: Input = None
     mean: Mean = None
     std: Std = None
     image_size: ImageSize = None
@@ -77,7 +72,7 @@ class Spp:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_images(self)
+        InputSource.of(self)
         check_folder(self.out)
 
     def run(self, console: Terminal) -> None:
@@ -91,8 +86,7 @@ class Spp:
     def measure(self, console: Terminal) -> list[SignalPropagation]:
         """Return one measurement a model, in the order given; a model given twice gets a number."""
         check_sources(self.models, self.original)
-        probe = probe_named(self.input)
-        device = device_named(self.device)
+        inputs, device = InputSource.of(self).open(), device_named(self.device)
         if missing := no_picture():
             console.announce(missing)
         signals = []
@@ -100,7 +94,7 @@ class Spp:
             task = progress.add_task("measuring", total=len(self.models))
             for source in self.models:
                 progress.update(task, description=f"measuring {escape(source)}")
-                signals.append(self._measure_one(console, source, probe, device))
+                signals.append(self._measure_one(console, source, inputs, device))
                 progress.advance(task)
         total, count = Counter(self.models), Counter[str]()
         for index, signal in enumerate(signals):
@@ -109,19 +103,16 @@ class Spp:
                 signals[index] = signal.renamed(f"{signal.model} ({count[signal.model]})")
         return signals
 
-    def _measure_one(self, console: Terminal, source: str, probe: Probe, device: torch.device) -> SignalPropagation:
+    def _measure_one(
+        self, console: Terminal, source: str, inputs: InputSource, device: torch.device
+    ) -> SignalPropagation:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             built = build(source, self.original if takes_original(source) else None)
-        model, batch = built.model.to(device), built.batch
-        described: dict[str, Any] = {"kind": "the factory's own"}
-        if batch is None:
-            probe = prepared(probe, built, console, mean=self.mean, std=self.std)
-            shape = batch_shape(built, probe, image_size=self.image_size, batch_size=self.batch_size)
-            if (note := note_on_batch(source, probe, shape, self.image_size)) is not None:
-                console.announce(note)
-            drawn = probe.batches(shape, count=self.batches, seed=self.seed)
-            batch, described = (one.to(device, precision_of(model)) for one in drawn), probe.describe()
+        model = built.model.to(device)
+        batch, described = inputs.draw(built, source, console, count=self.batches)
+        if isinstance(batch, Iterator):
+            batch = (one.to(device, precision_of(model)) for one in batch)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         configuration = {
             "command": command_line("spp", self, self.models, without=("models", "out")),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
+from math import inf, isfinite
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normfree.common.checks import check_choice, check_integer, check_number, invalid
 from normfree.common.process import one_thread_at_a_time
@@ -132,6 +133,7 @@ def convert(
         beta=beta,
         seed=seed,
         input_shapes=tuple(tuple(tensor.shape) for tensor in tensors_of(batch)),
+        input_mean_squares=tuple(map(_mean_square, tensors_of(batch))),
         source=source,
     )
     if start == "fresh":
@@ -141,6 +143,12 @@ def convert(
     assert isinstance(converted, Converted), "conversion leaves its record"
     converted.conversion = note_leak(converted, converted.conversion, batch)
     return converted
+
+
+def _mean_square(values: Tensor) -> float | None:
+    """Of what is no label or index, and finite."""
+    found = float(values.double().square().mean()) if values.is_floating_point() and values.numel() else inf
+    return found if isfinite(found) else None
 
 
 def _check(model: nn.Module, start: Start, alpha: float, skip_gain: float, beta: Beta, seed: int) -> None:

@@ -108,6 +108,7 @@ class Conversion:
         model: class of the original.
         start, alpha, beta, seed: the arguments.
         input_shapes: of the example input's tensors.
+        input_mean_squares: of their values; None of integers, and of values that are not finite.
         source: how to build the original again, where that is known: a name the command line takes.
         changes: in the order the modules ran.
         kept: what was left alone.
@@ -120,6 +121,7 @@ class Conversion:
     beta: Beta
     seed: int
     input_shapes: tuple[tuple[int, ...], ...] = ()
+    input_mean_squares: tuple[float | None, ...] = ()
     source: str | None = None
     changes: tuple[Change, ...] = ()
     kept: tuple[Kept, ...] = ()

@@ -1,7 +1,8 @@
 """Inputs to measure a model with: batches of noise or of real images, drawn from one seed.
 
 Photographs are cropped at random (a random area of 30 to 100 % of the image, a random flip) and standardized with the
-channel means and deviations of the model's training, ImageNet's where nothing says so.
+channel means and deviations of the model's training, ImageNet's where nothing says so. Images of a source that can be
+trained on are as training prepares them.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from copy import copy
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from normfree.common.checks import require
+from normfree.common.checks import invalid, require
 from normfree.common.process import seeded
-from normfree.data.augmentation import transforms
-from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD
+from normfree.common.text import first_line
+from normfree.data.augmentation import Standardization, transforms
+from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD, AugmentationConfig, DataConfig
+from normfree.data.pipeline import TrainingData, open_training
 from normfree.data.records import DamagedImage, decode
 from normfree.data.sources import SUFFIXES
 
@@ -150,7 +155,7 @@ class ImageFolder(Images):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise ValueError(f"input: {str(folder)!r} is no folder; give gaussian, photos or a folder of images")
+            raise ValueError(f"input: {str(folder)!r} is no folder")
         self.files = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not self.files:
             raise ValueError(
@@ -173,11 +178,65 @@ class ImageFolder(Images):
         return {"kind": "folder", "folder": self.folder.name, "images": len(self.files)} | super().describe()
 
 
-def probe_named(name: str) -> Probe:
-    """Return the probe of that name: "gaussian", "photos", or a folder.
+class SourceImages:
+    """The images a run trains on, prepared as it prepares them but for what augmentation varies.
+
+    Args:
+        source: as :class:`DataConfig` takes it.
 
     Raises:
-        ValueError: there is no such folder, or no image in it.
+        ValueError: there is no such source.
+        ImportError: what it is read with is not installed.
+    """
+
+    def __init__(self, source: str) -> None:
+        augmentation = AugmentationConfig(crop="none", flip=False)
+        self.config = DataConfig(source=source, augmentation=augmentation, batch_size=1)
+        self._opened  # noqa: B018  # now, and not when a model has been built
+
+    @cached_property
+    def _opened(self) -> TrainingData:
+        return open_training(self.config)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one image as it is trained on, [C, H, W]."""
+        return self._opened.image_shape
+
+    def standardized(self, mean: Sequence[float], std: Sequence[float]) -> SourceImages:
+        """Return the same images, standardized with these channel means and deviations."""
+        other = copy(self)
+        other.config = replace(self.config, mean=tuple(mean), std=tuple(std))
+        vars(other).pop("_opened", None)
+        return other
+
+    def batches(self, shape: Sequence[int], *, count: int, seed: int) -> Iterator[Tensor]:
+        """Draw batches in a random order, again from the start when all images are used up."""
+        if len(shape) != 4 or shape[2] != shape[3] or shape[1] not in (1, 3):
+            rule = f"gives square images of 1 or 3 channels, and the model takes {list(shape[1:])}"
+            raise invalid("input", self.config.source, rule, "use --input gaussian")
+        config = replace(self.config, in_channels=shape[1], image_size=shape[2], batch_size=shape[0], seed=seed)
+        data = open_training(config)
+        standardize = Standardization(*data.config.statistics)
+        given = 0
+        while given < count:
+            for images, _ in data:
+                yield standardize(images)
+                given += 1
+                if given == count:
+                    return
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a record says of the input."""
+        mean, std = self._opened.config.statistics
+        return {"kind": "training images", "source": self.config.source, "mean": list(mean), "std": list(std)}
+
+
+def probe_named(name: str) -> Probe:
+    """Return the probe of that name: "gaussian", "photos", a folder of images, or any other source of training images.
+
+    Raises:
+        ValueError: there is no such folder or source, or no image in it.
         ImportError: what images are read with is not installed.
     """
     if name == "gaussian":
@@ -185,4 +244,10 @@ def probe_named(name: str) -> Probe:
     transforms()  # now, and not when a model has been built
     if name == "photos":
         return Photographs()
-    return ImageFolder(name)
+    if Path(name).is_dir() and not any(Path(name).rglob("*.parquet")):
+        return ImageFolder(name)
+    try:
+        return SourceImages(name)
+    except ValueError as error:
+        reason = first_line(error).removeprefix(f"source={name!r}: ")
+        raise ValueError(f"input={name!r}: {reason}; or gaussian, photos") from error

@@ -621,7 +621,11 @@ def about(
     command = f"normfree paper {name} --scale {setting.scale}" + (" --data CIFAR10" if scale.recipe == "cifar" else "")
     data = "CIFAR-10" if scale.recipe == "cifar" else "scikit-learn digits"
     rehearsal = f", at most {setting.limit} steps (a rehearsal)" if setting.limit else ""
-    trained = [f"{data}, {scale.epochs} epoch{'s' if scale.epochs > 1 else ''}", *sizes, f"{len(scale.rates)} learning rate(s) with seed 0"]
+    trained = [
+        f"{data}, {scale.epochs} epoch{'s' if scale.epochs > 1 else ''}",
+        *sizes,
+        f"{len(scale.rates)} learning rate(s) with seed 0",
+    ]
     training = (
         f"{', '.join(trained)}, then the best with seeds 0 to {seeds - 1}{rehearsal}. Top-1 of the test images in "
         "percent, mean and standard deviation over seeds."

@@ -598,7 +598,9 @@ def digits() -> TrainConfig:
         data=DataConfig(
             source="digits", batch_size=1024, augmentation=AugmentationConfig(crop="shift", shift=1, flip=False)
         ),
-        optimizer=OptimizerConfig(learning_rate=0.03, reference_batch=64, weight_decay=5e-4, warmup_epochs=2),
+        optimizer=OptimizerConfig(
+            learning_rate=0.03, reference_batch=64, weight_decay=5e-4, warmup_epochs=2, clip_norm=4.0
+        ),
         epochs=30,
         batch_size=64,
         label_smoothing=0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from normfree.common.checks import invalid
 from normfree.common.text import first_line
+from normfree.convert.record import conversion_of
 from normfree.data import TrainingData
 from normfree.models import create_model
 from normfree.trace.preserve import Writes, preserve_model
@@ -69,6 +71,32 @@ def _check_logits(network: nn.Module, word: str, data: TrainingData) -> None:
     if found != [2, data.num_classes]:
         rule = f"gives {found} for 2 images, and not logits of {data.num_classes} classes, [2, {data.num_classes}]"
         raise invalid("model", word, rule, f"build it for {data.num_classes} classes")
+
+
+# A first layer that is standardized gives the variance of its input to all that follows. Images of one kind, prepared
+# alike, have mean squares within a factor of two; four is another preparation, or another kind.
+UNITS_FACTOR = 4.0
+
+
+def compare_units(network: nn.Module, images: Tensor, source: str) -> str:
+    """Return the line that says a converted network was planned for inputs of another size than its images; "" if not.
+
+    Args:
+        network: any; one of a fresh conversion holds the mean square of the batch that it was converted on.
+        images: it is trained or evaluated on, standardized.
+        source: of the images.
+    """
+    record = conversion_of(network)
+    planned = () if record is None or record.start != "fresh" else record.input_mean_squares
+    if len(planned) != 1 or not planned[0]:
+        return ""
+    found = float(images.double().square().mean())
+    if 1 / UNITS_FACTOR <= found / planned[0] <= UNITS_FACTOR:
+        return ""
+    return (
+        f"the network was converted on a batch of mean square {planned[0]:.3g}, and these images have {found:.3g}: its "
+        f"signal is not of the size that its branches are scaled for; convert it on them, with --input {quote(source)}"
+    )
 
 
 def compile_network(

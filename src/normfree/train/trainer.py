@@ -63,7 +63,7 @@ from normfree.train.checkpoint import (
 from normfree.train.config import OptimizerConfig, TrainConfig, to_dict
 from normfree.train.distributed import FABRIC_PRECISION, ShardedStates, WholeStates, launch, resolve_precision, shard
 from normfree.train.evaluation import Evaluation, evaluate
-from normfree.train.networks import NetworkFactory, build_network, compile_network
+from normfree.train.networks import NetworkFactory, build_network, compare_units, compile_network
 from normfree.train.progress import Progress
 from normfree.train.records import (
     EVALUATION,
@@ -396,11 +396,14 @@ class Trainer:
         every = self.config.signal_every
         if every == 0 or self.sharded or not self.fabric.is_global_zero:
             return None
-        images = next((images for images, _ in self.evaluation_data), None)
-        if images is None:
+        if (probe := self._probe()) is None:
             raise self.evaluation_data.no_image()
-        probe = self.evaluation_data.standardization()(images[:PROBE]).to(self.fabric.device)
-        return SignalMonitor(self.network, probe, every=every, name=self.config.model)
+        return SignalMonitor(self.network, probe.to(self.fabric.device), every=every, name=self.config.model)
+
+    def _probe(self) -> Tensor | None:
+        """The first images that are evaluated, standardized; None where there is none."""
+        images = next((images for images, _ in self.evaluation_data), None)
+        return None if images is None else self.evaluation_data.standardization()(images[:PROBE])
 
     # The run
 
@@ -485,6 +488,8 @@ class Trainer:
         if (now := config.optimizer.warmup_epochs) != (before := chosen.optimizer.warmup_epochs):
             yield f"--optimizer.warmup-epochs {now:g} instead of {before:g}, a quarter of the run's {config.epochs}"
         yield from self._notes
+        if (images := self._probe()) is not None and (note := compare_units(self.network, images, data.config.source)):
+            yield note
         if 0 < self.step < self.last_step:
             yield f"going on from step {self.step} of {self.last_step}"
 
