@@ -9,8 +9,10 @@ import re
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import normfree
@@ -28,6 +30,8 @@ NARROWEST = 20
 COMPLETION = "--tyro-print-completion"
 Shell = Literal["bash", "zsh", "fish"]
 """Shells that the parser writes completions for."""
+
+_PYTHONS_FORMAT = warnings.formatwarning
 
 DESCRIPTION = "Design, inspect, train and ship networks without normalizers."
 
@@ -47,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if shutil.get_terminal_size((WIDTH, 0)).columns < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
     words = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.formatwarning = _format_warning
     try:
         try:
             command = _parse(words)
@@ -73,6 +78,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         said = f"{one_line(error)}; if no argument explains it, report it with what NORMFREE_TRACEBACK=1 prints"
         return _fail(said, 2 if isinstance(error, (MemoryError, OverflowError)) else 3)
+    finally:
+        warnings.formatwarning = _PYTHONS_FORMAT
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of ours in a line without its place in the code; others as Python has them."""
+    if Path(filename).is_relative_to(Path(__file__).parent) and category in (UserWarning, RuntimeWarning):
+        return f"note: {message}\n"
+    return _PYTHONS_FORMAT(message, category, filename, lineno, line)
 
 
 def _run(command: Any) -> int:

@@ -121,7 +121,7 @@ def test_it_says_first_what_it_will_do_and_then_what_it_found(run):
         "What conversion changes",
         "Sequential converted (fresh): 21 ScaledWSConv2d; it had no normalizer that is recognised",
         "What was found in the converted model",
-        "healthy: no finding is an error",
+        "healthy: no error",
         "as given: ",
         "To write the converted model",
         "wrote doctor/spp.json",

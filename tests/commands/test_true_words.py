@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -43,6 +44,21 @@ def test_a_run_is_measured_at_its_own_size(run, which, tmp_path):
     assert main(["spp", str(path), "--batch-size", "2", "--out", str(tmp_path)]) == 0
     (model,) = json.loads((tmp_path / "spp.json").read_text())["models"]
     assert model["input"]["shape"] == [2, 1, 8, 8]
+
+
+def test_a_run_that_has_not_ended_is_said_to_be_one(run, tmp_path, capsys):
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(run, unfinished)
+    (unfinished / "model.safetensors").unlink()
+    steps = json.loads((run / "config.json").read_text())["derived"]["steps"]
+    with pytest.warns(UserWarning, match=f"has not ended.*step 1 of {steps:,}"):
+        assert main(["evaluate", str(unfinished)]) == 0
+    with pytest.warns(UserWarning, match="has not ended"):
+        assert main(["export", str(unfinished), "--out", str(tmp_path / "m.onnx")]) == 0
+    asked = [sys.executable, "-m", "normfree", "evaluate", str(unfinished)]
+    told = subprocess.run(asked, capture_output=True, text=True, check=True)
+    assert told.stderr.startswith("note: the run in ") and len(told.stderr.splitlines()) == 1
+    assert "of 355 images (test)" in told.stdout
 
 
 def test_a_checkpoint_of_one_channel_is_timed(run, tmp_path):

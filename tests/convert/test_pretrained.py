@@ -271,3 +271,15 @@ def test_our_own_batch_norm_networks_fold(name, width, left):
     assert all("it follows no layer alone" in reason for reason in maps)
     with torch.no_grad():
         assert torch.allclose(normfree.fold(converted)(images), model(images), rtol=1e-3, atol=1e-4)
+
+
+def test_the_record_says_how_closely_the_outputs_are_kept():
+    model = randomise(post_activation()).eval()
+    converted = normfree.convert(model, IMAGES, start="pretrained")
+    with torch.no_grad():
+        wanted, found = model(IMAGES), converted(IMAGES)
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    assert converted.conversion.output_error == pytest.approx(error, rel=1e-3)
+    assert 0 < error < 1e-5
+    assert f"by at most {error:.1e} of the largest" in converted.conversion.summary()
+    assert normfree.convert(model, IMAGES).conversion.output_error is None, "a fresh one is another function"

@@ -32,6 +32,7 @@ from normfree.commands.shared import (
 from normfree.commands.signals import (
     COLOURS,
     InputSource,
+    count_findings,
     device_named,
     is_healthy,
     no_picture,
@@ -44,7 +45,7 @@ from normfree.common.checks import invalid
 from normfree.common.files import check_place, notes_of, read_json
 from normfree.convert import ALPHA, BY_HAND, SKIP_GAIN, Beta, Conversion, Start, conversion_of, convert
 from normfree.convert.verify import BatchStatistics, statistics_of_batch
-from normfree.signal import Finding, SignalPropagation, spp
+from normfree.signal import SignalPropagation, spp
 from normfree.sources import build, load_weights, names_factory, word_of
 from normfree.trace.inputs import tensors_of
 from normfree.weights import save
@@ -289,7 +290,7 @@ class Doctor(_Conversion):
     ) -> None:
         """Say what came of it, and what to do next."""
         found = (signals[0].findings, (*signals[-1].findings, *changed))
-        told = [f"{name}: {_counted(each)}" for name, each in zip(("as given", "converted"), found, strict=True)]
+        told = [f"{name}: {count_findings(each)}" for name, each in zip(("as given", "converted"), found, strict=True)]
         told = told[: len(signals)]
         console.say("; ".join(told) + ".")
         if len(signals) > 1:
@@ -400,18 +401,6 @@ def _changes_size(signal: SignalPropagation) -> bool:
     """Whether a signal explodes, fades or breaks, so that outputs of another size are what conversion is for."""
     kinds = ("explosion", "attenuation", "non_finite")
     return any(finding.kind in kinds and finding.severity == "error" for finding in signal.findings)
-
-
-def _counted(findings: Sequence[Finding | Changed]) -> str:
-    """The errors and warnings among the findings, counted and named."""
-    told = []
-    for severity in ("error", "warning"):
-        kinds = [finding.kind.replace("_", " ") for finding in findings if finding.severity == severity]
-        if kinds:
-            told.append(f"{len(kinds)} {severity}{'s' if len(kinds) > 1 else ''} ({', '.join(kinds)})")
-        elif severity == "error":
-            told.append("no error")
-    return ", ".join(told)
 
 
 def changes_section(conversion: Conversion | None, refusal: _Refusal, changed: Sequence[Changed] = ()) -> str:

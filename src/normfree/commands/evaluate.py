@@ -148,10 +148,16 @@ class Evaluate(_Trained):
         top5 = "" if found.top5 is None else f"  top-5 {100 * found.top5:.2f} %"
         skipped = f"  {len(data.bad_images)} bad images" if data.bad_images else ""
         precision = "fp32" if trained.exported else resolve_precision(self.precision, fabric.device.type)
-        line = f"accuracy {100 * found.top1:.2f} %{top5}  loss {found.loss:.4f}  of {found.examples:,} images{skipped}"
+        images = f"{found.examples:,} images ({data.split})"
+        line = f"accuracy {100 * found.top1:.2f} %{top5}  loss {found.loss:.4f}  of {images}{skipped}"
         line += "" if precision == "fp32" else f"  in {precision}; --precision fp32 takes longer and rounds less"
         if self.json is not None:
-            result: dict[str, Any] = {"model": self.model, "source": data.config.source, **found.to_dict()}
+            result: dict[str, Any] = {
+                "model": self.model,
+                "source": data.config.source,
+                "split": data.split,
+                **found.to_dict(),
+            }
             result |= {"mean": data.config.mean, "std": data.config.std}
             result |= {"classes": list(data.class_names), "bad_images": data.bad_images}
             line += f"\nwrote {write_atomically(self.json, json.dumps(result) + chr(10))}"

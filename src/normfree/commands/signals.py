@@ -8,7 +8,7 @@ from functools import cached_property
 from math import isfinite, prod
 from pathlib import Path
 from textwrap import indent
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -258,8 +258,9 @@ def print_signal(console: Terminal, signal: SignalPropagation) -> None:
     if isinstance(note, str):
         console.print(f"[cyan]gradient[/cyan] {escape(note)}", highlight=False)
     print_findings(console, signal.findings)
-    if is_healthy(signal):
-        console.print("[green]healthy[/green]: no finding is an error", highlight=False)
+    colour = "green" if is_healthy(signal) else COLOURS["error"]
+    verdict = "healthy" if is_healthy(signal) else "not healthy"
+    console.print(f"[{colour}]{verdict}[/{colour}]: {count_findings(signal.findings)}", highlight=False)
     console.print()
 
 
@@ -277,6 +278,27 @@ def print_findings(console: Terminal, findings: Sequence[Finding]) -> None:
         elif finding.code:
             shown.add(finding.code)
             console.say(f"    In Python, with your model and its batch:\n\n{indent(finding.code, '        ')}")
+
+
+class Counted(Protocol):
+    """What has a severity and a kind."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def severity(self) -> str: ...
+
+
+def count_findings(findings: Sequence[Counted]) -> str:
+    """Return the errors and warnings among findings, counted and named."""
+    told = []
+    for severity in ("error", "warning"):
+        kinds = [finding.kind.replace("_", " ") for finding in findings if finding.severity == severity]
+        if kinds:
+            told.append(f"{len(kinds)} {severity}{'s' if len(kinds) > 1 else ''} ({', '.join(kinds)})")
+        elif severity == "error":
+            told.append("no error")
+    return ", ".join(told)
 
 
 def is_healthy(signal: SignalPropagation) -> bool:

@@ -334,8 +334,10 @@ def _pretrained(
         full = _complete(record, model, batch, structure, training, changes, kept, [])
         converted, replaced = exchange_modules(model, full)
         fill_constants(model, converted, full.changes, structure.constants)
-        culprit = first_mismatching_norm(model, converted, replaced, full, batch, trains=trains)
+        culprit, error = first_mismatching_norm(model, converted, replaced, full, batch, trains=trains)
         if culprit is None:
+            assert isinstance(converted, Converted), "exchanged modules have their record"
+            converted.conversion = replace(full, output_error=error)
             return converted
         staying[culprit] = "what it, or something before it, does is more than its constants say"
 

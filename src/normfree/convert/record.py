@@ -110,6 +110,8 @@ class Conversion:
         input_shapes: of the example input's tensors.
         input_mean_squares: of their values; None of integers, and of values that are not finite.
         source: how to build the original again, where that is known: a name the command line takes.
+        output_error: largest difference of the example's outputs, in evaluation mode, from the original's, over the
+            largest of their values (*pretrained*).
         changes: in the order the modules ran.
         kept: what was left alone.
         notes: what else a reader should know, such as a branch that could not be scaled.
@@ -123,6 +125,7 @@ class Conversion:
     input_shapes: tuple[tuple[int, ...], ...] = ()
     input_mean_squares: tuple[float | None, ...] = ()
     source: str | None = None
+    output_error: float | None = None
     changes: tuple[Change, ...] = ()
     kept: tuple[Kept, ...] = ()
     notes: tuple[str, ...] = field(default=())
@@ -174,7 +177,9 @@ class Conversion:
             else "it had no normalizer that is recognised"
         )
         left = f"{count} normalizer{'s' if count > 1 else ''} left" if count else none
-        return f"{self.model} converted ({self.start}): {made}; {left}"
+        error = self.output_error
+        kept = "" if error is None else f"; outputs differ from the original's by at most {error:.1e} of the largest"
+        return f"{self.model} converted ({self.start}): {made}; {left}{kept}"
 
     def different_notes(self) -> list[str]:
         """Every note once, with the number of times it stands in the record."""

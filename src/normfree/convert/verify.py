@@ -93,8 +93,12 @@ def first_mismatching_norm(
     batch: Batch,
     *,
     trains: Trains,
-) -> str | None:
-    """The first norm in whose place the same input gives another output than in the original, by more than rounding.
+) -> tuple[str | None, float]:
+    """Compare a converted model with the original, place by place, in evaluation mode.
+
+    Returns:
+        The first norm in whose place the same input gives another output than in the original, by more than rounding,
+        None for none; and the largest difference of the model's outputs, over the largest of their values.
 
     Raises:
         ValueError: every norm's place gives the same, and yet the model does not; it fails or calls what is gone.
@@ -122,7 +126,7 @@ def first_mismatching_norm(
         moved, _ = _sample(original, again, _jitter(batch, HALF_JITTER), trains=trains)
         by_rounding = {name: _relative(moved[name][1], wanted[name][1]) for name in suspects if name in moved}
         suspects = [n for n in suspects if not _relative(found[n][1], wanted[n][1]) <= 3 * by_rounding.get(n, 0.0)]
-    return suspects[0] if suspects else None
+    return (suspects[0] if suspects else None), _largest(now, outputs)
 
 
 def _check_outputs(

@@ -214,6 +214,7 @@ class EvaluationData:
 
     Attributes:
         config: resolved.
+        split: its name, as the source has it.
         class_names: of the targets.
         examples: over all ranks; None where only reading everything would tell.
         opened: their rows; None of the digits.
@@ -222,7 +223,7 @@ class EvaluationData:
 
     def __init__(self, split: Split, order: Iterable[list[Example]], *, alone: bool) -> None:
         self.config, self.class_names, self.examples = split.config, split.class_names, split.examples
-        self.opened = split.opened
+        self.split, self.opened = split.name, split.opened
         self.bad_images: dict[str, str] = dict(split.failures)
         self._alone = alone
         crop = CentreCrop(self.config.size, self.config.crop_ratio)
@@ -247,7 +248,7 @@ class EvaluationData:
     @property
     def held_out(self) -> bool:
         """Whether the images were held out of the training split."""
-        return self.opened is not None and self.opened.split == HoldoutSource.name
+        return self.split == HoldoutSource.name
 
     def absent_classes(self) -> list[str]:
         """Return the classes that no image is of; of what is not streamed."""
@@ -276,6 +277,7 @@ class Split:
     """One split of a source, whose examples are reached by number or come in order.
 
     Args:
+        name: as the source has it.
         config: resolved.
         class_names: in the order of their numbers.
         examples: how many there are; None where only reading everything would tell.
@@ -283,6 +285,7 @@ class Split:
         pixels: all of it, where it was decoded into memory.
     """
 
+    name: str
     config: DataConfig
     class_names: tuple[str, ...]
     examples: int | None
@@ -338,12 +341,12 @@ def read_split(config: DataConfig, *, training: bool, classes: Sequence[str] | N
     opened = pixels = None
     if config.source == "digits":
         config = _complete_digits(config)
-        to_train = training or choose_split(DIGITS_SPLITS, config, training=False) == "train"
-        pixels = read_digits(training=to_train)
+        name = "train" if training else choose_split(DIGITS_SPLITS, config, training=False)
+        pixels = read_digits(training=name == "train")
         check_classes(pixels.class_names, classes, config.source)
     else:
         opened = open_split(config, training=training, classes=classes)
-        config = resolve(config, opened)
+        config, name = resolve(config, opened), opened.split
         if config.in_memory:
             pixels = decode_all(opened, config, CentreCrop(config.size, 1.0 if training else config.crop_ratio))
     if config.mean is None:
@@ -353,9 +356,9 @@ def read_split(config: DataConfig, *, training: bool, classes: Sequence[str] | N
             mean, std = pixels.statistics() if training else read_split(config, training=True).config.statistics
         config = replace(config, mean=mean, std=std)
     if pixels is not None:
-        return Split(config, pixels.class_names, len(pixels), opened, pixels)
+        return Split(name, config, pixels.class_names, len(pixels), opened, pixels)
     assert opened is not None
-    return Split(config, opened.class_names, opened.examples, opened, None)
+    return Split(name, config, opened.class_names, opened.examples, opened, None)
 
 
 def _complete_digits(config: DataConfig) -> DataConfig:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -136,8 +137,8 @@ def _usable(network: nn.Module, path: Path) -> nn.Module:
 def weights_of(path: str | Path) -> Path:
     """Return the file of weights that a run or a checkpoint stands for.
 
-    Of a run it is ``model.safetensors``, or its best checkpoint's before the run has ended; averaged weights go
-    before those they are the average of. Any file stands for itself.
+    Of a run it is ``model.safetensors``, or, with a warning, its best checkpoint's before the run has ended; averaged
+    weights go before those they are the average of. Any file stands for itself.
 
     Args:
         path: of a run, of a checkpoint, or of a file.
@@ -156,6 +157,14 @@ def weights_of(path: str | Path) -> Path:
     best = store.best()
     if best is None:
         raise ValueError(f"model: {str(path)!r} holds no run and no sound checkpoint; give {FORMS}")
+    if (path / CONFIG).is_file():
+        total = find_run(path, required=True).steps
+        of = f" of {total:,}" if total else ""
+        warnings.warn(
+            f"the run in {path} has not ended; its weights are those of step {best.step:,}{of}",
+            UserWarning,
+            stacklevel=2,
+        )
     return best.weights
 
 
@@ -167,13 +176,19 @@ class RunData:
         data: as the run resolved them, in the size the network is evaluated at.
         classes: names of the logits.
         training_data: what tells the images it was trained on from others.
+        steps: of the whole run; None where an older one does not say.
     """
 
     data: DataConfig
     classes: tuple[str, ...]
     training_data: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = None
 
 
+@overload
+def find_run(path: Path, *, required: Literal[True]) -> RunData: ...
+@overload
+def find_run(path: Path, *, required: bool = False) -> RunData | None: ...
 def find_run(path: Path, *, required: bool = False) -> RunData | None:
     """Return the data and the classes of the run in the nearest of a path and three folders above.
 
