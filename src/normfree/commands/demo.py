@@ -27,8 +27,8 @@ MODELS = {
 }
 
 BELOW_THE_PLAN = (
-    "NF-ResNet-50 lies below its plan on photographs, and on it on noise (normfree spp nf_resnet50): neighbouring pixels are alike, "
-    "and standardized weights, whose mean is zero, pass on only what differs among them."
+    "NF-ResNet-50 lies below its plan on photographs, and on it on noise (normfree spp nf_resnet50): neighbouring "
+    "pixels are alike, and standardized weights, whose mean is zero, pass on only what differs among them."
 )
 
 _LAYOUT = "depths=(8,8,8,8),widths=(32,64,128,128),stem=cifar,drop_rate=0,stochdepth_rate=0"
