@@ -46,7 +46,6 @@ MISSES: dict[str, str] = {
     ),
     "conv, relu, a quarter of He, 10": "as the one above: 73 % and 51 % at two rates, chance at the two others.",
     "relu, He, 8, zero head": "the outputs of the zero head are taken for a signal that has faded.",
-    "residual, no norm, zero gains, 15": "an error of mean_shift, from branches measured with their gains at one.",
     "attention alone, 4": "an error of mean_shift, at a squared mean of 2.4 times the variance.",
 }
 
