@@ -94,7 +94,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class NormPlan:
+class NormGroups:
     """The norms of a model, by what a fresh start makes of them.
 
     Attributes:
@@ -113,9 +113,9 @@ class NormPlan:
     kept: dict[str, str] = field(default_factory=dict)
 
 
-def sort_norms(structure: Structure, ways: SignalPaths) -> NormPlan:
+def sort_norms(structure: Structure, ways: SignalPaths) -> NormGroups:
     """What becomes of each norm of a model in a fresh start."""
-    norms = NormPlan()
+    norms = NormGroups()
     for name, calls in structure.norms.items():
         if reason := _reason_to_keep(structure, ways, calls):
             norms.kept[name] = reason
@@ -377,7 +377,7 @@ class SignalPaths:
         return tuple(name for made in used for name in found[made])
 
 
-def uncarried_norms(structure: Structure, norms: NormPlan, changed: Container[str]) -> list[str]:
+def uncarried_norms(structure: Structure, norms: NormGroups, changed: Container[str]) -> list[str]:
     """The removed norms none of whose answers is among the modules that were changed (or norms that stay)."""
     stays = set(norms.kept)
     return [

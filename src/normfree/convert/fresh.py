@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from normfree.convert.carriers import Ending, NormPlan, Places, SignalPaths, find_endings, sort_norms, uncarried_norms
+from normfree.convert.carriers import Ending, NormGroups, Places, SignalPaths, find_endings, sort_norms, uncarried_norms
 from normfree.convert.dataflow import (
     Call,
     Dataflow,
@@ -51,7 +51,7 @@ class _Factors:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class FreshPlan:
     """What a fresh start changes and keeps.
 
     Attributes:
@@ -79,7 +79,7 @@ def fresh_plan(
     skip_gain: float,
     beta: Beta,
     uncarried: Mapping[str, str],
-) -> Plan:
+) -> FreshPlan:
     """What to change for a variance-preserving start.
 
     Args:
@@ -155,7 +155,7 @@ def fresh_plan(
         for name in norms.aggregated - passed - set(restored)
         if len(structure.norms[name]) == 1 and is_batch_norm(structure.norms[name][0].module)
     }
-    return Plan(
+    return FreshPlan(
         changes=changes,
         kept=kept,
         notes=notes,
@@ -166,7 +166,7 @@ def fresh_plan(
 
 
 def _restore_variance(
-    structure: Structure, norms: NormPlan, chosen: set[str], found: list[Ending], variance: dict[Node, float]
+    structure: Structure, norms: NormGroups, chosen: set[str], found: list[Ending], variance: dict[Node, float]
 ) -> dict[str, Change]:
     """What stands in the place of a norm where the layers before it do not leave a variance near 1 there.
 

@@ -26,7 +26,7 @@ from normfree.convert.dataflow import (
     passes_unchanged,
     record_all,
 )
-from normfree.convert.fresh import NEAR_UNIT, Plan, fresh_plan
+from normfree.convert.fresh import NEAR_UNIT, FreshPlan, fresh_plan
 from normfree.convert.norms import LOOKED_FOR, NOT_FOLLOWED, norms_without_module
 from normfree.convert.pretrained import fill_constants, pretrained_plan
 from normfree.convert.record import (
@@ -218,7 +218,7 @@ def _fresh(
     return converted
 
 
-def _note_stream(converted: Converted, plan: Plan, batch: Batch) -> None:
+def _note_stream(converted: Converted, plan: FreshPlan, batch: Batch) -> None:
     """Note what enters the first residual block where nothing gives it unit variance."""
     if not plan.unscaled:
         return
@@ -235,7 +235,7 @@ def _note_stream(converted: Converted, plan: Plan, batch: Batch) -> None:
     converted.conversion = replace(record, notes=(*record.notes, note))  # type: ignore[assignment]
 
 
-def _check_reach(model: nn.Module, plan: Plan, batch: Batch) -> None:
+def _check_reach(model: nn.Module, plan: FreshPlan, batch: Batch) -> None:
     """Refuse a model without norms none of whose residual branches can be planned.
 
     Raises:
@@ -249,7 +249,7 @@ def _check_reach(model: nn.Module, plan: Plan, batch: Batch) -> None:
     raise _by_hand(f"model: {class_name(model)} cannot be converted: {branch}", model, batch)
 
 
-def _check_health(model: nn.Module, converted: nn.Module, plan: Plan, batch: Batch) -> None:
+def _check_health(model: nn.Module, converted: nn.Module, plan: FreshPlan, batch: Batch) -> None:
     """Refuse a model without norms whose signal explodes or fades for what conversion has left alone.
 
     Raises:

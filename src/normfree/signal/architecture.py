@@ -261,7 +261,7 @@ def _inside(branches: Sequence[tuple[Node, Node]]) -> set[Node]:
 
 
 def _last_weight(branch: Node, weights: Mapping[Node, Sequence[str]]) -> Sequence[str]:
-    """The name of the last weight behind the end of a branch."""
+    """The name of the last weight before the end of a branch."""
     waiting, seen = [branch], {branch}
     while waiting:
         node = max(waiting, key=lambda each: each.note.order)

@@ -7,8 +7,8 @@ the networks that train from those that do not in the plots of the paper. The ru
 Variances are compared along *stretches* of the signal without a normalizer in between. Every point follows the one that
 its signal came through last: an addition the one on its shortcut, a layer the one on its input. That makes chains, one
 for each end of the network (a head, an output) and each of its streams. A chain is cut where its numbers begin anew: at
-an entry, behind a normalizer, which brings any signal to unit variance, behind a table that numbers are looked up in,
-and behind a global pool.
+an entry, after a normalizer, which brings any signal to unit variance, after a table that numbers are looked up in,
+and after a global pool.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ EXPLODED, GROWTH_PER_BLOCK = 100.0, 1.2
 # Growth that a normalizer takes back before the signal ends leaves the early blocks a share of the last sum: 1 % of its
 # deviation at ten thousand times the variance (CoaT, which trains), 0.1 % at FAR_BURST, where it is an error.
 
-# Two layers may be tuned to each other (a wide one behind a narrow one); three that all grow are a habit.
+# Two layers may be tuned to each other (a wide one after a narrow one); three that all grow are a habit.
 FEWEST_LAYERS = 3
 
 # A few layers can do the same at once. A signal that comes back (a normalizer follows) has not exploded; one that
@@ -326,7 +326,7 @@ def _cause(stretch: Stretch, point: BlockSignal, sign: int, *, jump: bool = Fals
 # 0.99 (see COLLAPSED). FixUp starts at up to six, and trains, for its branches are silent; where they are not, an
 # offset feeds itself through them: with plain weights in place of standardized ones the branch variance of 24 blocks
 # of one stage triples from their first quarter to their last, and it stays within a quarter of it in NF-ResNets. Only
-# like blocks compare: of one shape, behind identity shortcuts, two in each quarter at least; a transition, or another
+# like blocks compare: of one shape, after identity shortcuts, two in each quarter at least; a transition, or another
 # resolution, has a variance of its own. Between layers an offset is only worth a note: the normalizer that follows may
 # remove it.
 SHIFTED, LOST, FED, FEWEST_ALIKE = 1.0, 99.0, 2.0, 8
@@ -427,7 +427,7 @@ def _outweighed_branches(signal: SignalPropagation, made_of: Architecture) -> It
 
 
 def _along_identity(signal: SignalPropagation) -> Iterator[tuple[Entry | BlockSignal, BlockSignal]]:
-    """Each point behind an identity shortcut, and what comes before it."""
+    """Each point after an identity shortcut, and what comes before it."""
     before = [signal.entry, *signal.blocks]
     return ((a, b) for a, b in zip(before, signal.blocks, strict=False) if not b.transition)
 
@@ -576,7 +576,7 @@ def _single_value(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterat
 # times the planned; a branch's factor of two that is forgotten, or another α, is soon beyond two. The plan is of an
 # input of unit variance, and what the first block is given may have another: as for stretches, the entry's variance,
 # the first point's share of the plan or one stands for the start, whichever lies between. An average pool in a shortcut
-# cuts white noise and hardly an image, so the comparison begins anew behind one. Nor does the plan know of the padding,
+# cuts white noise and hardly an image, so the comparison begins anew after one. Nor does the plan know of the padding,
 # which leaves a 3×3 convolution 0.69 of its taps on a 4×4 map and 0.44 on 2×2: smaller maps than 4×4 are not compared.
 PLAN_FACTOR, LEAST_PLANNED = 2.0, 4
 
@@ -732,13 +732,13 @@ USUAL = 4.0
 
 @dataclass(frozen=True)
 class Stretch:
-    """Points one behind the other, whose variances compare.
+    """Points one after the other, whose variances compare.
 
     Attributes:
         start: the variance the stretch begins with.
         at: where that is, in words.
         points: those of the plot with their index, layers beside the blocks with the index BESIDE.
-        ends: no normalizer is behind it, but outputs, a global pool or what cannot be followed.
+        ends: no normalizer follows, but outputs, a global pool or what cannot be followed.
         pooled: its points have one position each, and follow maps.
         entry: where its stream begins, if that is known.
         apart_again: different examples are far apart further along, where nothing has been put beside the signal yet.
@@ -817,7 +817,7 @@ def _cut(signal: SignalPropagation, chain: Sequence[BlockSignal]) -> list[Stretc
         if positions(point) == 1 and has_positions and not pooled:
             anew = point.avg_channel_var, f"at {point.place}"
         elif point.normalized and not (began and point.kind == "residual"):
-            anew = 1.0, "behind a normalizer"
+            anew = 1.0, "after a normalizer"
         elif began and entry is not None:
             anew = beginning(entry.avg_channel_var, point)
         elif before is not None and before.looked_up:
@@ -849,7 +849,7 @@ def beginning(variance: float, first: BlockSignal) -> tuple[float, str]:
 
 
 def comparable(signal: SignalPropagation) -> list[BlockSignal]:
-    """The points of the plot whose numbers compare with the entry's: not those behind a global pool or of class tokens.
+    """The points of the plot whose numbers compare with the entry's: not those after a global pool or of class tokens.
 
     A mean over all positions cuts the variance by their number, and tells nothing of how the signal fares.
     """

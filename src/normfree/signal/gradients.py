@@ -12,7 +12,7 @@ average channel variance of x, and S = G·V, the *sensitivity*: how much the out
 moves by its own standard deviation, each in a direction of its own.
 
 Why S. Per value, the gradient changes with every change of shape, and with every scale that a normalizer takes out
-again: a weight twice as large halves the gradient behind it. G is the same on both sides of a layer that keeps the
+again: a weight twice as large halves the gradient before it. G is the same on both sides of a layer that keeps the
 variance, whatever its fan-out and stride, and S on both sides of any linear one. Were x Gaussian noise, the variance
 of the output would be S at most, by the Gaussian Poincaré inequality, and S exactly if the output were linear in x. So
 
@@ -208,7 +208,7 @@ def _drawn(shape: torch.Size, dtype: torch.dtype, device: torch.device, generato
 def _weigh_alike(projections: Sequence[Tensor]) -> list[Tensor]:
     """The projections of several outputs, each as a whole with the weight of the first.
 
-    A map has thousands of times more values than a class: with equal weights for each value, what lies behind the last
+    A map has thousands of times more values than a class: with equal weights for each value, what lies after the last
     map would seem to receive next to nothing, and what lies before it to explode.
     """
     return [r * sqrt(projections[0].numel() / max(1, r.numel())) for r in projections]
@@ -254,7 +254,7 @@ class Place:
 def _place_of(tensor: Tensor) -> Place:
     """The place of a tensor, taken after the operation that made it and before the next.
 
-    What has been written in place through a view is known to autograd as a value of the whole tensor behind the view:
+    What has been written in place through a view is known to autograd as a value of the whole tensor that is viewed:
     a later write leads the gradient there, and no longer through the view. So a view's gradient is its part of the
     gradient of the whole.
     """
@@ -401,7 +401,7 @@ ROUGH, TOO_ROUGH = 1e5, 1e6
 
 _PLAIN = Architecture()
 
-# The output is the largest of the last points: there may be several heads, or a gate behind the last layer.
+# The output is the largest of the last points: there may be several heads, or a gate after the last layer.
 OUTPUTS = 3
 
 
@@ -480,7 +480,7 @@ def gradient_vanishing(
     """S or G falls from the output to the input: the early layers do not learn.
 
     Points compare with those that their own signal comes to: of two streams beside each other, one in small units
-    behind which a normalizer stands has a gradient as large as its signal is small. The calls of one module share its
+    that a normalizer follows has a gradient as large as its signal is small. The calls of one module share its
     weights, which receive the sum: the largest counts. Where the signal fades, its gradient fades with it.
 
     Args:
@@ -526,7 +526,7 @@ def gradient_vanishing(
 def _rate(signal: SignalPropagation) -> list[_Rated]:
     """The points that have a gradient and a signal.
 
-    One whose gradient is 0 counts only if one behind it has one, and no weight behind it is 0 throughout: that lets
+    One whose gradient is 0 counts only if one after it has one, and no weight after it is 0 throughout: that lets
     nothing through until the first step has moved it.
     """
     rated = []
@@ -565,17 +565,17 @@ def _slope(values: Sequence[float]) -> float:
 
 
 def _loss(values: Sequence[float]) -> tuple[int, int, float]:
-    """Where all points before have far less than one behind: the last of those before, the one behind, the difference.
+    """Where all points before have far less than one after: the last of those before, the one after, the difference.
 
     Those before are more than a quarter of all: a network may begin with a side branch. The largest of each side
     counts, for side branches (queries and keys, gates) receive less than the way past them.
     """
     best = (0, len(values) - 1, 0.0)
     for split in range(len(values) // 4 + 1, len(values)):
-        behind = max(range(split, len(values)), key=lambda i: values[i])
+        after = max(range(split, len(values)), key=lambda i: values[i])
         before = max(values[:split])
-        if values[behind] > before and values[behind] - before > best[2]:
-            best = split - 1, behind, values[behind] - before
+        if values[after] > before and values[after] - before > best[2]:
+            best = split - 1, after, values[after] - before
     return best
 
 

@@ -16,7 +16,7 @@ from normfree.signal.architecture import Architecture
 from normfree.signal.findings import findings_of
 from normfree.signal.gradients import Gradients, sq_gradients
 from normfree.signal.nonfinite import first_non_finite
-from normfree.signal.points import Plan, Point, PointRecorder, Recording
+from normfree.signal.points import PassResult, Point, PointRecorder, Recording
 from normfree.signal.propagation import BlockSignal, Entry, Position, SignalPropagation
 from normfree.trace.inputs import (
     Batch,
@@ -108,9 +108,8 @@ def spp(
         gradients = Gradients(None)
         if gradient:
             variances = [point.output.avg_channel_var for point in recording.points]
-            refused = (
-                measurement.plan.refused if measurement.plan is not None and measurement.points == "residual" else ()
-            )
+            earlier = measurement.earlier
+            refused = earlier.refused if earlier is not None and measurement.points == "residual" else ()
             gradients = sq_gradients(
                 model,
                 measurement.first,
@@ -246,7 +245,7 @@ class Measurement:
     Attributes:
         first: the first batch; None before.
         suspect: the first batch with values that are not finite; None without one.
-        plan: what the first batch showed that the others must know.
+        earlier: what the first batch showed that the others must know.
         recording: the moments of all batches.
         batches, examples: how many were measured.
     """
@@ -257,7 +256,7 @@ class Measurement:
         self.first: Batch | None = None
         self.suspect: Batch | None = None
         self.batches = self.examples = 0
-        self.plan: Plan | None = None
+        self.earlier: PassResult | None = None
         self.recording = Recording()
 
     def add(self, batch: Batch) -> None:
@@ -265,15 +264,15 @@ class Measurement:
         check_batch(batch)
         if self.first is None:
             self.preserved.seed(self.seed)
-        recording, finite, plan = self._record(batch)
-        if self.plan is None:
-            if not plan.complete:
+        recording, finite, result = self._record(batch)
+        if self.earlier is None:
+            if not result.complete:
                 self.preserved.undo()
-                self._wake(plan.woken)
+                self._wake(result.woken)
                 self.preserved.seed(self.seed)
-                self.plan = plan
+                self.earlier = result
                 recording, finite, _ = self._record(batch)
-            self.plan = plan
+            self.earlier = result
         if self.points == "auto":
             self.points = "residual" if recording.points else "layers"
             if not recording.points:
@@ -300,25 +299,25 @@ class Measurement:
             self.preserved.before_writing(gain)
             gain.detach().fill_(1)
 
-    def _record(self, batch: Batch) -> tuple[Recording, bool, Plan]:
-        """Run one batch under a recorder, without gradients; also whether all outputs were finite, and the plan."""
+    def _record(self, batch: Batch) -> tuple[Recording, bool, PassResult]:
+        """Run one batch under a recorder, without gradients; also whether outputs were finite, and what it found."""
         stack = ModuleStack(self.model)
         recorder = PointRecorder(
             self.model,
             tensors_of(batch),
             points="layers" if self.points == "layers" else "residual",
-            plan=self.plan,
+            earlier=self.earlier,
             stack=stack,
             before_writing=self.preserved.before_writing,
             examples=examples_in(batch),
-            wake=self.wake and self.plan is None,
+            wake=self.wake and self.earlier is None,
         )
         with self.preserved.guarding(tensors_of(batch)):
             with torch.no_grad(), stack.follow_modules(recorder.begin_module), recorder:
                 outputs = run_once(self.model, batch, stack)
             finite = all(_is_finite(t) for t in outputs if t.is_floating_point())
-            plan = recorder.finish(outputs)
-        return recorder.recording, finite, plan
+            result = recorder.finish(outputs)
+        return recorder.recording, finite, result
 
 
 _WHAT = {"residual": "residual addition", "layers": "weighted operation"}

@@ -1,7 +1,7 @@
 """Which activations of one forward pass are measured: residual additions, and the weighted layers beside them.
 
 A weighted layer inside a residual block is measured with its block, as the branch and the sum. All others are points
-of their own: before the first block, between blocks, behind the last, in heads and in further streams. Whether a
+of their own: before the first block, between blocks, after the last, in heads and in further streams. Whether a
 layer lies inside a block is known once the block's addition has run, when its output is gone. So layers are measured
 unless the layer of that name in a module of that class lay inside a block before; what that leaves out wrongly is named
 by :meth:`PointRecorder.finish`, for a second pass.
@@ -69,7 +69,7 @@ class Recording:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class PassResult:
     """What one pass found that the next must know.
 
     Attributes:
@@ -117,15 +117,15 @@ class PointRecorder(Recorder):
     Args:
         model: the model that will run.
         points: "residual", or "layers" for all weighted layers and no residual addition.
-        plan: what the pass before found; None for the first.
+        earlier: what the pass before found; None for the first.
         args, options: of :class:`Recorder`.
     """
 
-    def __init__(self, model: nn.Module, *args: Any, points: str, plan: Plan | None, **options: Any) -> None:
-        known = {} if plan is None else {"woken": plan.woken, "refused": plan.refused}
+    def __init__(self, model: nn.Module, *args: Any, points: str, earlier: PassResult | None, **options: Any) -> None:
+        known = {} if earlier is None else {"woken": earlier.woken, "refused": earlier.refused}
         super().__init__(model, *args, **options, **known)
         self.recording = Recording()
-        self.residual, self.plan = points == "residual", plan
+        self.residual, self.earlier = points == "residual", earlier
         self.additions = Additions()
         self.received: dict[nn.Module, Node] = {}
         self.visits: list[_Visit] = []
@@ -138,7 +138,7 @@ class PointRecorder(Recorder):
         self.entry_of: dict[tuple[str, int], int] = {}
         self.summed: dict[Node, _Visit] = {}
         self.layer_at: dict[Node, _Visit] = {}
-        self.behind: dict[Node, tuple[_Ways, set[Node]]] = {}
+        self.between: dict[Node, tuple[_Ways, set[Node]]] = {}
         self.activated: dict[int, Moments] = {}
         self.gains: dict[tuple[Any, ...], float | None] = {}
         self.model, self.weights = model, Weights(model)
@@ -298,8 +298,8 @@ class PointRecorder(Recorder):
     def _is_wanted(self, layer: int) -> bool:
         if not self.residual:
             return True
-        if self.plan is not None:
-            return layer in self.plan.layers
+        if self.earlier is not None:
+            return layer in self.earlier.layers
         name = self.stack.name
         return not any(
             self._within(module, name) in self.inside_of.get(self._kind(module), ()) for module in self.stack.running
@@ -390,9 +390,9 @@ class PointRecorder(Recorder):
     def _mark_inside(self, ancestor: Node, operands: Sequence[Node]) -> None:
         """Mark the weighted layers between a block's ancestor and the two activations it adds, unless they are many.
 
-        What was found behind an ancestor is kept, for thousands of additions may lead back to one.
+        What was found after an ancestor is kept, for thousands of additions may lead back to one.
         """
-        ways, marked = self.behind.setdefault(ancestor, ({ancestor: (0, _enlarges(ancestor))}, {ancestor}))
+        ways, marked = self.between.setdefault(ancestor, ({ancestor: (0, _enlarges(ancestor))}, {ancestor}))
         for operand in operands:
             way = _way_from(ancestor, operand, ways)
             if way is not None and (way[0] > LONGEST_BRANCH or way[1]):
@@ -409,7 +409,7 @@ class PointRecorder(Recorder):
 
     # The end of the pass.
 
-    def finish(self, outputs: Sequence[Tensor]) -> Plan:
+    def finish(self, outputs: Sequence[Tensor]) -> PassResult:
         """Measure the outputs, and settle which points there are.
 
         Args:
@@ -423,18 +423,18 @@ class PointRecorder(Recorder):
         sums = [visit for visit in self.visits if visit.sum is not None]
         refused = {v.sum for v in sums if v.sum is not None and (v.node not in carried or v.node in logits)}
         outside = [v for v in self.visits if v.layer is not None and (not self.residual or not v.inside)]
-        plan = Plan(
+        result = PassResult(
             layers=frozenset(visit.layer for visit in outside if visit.layer is not None),
             woken=tuple(sorted(self.silencing)),
             refused=frozenset(refused),
             complete=not (refused or self.silencing or any(visit.point is None for visit in outside)),
         )
-        if self.plan is not None or plan.complete:
+        if self.earlier is not None or result.complete:
             self.recording.outputs = [self._output(t, i) for i, t in enumerate(outputs) if self._is_output(t)]
             self._settle(carried)
             architecture = self._architecture(carried, refused, attends=bool(logits))
             self.recording.architecture = replace(architecture, softmax=self._is_softmax(outputs))
-        return plan
+        return result
 
     def _architecture(self, carried: Collection[Node], refused: Collection[int], *, attends: bool) -> Architecture:
         """What the model is made of."""

@@ -65,7 +65,7 @@ def module_title(name: str) -> str:
     """A module's name as pages and messages show it: what runs in no module of its own runs in "the model".
 
     Args:
-        name: its qualified name, "" for the model as a whole; behind it "#2" for its second addition or call.
+        name: its qualified name, "" for the model as a whole; followed by "#2" for its second addition or call.
     """
     return f"the model{name}" if name[:1] in ("", "#") else name
 
@@ -117,7 +117,7 @@ class Position:
         number: position among all weighted layers and residual additions of the model; None where unknown.
         after: number of the point that the signal came through last, by the shortcut or the first operand; None where
             its stream begins.
-        entry: where its stream begins, as position in ``entries``; None behind another point.
+        entry: where its stream begins, as position in ``entries``; None after another point.
         normalized: a normalizer has acted since ``after`` (or since the entry).
         renewed: a normalizer is what acts on it next.
         averaged: an average pool has acted since ``after``.
@@ -259,7 +259,7 @@ class SignalPropagation:
     """The signal propagation plot of one model, as measured by :func:`normfree.spp`.
 
     ``blocks`` is what the plot shows: the residual additions, or every weighted layer where there are none. ``layers``
-    are the weighted layers of a residual network that lie in no block (before the first, between blocks, behind the
+    are the weighted layers of a residual network that lie in no block (before the first, between blocks, after the
     last, in heads and further streams), ``outputs`` the floating-point tensors it returns, and ``entries`` the places
     where streams begin; the findings look at all of them.
 

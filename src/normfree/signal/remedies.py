@@ -202,14 +202,14 @@ def _chosen(names: Collection[str], everything: Collection[str]) -> tuple[str, s
 
     Without what counts the blocks, where no other name ends so; else each name in full.
     """
-    short = {".".join(_behind_the_count(name.split("."))) for name in names}
+    short = {".".join(_without_count(name.split("."))) for name in names}
     others = set(everything) - set(names)
     fits = not any(other.endswith(tuple(short)) for other in others)
     told = repr(tuple(sorted(short if fits else names))).replace("'", '"')
     return told, "name.endswith({})" if fits else "name in {}"
 
 
-def _behind_the_count(parts: list[str]) -> list[str]:
+def _without_count(parts: list[str]) -> list[str]:
     """What follows the first number in a name; all of it where there is none, or nothing more than an attribute."""
     first = next((place for place, part in enumerate(parts) if part.isdigit()), -1)
     return parts[first + 1 :] if len(parts) - first > 2 else parts
@@ -235,9 +235,9 @@ def explosion(made_of: Architecture, *, residual: bool, silenced: bool) -> Remed
         return _remedy(made_of, scaled, "Or put a normalizer before each branch, or start the branches at zero.")
     gain = (
         f"Give the layers the gain of their activation, 1/sqrt(E[act(z)²]){_he(made_of)}, or scaled weight "
-        "standardization with its γ, or put a normalizer behind them."
+        "standardization with its γ, or put a normalizer after them."
     )
-    return _remedy(made_of, gain, "Or put a normalizer behind the layers.", beside=True)
+    return _remedy(made_of, gain, "Or put a normalizer after the layers.", beside=True)
 
 
 def attenuation(made_of: Architecture, *, residual: bool, averaged: bool) -> Remedy:
@@ -253,7 +253,7 @@ def attenuation(made_of: Architecture, *, residual: bool, averaged: bool) -> Rem
         f"Raise the gain of the weights to 1/sqrt(E[act(z)²]){_he(made_of)}, or use scaled weight standardization with "
         f"the γ of the activation{'; ' + pools if averaged else '.'}"
     )
-    otherwise = f"Or put a normalizer behind the layers{'; ' + pools if averaged else '.'}"
+    otherwise = f"Or put a normalizer after the layers{'; ' + pools if averaged else '.'}"
     return _remedy(made_of, gain, otherwise, beside=not residual)
 
 
@@ -263,7 +263,7 @@ def mean_shift(made_of: Architecture, *, residual: bool, last: bool = False) -> 
     Args:
         made_of: of what the model is made.
         residual: sums carry it, and not layers alone.
-        last: it is largest behind a layer that no other follows.
+        last: it is largest after a layer that no other follows.
     """
     layers = f" ({_list(made_of.standardized)})" if made_of.standardized else ""
     standardized = (

@@ -75,7 +75,7 @@ class Node:
         readers: number of activations computed from it so far.
         first_reader: number of the first of them; what was made before it comes from elsewhere.
         sums: how many of it and its dominators are residual additions.
-        straight: the furthest activation behind it before which signals were joined or bent.
+        straight: the furthest ancestor before which signals were joined or bent.
         since: what paths from here to others pass, as far as was asked: fewest weighted and fewest partial
             operations, or None for an activation that is not computed from this one.
         note: what the recorder attaches (layout, scaling, statistics).
@@ -358,7 +358,7 @@ def _with_side_input(first: Node, second: Node, *, above: int) -> Residual | Non
 
 
 def _nearest_source(shortcut: Node, node: Node, above: int) -> tuple[Node, int, int] | None:
-    """The nearest activation straight behind ``shortcut`` that ``node`` was computed from, but not itself.
+    """The nearest activation straight before ``shortcut`` that ``node`` was computed from, but not itself.
 
     Args:
         shortcut: where the way back begins; it ends where signals were last joined or bent.
@@ -383,7 +383,7 @@ def _nearest_source(shortcut: Node, node: Node, above: int) -> tuple[Node, int, 
     furthest = dominator_at(nearest, nearest.depth - (highest - lowest))
     if since is None and nearest is not furthest and (at_furthest := _since(furthest, node)) is not None:
         since = at_furthest
-        while nearest.depth > furthest.depth + 1:  # what was computed from one was computed from all behind it
+        while nearest.depth > furthest.depth + 1:  # what was computed from one was computed from all before it
             middle = dominator_at(nearest, (nearest.depth + furthest.depth) // 2)
             if (at_middle := _since(middle, node)) is None:
                 nearest = middle
@@ -425,7 +425,7 @@ def _since(source: Node, node: Node) -> tuple[int, int] | None:
 
 
 def _place_of(source: Node, node: Node, found: dict[Node, tuple[int, int] | None]) -> tuple[int, int] | Node | None:
-    """What is known of the paths from ``source`` to ``node``, or else the activation to search behind."""
+    """What is known of the paths from ``source`` to ``node``, or else the activation to search before."""
     if node.level <= source.level or node.number < source.first_reader:
         return (0, 0) if node is source else None
     common = meet(source, node)

@@ -301,7 +301,7 @@ class Recorder(TorchDispatchMode):
         for other, one in ((first, second), (second, first)):
             difference: tuple[Node, Node] | None = one.note.difference
             if name == "add" and difference is not None:
-                if difference[1] is _behind_views(other):
+                if difference[1] is _without_views(other):
                     return (difference[0],)
                 if difference[0] is difference[1]:
                     return (other,)
@@ -317,7 +317,7 @@ class Recorder(TorchDispatchMode):
         if len(parents) == 2 and name in op.SUMS:
             parents = self._left_of_sum(name, active) or parents
             if name == "sub" and args[0] is active[0] and args[1] is active[1] and kwargs.get("alpha", 1) == 1:
-                difference = _behind_views(parents[0]), _behind_views(parents[1])
+                difference = _without_views(parents[0]), _without_views(parents[1])
         weight, bias = op.weight_and_bias(name, args)
         silent = self._silenced_by(name, args, weight, parents) if self.wake else ()
         note = self._note_after(name, args, active, parents, weight, bias)
@@ -335,7 +335,7 @@ class Recorder(TorchDispatchMode):
                 if difference is not None:
                     made.difference = difference
                 elif name in op.VIEW and len(parents) == 1:
-                    made.viewed = _behind_views(parents[0])
+                    made.viewed = _without_views(parents[0])
                 step = step_of(name, active, tensor, looked_up=looked_up)
                 if looked_up and step.weighted and name in op.PARTIAL:
                     made.axis = tensor.dim() - 1
@@ -357,7 +357,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _note_write(self, name: str, args: Sequence[Any], view: Tensor, node: Node) -> None:
-        """If an operation has written through a view, the whole behind it now depends on what was written."""
+        """If an operation has written through a view, the whole it views now depends on what was written."""
         base = base_of_view(view)
         through = any(view is value for value in args)
         if base is None or not through or (name in op.VIEW and name != "copy"):
@@ -379,7 +379,7 @@ class Recorder(TorchDispatchMode):
     def _silenced_by(
         self, name: str, args: Sequence[Any], weight: Tensor | None, parents: Sequence[Node]
     ) -> tuple[str, ...]:
-        """The zero gains that may make a result zero: those behind its inputs, and those multiplied in now."""
+        """The zero gains that may make a result zero: those its inputs carry, and those multiplied in now."""
         silent = [gain for parent in parents for gain in parent.note.silent]
         if weight is not None:
             silent += self.statics.zero_gain(weight) if name in op.NORM else self.statics.of(weight).silent
@@ -465,8 +465,8 @@ class Recorder(TorchDispatchMode):
         return note.with_(woken=tuple(dict.fromkeys(names))) if names else note
 
 
-def _behind_views(node: Node) -> Node:
-    """The activation that has the values of one, behind all views."""
+def _without_views(node: Node) -> Node:
+    """The activation that has the values of one, before all views."""
     return node.note.viewed or node
 
 

@@ -178,7 +178,7 @@ class Statics:
         return result
 
     def _silenced_by(self, name: str, args: Sequence[Any], tensors: Sequence[Tensor]) -> tuple[str, ...]:
-        """The zero gains that may make a result zero: those behind its arguments, and those multiplied in now.
+        """The zero gains that may make a result zero: those its arguments carry, and those multiplied in now.
 
         Of two vectors of one size either may be the gain and the other a bias, so only the smaller of two factors is.
         """

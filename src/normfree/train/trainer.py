@@ -426,7 +426,7 @@ class Trainer:
         if not self.fabric.is_global_zero:
             return self._summarize(self.fit(), description)
         write_atomically(self.folder / CONFIG, json.dumps(description, indent=1) + "\n")
-        for line in self._plan():
+        for line in self._opening_lines():
             self._say(line)
         with self.recording(description):
             return self._summarize(self.fit(), description)
@@ -469,7 +469,7 @@ class Trainer:
         }
         return {"config": to_dict(self.chosen), "derived": derived, **provenance()}
 
-    def _plan(self) -> Iterator[str]:
+    def _opening_lines(self) -> Iterator[str]:
         """Say on what the run trains and evaluates, for how long, and what differs from what was chosen."""
         chosen, config, data = self.chosen, self.config, self.data
         names, evaluated = list_names(data.class_names), self.evaluation_data.examples
