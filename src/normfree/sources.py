@@ -277,7 +277,12 @@ def _from_checkpoint(path: str, original: str | None) -> Built:
         return Built(load(path))
     if original is not None:
         built = build(original if trained is None else _with_classes(original, trained[1]))
-        return Built(load(path, original=built.model), built.batch, shape=example_shape(conversion))
+        try:
+            model = load(path, original=built.model)
+        except ValueError as error:  # names the class of what it was given, where a person has given a word
+            named = f"original={type(built.model).__name__!r}"
+            raise ValueError(str(error).replace(named, f"original={original!r}", 1)) from error
+        return Built(model, built.batch, shape=example_shape(conversion))
     source = trained[0] if trained is not None else conversion.source if conversion is not None else None
     numbers, tensors = sizes(path)
     named = None

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,24 @@ def talking():
                 print("what a forward pass prints", flush=True)
             return super().forward(x)
     return Talking(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), torch.randn(2, 3, 8, 8)
+"""
+RAW = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+def raw():
+    torch.manual_seed(0)
+    blocks = [Block() for _ in range(3)]
+    last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), *blocks, last), 255 * torch.rand(16, 1, 8, 8)
 """
 MEAN, STD = (0.5, 0.5, 0.5), (8.0, 8.0, 8.0)
 OPTIONS = ["--mean", *map(str, MEAN), "--std", *map(str, STD)]
@@ -173,6 +192,30 @@ def test_the_summary_counts_a_changed_output_as_the_exit_code_does(beta, run, mo
     assert code == 1 and "error: output — " in told and "converted: 1 error (output" in told
     assert ("or use --beta measured" in " ".join(told.split())) == (beta == "plan")
     assert Changed("error", "output", "", "").severity == "error"
+
+
+def test_outputs_that_carry_the_size_of_the_inputs_are_a_warning(run, monkeypatch):
+    """A stream of raw pixels reaches the outputs of the original; the converted model's have unit size, as is meant."""
+    Path("raw.py").write_text(RAW)
+    code, told, _ = run("doctor", "raw.py:raw", "--out", "d")
+    told = " ".join(told.split())
+    assert code == 0 and "warning: output — in training mode the mean square of output 0 is" in told
+    assert "carry the size of its inputs (mean square 2.1" in told
+    monkeypatch.setattr("normfree.commands.convert.UNITS_FACTOR", 1e9)
+    assert run("doctor", "raw.py:raw", "--out", "d")[0] == 1
+
+
+def test_an_option_that_a_factorys_batch_leaves_no_room_for_is_said(run):
+    Path("raw.py").write_text(RAW)
+    code, told, _ = run("spp", "raw.py:raw", "--image-size", "16", "--out", "d")
+    assert code == 0 and "raw.py:raw gives a batch of its own, and --image-size is not for it" in " ".join(told.split())
+
+
+def test_the_word_of_a_wrong_original_is_named(run):
+    Path("raw.py").write_text(RAW)
+    assert run("convert", "raw.py:raw", "--out", "raw.safetensors")[0] == 0
+    code, _, said = run("spp", "raw.safetensors", "--original", "nets.py:net", "--out", "d")
+    assert code == 2 and "--original='nets.py:net': it is not the model that" in said
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -79,9 +79,9 @@ def test_a_source_of_training_images_is_standardized_as_in_training():
     assert probe.describe() == {"kind": "training images", "source": "digits", "mean": [*mean], "std": [*std]}
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 8, 4), (2, 2, 8, 8), (2, 64)])
-def test_a_source_fits_models_of_square_images_only(shape):
-    with pytest.raises(ValueError, match="square images"):
+@pytest.mark.parametrize("shape", [(2, 1, 8, 4), (2, 2, 8, 8), (2, 64), (2, 3, 8, 8)])
+def test_a_source_fits_models_of_its_images_only(shape):
+    with pytest.raises(ValueError, match=r"input='digits'.* images"):
         next(probe_named("digits").batches(shape, count=1, seed=0))
 
 
@@ -98,9 +98,22 @@ def test_a_damaged_image_is_named(folder, content):
 
 
 def test_images_fit_models_of_images_only(folder):
-    for shape in ((2, 1, 8, 8), (2, 3, 4, 8, 8)):
+    for shape in ((2, 2, 8, 8), (2, 3, 4, 8, 8)):
         with pytest.raises(ValueError, match="gaussian"):
             next(ImageFolder(folder).batches(shape, count=1, seed=0))
+
+
+def test_models_of_grey_images_get_grey_ones(folder):
+    """Their mean over the colours, by the usual weights, standardized with the averages of the statistics."""
+    colour = ImageFolder(folder).standardized((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    grey = next(colour.batches((3, 1, 8, 8), count=1, seed=0))
+    weights = torch.tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)
+    wanted = (next(colour.batches((3, 3, 8, 8), count=1, seed=0)) * weights).sum(1, keepdim=True)
+    assert torch.allclose(grey, wanted, atol=0.02)
+    usual = next(ImageFolder(folder).batches((3, 1, 8, 8), count=1, seed=0))
+    assert torch.allclose(usual, (grey - 0.449) / 0.226, atol=1e-4)
+    with pytest.raises(ValueError, match="3 channels"):
+        next(ImageFolder(folder).standardized((0.5,), (0.5,)).batches((3, 3, 8, 8), count=1, seed=0))
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):

@@ -55,6 +55,9 @@ from normfree.weights import save
 # steps of the original's recipe are lost.
 OUTPUT_FACTOR = 100.0
 
+# Inputs whose mean square is further from one have units of their own, which outputs of a network may carry.
+UNITS_FACTOR = 4.0
+
 # Of a norm's input beside its running variance: less than this does not make outputs a hundred times as large.
 STATISTICS_FACTOR = 4.0
 
@@ -210,7 +213,8 @@ class Doctor(_Conversion):
     conversion is proposed where something was found. Writes report.html (both signals overlaid, findings, every
     change), spp.json, spp.png and conversion.json. The exit code is 0 if no finding about the model as it is given is
     an error and, with a fresh start, the converted model's outputs in training mode have a mean square within a factor
-    of 100 of the original's, and 1 otherwise, so that it can gate a CI. A pretrained start keeps what the model
+    of 100 of the original's (or of one, where the original's carry the size of inputs of other units), and 1 otherwise,
+    so that it can gate a CI. A pretrained start keeps what the model
     computes in evaluation mode; where its norms' running statistics are not those of the batch, a warning says so.
     """
 
@@ -320,6 +324,12 @@ class Doctor(_Conversion):
         if self.start == "pretrained":
             prepared_as = self.mean is not None or self.input in (None, "gaussian")
             return [statistics_differ(changes[0], statistics_of_batch(model, batch), prepared_as)] if changes else []
+        record = conversion_of(converted)
+        size = max(record.input_mean_squares if record else (), key=_off_unit, default=None)
+        if changes and _off_unit(size) > UNITS_FACTOR and _are_of_unit_size(after):
+            told = f"the original's carry the size of its inputs (mean square {size:.3g}), the converted model's do not"
+            remedy = "Nothing, if a loss reads them: a classifier then starts as one of standardized inputs does."
+            return [Changed("warning", "output", f"{change}: {told}.", remedy) for change in changes]
         if self.beta == "measured":
             remedy = "See the notes of the conversion; --alpha scales the branches."
         else:
@@ -333,7 +343,8 @@ class Changed:
     """What conversion changes of the outputs in training mode.
 
     Attributes:
-        severity: "error", or "warning" where it is the original's statistics that do not fit the batch.
+        severity: "error", or "warning" where it is the original's statistics that do not fit the batch, or its outputs
+            carry the size of its inputs.
         kind: "output" or "statistics".
         message: what was found.
         remedy: what to do.
@@ -384,6 +395,17 @@ def changed_outputs(before: SignalPropagation, after: SignalPropagation) -> list
                 f"in training mode the mean square of {old.name} is {now:.3g} after conversion and {was:.3g} before"
             )
     return lines
+
+
+def _off_unit(mean_square: float | None) -> float:
+    """By what factor a mean square is above or below one; 1 where it is not known, or zero."""
+    return max(mean_square, 1 / mean_square) if mean_square else 1.0
+
+
+def _are_of_unit_size(signal: SignalPropagation) -> bool:
+    """Whether no output is beyond a factor of OUTPUT_FACTOR of a mean square of one."""
+    squares = [one.avg_channel_var + one.avg_channel_sq_mean for one in signal.outputs]
+    return all(_off_unit(square) <= OUTPUT_FACTOR for square in squares)
 
 
 def _without_conversion(signal: SignalPropagation, code: str) -> SignalPropagation:

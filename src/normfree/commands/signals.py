@@ -115,10 +115,13 @@ class InputSource:
             ValueError: the shape cannot be inferred, or the batch is larger than the machine's memory.
         """
         if built.batch is not None and self.name is None:
+            if self.image_size is not None:
+                console.announce(f"note: {source} gives a batch of its own, and --image-size is not for it")
             return built.batch, {"kind": "the factory's own"}
         probe = self._standardized(built, console)
         shape = self._shape(built, probe)
-        if self.image_size is None and built.batch is None and names_factory(source):
+        known = self.image_size is not None or built.batch is not None or isinstance(probe, SourceImages)
+        if names_factory(source) and not known:
             console.announce(_note_on_batch(source, probe, shape))
         return probe.batches(shape, count=count, seed=self.seed), probe.describe()
 

@@ -77,6 +77,18 @@ class Images(ABC):
         other.mean, other.std = tuple(mean), tuple(std)
         return other
 
+    def statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return the means and deviations for images of 1 or 3 channels; of grey ones the averages over the colours.
+
+        Raises:
+            ValueError: there is one of each, and three channels.
+        """
+        if len(self.mean) == channels:
+            return self.mean, self.std
+        if channels == 3:
+            raise invalid("mean", self.mean, "the model takes 3 channels", "pass three numbers")
+        return (sum(self.mean) / len(self.mean),), (sum(self.std) / len(self.std),)
+
     def describe(self) -> dict[str, Any]:
         """Return what a record says of the input."""
         return {"mean": list(self.mean), "std": list(self.std)}
@@ -91,19 +103,21 @@ class Images(ABC):
 
     def batches(self, shape: Sequence[int], *, count: int, seed: int) -> Iterator[Tensor]:
         """Draw batches of crops; the images are taken in a random order, again from the start when used up."""
-        if len(shape) != 4 or shape[1] != 3:
+        if len(shape) != 4 or shape[1] not in (1, 3):
             raise ValueError(
-                f"input: images give batches of shape [N, 3, H, W], and the model takes {list(shape)}; "
-                "use --input gaussian"
+                f"input: images give batches of shape [N, 3, H, W], or [N, 1, H, W] in grey, and the model takes "
+                f"{list(shape)}; use --input gaussian"
             )
         v2 = transforms()
+        mean, std = self.statistics(shape[1])
         crop = v2.Compose(
             [
                 v2.ToImage(),
+                v2.Grayscale(shape[1]) if shape[1] == 1 else v2.Identity(),
                 v2.RandomResizedCrop(tuple(shape[2:]), scale=(0.3, 1.0), antialias=True),
                 v2.RandomHorizontalFlip(),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(self.mean, self.std),
+                v2.Normalize(mean, std),
             ]
         )
         with seeded(seed):
@@ -215,6 +229,9 @@ class SourceImages:
         if len(shape) != 4 or shape[2] != shape[3] or shape[1] not in (1, 3):
             rule = f"gives square images of 1 or 3 channels, and the model takes {list(shape[1:])}"
             raise invalid("input", self.config.source, rule, "use --input gaussian")
+        if self.config.source == "digits" and tuple(shape[1:]) != self.shape:
+            rule = f"has images {list(self.shape)}, and the model takes {list(shape[1:])}"
+            raise invalid("input", self.config.source, rule, "give a model for such images, or use --input gaussian")
         config = replace(self.config, in_channels=shape[1], image_size=shape[2], batch_size=shape[0], seed=seed)
         data = open_training(config)
         standardize = Standardization(*data.config.statistics)

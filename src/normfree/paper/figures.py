@@ -385,7 +385,7 @@ FIGURE2 = Figure(
         Network(
             label=_label(weights, activation),
             name="nf_resnet600",
-            overrides={"conv": conv, "activation": activation},
+            overrides={"conv": conv, "activation": activation, "skipinit_gain": 1},  # the branches are what is drawn
         )
         for weights, conv in ((PLAIN, "scaled"), (STANDARDIZED, "scaled_ws"))
         for activation in ACTIVATIONS

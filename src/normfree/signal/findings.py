@@ -448,7 +448,7 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
                 f"{len(woken)} of {len(signal.blocks)} branches are silenced at initialisation by a zero gain "
                 f"({_some(names)}); they were measured with the gain at one."
             ),
-            remedy="Nothing, if intended: the network starts as its shortcuts. wake=False draws it as it is.",
+            remedy="Nothing, if intended: it starts as its shortcuts. wake=False (--no-wake) draws it as it is.",
             code=remedies.wake(names),
         )
     blocks = [b for b in signal.blocks if b.kind == "residual" and not b.broadcast]
