@@ -132,8 +132,7 @@ class InputSource:
             return probe
         if self.mean is not None and self.std is not None:
             return probe.standardized(self.mean, self.std)
-        channels = 3 if isinstance(probe, Images) else probe.shape[0]
-        if built.statistics is not None and len(built.statistics[0]) == channels:
+        if built.statistics is not None:  # of a run, whose images have as many channels as the model takes
             return probe.standardized(*built.statistics)
         if isinstance(probe, Images):
             console.announce_once(preparation(probe.mean, probe.std))

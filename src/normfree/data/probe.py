@@ -244,9 +244,10 @@ class SourceImages:
                     return
 
     def describe(self) -> dict[str, Any]:
-        """Return what a record says of the input."""
-        mean, std = self._opened.config.statistics
-        return {"kind": "training images", "source": self.config.source, "mean": list(mean), "std": list(std)}
+        """Return what a record says of the input: of files the last part of their path alone."""
+        source, (mean, std) = self.config.source, (self.config.mean, self.config.std)
+        known = {} if mean is None or std is None else {"mean": list(mean), "std": list(std)}
+        return {"kind": "training images", "source": source.rstrip("/").rpartition("/")[2]} | known
 
 
 def probe_named(name: str) -> Probe:
