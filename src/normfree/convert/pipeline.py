@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
-from math import inf, isfinite
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -146,8 +146,10 @@ def convert(
 
 
 def _mean_square(values: Tensor) -> float | None:
-    """Of what is no label or index, and finite."""
-    found = float(values.double().square().mean()) if values.is_floating_point() and values.numel() else inf
+    """Of dense real numbers, where it is finite."""
+    if values.layout is not torch.strided or not values.is_floating_point() or not values.numel():
+        return None
+    found = float(values.detach().double().square().mean())
     return found if isfinite(found) else None
 
 

@@ -108,7 +108,7 @@ class Conversion:
         model: class of the original.
         start, alpha, beta, seed: the arguments.
         input_shapes: of the example input's tensors.
-        input_mean_squares: of their values; None of integers, and of values that are not finite.
+        input_mean_squares: of their values; None of what is not dense, real and finite.
         source: how to build the original again, where that is known: a name the command line takes.
         output_error: largest difference of the example's outputs, in evaluation mode, from the original's, over the
             largest of their values (*pretrained*).
