@@ -294,9 +294,10 @@ class Doctor(_Conversion):
     ) -> None:
         """Say what came of it, and what to do next."""
         found = (signals[0].findings, (*signals[-1].findings, *changed))
-        told = [f"{name}: {count_findings(each)}" for name, each in zip(("as given", "converted"), found, strict=True)]
-        told = told[: len(signals)]
-        console.say("; ".join(told) + ".")
+        counts = [
+            f"{name}: {count_findings(each)}" for name, each in zip(("as given", "converted"), found, strict=True)
+        ]
+        console.say("; ".join(counts[: len(signals)]) + ".")
         if len(signals) > 1:
             line = command_line("convert", self, [self.model], without=("model", "out", "gradient"))
             console.say(f"To write the converted model: {line} --out model.safetensors")
@@ -327,9 +328,9 @@ class Doctor(_Conversion):
         record = conversion_of(converted)
         size = max(record.input_mean_squares if record else (), key=_off_unit, default=None)
         if changes and _off_unit(size) > UNITS_FACTOR and _are_of_unit_size(after):
-            told = f"the original's carry the size of its inputs (mean square {size:.3g}), the converted model's do not"
+            why = f"the original's carry the size of its inputs (mean square {size:.3g}), the converted model's do not"
             remedy = "Nothing, if a loss reads them: a classifier then starts as one of standardized inputs does."
-            return [Changed("warning", "output", f"{change}: {told}.", remedy) for change in changes]
+            return [Changed("warning", "output", f"{change}: {why}.", remedy) for change in changes]
         if self.beta == "measured":
             remedy = "See the notes of the conversion; --alpha scales the branches."
         else:

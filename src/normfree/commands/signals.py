@@ -96,19 +96,19 @@ class InputSource:
         return probe_named(self.name or "gaussian")
 
     def open(self) -> InputSource:
-        """Open what batches are drawn from, so that what cannot be opened is said before a model is built."""
+        """Open what batches are drawn from, so that an error comes before a model is built."""
         self.probe  # noqa: B018
         return self
 
     def draw(self, built: Built, source: str, console: Terminal, *, count: int = 1) -> tuple[Any, dict[str, Any]]:
         """Return a factory's own batch, or an iterator over so many drawn for a model; and what a record says of it.
 
-        What a model of a file is run with, where nobody said so, is said on the console.
+        Prints what a model of a file is run with where no option says it.
 
         Args:
             built: the model.
             source: its name.
-            console: to say it on.
+            console: to print it on.
             count: of batches.
 
         Raises:
@@ -293,14 +293,14 @@ class Counted(Protocol):
 
 def count_findings(findings: Sequence[Counted]) -> str:
     """Return the errors and warnings among findings, counted and named."""
-    told = []
+    counts = []
     for severity in ("error", "warning"):
         kinds = [finding.kind.replace("_", " ") for finding in findings if finding.severity == severity]
         if kinds:
-            told.append(f"{len(kinds)} {severity}{'s' if len(kinds) > 1 else ''} ({', '.join(kinds)})")
+            counts.append(f"{len(kinds)} {severity}{'s' if len(kinds) > 1 else ''} ({', '.join(kinds)})")
         elif severity == "error":
-            told.append("no error")
-    return ", ".join(told)
+            counts.append("no error")
+    return ", ".join(counts)
 
 
 def is_healthy(signal: SignalPropagation) -> bool:
