@@ -90,6 +90,7 @@ def test_the_claims_of_table2_follow_the_numbers():
 
 
 def test_a_table_is_written_and_its_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
+    real = tables.train
     few = [arm for arm in TABLES["normalizers"].arms(SCALES["quick"]) if arm.row in ("NF", "BatchNorm")]
     monkeypatch.setitem(
         TABLES,
@@ -109,6 +110,12 @@ def test_a_table_is_written_and_its_finished_runs_are_not_repeated(tmp_path, mon
     assert main(words) == 0
     assert {path: path.stat().st_mtime for path in tmp_path.glob("runs/*/*/model.safetensors")} == times
     assert json.loads((tmp_path / "normalizers-quick.json").read_text())["cells"] == stored["cells"]
+    opened = []
+    monkeypatch.setattr(tables, "train", lambda run, **options: opened.append(run) or real(run, **options))
+    assert main(words) == 0 and not opened, "nor are their data opened again"
+    limit = json.loads(next(tmp_path.glob("runs/*/*/metrics.json")).read_text())["step"] + 1
+    assert main([*words, "--limit-train-steps", str(limit)]) == 0 and not opened
+    assert main([*words, "--limit-train-steps", "1"]) == 0 and len(opened) == 4, "these are not the runs asked for"
 
 
 def test_gamma_is_the_integral_beside_the_official_constants(tmp_path):

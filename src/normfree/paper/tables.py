@@ -20,10 +20,10 @@ from statistics import mean, stdev
 from typing import Any, Literal
 
 from normfree.common.checks import check_choices, check_integer, invalid
-from normfree.common.files import write_atomically
+from normfree.common.files import read_json, write_atomically
 from normfree.sources import network_factory
 from normfree.train import RECIPES, NonFiniteLossError, TrainConfig, train
-from normfree.train.checkpoint import METRICS
+from normfree.train.checkpoint import CONFIG, METRICS, differences
 
 Verdict = Literal["agrees", "does not agree", "cannot be tested at this scale"]
 
@@ -367,6 +367,8 @@ def _word(text: str) -> str:
 def run(config: TrainConfig) -> dict[str, Any]:
     """Train, or take what a finished run left: accuracy in percent, seconds; 0 where the loss was no longer finite."""
     found: dict[str, Any] = {"seed": config.seed, "learning_rate": config.optimizer.learning_rate}
+    if (metrics := _finished(config)) is not None:
+        return {**found, "accuracy": 100 * metrics["evaluation"]["top1"], "seconds": metrics["seconds"]}
     try:
         summary = train(config, network=network_factory(config.model))
     except NonFiniteLossError as error:
@@ -374,6 +376,16 @@ def run(config: TrainConfig) -> dict[str, Any]:
     if not summary.finished and config.limit_train_steps is None:
         raise KeyboardInterrupt  # stopped as asked; the same command goes on
     return {**found, "accuracy": 100 * (summary.accuracy or 0.0), "seconds": summary.metrics["seconds"]}
+
+
+def _finished(config: TrainConfig) -> dict[str, Any] | None:
+    """The metrics of a run that has come to its end with these settings, read without opening its data again."""
+    if not all((config.folder / name).exists() for name in (CONFIG, METRICS)) or differences(config, config.folder):
+        return None
+    metrics = read_json(config.folder / METRICS, "run")
+    steps = read_json(config.folder / CONFIG, "run")["derived"]["steps"]
+    ended = metrics.get("step") == min(steps, config.limit_train_steps or steps)
+    return metrics if metrics.get("status") == "finished" and ended and metrics.get("evaluation") else None
 
 
 def measure_all(
