@@ -102,7 +102,7 @@ def test_a_converted_network_is_trained_averaged_and_opened(file, converted, tmp
     assert f"accuracy {100 * summary.accuracy:.2f} %" in capsys.readouterr().out
 
 
-def test_a_network_converted_in_other_units_is_said_to_be(file, converted, tmp_path, capsys):
+def test_a_network_converted_in_other_units_is_said_to_be(file, tmp_path, capsys):
     """A tenth of the deviation is a hundredth of the mean square; that of Gaussian noise is that of the digits."""
     for word, said in ((f"{file}:with_a_small_batch", True), (f"{file}:with_batch", False)):
         out = tmp_path / f"{said}.safetensors"

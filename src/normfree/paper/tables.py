@@ -23,7 +23,7 @@ from normfree.common.checks import check_choices, check_integer, invalid
 from normfree.common.files import read_json, write_atomically
 from normfree.sources import network_factory
 from normfree.train import RECIPES, NonFiniteLossError, TrainConfig, train
-from normfree.train.checkpoint import CONFIG, METRICS, differences
+from normfree.train.checkpoint import CONFIG, METRICS, differences, read_metrics
 
 Verdict = Literal["agrees", "does not agree", "cannot be tested at this scale"]
 
@@ -380,12 +380,14 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 def _finished(config: TrainConfig) -> dict[str, Any] | None:
     """The metrics of a run that has come to its end with these settings, read without opening its data again."""
-    if not all((config.folder / name).exists() for name in (CONFIG, METRICS)) or differences(config, config.folder):
+    path = config.folder / CONFIG
+    if not path.exists() or differences(config, config.folder):
         return None
-    metrics = read_json(config.folder / METRICS, "run")
-    steps = read_json(config.folder / CONFIG, "run")["derived"]["steps"]
-    ended = metrics.get("step") == min(steps, config.limit_train_steps or steps)
-    return metrics if metrics.get("status") == "finished" and ended and metrics.get("evaluation") else None
+    derived = read_json(path, "run").get("derived")
+    steps = derived.get("steps") if isinstance(derived, dict) else None
+    if not isinstance(steps, int):
+        return None
+    return read_metrics(config.folder, min(steps, config.limit_train_steps or steps))
 
 
 def measure_all(

@@ -18,7 +18,7 @@ import shutil
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -40,6 +40,7 @@ from normfree.common.pickles import check_torch_file
 from normfree.common.text import first_line, printable, quoted, shortened
 from normfree.common.torch_compat import tree_leaves
 from normfree.train.config import FREE, TrainConfig, flatten, to_dict
+from normfree.train.records import Metrics
 
 CONFIG, METRICS, CHECKPOINTS, MODEL, SIGNAL, REPORT = (
     "config.json",
@@ -421,6 +422,28 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
     if changed := differences(config, folder):
         rule = f"holds a run with other settings ({', '.join(changed)})"
         raise refused("out", folder, rule, "pass another --out, or the run's own settings to go on with it")
+
+
+def read_metrics(folder: Path, step: int) -> dict[str, Any] | None:
+    """Return the metrics of a run that came to its end at a step; None where it did not, or by an older version.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    path = folder / METRICS
+    if kind_of(path) == "nothing":
+        return None
+    metrics = read_json(path, "run")
+    if metrics.get("status") != "finished" or metrics.get("step") != step:
+        return None
+    try:
+        parse_dataclass(Metrics, {one.name: metrics[one.name] for one in fields(Metrics)})
+    except KeyError:
+        return None
+    except ValueError as error:
+        rule = f"is damaged ({first_line(error)})"
+        raise refused("run", path, rule, "remove it, and it is written again") from error
+    return metrics
 
 
 def differences(config: TrainConfig, folder: Path) -> list[str]:

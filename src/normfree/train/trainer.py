@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import SGD, Optimizer
 
 from normfree.common.checks import check_integer, check_number, invalid, require
-from normfree.common.files import kind_of, parse_dataclass, parse_json, read, read_json, refused, write_atomically
+from normfree.common.files import parse_json, read, write_atomically
 from normfree.common.text import first_line, quoted, short_repr
 from normfree.common.torch_compat import tree_leaves
 from normfree.data import TooFewExamples, TrainingData, list_names, open_evaluation, open_training, with_holdout
@@ -59,6 +59,7 @@ from normfree.train.checkpoint import (
     check_conditions,
     differences,
     find_folder,
+    read_metrics,
 )
 from normfree.train.config import OptimizerConfig, TrainConfig, to_dict
 from normfree.train.distributed import FABRIC_PRECISION, ShardedStates, WholeStates, launch, resolve_precision, shard
@@ -68,7 +69,6 @@ from normfree.train.progress import Progress
 from normfree.train.records import (
     EVALUATION,
     Loggers,
-    Metrics,
     Records,
     Row,
     check_loggers,
@@ -433,20 +433,7 @@ class Trainer:
 
     def _read_metrics(self, step: int) -> dict[str, Any] | None:
         """Return the metrics of a run that came to its end before."""
-        path = self.folder / METRICS
-        if step < self.last_step or kind_of(path) == "nothing":
-            return None
-        metrics = read_json(path, "run")
-        if metrics.get("status") != "finished" or metrics.get("step") != step:
-            return None
-        try:
-            parse_dataclass(Metrics, {one.name: metrics[one.name] for one in dataclasses.fields(Metrics)})
-        except KeyError:  # of an older version
-            return None
-        except ValueError as error:
-            rule = f"is damaged ({first_line(error)})"
-            raise refused("run", path, rule, "remove it, and it is written again") from error
-        return metrics
+        return None if step < self.last_step else read_metrics(self.folder, step)
 
     def describe(self) -> dict[str, Any]:
         """Return what was chosen, what followed from it, and where it ran, as ``config.json`` has it."""
