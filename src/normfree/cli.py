@@ -171,7 +171,7 @@ def _parse(words: list[str]) -> Any:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ValueError(_first_sentence(told.getvalue(), words[0])) from None
+        raise ValueError(_first_sentence(told.getvalue(), words)) from None
 
 
 def _completion(words: list[str]) -> str:
@@ -231,7 +231,7 @@ def _help() -> str:
     return "\n".join([usage, "", DESCRIPTION, "", *lines, "", "normfree COMMAND --help lists what a command takes."])
 
 
-def _first_sentence(framed: str, command: str) -> str:
+def _first_sentence(framed: str, words: list[str]) -> str:
     """What a framed message of the parser says, with the options it suggests, without frame and help."""
     sections: list[list[str]] = [[]]
     for line in framed.splitlines()[1:]:  # the first is a title
@@ -246,7 +246,14 @@ def _first_sentence(framed: str, command: str) -> str:
         return own
     meant = [line.split()[0] for section in sections if section[:1] == ["Perhaps you meant:"] for line in section[1:]]
     options = ", ".join(dict.fromkeys(word.rstrip(",") for word in meant if word.startswith("--")))
-    return f"{first}; {f'perhaps you meant {options}' if options else f'see normfree {command} --help'}"
+    if options:
+        return f"{first}; perhaps you meant {options}"
+    extra = first.rpartition(": ")[2]
+    given = words[1 : words.index(extra)] if extra in words[1:] else []
+    option = next((word for word in reversed(given) if word.startswith("--")), None)
+    if option is not None and not extra.startswith("-"):  # a value after those that the option takes
+        return f"{first}; {option} does not take it as well, see normfree {words[0]} --help"
+    return f"{first}; see normfree {words[0]} --help"
 
 
 if __name__ == "__main__":

@@ -232,6 +232,19 @@ def test_the_parser_s_frame_is_no_part_of_an_error(encoding):
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["spp", "m", "--image-size", "8", "12"], "--image-size does not take it as well"),
+        (["train", "digits", "--data.mean", "0.5", "--epochs", "3", "4"], "--epochs does not take it as well"),
+        (["train", "digits", "more"], "see normfree train --help"),
+    ],
+)
+def test_a_value_too_many_names_the_option_before_it(words, hint, capsys):
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith(f"normfree: Unrecognized options: {words[-1]}; {hint}")
+
+
 def test_a_remedy_names_them_too():
     train, evaluate = command_class("train"), command_class("evaluate")
     told = "evaluation_split=None: none is there; pass evaluation_split='train' to evaluate on that"
