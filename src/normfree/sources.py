@@ -28,7 +28,6 @@ from torch.overrides import TorchFunctionMode
 from normfree.common.checks import LISTED, check_memory, invalid, require, suggestion
 from normfree.common.files import check_file, kind_of, read, sizes
 from normfree.common.text import all_lines, causes, first_line, one_line, quoted
-from normfree.common.torch_compat import import_tracer
 from normfree.convert import Conversion, stored_conversion
 from normfree.models import create_model, list_models
 from normfree.models.registry import parse_overrides
@@ -546,7 +545,6 @@ def _from_file(source: str) -> Built:
         has = ", ".join(_defined_in(file)[:LISTED])
         has = f"the file defines {has}" if has else "the file defines no function"
         raise ValueError(f"model: {quoted(source)} does not say which function builds the model; {has}; {_FACTORY}")
-    import_tracer()  # before the file's own imports, of which some may be lazy
     try:
         with importable(file.parent):
             made = _call_factory(file, factory)

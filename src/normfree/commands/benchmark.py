@@ -25,6 +25,7 @@ from normfree.commands.shared import (
 )
 from normfree.commands.signals import device_named
 from normfree.common.checks import EXTRAS, invalid, require
+from normfree.common.torch_compat import import_tracer
 from normfree.nn import has_foldable
 from normfree.signal import input_shape, write_atomically
 from normfree.sources import Built, build, check_sources, takes_original
@@ -75,6 +76,7 @@ class Benchmark:
         device = device_named(self.device)
         if self.onnx and device.type != "cpu":
             raise invalid("onnx", True, "ONNX Runtime is timed on the CPU", "give --device cpu, or leave --onnx out")
+        import_tracer()
         results = []
         with console.status("starting") as status:
             for part in self.parts():

@@ -16,6 +16,7 @@ from rich.markup import escape
 from normfree.commands.shared import ImageSize, Model, Original, Seed, Terminal, check_options
 from normfree.commands.signals import precision_of
 from normfree.common.checks import check_memory, invalid
+from normfree.common.torch_compat import import_tracer
 from normfree.export import Exported, to_onnx, to_program
 from normfree.export.exported import check_path, is_exported
 from normfree.signal import input_shape
@@ -60,6 +61,7 @@ class Export:
         replaced = path.exists()
         if replaced and not is_exported(path):
             raise invalid("out", str(path), f"exists, and is no {kind} file", "give another name")
+        import_tracer()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             built = build(self.model, self.original)

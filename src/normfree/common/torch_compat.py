@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
@@ -29,8 +31,8 @@ from normfree.common.text import one_line
 __all__ = [
     "ConvNd",
     "ConvTransposeNd",
+    "DispatchMode",
     "NormBase",
-    "TorchDispatchMode",
     "argument_name",
     "base_of_view",
     "cpu_multiplies_bf16",
@@ -49,6 +51,31 @@ __all__ = [
     "without_gradient_hooks",
     "written_positions",
 ]
+
+
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode whose own code is not compiled, and that imports no compiler to see to it.
+
+    torch's own mode imports ``torch._dynamo`` with the first operation, which takes a second, and fails where a lazy
+    module of another package does. What was not imported compiles nothing.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # done here
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dispatch = cls.__dict__.get("__torch_dispatch__")
+        if dispatch is None:
+            return
+        not_compiled = torch._disable_dynamo(dispatch)  # pyright: ignore[reportPrivateImportUsage]
+
+        @wraps(dispatch)
+        def outside_compiler(*args: Any, **kwargs: Any) -> Any:
+            return (not_compiled if "torch._dynamo" in sys.modules else dispatch)(*args, **kwargs)
+
+        cls.__torch_dispatch__ = outside_compiler
 
 
 def in_forward_mode() -> bool:
@@ -94,9 +121,10 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def import_tracer() -> None:
-    """Import what torch itself imports where a dispatch mode first sees an operation.
+    """Import what torch itself imports with the first compilation, export or step of an optimizer.
 
-    That import looks through all modules there are, and fails where a lazy one among them does.
+    That import looks through all modules there are, and fails where a lazy one among them does: call it before a file
+    of a model is imported, if any of these comes after it.
     """
     importlib.import_module("torch._dynamo")
 

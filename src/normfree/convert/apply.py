@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree import nn as ours
 from normfree.common.process import seeded
-from normfree.common.torch_compat import copy_model
+from normfree.common.torch_compat import DispatchMode, copy_model
 from normfree.convert.dataflow import (
     KEPT_TWINS,
     SAME_PADDED,
@@ -563,7 +562,7 @@ def _plain_output(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, A
         rule._parameters["skip_gain"] = gain
 
 
-class MapOutput(TorchDispatchMode):
+class MapOutput(DispatchMode):
     """Catches what the convolution or matrix product makes that reads a weight standardized or scaled in place.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from normfree.common.torch_compat import TorchDispatchMode, tree_leaves
+from normfree.common.torch_compat import DispatchMode, tree_leaves
 from normfree.trace import operations as op
 from normfree.trace.inputs import Batch, ModuleStack, run_once, tensors_of
 from normfree.trace.operations import written_by
@@ -36,7 +36,7 @@ class NonFinite:
     largest: float
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(DispatchMode):
     """Follows values that are not finite from the operation that made them.
 
     An operation is the origin of a NaN if none of its inputs has one, and of an infinity if all of its

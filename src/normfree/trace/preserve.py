@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from normfree.common.checks import check_choice
 from normfree.common.process import RandomStates, one_thread_at_a_time, put_back_all, settings_of_torch
 from normfree.common.text import LONGEST_PART, one_line, shortened
-from normfree.common.torch_compat import TorchDispatchMode, preserve_version_counters
+from normfree.common.torch_compat import DispatchMode, preserve_version_counters
 from normfree.trace.held import Held, KeptTensor, place_of
 from normfree.trace.inputs import values_of
 from normfree.trace.operations import written_by
@@ -116,7 +116,7 @@ class Preserved:
         self.put_back()
 
 
-class Writes(TorchDispatchMode):
+class Writes(DispatchMode):
     """Has kept what any code writes to, such as a ``train()`` that merges weights."""
 
     def __init__(self, preserved: Preserved) -> None:

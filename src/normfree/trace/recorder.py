@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.common.torch_compat import TorchDispatchMode, base_of_view, tree_leaves
+from normfree.common.torch_compat import DispatchMode, base_of_view, tree_leaves
 from normfree.trace import operations as op
 from normfree.trace.graph import NO_STEP, Node, Path, Residual, residual
 from normfree.trace.inputs import ModuleStack
@@ -118,7 +118,7 @@ class Note:
         return new
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(DispatchMode):
     """Records the dataflow of one forward pass; open it around the call.
 
     Args:
