@@ -259,6 +259,21 @@ def test_other_precisions(tmp_path, linear):
         to_onnx(model, x, tmp_path / "m.onnx")
 
 
+def test_metadata_are_in_the_file(suffix, linear, tmp_path):
+    path, said = tmp_path / f"m.{suffix}", {"classes": '["a", "ä"]', "more": "text"}
+    WRITERS[suffix](linear, torch.randn(2, 4), path, metadata=said)
+    if suffix == "onnx":
+        import onnxruntime
+
+        assert onnxruntime.InferenceSession(str(path)).get_modelmeta().custom_metadata_map == said
+    else:
+        found = dict.fromkeys(said, "")
+        torch.export.load(path, extra_files=found)
+        assert found == said
+    with pytest.raises(ValueError, match=r"^metadata=.*must be text by name"):
+        WRITERS[suffix](linear, torch.randn(2, 4), path, metadata={"classes": ["a"]})
+
+
 def test_large_weights_go_to_a_second_file(tmp_path, monkeypatch):
     monkeypatch.setattr(exported, "ONE_FILE", 16)
     model, x, path = nn.Linear(100, 3), torch.randn(2, 100), tmp_path / "m.onnx"

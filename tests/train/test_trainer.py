@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from tiny_run import MODEL, tiny
 
 import normfree
 from normfree.cli import main
+from normfree.data.preprocessing import Preprocessing
 from normfree.train import RECIPES, NonFiniteLossError, train
 from normfree.train.config import from_dict
 from normfree.train.records import read_rows
-from normfree.train.trained import open_trained, weights_of
+from normfree.train.trained import open_trained, preprocessing_of, weights_of
 from normfree.train.trainer import Trainer
 
 QUICK = {"average_decay": None, "checkpoint_every": None}
@@ -252,6 +254,105 @@ def test_every_form_of_the_network_is_evaluated_alike(run, exported, tmp_path, c
     for found in losses.values():
         assert found["examples"] == 355
         assert found["loss"] == pytest.approx(losses["run"]["loss"], rel=1e-4)
+
+
+@pytest.fixture
+def alone(run, exported, tmp_path):
+    """The run's files where no run is."""
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    for path in (run.folder / "model.safetensors", exported / "m.onnx", exported / "m.pt2"):
+        shutil.copy(path, folder / path.name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "m.onnx", "m.pt2"])
+def test_a_file_says_itself_how_images_are_prepared_and_what_the_classes_are(run, alone, name, tmp_path, capsys):
+    image = tmp_path / "digit.png"
+    digit_image(image)
+    trust = ["--trust-code"] * name.endswith(".pt2")
+    predictions = []
+    for more in ([], ["--run", str(run.folder)]):
+        assert main(["predict", str(alone / name), str(image), *trust, "--json", *more]) == 0
+        told = capsys.readouterr()
+        predictions.append(json.loads(told.out))
+        assert told.err == ""
+    assert predictions[0] == predictions[1]
+    losses = []
+    for number, source in enumerate((alone / name, run.folder)):
+        path = tmp_path / f"{number}.json"
+        words = ["evaluate", str(source), *trust, "--precision", "fp32", "--source", "digits", "--json", str(path)]
+        assert main(words) == 0
+        losses.append(json.loads(path.read_text())["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert "standardized" not in capsys.readouterr().out
+
+
+def test_what_is_made_of_a_file_says_it_too(run, alone, tmp_path, capsys):
+    said = preprocessing_of(run.folder)
+    assert said is not None and said.classes == tuple("0123456789") and said.image_size == 8
+    assert preprocessing_of(alone / "model.safetensors") == said
+    assert (
+        main(["export", str(alone / "model.safetensors"), "--image-size", "12", "--out", str(tmp_path / "m.onnx")]) == 0
+    )
+    assert "metadata   normfree.preprocessing" in capsys.readouterr().out
+    assert open_trained(tmp_path / "m.onnx").preprocessing == dataclasses.replace(said, image_size=12)
+    assert main(["spp", str(alone / "model.safetensors"), "--input", "photos", "--out", str(tmp_path / "spp")]) == 0
+    (measured,) = json.loads((tmp_path / "spp" / "spp.json").read_text())["models"]
+    assert measured["input"]["mean"] == list(said.mean) and measured["input"]["shape"][1:] == [1, 8, 8]
+
+
+def test_a_file_in_another_run_is_refused(run, alone, capsys):
+    config = json.loads((run.folder / "config.json").read_text())
+    config["derived"]["classes"] = [f"class {number}" for number in range(10)]
+    (alone / "config.json").write_text(json.dumps(config))
+    for name in ("model.safetensors", "m.onnx"):
+        assert main(["evaluate", str(alone / name)]) == 2
+        told = capsys.readouterr().err
+        assert name in told and "its run, the one it lies in" in told and told.count("\n") == 1
+
+
+FORGED = {
+    "no JSON": "{",
+    "no object": "[]",
+    "a missing value": {"classes": None},
+    "a class twice": {"classes": ["a"] * 10},
+    "no class": {"classes": []},
+    "classes that are numbers": {"classes": list(range(10))},
+    "two channels": {"mean": [0.5, 0.5], "std": [1.0, 1.0]},
+    "a deviation of 0": {"std": [0.0]},
+    "a mean that is none": {"mean": [float("nan")]},
+    "a size beyond range": {"image_size": 10**9},
+    "a negative size": {"image_size": -1},
+    "a ratio of 0": {"crop_ratio": 0},
+    "an unknown value": {"resize": 9},
+}
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_forged_metadata_are_one_line_that_names_the_file(alone, forged, tmp_path, capsys):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path, image = alone / "model.safetensors", tmp_path / "digit.png"
+    digit_image(image)
+    with safe_open(path, framework="pt") as file:
+        notes = file.metadata()
+    change = FORGED[forged]
+    sound = json.loads(notes[Preprocessing.METADATA])
+    notes[Preprocessing.METADATA] = change if isinstance(change, str) else json.dumps({**sound, **change})
+    save_file(load_file(path), path, notes)
+    for words in (["predict", str(path), str(image)], ["evaluate", str(path), "--source", "digits"]):
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "model.safetensors" in told and "are damaged" in told and len(told) < 500
+
+
+def digit_image(path):
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    Image.fromarray((load_digits().images[0] * 255 / 16).astype("uint8")).save(path)
 
 
 def test_images_are_named(run, exported, tmp_path, capsys):

@@ -119,3 +119,20 @@ def test_what_is_no_place_for_a_file_of_weights(tmp_path):
         normfree.load(tmp_path)
     with pytest.raises(ValueError, match=r"^model='Sequential': was not built .*; pass the one inside it, model\.0$"):
         normfree.save(torch.nn.Sequential(model), tmp_path / "m.safetensors")
+
+
+def test_more_metadata_are_kept_and_the_bytes_are_the_same_each_time(tmp_path):
+    from safetensors import safe_open
+
+    model = normfree.create_model("nf_resnet50", **OVERRIDES)
+    more = {f"name {number}": f"text {number}" for number in range(9)}
+    paths = [normfree.save(model, tmp_path / f"{number}.safetensors", metadata=more) for number in range(3)]
+    assert len({path.read_bytes() for path in paths}) == 1
+    with safe_open(paths[0], framework="pt") as file:
+        assert file.metadata().items() >= more.items()
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(normfree.load(paths[0])(x), model.eval()(x))
+    for wrong in ({"classes": ["a", "b"]}, {1: "one"}):
+        with pytest.raises(ValueError, match=r"^metadata=.*must be text by name; write other values as JSON"):
+            normfree.save(model, tmp_path / "wrong.safetensors", metadata=wrong)
+    assert not (tmp_path / "wrong.safetensors").exists()

@@ -46,8 +46,9 @@ from normfree.common.files import check_place, notes_of, read_json
 from normfree.convert import ALPHA, BY_HAND, SKIP_GAIN, Beta, Conversion, Start, conversion_of, convert
 from normfree.convert.verify import BatchStatistics, statistics_of_batch
 from normfree.signal import SignalPropagation, spp
-from normfree.sources import build, load_weights, names_factory, word_of
+from normfree.sources import build, is_word, load_weights, names_factory, word_of
 from normfree.trace.inputs import tensors_of
+from normfree.train.trained import preprocessing_of
 from normfree.weights import save
 
 # Conversion keeps the classifier and brings what is before it to unit variance; weights and pools of one network
@@ -175,7 +176,9 @@ class Convert(_Conversion):
         replaced = [path for path in (self.out, self.out.with_suffix(".json")) if path.exists()]
         with console.status(f"converting {escape_markup(self.model)}"):
             converted, conversion = self.convert(model, batch)
-        paths = [save(converted, self.out), conversion.to_json(self.out.with_suffix(".json"))]
+        said = None if is_word(self.model) else preprocessing_of(Path(self.model))
+        metadata = None if said is None else said.to_metadata()
+        paths = [save(converted, self.out, metadata=metadata), conversion.to_json(self.out.with_suffix(".json"))]
         print_conversion(console, conversion)
         console.say_written(paths, replaced)
         named = self.original or word_of(self.model)

@@ -161,7 +161,7 @@ class Evaluate(_Trained):
             result |= {"mean": data.config.mean, "std": data.config.std}
             result |= {"classes": list(data.class_names), "bad_images": data.bad_images}
             line += f"\nwrote {write_atomically(self.json, json.dumps(result) + chr(10))}"
-        if trained.data is None and self.mean is None:
+        if trained.prepared is None and self.mean is None:
             console.say(preparation(*data.config.statistics, "measured on the data"))
         console.say(line)
 
@@ -174,6 +174,8 @@ class Evaluate(_Trained):
         config = known or DataConfig()
         if known is None and self.source != "digits":  # which say both themselves
             config = DataConfig(in_channels=trained.in_channels, image_size=trained.image_size)
+        if known is None and (said := trained.preprocessing) is not None:
+            config = dataclasses.replace(config, crop_ratio=said.crop_ratio, mean=said.mean, std=said.std)
         options = ("source", "image_size", "mean", "std", "batch_size", "workers", "on_bad_image")
         changes = {option: getattr(self, option) for option in options} | {"evaluation_split": self.split}
         changes = {field: value for field, value in changes.items() if value is not None}
@@ -301,14 +303,14 @@ class Predict(_Trained):
         said = ""
         if self.mean is not None and self.std is not None:
             statistics = self.mean, self.std
-        elif trained.data is not None:
-            statistics = trained.data.statistics
+        elif trained.prepared is not None:
+            statistics = trained.prepared.statistics
         else:
             statistics = imagenet_statistics(channels)
             said = preparation(*statistics)
         if self.image_size is None and trained.image_size is None:
             said += ("\n" if said else "") + "images taken at 224 × 224; --image-size says otherwise"
-        ratio = (trained.data or DataConfig()).crop_ratio
+        ratio = (trained.prepared or DataConfig()).crop_ratio
         crop = CentreCrop(self.image_size or trained.image_size or 224, ratio)
         rows = []
         for path in files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from normfree.commands.shared import ImageSize, Model, Original, Seed, Terminal,
 from normfree.commands.signals import precision_of
 from normfree.common.checks import check_memory, invalid
 from normfree.common.torch_compat import import_tracer
+from normfree.data.preprocessing import Preprocessing
 from normfree.export import Exported, to_onnx, to_program
 from normfree.export.exported import check_path, is_exported
 from normfree.signal import input_shape
-from normfree.sources import Built, build
+from normfree.sources import Built, build, is_word
+from normfree.train.trained import preprocessing_of
 
 WRITERS = {"onnx": to_onnx, "pt2": to_program}
 
@@ -66,10 +69,14 @@ class Export:
             torch.manual_seed(self.seed)
             built = build(self.model, self.original)
             batch = self._batch(built) if built.batch is None else self._own(built.batch)
+        said = None if is_word(self.model) else preprocessing_of(Path(self.model))
+        if said is not None:
+            said = dataclasses.replace(said, image_size=batch.shape[-1])
         with console.status(f"exporting {escape(self.model)}"):
             write, options = WRITERS[kind], {"dynamic_batch": self.dynamic_batch, "tolerance": self.tolerance}
-            written = write(built.model, batch, path, **options)
-        self._print(console, written, built, replaced=replaced)
+            metadata = None if said is None else said.to_metadata()
+            written = write(built.model, batch, path, metadata=metadata, **options)
+        self._print(console, written, built, said, replaced=replaced)
 
     def _batch(self, built: Built) -> torch.Tensor:
         """Unit Gaussian noise in the model's precision, of the shape it suggests or the sizes asked for."""
@@ -107,7 +114,9 @@ class Export:
             raise invalid("out", str(self.out), f"does not end in {ending}", "rename it")
         return kind, self.out
 
-    def _print(self, console: Terminal, written: Exported, built: Built, *, replaced: bool) -> None:
+    def _print(
+        self, console: Terminal, written: Exported, built: Built, said: Preprocessing | None, *, replaced: bool
+    ) -> None:
         """Print what was written, what it was checked with, and how far it differs."""
         sizes = ", ".join(map(str, written.batch_sizes))
         lines = {
@@ -121,6 +130,10 @@ class Export:
         if written.rehearsal is not None:
             silent = f"{len(written.silent)} all-zero weights and biases"
             lines["rehearsal"] = f"with the {silent} drawn at random, a scratch file differed by {written.rehearsal}"
+        if said is not None:
+            lines["metadata"] = (
+                f"{said.METADATA}: the run's crop, means and deviations of images, {len(said.classes)} classes"
+            )
         if built.random:
             lines["note"] = f"these weights are random (seed {self.seed}); give a checkpoint to export trained ones"
         earlier = ", in the place of an earlier one" if replaced else ""

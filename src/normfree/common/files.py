@@ -328,6 +328,19 @@ MOST_NOTE = 2**26
 """Characters of a note that are read at most: the record of a conversion of 100,000 modules."""
 
 
+def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the text by name that a file is to keep.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    __tracebackhide__ = True
+    for name, text in ({} if metadata is None else metadata).items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise invalid("metadata", {name: text}, "must be text by name", "write other values as JSON")
+    return dict(metadata or {})
+
+
 @dataclass(frozen=True)
 class Stored:
     """What a file holds.

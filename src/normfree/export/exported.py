@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from normfree.common.checks import check_flag, check_number, invalid, require
-from normfree.common.files import check_place
+from normfree.common.files import check_metadata, check_place
 from normfree.common.process import one_thread_at_a_time
 from normfree.common.text import one_line
 from normfree.common.torch_compat import copy_model, tree_map
@@ -74,13 +74,13 @@ class Format:
     Attributes:
         suffix: of its name.
         packages: that have to be installed, beside PyTorch.
-        write: writes a program to a path; the last argument names its outputs.
+        write: writes a program to a path; then come the names of its outputs, and what the file says of itself.
         read: opens such a file.
     """
 
     suffix: str
     packages: tuple[str, ...] = ()
-    write: Callable[[ExportedProgram, Path, Sequence[str]], None]
+    write: Callable[[ExportedProgram, Path, Sequence[str], Mapping[str, str]], None]
     read: Callable[[Path], Opened]
 
 
@@ -150,7 +150,7 @@ def quiet() -> Iterator[None]:
             logging.disable(disabled)
 
 
-def _write_onnx(program: ExportedProgram, path: Path, output_names: Sequence[str]) -> None:
+def _write_onnx(program: ExportedProgram, path: Path, output_names: Sequence[str], metadata: Mapping[str, str]) -> None:
     """Translate a program and write it, its weights to a second file beside it if they are large."""
     dynamic = [{0: Dim(BATCH, min=1)}] * len(program.graph_signature.user_inputs) if program.range_constraints else None
     try:
@@ -166,6 +166,7 @@ def _write_onnx(program: ExportedProgram, path: Path, output_names: Sequence[str
     except Exception as error:
         raise ValueError(_no_onnx_form(error)) from error
     assert translated is not None
+    translated.model.metadata_props.update(metadata)
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
     with quiet():
         translated.save(path, external_data=size > ONE_FILE)
@@ -215,12 +216,14 @@ ONNX = Format(suffix=".onnx", packages=("onnx", "onnxscript", "onnxruntime"), wr
 """What ONNX Runtime, TensorRT, OpenVINO and browsers run."""
 
 
-def _write_program(program: ExportedProgram, path: Path, output_names: Sequence[str]) -> None:
+def _write_program(
+    program: ExportedProgram, path: Path, output_names: Sequence[str], metadata: Mapping[str, str]
+) -> None:
     """Save a program; it keeps the outputs' structure, and so needs no names for them."""
     # By way of memory: PyTorch's own writer ends the process (std::terminate) when a disk is full.
     buffer = io.BytesIO()
     with quiet():
-        torch.export.save(program, buffer)
+        torch.export.save(program, buffer, extra_files=dict(metadata))
     path.write_bytes(buffer.getbuffer())
 
 
@@ -252,6 +255,7 @@ def to_onnx(
     *,
     dynamic_batch: bool = False,
     tolerance: float | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Fold a model, write it as an ONNX file, read that back with ONNX Runtime, and compare.
 
@@ -270,6 +274,7 @@ def to_onnx(
         dynamic_batch: whether the file takes any number of examples, on the leading axis of each input.
         tolerance: largest difference from the model, relative to the largest absolute output; by default
             ``sqrt(eps)``, 3.5e-4 in float32.
+        metadata: text by name that the file keeps, such as the names of the classes: its ``metadata_props``.
 
     Returns:
         Where the file is, what is in it, and how far it differs.
@@ -280,7 +285,8 @@ def to_onnx(
         ImportError: a package is not installed.
         OSError: the file cannot be written.
     """
-    return export(ONNX, model, example_input, path, dynamic_batch=dynamic_batch, tolerance=tolerance)
+    options: dict[str, Any] = {"dynamic_batch": dynamic_batch, "tolerance": tolerance, "metadata": metadata}
+    return export(ONNX, model, example_input, path, **options)
 
 
 def to_program(
@@ -290,6 +296,7 @@ def to_program(
     *,
     dynamic_batch: bool = False,
     tolerance: float | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Fold a model, write it as a torch.export program, read that back, and compare.
 
@@ -305,6 +312,7 @@ def to_program(
         dynamic_batch: whether the file takes any number of examples, on the leading axis of each input.
         tolerance: largest difference from the model, relative to the largest absolute output; by default
             ``sqrt(eps)``, 3.5e-4 in float32.
+        metadata: text by name that the file keeps: its extra files, as ``torch.export.load`` has them.
 
     Returns:
         Where the file is, what is in it, and how far it differs.
@@ -314,7 +322,8 @@ def to_program(
             tolerance. No file is left.
         OSError: the file cannot be written.
     """
-    return export(PROGRAM, model, example_input, path, dynamic_batch=dynamic_batch, tolerance=tolerance)
+    options: dict[str, Any] = {"dynamic_batch": dynamic_batch, "tolerance": tolerance, "metadata": metadata}
+    return export(PROGRAM, model, example_input, path, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,10 +369,12 @@ def export(
     *,
     dynamic_batch: bool,
     tolerance: float | None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Do for a kind of file what :func:`normfree.export.to_onnx` and ``to_program`` say they do."""
     path = check_path(path, kind.suffix)
     check_flag("dynamic_batch", dynamic_batch)
+    notes = check_metadata(metadata)
     for package in kind.packages:
         with quiet():
             require(package, "ONNX")
@@ -376,11 +387,18 @@ def export(
     with preserve_state(
         given
     ):  # it shares with the original what hooks and functions refer to, which no deep copy copies
-        return _export(kind, given, arguments, path, dynamic_batch=dynamic_batch, tolerance=tolerance)
+        return _export(kind, given, arguments, path, dynamic_batch=dynamic_batch, tolerance=tolerance, metadata=notes)
 
 
 def _export(
-    kind: Format, given: nn.Module, arguments: Arguments, path: Path, *, dynamic_batch: bool, tolerance: float
+    kind: Format,
+    given: nn.Module,
+    arguments: Arguments,
+    path: Path,
+    *,
+    dynamic_batch: bool,
+    tolerance: float,
+    metadata: Mapping[str, str],
 ) -> Exported:
     names = output_names(arguments.run(given))
     generator = torch.Generator().manual_seed(SEED)
@@ -394,7 +412,7 @@ def _export(
         return capture(module, example, dynamic_batch=dynamic_batch)
 
     def write(program: ExportedProgram, module: nn.Module, place: Path, what: str) -> tuple[Opened, Difference]:
-        kind.write(program, place, names)
+        kind.write(program, place, names, metadata)
         opened = kind.read(place)
         found = compare(opened.answer, lambda batch: batch.call(module), batches)
         _check_difference(found, tolerance, what)

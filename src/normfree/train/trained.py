@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from normfree.common.checks import invalid, require
-from normfree.common.files import kind_of, parse_dataclass, read_json, refused
+from normfree.common.files import kind_of, notes_of, parse_dataclass, read_json, refused
 from normfree.common.text import first_line, one_line, quoted
 from normfree.data import DataConfig
+from normfree.data.preprocessing import Preprocessing
 from normfree.trace.preserve import check_finite, check_statistics
 from normfree.train.checkpoint import CHECKPOINTS, CONFIG, MANIFEST, MODEL, CheckpointStore, verify_checkpoint
 from normfree.weights import load
@@ -36,10 +37,11 @@ class Trained:
         network: takes standardized images [N, C, H, W] and returns logits; in evaluation mode, on the CPU.
         exported: whether it is an exported file, which knows its precision and device itself.
         data: as the run it comes from resolved them, in the size the network is evaluated at; None without a run.
-        class_names: of the logits; None without a run.
+        class_names: of the logits; None where neither the run nor the file says them.
         training_data: what tells the images it was trained on from others; empty where that is not known.
         size: height and width of images that it was converted on; None where that is not known.
         note: what a person should know before they read an accuracy; "" for nothing.
+        preprocessing: of its images, as the file says it; None where it does not.
     """
 
     network: nn.Module
@@ -49,6 +51,12 @@ class Trained:
     training_data: Mapping[str, Any] = field(default_factory=dict)
     size: int | None = None
     note: str = ""
+    preprocessing: Preprocessing | None = None
+
+    @property
+    def prepared(self) -> DataConfig | Preprocessing | None:
+        """How its images are cropped and standardized, as its run or its file has it; None where neither does."""
+        return self.data or self.preprocessing
 
     @property
     def in_channels(self) -> Literal[1, 3] | None:
@@ -62,9 +70,8 @@ class Trained:
     @property
     def image_size(self) -> int | None:
         """Height and width of its images, as its run or an exported file has them; None where neither says it."""
-        if self.data is not None:
-            return self.data.image_size
-        return self.network.size if isinstance(self.network, FixedBatch) else self.size
+        fixed = self.network.size if isinstance(self.network, FixedBatch) else None
+        return fixed or (self.size if self.prepared is None else self.prepared.image_size)
 
 
 def open_trained(
@@ -105,16 +112,40 @@ def open_trained(
         raise ValueError(f"model: there is no {quoted(str(path))}; give {FORMS}")
     found = find_run(path if run is None else Path(run), required=run is not None)
     data, names, images = (None, None, {}) if found is None else (found.data, found.classes, found.training_data)
-    if opener := {".onnx": OnnxNetwork, ".pt2": ProgramNetwork}.get(path.suffix):
+    opener = {".onnx": OnnxNetwork, ".pt2": ProgramNetwork}.get(path.suffix)
+    if opener is None:
+        weights = weights_of(path)
+        network, metadata = _usable(opened(weights), weights), notes_of(weights) or {}
+    else:
         network = opener(path)
-        note = ""
-        if data is not None and network.size not in (None, data.image_size):
-            note = f"images are taken at {network.size} × {network.size} as the file has them, where the run's are "
-            note += f"{data.image_size} × {data.image_size}"
-            data = dataclasses.replace(data, image_size=network.size)
-        return Trained(network, True, data, names, images, note=note)
-    weights = weights_of(path)
-    return Trained(_usable(opened(weights), weights), False, data, names, images)
+        metadata = network.metadata
+    preprocessing, note = Preprocessing.read(metadata, path), ""
+    if preprocessing is not None and found is not None:
+        if (preprocessing.classes, preprocessing.statistics) != (found.classes, found.data.statistics):
+            rule = "says of its images or classes what its run, the one it lies in or that of --run, does not"
+            raise refused("model", path, rule, "give the run it comes from, or move the file out of this one")
+    elif preprocessing is not None:
+        names = preprocessing.classes
+    if isinstance(network, FixedBatch) and data is not None and network.size not in (None, data.image_size):
+        note = f"images are taken at {network.size} × {network.size} as the file has them, where the run's are "
+        note += f"{data.image_size} × {data.image_size}"
+        data = dataclasses.replace(data, image_size=network.size)
+    return Trained(network, opener is not None, data, names, images, note=note, preprocessing=preprocessing)
+
+
+def preprocessing_of(path: Path) -> Preprocessing | None:
+    """Return how the images of a run's network are prepared, as the run says it, or else a file of its weights.
+
+    Args:
+        path: of the run, a checkpoint, or a file of weights.
+
+    Raises:
+        ValueError: what says it is damaged.
+    """
+    run = find_run(path)
+    if run is not None:
+        return Preprocessing.of(run.data, run.classes)
+    return Preprocessing.read(notes_of(weights_of(path)) or {}, path)
 
 
 def _usable(network: nn.Module, path: Path) -> nn.Module:
@@ -240,9 +271,11 @@ class FixedBatch(nn.Module):
         batch_size: that number; None for any.
         size: height and width it takes; None for any.
         channels: of its images; None for any.
+        metadata: text by name that it keeps.
     """
 
     path: Path
+    metadata: Mapping[str, str]
     batch_size: int | None
     size: int | None
     channels: int | None
@@ -293,6 +326,7 @@ class OnnxNetwork(FixedBatch):
             self.batch_size, self.channels, self.size = image_sizes(given.shape)
         except Exception as error:  # of its own kinds
             raise refused("model", path, f"ONNX Runtime does not run it ({first_line(error)})", REMEDY) from error
+        self.metadata = session.get_modelmeta().custom_metadata_map
         self.answer = lambda images: torch.from_numpy(session.run(None, {given.name: images.numpy()})[0])
 
 
@@ -309,12 +343,14 @@ class ProgramNetwork(FixedBatch):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
+        kept: dict[str, Any] = {Preprocessing.METADATA: ""}
         try:
-            program = torch.export.load(path)
+            program = torch.export.load(path, extra_files=kept)
             (name,) = program.graph_signature.user_inputs
             (shape,) = (node.meta["val"].shape for node in program.graph.nodes if node.name == name)
             self.batch_size, self.channels, self.size = image_sizes(shape)
             module = program.module()
         except Exception as error:  # a damaged file raises almost anything
             raise refused("model", path, f"PyTorch does not load it ({first_line(error)})", REMEDY) from error
+        self.metadata = {name: text for name, text in kept.items() if text}
         self.answer = lambda images: module(images)  # not as a child: a program has no mode to change

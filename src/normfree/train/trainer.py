@@ -30,6 +30,7 @@ from normfree.common.files import parse_json, read, write_atomically
 from normfree.common.text import first_line, quoted, short_repr
 from normfree.common.torch_compat import tree_leaves
 from normfree.data import TooFewExamples, TrainingData, list_names, open_evaluation, open_training, with_holdout
+from normfree.data.preprocessing import Preprocessing
 from normfree.models.registry import CENTRED
 from normfree.optim import (
     AdaptiveGradientClipping,
@@ -674,10 +675,11 @@ class Trainer:
         return {name: partial(self._save, self.states.gather_network(network)) for name, network in networks.items()}
 
     def _save(self, network: nn.Module, path: Path) -> None:
+        metadata = Preprocessing.of(self.evaluation_data.config, self.data.class_names).to_metadata()
         if self.config.is_foreign:
-            save_trained(network, path, self.config.model, self.data.num_classes)
+            save_trained(network, path, self.config.model, self.data.num_classes, metadata=metadata)
         else:
-            save(network, path)
+            save(network, path, metadata=metadata)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint.

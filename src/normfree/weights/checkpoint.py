@@ -23,6 +23,7 @@ from normfree.common.files import (
     MODEL_OF_WEIGHTS,
     Stored,
     check_file,
+    check_metadata,
     is_of_torch,
     is_safetensors,
     parse_json,
@@ -221,7 +222,9 @@ BUILT_BY = "normfree.built_by"
 """The note of a trained model of somebody else: the word for what builds it, and its number of classes, as JSON."""
 
 
-def save_trained(model: nn.Module, path: str | Path, word: str, num_classes: int) -> Path:
+def save_trained(
+    model: nn.Module, path: str | Path, word: str, num_classes: int, *, metadata: Mapping[str, str] | None = None
+) -> Path:
     """Write a network that was trained by a word for what builds it: as :func:`save` where a file can rebuild it.
 
     Any other is written with the word, and read by :func:`load` with the model that the word builds.
@@ -231,12 +234,14 @@ def save_trained(model: nn.Module, path: str | Path, word: str, num_classes: int
         path: where to, ``*.safetensors``.
         word: what it was built by, as ``normfree train --model`` takes it.
         num_classes: of its outputs.
+        metadata: as :func:`save` takes it.
     """
     try:
-        return save(model, path)
+        return save(model, path, metadata=metadata)
     except ValueError:
         check_target(path)
-        return write(model, path, {BUILT_BY: json.dumps({"model": word, "num_classes": num_classes})})
+        note = json.dumps({"model": word, "num_classes": num_classes})
+        return write(model, path, {**(metadata or {}), BUILT_BY: note})
 
 
 def built_by(path: str | Path) -> tuple[str, int] | None:
@@ -261,7 +266,7 @@ def built_by(path: str | Path) -> tuple[str, int] | None:
     return word, classes
 
 
-def save(model: nn.Module, path: str | Path) -> Path:
+def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> Path:
     """Write a model of :func:`normfree.create_model` or :func:`normfree.convert` as one safetensors file.
 
     Beside the weights the file has what rebuilds the model: its name and overrides, or the record of its conversion.
@@ -271,19 +276,20 @@ def save(model: nn.Module, path: str | Path) -> Path:
     Args:
         model: the model; of a compiled or data-parallel one, what it wraps.
         path: where to, ``*.safetensors``; a file of that name is replaced.
+        metadata: more text by name for the file to keep, such as the names of the classes.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: the path is a folder or ends otherwise; the model does not know how it was built, was built from
-            a callable, or has had a layer exchanged since.
+        ValueError: the path is a folder or ends otherwise; metadata that are no text by name; the model does not
+            know how it was built, was built from a callable, or has had a layer exchanged since.
     """
-    model = unwrap(model)
+    model, metadata = unwrap(model), check_metadata(metadata)
     if (note := _note_of_conversion(model)) is not None:
-        return write(model, path, {CONVERTED: note})
+        return write(model, path, {**metadata, CONVERTED: note})
     if (note := config_note(model)) is not None:
-        return write(model, path, {NAMED: note})
+        return write(model, path, {**metadata, NAMED: note})
     check_backbone(model, "save its state_dict with safetensors.torch.save_file")
     rule = "has no config, so a file could not rebuild it"
     remedy = "build it with normfree.create_model, or convert it with normfree.convert"
@@ -486,7 +492,17 @@ def write(model: nn.Module, path: str | Path, notes: Mapping[str, str]) -> Path:
         memory.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
     folded = {} if has_foldable(model) or BUILT_BY in notes else {FOLDED: "true"}
-    return write_atomically(path, to_bytes(tensors, metadata={**notes, **folded}))
+    return write_atomically(path, _with_sorted_notes(to_bytes(tensors, metadata={**notes, **folded})))
+
+
+def _with_sorted_notes(content: bytes) -> bytes:
+    """The bytes of a safetensors file with its notes by name, which safetensors writes in any order."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[start:]))
 
 
 def _check_writable(model: nn.Module, name: str, tensor: Tensor, *, weight: bool) -> None:
