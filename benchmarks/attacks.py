@@ -1225,6 +1225,47 @@ for command in ("evaluate", "predict"):
     attack("wrong", f"{command}: weights of two precisions", act, promise=WORKS)
 
 
+def forged_preprocessing(suffix: str, change: str | dict[str, Any]) -> Callable[[Path], list[str]]:
+    """A file whose metadata say something else of the images and classes, or nothing that can be read."""
+    sound = {"image_size": 8, "crop_ratio": 0.875, "mean": [0.5], "std": [0.5], "classes": list("0123456789")}
+    metadata = {"normfree.preprocessing": change if isinstance(change, str) else json.dumps({**sound, **change})}
+
+    def act(folder: Path) -> list[str]:
+        from normfree.export import to_onnx
+        from normfree.weights import load, save
+
+        image_in(folder)
+        model = load(model_in(folder, "given.safetensors"))
+        if suffix == ".onnx":
+            to_onnx(model, torch.randn(1, 1, 8, 8), folder / "forged.onnx", metadata=metadata)
+        else:
+            save(model, folder / "forged.safetensors", metadata=metadata)
+        return ["predict", f"forged{suffix}", "image.png"]
+
+    return act
+
+
+for suffix in (".onnx", ".safetensors"):
+    for title, change in {
+        "no JSON": "{",
+        "nested deeply": "[" * 100_000,
+        "an integer of 100,000 digits": '{"image_size": ' + "9" * 100_000 + "}",
+        "two of one class": {"classes": ["a", *"012345678", "a"]},
+        "too few classes": {"classes": ["a", "b"]},
+        "escapes in a class": {"classes": ["\x1b[31mred\x07", *"012345678", ""]},
+        "three colours": {"mean": [0.5] * 3, "std": [0.5] * 3},
+        "a deviation of 0": {"std": [0.0]},
+        "not a number": {"mean": [float("nan")]},
+        "an image of a million pixels squared": {"image_size": 10**6},
+        "an image of no size": {"image_size": 0},
+        "a crop of nothing": {"crop_ratio": 1e-300},
+    }.items():
+        names = "" if title == "three colours" else "forged"  # those of the model are known as it runs
+        attack("wrong", f"preprocessing of a {suffix} file: {title}", forged_preprocessing(suffix, change), names)
+    act = forged_preprocessing(suffix, {"classes": ["\x1b[31mred\x07", *"123456789"]})
+    attack("wrong", f"preprocessing of a {suffix} file: a class with escapes", act, promise=WORKS)
+
+
 def foreign(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[Path], list[str]]:
     """A state dict of another library's network, to convert."""
 

@@ -241,6 +241,7 @@ def test_missing_labels_name_the_row(tmp_path, streaming):
         ("on_bad_image", "ignore"),
         ("crop_ratio", 0),
         ("crop_ratio", 1.5),
+        ("crop_ratio", 1e-6),
         ("mean", (0.5, 0.5, 0.5)),
         ("image_size", 0),
     ],

@@ -236,10 +236,12 @@ class Predict(_Trained):
         if said:
             self.tell(console, said)
         names = trained.class_names
-        classes = None if names is None else len(names)
         with torch.no_grad():
             parts = map(standardization, images.split(64))
-            logits = torch.cat([logits_of(trained.network, part, classes).float() for part in parts])
+            logits = torch.cat([logits_of(trained.network, part, None).float() for part in parts])
+        if names is not None and len(names) != logits.shape[1]:
+            rule = f"tells {logits.shape[1]} classes apart, where its run or its metadata name {len(names)}"
+            raise refused("model", self.model, rule, "give the run it comes from by --run, or an undamaged file")
         for path, row in zip(files, logits, strict=True):
             if not row.isfinite().all():
                 given, image = quoted(self.model), quoted(str(path))

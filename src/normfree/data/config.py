@@ -174,6 +174,9 @@ class DataConfig:
         check_choices(self)
         if not 0 < check_number("crop_ratio", self.crop_ratio) <= 1:
             raise invalid("crop_ratio", self.crop_ratio, "must be above 0 and at most 1", "pass 0.875")
+        if (self.image_size or 224) > 2 * LARGEST_SIZE * self.crop_ratio:
+            rule = f"images would be resized to more than {2 * LARGEST_SIZE:,} pixels"
+            raise invalid("crop_ratio", self.crop_ratio, rule, "pass 0.875")
         if self.in_memory is True and self.streaming is True:
             raise invalid("in_memory", True, "data are streamed or held in memory, not both", "pass streaming=False")
         check_statistics(self.mean, self.std, self.in_channels)
