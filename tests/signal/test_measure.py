@@ -298,3 +298,33 @@ def test_no_activation_outlives_its_use(points):
     # While block n is told of, block n − 1 is gone: only the caller's own variable holds one.
     assert counts == [0] * 10
     assert not any(reference() is not None for reference in alive)
+
+
+class Scaled(nn.Module):
+    """A layer whose weight is computed in its forward, and freed after it."""
+
+    def __init__(self, size: int, gain: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, size) / size**0.5)
+        self.gain = nn.Parameter(torch.tensor(gain))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.gain)
+
+
+def weight_normed(size: int, gain: float) -> nn.Module:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(size, size))
+    layer.parametrizations.weight.original0.data.fill_(gain)
+    return layer
+
+
+@pytest.mark.parametrize("layer", [Scaled, weight_normed])
+def test_a_weight_computed_in_the_forward_has_its_own_gain(layer):
+    """The next one of its shape may lie where it did."""
+    torch.manual_seed(0)
+    gains, size = (1.0, 0.1, 3.0, 0.5, 1.0, 0.2, 0.0, 2.0), 128
+    model = nn.Sequential(*[part for gain in gains for part in (layer(size, gain), nn.Tanh())], nn.Linear(size, 2))
+    x = torch.randn(32, size)
+    for _ in range(3):
+        found = [block.weight_gain for block in spp(model, x, gradient=False).blocks]
+        assert found[:-1] == pytest.approx(gains, rel=0.02)

@@ -96,6 +96,10 @@ class Weights:
         self.at = {parameter.data_ptr(): name for name, parameter in named.items()}
         self.within = {parameter.untyped_storage().data_ptr(): name for name, parameter in named.items()}
 
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is one of these weights, or a view of one."""
+        return bool(self.among((tensor,)))
+
     def among(self, tensors: Iterable[Tensor]) -> list[str]:
         """The names of those weights that tensors are, or are views of, in their order."""
         found = []

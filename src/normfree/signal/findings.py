@@ -498,6 +498,9 @@ def _is_off(point: BlockSignal, sign: int) -> bool:
 # One dead channel in a hundred costs nothing; a tenth is capacity gone from the start.
 DEAD, MANY_DEAD = 0.01, 0.1
 
+RECTIFIERS = {"ReLU", "ReLU6"}
+"""Activations whose gradient is zero where their input is: what is behind a layer of zeros stays dead."""
+
 
 def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch], made_of: Architecture) -> Iterator[Finding]:
     points = [*comparable(signal), *_inner_layers(along)]  # a class token starts the same for all
@@ -508,11 +511,19 @@ def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch], made_of:
     fades = bool(_fadings(along))
     remedy = remedies.dead_channels(made_of, fades=fades, residual=worst.kind == "residual")
     zero = next((p for p in points if p.weight_gain == 0 and p.number == worst.after is not None), None)
-    cause = f" What it reads is {zero.place}, whose weights are all zero." if zero else ""
+    severity: Severity = (
+        "error" if worst.dead_channels == 1 else "warning" if worst.dead_channels > MANY_DEAD else "info"
+    )
+    cause = ""
+    if zero is not None:
+        cause = f" What it reads is {zero.place}, whose weights are all zero."
+        if made_of.activations and not RECTIFIERS.intersection(made_of.activations):
+            severity, cause = "info", f"{cause} They move with the first step: no ReLU takes their gradient at zero."
+            remedy = remedies.Remedy("Nothing, if the zero start is intended.", FILL)
     where = "there" if worst is dead[0] else f"at {worst.place}"
     yield Finding(
         kind="dead_channels",
-        severity="error" if worst.dead_channels == 1 else "warning" if worst.dead_channels > MANY_DEAD else "info",
+        severity=severity,
         block=dead[0].index_on_plot,
         message=(
             f"channels are constant whatever the input at {len(dead)} of {len(points)} points, first "

@@ -324,9 +324,13 @@ class PointRecorder(Recorder):
         return name.removeprefix(self.stack.names[module]).removeprefix(".")
 
     def _weight_gain(self, name: str, args: Sequence[Any]) -> float | None:
-        """:func:`weight_gain`, once for each weight of a cell that runs many times."""
+        """:func:`weight_gain`, once for each weight of a cell that runs many times.
+
+        A weight is known again by its memory, so only a parameter's, which lasts: that of a weight computed in the
+        forward is the next one's as soon as it is freed.
+        """
         weight, _ = op.weight_and_bias(name, args)
-        if weight is None or weight.layout != torch.strided:
+        if weight is None or weight.layout != torch.strided or not self.weights.is_parameter(weight):
             return weight_gain(name, args)
         key = weight.data_ptr(), weight._version, weight.shape, weight.stride(), name
         if key not in self.gains:

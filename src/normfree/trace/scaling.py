@@ -11,7 +11,7 @@ gains its branch is zero by.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 from weakref import ref
 
@@ -29,11 +29,13 @@ class Factor:
         key: tells whether two factors are one and the same (the same 0-d tensor, the same constant).
         value: a number, or one per channel [C].
         constant: a number written in the code rather than a tensor of the model.
+        tensor: whose memory the key names, which is not another's as long as the factor lasts; None of a number.
     """
 
     key: object
     value: float | Tensor
     constant: bool = False
+    tensor: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def vanishes(self) -> bool:
@@ -49,10 +51,12 @@ def scalar_factor(value: Any, *, owned: bool, inverse: bool = False) -> Factor |
         owned: it is a parameter or computed from one (otherwise a 0-d tensor is a number of the code).
         inverse: it is divided by.
     """
+    tensor = None
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
             return None
         number, constant = float(value.item()), not owned
+        tensor = None if constant else value.detach()
         key: object = ("constant", number) if constant else ("tensor", value.data_ptr(), value.dtype)
     elif isinstance(value, (int, float)):
         number, constant = float(value), True
@@ -61,13 +65,13 @@ def scalar_factor(value: Any, *, owned: bool, inverse: bool = False) -> Factor |
         return None
     if inverse:
         number = 1 / number if number else float("inf")
-    return Factor((key, inverse), number, constant)
+    return Factor((key, inverse), number, constant, tensor)
 
 
 def vector_factor(value: Tensor, *, inverse: bool = False) -> Factor:
     """The factor that one number per channel is."""
     numbers = value.detach().flatten().double().cpu()
-    return Factor(("vector", value.data_ptr(), inverse), 1 / numbers if inverse else numbers)
+    return Factor(("vector", value.data_ptr(), inverse), 1 / numbers if inverse else numbers, tensor=value.detach())
 
 
 def varying_axis(x: Tensor, factor: Tensor) -> int | None:
