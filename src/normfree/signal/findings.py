@@ -498,8 +498,9 @@ def _is_off(point: BlockSignal, sign: int) -> bool:
 # One dead channel in a hundred costs nothing; a tenth is capacity gone from the start.
 DEAD, MANY_DEAD = 0.01, 0.1
 
-RECTIFIERS = {"ReLU", "ReLU6"}
-"""Activations whose gradient is zero where their input is: what is behind a layer of zeros stays dead."""
+RECTIFIERS = {"ReLU", "ReLU6", "hard tanh"}
+"""Activations whose gradient is zero where their input is (torch runs ReLU6 as a hard tanh from 0 to 6): what is behind
+a layer of zeros stays dead."""
 
 
 def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch], made_of: Architecture) -> Iterator[Finding]:
