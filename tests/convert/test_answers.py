@@ -330,7 +330,7 @@ def test_the_cost_of_a_plan_grows_as_the_graph_does(preactivated):
         times = []
         for _ in range(3):
             start = time.process_time()
-            fresh_plan(Structure(flow), model, alpha=0.2, skip_gain=1.0, beta="plan", uncarried={})
+            fresh_plan(Structure(flow), model, alpha=0.2, skip_gain=1.0, beta="plan", uncarried={}, staying={})
             times.append(time.process_time() - start)
         return min(times)
 

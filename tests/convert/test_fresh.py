@@ -264,12 +264,35 @@ def test_a_layer_that_ends_a_branch_each_time_it_runs_carries_the_factor():
 
 
 def test_a_layer_that_ends_a_branch_not_each_time_is_told_once():
-    record = normfree.convert(Repeated(torch.tanh), IMAGES).conversion
+    class Streams(nn.Module):
+        """One convolution that ends a branch in two streams, and stands before an activation in a third."""
+
+        def __init__(self):
+            super().__init__()
+            self.stems = nn.ModuleList(nn.Conv2d(3, 32, 3, padding=1) for _ in range(3))
+            self.norms, self.conv = nn.ModuleList(nn.BatchNorm2d(32) for _ in range(3)), nn.Conv2d(32, 32, 3, padding=1)
+
+        def forward(self, x):
+            first, second, third = (stem(x) for stem in self.stems)
+            last = torch.tanh(self.conv(self.norms[2](third)))
+            return (
+                first + self.conv(self.norms[0](first).relu()),
+                second + self.conv(self.norms[1](second).relu()),
+                third + last,
+            )
+
+    record = normfree.convert(Streams(), IMAGES).conversion
     assert all(change.alpha is None for change in record.changes)
     assert record.different_notes() == [
-        "branch added in the model keeps its size: conv2, which ends it, does so not each time it runs (6 times)",
+        "branch added in the model keeps its size: conv, which ends it, does so not each time it runs (2 times)",
         "branch added in the model keeps its size: it ends in tanh, which no weight follows",
     ]
+
+
+def test_norms_that_a_repeated_block_needs_where_nothing_carries_its_factor_stay():
+    """Unscaled branches of one weight add up: by 570 in six runs."""
+    with pytest.raises(ValueError, match=r"norm1 \(BatchNorm2d\): conv2 runs 7 times on what came of its own output"):
+        normfree.convert(Repeated(torch.tanh), IMAGES)
 
 
 def test_a_norm_behind_a_sum_belongs_to_its_branch():

@@ -161,3 +161,23 @@ def test_a_norm_over_the_nodes_of_a_graph_is_one():
     record = normfree.convert(Normed().eval(), (torch.randn(NODES, 8), *EDGES), start="pretrained").conversion
     assert [(one.name, one.was) for one in record.norms_left] == [("own", "standardization")]
     assert "standard deviation over nodes" in record.norms_left[0].reason
+
+
+def test_every_norm_over_the_examples_is_listed():
+    class Examples(nn.Module):
+        """Divides by the larger of two deviations, one of them over the examples, in training alone."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8, 1, 1))
+            self.register_buffer("variance", torch.ones(1, 8, 1, 1))
+
+        def forward(self, x):
+            among = x.var((0, 2, 3), unbiased=False, keepdim=True) if self.training else self.variance
+            alone = x.var((2, 3), unbiased=False, keepdim=True)
+            return x / torch.max((among + 1e-5).sqrt(), self.weight * x + (alone + 1e-5).sqrt())
+
+    torch.manual_seed(0)
+    layers = [part for number in range(4) for part in (nn.Conv2d(3 if number == 0 else 8, 8, 3, padding=1), Examples())]
+    record = normfree.convert(nn.Sequential(*layers, nn.Conv2d(8, 2, 1)), torch.randn(4, 3, 12, 12)).conversion
+    assert {one.name for one in record.norms_left} == {"1", "3", "5", "7"}

@@ -544,3 +544,86 @@ def test_a_difference_of_two_other_signals_is_a_branch():
             return x + (self.one(x.relu()) - self.other(x.relu()))
 
     assert len(spp(nn.Sequential(Differential(), Differential()), torch.randn(4, 5, 8)).blocks) == 2
+
+
+class Adapter(nn.Module):
+    """A layer and a low-rank update of it; nothing of the update is nonlinear."""
+
+    def __init__(self, layer, *, bent=False):
+        super().__init__()
+        self.layer, self.bent = layer, bent
+        self.down = nn.Parameter(torch.randn(4, layer.in_features) / 4)
+        self.up = nn.Parameter(torch.randn(layer.out_features, 4) / 4)
+
+    def forward(self, x):
+        low = x @ self.down.T
+        return self.layer(x) + 2.0 * ((low.relu() if self.bent else low) @ self.up.T)
+
+
+class Factorized(nn.Module):
+    """A convolution beside a 1×1 and a 3×3 one in a row, each path with its norm, as in re-parametrised blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+        self.other = nn.Sequential(nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 3, padding=1), nn.BatchNorm2d(16))
+
+    def forward(self, x):
+        return (self.one(x) + self.other(x)).relu()
+
+
+@pytest.mark.parametrize(
+    ("part", "size", "blocks"),
+    [
+        (lambda: Adapter(nn.Linear(16, 16)), (32, 16), 0),
+        (lambda: Adapter(nn.Linear(16, 16), bent=True), (32, 16), 3),
+        (Factorized, (8, 16, 8, 8), 0),
+    ],
+)
+def test_linear_paths_side_by_side_are_one_layer(part, size, blocks):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[layer for _ in range(3) for layer in (part(), nn.ReLU())])
+    found = spp(model, torch.randn(*size)).blocks
+    assert sum(block.kind == "residual" for block in found) == blocks
+
+
+@pytest.mark.parametrize("how", ["einsum", "tensordot", "matmul"])
+def test_a_weighted_sum_of_layers_keeps_their_channels(how):
+    class Mixed(nn.Module):
+        """The learned average of an activation and a layer of it."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+            self.shares = nn.Parameter(torch.ones(2) / 2)
+
+        def forward(self, x):
+            both = torch.stack([x, self.layer(x)])
+            if how == "einsum":
+                return torch.einsum("k,knchw->nchw", self.shares, both)
+            if how == "tensordot":
+                return torch.tensordot(self.shares, both, 1)
+            return (self.shares @ both.flatten(1)).view(x.shape)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *[Mixed() for _ in range(4)], nn.Conv2d(16, 3, 1))
+    signal = spp(model, torch.randn(8, 3, 16, 16))
+    assert signal.verdict == "healthy" and all(point.avg_channel_var > 0.01 for point in signal.blocks)
+
+
+def test_a_weight_on_the_left_has_channels_in_its_rows():
+    class Columns(nn.Module):
+        """Examples in columns."""
+
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.ParameterList(torch.randn(16, 16) / 4 for _ in range(4))
+
+        def forward(self, x):
+            for weight in self.weights:
+                x = (weight @ x).relu()
+            return x
+
+    torch.manual_seed(0)
+    signal = spp(Columns(), torch.randn(16, 64))
+    assert [point.channel_axis for point in signal.blocks] == [0] * 4

@@ -369,6 +369,8 @@ class Measured:
         units: the mean and the standard deviation of each channel in the place of each affine map.
         lost: the mean square at each norm's place where the layers before it do not carry the variance.
         shares: of the variance within channels and that of their means, at each norm's place, the share of the first.
+        runs: the mean square at the place of each norm to be watched, each time it is passed.
+        constant: the layers whose filters have seen a constant each time so far.
     """
 
     scales: dict[str, float] = field(default_factory=dict)
@@ -378,10 +380,18 @@ class Measured:
     units: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
+    runs: dict[str, list[float]] = field(default_factory=dict)
+    constant: set[str] = field(default_factory=set)
 
 
 def measure(
-    model: nn.Module, conversion: Conversion, batch: Batch, *, trains: Trains = None, checked: Container[str] = ()
+    model: nn.Module,
+    conversion: Conversion,
+    batch: Batch,
+    *,
+    trains: Trains = None,
+    checked: Container[str] = (),
+    watched: Container[str] = (),
 ) -> Measured:
     """Set what a record leaves open on a converted model, and check at each norm's place what carries its variance.
 
@@ -390,7 +400,8 @@ def measure(
     to one position it is the quantity that does not depend on how alike the examples are. An affine map gives each
     channel mean 0 and variance 1, a factor in a norm's place the whole a variance of 1. They are set one after another
     as the signal reaches them, in the mode in which the network will be trained: norms that stay on the statistics of
-    the batch, branches awake (skip gains of one), dropout on. What runs several times is set by its first input.
+    the batch, branches awake (skip gains of one), dropout on. What runs several times is set by its first input, past
+    those that are constant, as a first state of zeros is.
 
     Args:
         model: the converted model; it keeps what is found.
@@ -398,6 +409,7 @@ def measure(
         batch: what to measure with.
         trains: the modules in training mode: auxiliary heads run in training alone.
         checked: the layers whose closed form is replaced where it is off by more than :data:`DRIFT`.
+        watched: the removed norms whose places are measured each time.
 
     Raises:
         ValueError: a layer's filters see a constant, so that no scale gives its output a variance; or a norm that stays
@@ -410,6 +422,7 @@ def measure(
         for change in conversion.changes
         for name, hook in _hooks(change, conversion, scaled, found, ran, checked)
     ]
+    hooks += [(modules[c.name], _run_reader(c.name, found)) for c in conversion.changes if c.name in watched]
     readers = [(modules[c.name], _size_reader(c, found)) for c in conversion.changes if c.name in checked]
     gains = [m.skip_gain for m in model.modules() if isinstance(m, BranchEnd) and m.skip_gain is not None]
     try:
@@ -428,6 +441,12 @@ def measure(
             "example_input: a norm that stays takes its statistics over the batch, as it will in training, and has one "
             "value of each channel there; give several examples"
         ) from error
+    if found.constant:
+        raise ValueError(
+            f"example_input: all that a filter of {min(found.constant)} sees at once is the same (a constant, or grey "
+            "images seen pixel by pixel), and filters that sum to zero make nothing of it, so its scale cannot be "
+            "measured; give a batch of several different examples, in colour"
+        )
     for name, scale in found.scales.items():  # the run leaves attributes and buffers as they were
         _rule_of(modules[name]).input_scale = scale
     layouts = {change.name: change.weight for change in conversion.changes if change.name in found.biases}
@@ -461,34 +480,42 @@ def _hooks(
         yield name, _at_first(_checker(change, size, found, ran))
 
 
-def _at_first(hook: Before) -> Before:
-    """The hook at a module's first run alone."""
+def _at_first(hook: Callable[[Any, tuple[Any, ...], dict[str, Any]], bool | None]) -> Before:
+    """The hook at a module's first run alone; at the next one, too, as long as it answers False."""
     ran: list[nn.Module] = []
 
     def once(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if not ran:
+        if not ran and hook(module, inputs, named) is not False:
             ran.append(module)
-            hook(module, inputs, named)
 
     return once
 
 
-def _setter(name: str, change: Change, found: Measured) -> Before:
-    """Set a layer's input scale; one that the record has stays where it gives a mean square near 1."""
+def _run_reader(name: str, found: Measured) -> Before:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.runs.setdefault(name, []).append(float(_tensor_in(inputs, named).double().square().mean()))
+
+    return hook
+
+
+def _setter(name: str, change: Change, found: Measured) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], bool]:
+    """Set a layer's input scale; one that the record has stays where it gives a mean square near 1.
+
+    Filters that sum to zero make nothing of a constant: then the answer is False.
+    """
     factor = change.correction or 1.0
 
-    def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> bool:
         given = _tensor_in(inputs, named)
         mean_square = float(_plain_output(module, inputs, named).double().square().mean())
         if not mean_square > LEAST_SEEN * float(given.double().square().mean()):
-            raise ValueError(
-                f"example_input: all that a filter of {name} sees at once is the same (a constant, or grey images seen "
-                "pixel by pixel), and filters that sum to zero make nothing of it, so its scale cannot be measured; "
-                "give a batch of several different examples, in colour"
-            )
+            found.constant.add(name)
+            return False
+        found.constant.discard(name)
         planned = None if change.input_scale is None else (change.input_scale / factor) ** 2 * mean_square
         if planned is None or not 1 / DRIFT <= planned <= DRIFT:
             found.scales[name] = _rule_of(module).input_scale = factor * mean_square**-0.5
+        return True
 
     return hook
 

@@ -7,7 +7,8 @@ A norm gives its output unit variance, whatever its input has. Without it, one o
 3. the nearest layers on every path back to it, standardized, whatever is in between (rather than 2 where all of
    them are convolutions or end residual branches, which are standardized in any case);
 4. an affine map in its place, with the mean and variance that the example has there (BatchNorm), where a path leads
-   back to the input, a lookup, a recurrence or a weight of no known layer;
+   back to the input, a lookup, a recurrence or a weight of no known layer; for another norm a measured factor, where
+   a residual stream begins with it;
 5. the layers after it, where only what is homogeneous lies in between (a norm that no affine map can stand for).
 
 A norm for which there is none of these stays, and so does one that directly follows a weight that cannot be
@@ -21,6 +22,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 
 from torch import Tensor, nn
@@ -103,6 +105,7 @@ class NormGroups:
         aggregated: those among them after an aggregation over nodes or positions: a layer may then give them a mean
             square of 1, and little of it as variance within channels, for aggregation makes nodes alike.
         affine: those an affine map stands for, and why.
+        factored: those that a measured factor stands for, and why.
         kept: the others, and why.
     """
 
@@ -110,14 +113,21 @@ class NormGroups:
     between: set[str] = field(default_factory=set)
     aggregated: set[str] = field(default_factory=set)
     affine: dict[str, str] = field(default_factory=dict)
+    factored: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
 
 
-def sort_norms(structure: Structure, ways: SignalPaths) -> NormGroups:
-    """What becomes of each norm of a model in a fresh start."""
+def sort_norms(structure: Structure, ways: SignalPaths, staying: Mapping[str, str]) -> NormGroups:
+    """What becomes of each norm of a model in a fresh start.
+
+    Args:
+        structure: of the model.
+        ways: through it.
+        staying: norms that were measured to be needed, and why.
+    """
     norms = NormGroups()
     for name, calls in structure.norms.items():
-        if reason := _reason_to_keep(structure, ways, calls):
+        if reason := staying.get(name) or _reason_to_keep(structure, ways, calls):
             norms.kept[name] = reason
             continue
         answers = [_carrier_of(structure, ways, call) for call in calls]
@@ -128,22 +138,99 @@ def sort_norms(structure: Structure, ways: SignalPaths) -> NormGroups:
                 norms.affine[name] = reason
             else:
                 norms.kept[name] = f"it runs {len(calls)} times, and {reason}: one affine map cannot stand for all"
+        elif len(calls) == 1 and (reason := answers[0].factored):
+            norms.factored[name] = reason
         else:
             norms.removed[name] = tuple(dict.fromkeys(each for answer in answers for each in answer.layers))
             if any(answer.between for answer in answers):
                 norms.between.add(name)
             if any(call.input in ways.aggregated for call in calls):
                 norms.aggregated.add(name)
+    _keep_unanswered(structure, ways, norms)
     return norms
+
+
+def loops(structure: Structure, norms: NormGroups) -> dict[str, frozenset[str]]:
+    """The modules that run on what came of their own output, and the removed norms that are or are answered by each.
+
+    Whatever such a module gives is what it takes, so that a size that is off by a little is off by its power: it is
+    not known from its first run how large it becomes.
+    """
+    answered: dict[str, set[str]] = {}
+    for name, layers in norms.removed.items():
+        for each in (name, *layers):
+            answered.setdefault(each, set()).add(name)
+    calls_of = structure.layers | structure.norms
+    return {
+        each: frozenset(names)
+        for each, names in answered.items()
+        if _feeds_itself(structure.flow, calls_of.get(each, []))
+    }
+
+
+def _feeds_itself(flow: Dataflow, calls: list[Call]) -> bool:
+    """Whether what a run gave leads to what the next one takes."""
+    for call, following in pairwise(calls):
+        if call.output is None or following.input is None:
+            continue
+        seen, waiting = {following.input}, [following.input]
+        while waiting:
+            node = waiting.pop()
+            if node is call.output:
+                return True
+            new = {each for each in node.parents if each.number >= call.output.number} - seen
+            seen |= new
+            waiting += new
+    return False
+
+
+def _keep_unanswered(structure: Structure, ways: SignalPaths, norms: NormGroups) -> None:
+    """Have layers, or norms that stay, answer each removed norm; keep the first of those that answer one another alone.
+
+    A norm may be answered by another: by what answers that one, if it is removed.
+    """
+    answers = _answers_past_norms(norms.removed)
+    while unanswered := [name for name in norms.removed if not answers[name]]:
+        name = unanswered[0]
+        past = next(
+            (past for call in structure.norms[name] if call.input and (past := ways.source_of(call.input).past)), ""
+        )
+        takes = f"it takes {past}, and" if past else "before it and"
+        norms.kept[name] = f"{takes} after it only norms take over, of which one has to stay"
+        norms.between.discard(name)
+        norms.aggregated.discard(name)
+        del norms.removed[name]
+        answers = _answers_past_norms(norms.removed)
+    norms.removed.update({name: layers[:MOST_NAMED] for name, layers in answers.items()})
+
+
+def _answers_past_norms(removed: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """What answers each removed norm, none of it a removed norm; nothing for those that answer one another alone."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in removed:
+        seen, waiting, last = {name}, list(removed[name]), dict[str, None]()
+        while waiting:
+            answer = waiting.pop(0)
+            if answer not in removed:
+                last[answer] = None
+            elif answer not in seen:
+                seen.add(answer)
+                waiting += removed[answer]
+        found[name] = tuple(last)
+    return found
 
 
 @dataclass(frozen=True)
 class _Carrier:
-    """What carries the variance at one place of a norm; ``kept`` says why nothing can."""
+    """What carries the variance at one place of a norm; ``kept`` says why nothing can.
+
+    A norm that runs once gets a factor in its place where ``factored`` says why, whatever layers could take over.
+    """
 
     layers: tuple[str, ...] = ()
     between: bool = False
     affine: str = ""
+    factored: str = ""
     kept: str = ""
 
 
@@ -167,7 +254,11 @@ def _carrier_of(structure: Structure, ways: SignalPaths, call: Call) -> _Carrier
         alone = ", each example by itself" if is_norm(call.module) else ""
         return _Carrier(kept=f"it gives the input its units{alone}")
     absorbing = ways.absorbing.get(call.output, ())
-    return _Carrier(absorbing) if absorbing else _Carrier(kept=f"{reason}, and no layer after it takes over")
+    if not absorbing:
+        return _Carrier(kept=f"{reason}, and no layer after it takes over")
+    # A residual stream of another size than its branches, which are scaled to alpha, would drown or be drowned.
+    begins = any(call.output in (addition.ancestor, addition.shortcut) for addition in structure.flow.additions)
+    return _Carrier(absorbing, factored=f"{reason}, and begins a residual stream" if begins else "")
 
 
 def _reason_to_keep(structure: Structure, ways: SignalPaths, calls: list[Call]) -> str:
@@ -647,11 +738,11 @@ class _BranchWalk:
         return self._activated(step, way)
 
     def _check_read_once(self, node: Node) -> None:
-        readers = {
-            id(step)
-            for step in self.structure.flow.readers(node)
-            if any(made in self.structure.alive for made in step.outputs)
-        }
+        readers = set[str | int]()
+        for step in self.structure.flow.readers(node):
+            if any(made in self.structure.alive for made in step.outputs):
+                norm = self.structure.norm_of(step)
+                readers.add(norm if norm is not None and norm in self.removed else id(step))  # gone, all it computes
         if len(readers) + (node in self.structure.flow.outputs) > 1:
             raise _BlockedError("what ends it is read elsewhere, too")
 

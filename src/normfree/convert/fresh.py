@@ -17,7 +17,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from normfree.convert.carriers import Ending, NormGroups, Places, SignalPaths, find_endings, sort_norms, uncarried_norms
+from normfree.convert.carriers import (
+    Ending,
+    NormGroups,
+    Places,
+    SignalPaths,
+    find_endings,
+    loops,
+    sort_norms,
+    uncarried_norms,
+)
 from normfree.convert.dataflow import (
     Call,
     Dataflow,
@@ -61,6 +70,7 @@ class FreshPlan:
         replaceable: the norms after aggregations that go, in whose place an affine map could stand.
         unnormalized: what of it no norm asks for.
         unscaled: what gives a residual stream its scale, whatever that is, and carries no factor, in words.
+        loops: the modules that run on what came of their own output, and the removed norms that each has to do without.
     """
 
     changes: list[Change]
@@ -69,6 +79,7 @@ class FreshPlan:
     replaceable: frozenset[str]
     unnormalized: Unnormalized
     unscaled: tuple[str, ...]
+    loops: Mapping[str, frozenset[str]]
 
 
 def fresh_plan(
@@ -79,6 +90,7 @@ def fresh_plan(
     skip_gain: float,
     beta: Beta,
     uncarried: Mapping[str, str],
+    staying: Mapping[str, str],
 ) -> FreshPlan:
     """What to change for a variance-preserving start.
 
@@ -89,9 +101,10 @@ def fresh_plan(
         skip_gain: initial value of their learnable factor.
         beta: "plan" (closed forms where there are any) or "measured".
         uncarried: norms whose variance was measured not to be carried by the layers near them, and how.
+        staying: norms without which the signal was measured to leave its size, and how.
     """
     ways = SignalPaths(structure)
-    norms = sort_norms(structure, ways)
+    norms = sort_norms(structure, ways, staying)
     answering, layers_kept = layers_to_standardize(structure, norms.removed)
     bare = find_unnormalized(structure, ways, answering)
     chosen = [name for name in structure.layers if name in bare.layers or name in answering]
@@ -123,6 +136,7 @@ def fresh_plan(
         else:
             changes.append(restored.get(name) or _removal(structure, name, layers))
     changes += [_affine_change(structure, name, reason) for name, reason in norms.affine.items()]
+    changes += [_factor_change(structure, name, reason) for name, reason in norms.factored.items()]
     changes += [_layer_change(structure.maps[n], n, scales[n], carriers, factors, biases.get(n)) for n in chosen]
     for name, ending in carriers.items():
         if name not in scales and name not in norms.removed:
@@ -162,6 +176,7 @@ def fresh_plan(
         replaceable=frozenset(replaceable),
         unnormalized=bare,
         unscaled=(*others, *streams.others),
+        loops=loops(structure, norms),
     )
 
 
@@ -190,14 +205,20 @@ def _restore_variance(
         if len(calls) == 1 and is_batch_norm(calls[0].module):
             restored[name] = _affine_change(structure, name, f"what lies between it and {layers} changes the variance")
         else:
-            restored[name] = Change(
-                name=name,
-                was=class_name(calls[0].module),
-                now=SCALED,
-                reason=f"a measured factor: what lies between it and {layers} changes the variance",
-                carried_by=(*norms.removed[name], name),
-            )
+            reason = f"what lies between it and {layers} changes the variance"
+            restored[name] = _factor_change(structure, name, reason, norms.removed[name])
     return restored
+
+
+def _factor_change(structure: Structure, name: str, reason: str, layers: tuple[str, ...] = ()) -> Change:
+    """A measured factor in a norm's place, which carries its variance together with the layers."""
+    return Change(
+        name=name,
+        was=class_name(structure.norms[name][0].module),
+        now=SCALED,
+        reason=f"a measured factor: {reason}",
+        carried_by=(*layers, name),
+    )
 
 
 def _removal(structure: Structure, name: str, layers: tuple[str, ...]) -> Change:

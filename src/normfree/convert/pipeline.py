@@ -6,7 +6,7 @@ model is changed so, and what has no closed form is measured on the example; the
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import isfinite
 
@@ -188,19 +188,27 @@ def _fresh(
     """The converted model, what is still open measured.
 
     Where the measurement shows that after an aggregation little of what a norm's place has is variance within channels
-    (nodes have become alike), no layer carries it on: then it is planned again, with an affine map there.
+    (nodes have become alike), no layer carries it on: then it is planned again, with an affine map there. Where a
+    module runs on its own results, and what it gives grows or fades from run to run, its norms stay.
     """
     uncarried: dict[str, str] = {}
+    staying: dict[str, str] = {}
+    least, most = NEAR_UNIT
     while True:
         plan = fresh_plan(
-            structure, model, alpha=record.alpha, skip_gain=skip_gain, beta=record.beta, uncarried=uncarried
+            structure,
+            model,
+            alpha=record.alpha,
+            skip_gain=skip_gain,
+            beta=record.beta,
+            uncarried=uncarried,
+            staying=staying,
         )
         _check_reach(model, plan, batch)
         full = _complete(record, model, batch, structure, training, plan.changes, plan.kept, plan.notes)
         converted, replaced = exchange_modules(model, full)
         with explain_failures(full, model, converted, replaced):
-            found = _measure(converted, full, structure, batch, trains=trains, checked=plan.unnormalized.layers)
-        least, most = NEAR_UNIT
+            found = _measure(converted, full, structure, batch, trains=trains, plan=plan)
         off = {name: size for name, size in found.sizes.items() if not least <= size <= most}
         assert not off, f"layers that no norm follows do not give unit variance: {off}"
         more = {
@@ -208,9 +216,11 @@ def _fresh(
             for name, share in found.shares.items()
             if name in plan.replaceable and share < LEAST_SHARE
         }
-        if not more:
+        needed = _needed_in_loops(structure, plan, full, found)
+        if not more and not needed:
             break
         uncarried |= more
+        staying |= needed
     gone = [change.name for change in full.changes if change.name in structure.norms]
     keep_pace(model, converted, full.changes, directly_followed(structure, gone))
     assert isinstance(converted, Converted), "conversion leaves its record"
@@ -218,6 +228,23 @@ def _fresh(
     if not plan.unnormalized.beside_norms and (plan.notes or any(one.reason != LAST for one in plan.kept)):
         _check_health(model, converted, plan, batch)
     return converted
+
+
+def _needed_in_loops(structure: Structure, plan: FreshPlan, record: Conversion, found: Measured) -> dict[str, str]:
+    """The removed norms without which what a module makes of its own output leaves its size, and why they stay."""
+    least, most = NEAR_UNIT
+    scaled = {change.name for change in record.changes if change.alpha is not None}
+    carriers = {change.name: change.carried_by for change in record.changes}
+    needed: dict[str, str] = {}
+    for module, names in plan.loops.items():
+        runs = [size for name in names for size in found.runs.get(name, ())]
+        ends_branch = any(not scaled.isdisjoint((name, *carriers[name])) for name in names)
+        if runs and not least * (record.alpha**2 if ends_branch else 1.0) <= min(runs) <= max(runs) <= most:
+            times = len(structure.flow.calls_of[module])
+            where = f"{module} runs {times} times on what came of its own output"
+            reason = f"{where}, and without it the mean square there goes from {min(runs):.2g} to {max(runs):.2g}"
+            needed |= dict.fromkeys(names, reason)
+    return needed
 
 
 def _note_stream(converted: Converted, plan: FreshPlan, batch: Batch) -> None:
@@ -274,10 +301,12 @@ def _measure(
     batch: Batch,
     *,
     trains: Trains,
-    checked: Container[str],
+    plan: FreshPlan,
 ) -> Measured:
     """Set what is still open, and enter it into the record, with notes on what a reader should look at."""
-    found = measure(converted, conversion, batch, trains=trains, checked=checked)
+    watched = {name for names in plan.loops.values() for name in names}
+    checked = plan.unnormalized.layers
+    found = measure(converted, conversion, batch, trains=trains, checked=checked, watched=watched)
     changes = []
     for change in conversion.changes:
         if is_layer_change(change) and change.input_scale is None:

@@ -327,12 +327,14 @@ def note_leak(converted: nn.Module, conversion: Conversion, batch: Batch) -> Con
     flow = _in_training(converted, batch)
     normalizations = None if flow is None else Normalizations(flow)
     seen = f"an example's output changed when the other examples of its batch did (relative change {change:.2g})"
-    if normalizations is not None and (norm := _over_examples(normalizations)) is not None:
-        if any(one.name == norm.module for one in conversion.norms_left):
-            return conversion
-        reason = f"{seen}: {norm.module or 'the model'} {norm}"
-        kept = Kept(name=norm.module, was=norm.kind, reason=reason, norm=True)
-        return replace(conversion, kept=(*conversion.kept, kept))
+    if normalizations is not None and (norms := _over_examples(normalizations)):
+        known = {one.name for one in conversion.norms_left}
+        kept = [
+            Kept(name=name, was=norm.kind, reason=f"{seen}: {name or 'the model'} {norm}", norm=True)
+            for name, norm in norms.items()
+            if name not in known
+        ]
+        return replace(conversion, kept=(*conversion.kept, *kept))
     step = None if normalizations is None else _along_first_axis(normalizations)
     if step is not None:
         where, what = step.module or "the model", op.plain_name(step.name)
@@ -360,9 +362,13 @@ def _in_training(model: nn.Module, batch: Batch) -> Dataflow | None:
         return None
 
 
-def _over_examples(normalizations: Normalizations) -> Normalization | None:
-    """A normalization, or the subtraction of a mean, over the examples; the first."""
-    return next((one for one in normalizations.found if one.statistic.over & _OVER_EXAMPLES), None)
+def _over_examples(normalizations: Normalizations) -> dict[str, Normalization]:
+    """The normalizations, or subtractions of a mean, over the examples: the first of each module, by its name."""
+    found: dict[str, Normalization] = {}
+    for one in normalizations.found:
+        if one.statistic.over & _OVER_EXAMPLES:
+            found.setdefault(one.module, one)
+    return found
 
 
 def _along_first_axis(normalizations: Normalizations) -> Step | None:

@@ -164,6 +164,20 @@ _WEIGHT_AND_BIAS: dict[str, tuple[int, int | None]] = {
 }
 
 
+def multiplies_from_left(name: str, arguments: Sequence[Any], active: Sequence[Tensor]) -> bool:
+    """Whether a matrix product has its one activation on the right, as in ``weight @ x``.
+
+    Args:
+        name: of the operation.
+        arguments: of the operation; a bias that is added comes first.
+        active: those that depend on the input.
+    """
+    if name not in LINEAR or name in ("linear", "mkldnn_linear") or len(active) != 1:
+        return False
+    left = 1 if name in ("addmm", "baddbmm", "addbmm", "addmv") else 0
+    return arguments[left] is not active[0] and arguments[left + 1] is active[0]
+
+
 def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors among an operation's arguments, in their order; a schema nests them in lists at most."""
     found = []

@@ -339,6 +339,11 @@ class Recorder(DispatchMode):
                 step = step_of(name, active, tensor, looked_up=looked_up)
                 if looked_up and step.weighted and name in op.PARTIAL:
                     made.axis = tensor.dim() - 1
+                elif step.weighted and op.multiplies_from_left(name, args, active):
+                    # Rows are channels then; a single one is a sum of activations with weights, and of their layout.
+                    rows = tensor.shape[-2] if tensor.dim() > 1 else len(tensor)
+                    made.axis = None if rows == 1 else max(tensor.dim() - 2, 0)
+                    step = NO_STEP if rows == 1 else step
                 node = Node(parents, step, made)
                 if made.discrete is not None or len(parents) > 1:
                     assert node.dominator is not None
