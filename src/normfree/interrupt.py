@@ -1,4 +1,4 @@
-"""Ctrl-C while PyTorch is imported: the command ends with one line, as it does later.
+"""The command as a process: Ctrl-C while PyTorch is imported ends it with one line, and no file beside it is imported.
 
 Imported before anything else; ``normfree.cli.main`` takes the handler back.
 """
@@ -24,6 +24,18 @@ def is_command(words: list[str]) -> bool:
     """Tell whether a process's words are those of the command: ``normfree …`` or ``python -m normfree …``."""
     module = any(words[i : i + 2] == ["-m", "normfree"] for i in range(len(words)))
     return module or any(Path(word).name == "normfree" for word in words[:2])
+
+
+def leave_current_folder() -> None:
+    """Import nothing that lies in the current folder under the name of a package, as ``python -m`` would.
+
+    The folder of a model may be a stranger's. ``python -m normfree`` itself is looked up there before this runs.
+    """
+    if not is_command(sys.orig_argv) or sys.flags.safe_path or not sys.path:
+        return
+    here, own = os.path.realpath(sys.path[0] or os.curdir), os.path.realpath(Path(__file__).parent.parent)
+    if here == os.path.realpath(os.curdir) != own:
+        del sys.path[0]
 
 
 def catch_at_start() -> None:
@@ -53,3 +65,4 @@ def happened() -> bool:
 
 
 catch_at_start()
+leave_current_folder()

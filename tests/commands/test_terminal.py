@@ -253,3 +253,14 @@ def test_an_interrupt_counts_whatever_became_of_it(words, monkeypatch, capsys):
 def test_only_the_command_ends_at_an_interrupt_of_its_import():
     assert is_command(["python", "-m", "normfree", "spp"]) and is_command(["python", "/usr/bin/normfree", "spp"])
     assert not is_command(["python", "-m", "pytest"]) and not is_command(["python", "train.py", "normfree"])
+
+
+def test_no_file_beside_a_model_is_imported_in_the_place_of_a_package(tmp_path):
+    for name in ("tyro", "http", "rich", "numpy", "safetensors", "torchvision"):
+        (tmp_path / f"{name}.py").write_text(f"open('imported_{name}', 'w').close()")
+    (tmp_path / "net.py").write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(4, 4))\n")
+    for words in (["net.py:net"], ["nf_resnet26", "--image-size", "8"]):
+        run = subprocess.run(
+            [*COMMAND, "spp", *words, "--batch-size", "2"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert run.returncode in (0, 2) and not list(tmp_path.glob("imported_*")), run.stderr

@@ -1,6 +1,9 @@
 """Each kind of damage, in each kind of source: named and stopped at, or named, counted and left out."""
 
+import gzip
 import io
+import json
+import re
 import tarfile
 
 import numpy as np
@@ -83,3 +86,50 @@ def test_a_set_of_photographs_is_given_whole(tmp_path, way):
     source = write(tmp_path / "images", way, [saved(photograph(), "JPEG")] * 6)
     data = open_training(DataConfig(source=source, batch_size=3, image_size=12, on_bad_image="skip"))
     assert sum(len(targets) for _, targets in data) == 6 and not data.bad_images
+
+
+def shard_with(folder, name, content, kind="w"):
+    """A shard of one example with one more member."""
+    path = folder / "train-0.tar"
+    with tarfile.open(path, kind) as tar:
+        for each, held in (("000.png", encoded(0)), ("000.cls", b"0"), (name, content)):
+            member = tarfile.TarInfo(each)
+            member.size = len(held)
+            tar.addfile(member, io.BytesIO(held))
+    return path
+
+
+@pytest.mark.parametrize("name", ["000.x.gz", "000.png.xz", "000.npz", "000.NPY", "000.pth", "000.a.cbor", "000.msg"])
+@pytest.mark.parametrize("known", [False, True], ids=["counted", "examples and classes known"])
+def test_a_member_that_unpacks_to_more_than_is_stored_is_refused(tmp_path, name, known):
+    path = shard_with(tmp_path, name, gzip.compress(bytes(1000)))
+    counts = {"examples": 1, "evaluation_examples": 1, "num_classes": 3} if known else {}
+    config = DataConfig(source=str(path), training_split="train", evaluation_split="train", batch_size=1, **counts)
+    with pytest.raises(ValueError, match=rf"train-0\.tar.*{re.escape(name)}.* unpacks to more than is stored of it"):
+        next(iter(open_evaluation(config)))
+
+
+def test_a_number_of_a_class_is_read_whole(tmp_path):
+    path = shard_with(tmp_path, "001.cls", b"0" * 33 + b"2")
+    with pytest.raises(ValueError, match=r"001\.cls.* is no number of 32 characters at most"):
+        next(iter(open_evaluation(DataConfig(source=str(path), evaluation_split="train", batch_size=1))))
+
+
+@pytest.mark.parametrize("names", [[1, 2, 3], {"0": "a"}, "abc", [None, "a"]])
+def test_names_of_classes_that_are_no_words(tmp_path, names):
+    from pyarrow import parquet, table
+
+    columns = table({"image": [{"bytes": encoded(0), "path": None}], "label": [0]})
+    label = {"_type": "ClassLabel", "names": names}
+    features = json.dumps({"info": {"features": {"image": {"_type": "Image"}, "label": label}}})
+    path = tmp_path / "train.parquet"
+    parquet.write_table(columns.replace_schema_metadata({"huggingface": features}), path)
+    with pytest.raises(ValueError, match=r"label_column=|source=") as caught:
+        next(iter(open_evaluation(DataConfig(source=str(path), evaluation_split="train", batch_size=1))))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["/**/*.parquet", "data/**/a/**/*.parquet", "data/**/../*.tar", "/**/x/{a,b}.tar"])
+def test_a_pattern_that_walks_without_end_is_refused(pattern):
+    with pytest.raises(ValueError, match=r"\*\* stands for all folders below one, once, and not below the root"):
+        open_evaluation(DataConfig(source=pattern))

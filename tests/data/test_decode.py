@@ -87,3 +87,22 @@ def test_a_photograph_is_turned_as_its_camera_was():
 def test_a_photograph_with_a_preview_beside_it_is_one_image():
     data = saved(photograph(), "MPO", save_all=True, append_images=[photograph(size=(8, 6))])
     assert decode(data).size == (40, 30)
+
+
+GREY = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+
+
+def test_grey_of_sixteen_bits_has_the_zero_and_the_transparency_of_its_format():
+    plain = np.asarray(decode(saved(Image.fromarray(GREY), "PNG"), 1))
+    assert np.array_equal(plain.ravel(), np.arange(256))
+    assert np.array_equal(np.asarray(decode(saved(Image.fromarray(GREY), "TIFF"), 1)), plain)
+    inverted = decode(saved(Image.fromarray(GREY), "TIFF", tiffinfo={262: 0}), 1)
+    assert np.array_equal(np.asarray(inverted), 255 - plain)
+    on_white = np.asarray(decode(saved(Image.fromarray(GREY), "PNG", transparency=5 * 257), 1)).ravel()
+    assert on_white[5] == 255 and np.array_equal(np.delete(on_white, 5), np.delete(plain.ravel(), 5))
+
+
+@pytest.mark.parametrize("pixels", [GREY.astype(np.int32), GREY.astype(np.int32) * 2**15, -GREY.astype(np.int32)])
+def test_whole_numbers_of_32_bits_have_no_range(pixels):
+    with pytest.raises(DamagedImage, match="whole-number pixels of 32 bits have no known range"):
+        decode(saved(Image.fromarray(pixels), "TIFF"))

@@ -18,6 +18,7 @@ from normfree.cli import main
 from normfree.data.preprocessing import Preprocessing
 from normfree.train import RECIPES, NonFiniteLossError, train
 from normfree.train.config import from_dict
+from normfree.train.evaluation import logits_of
 from normfree.train.records import read_rows
 from normfree.train.trained import open_trained, preprocessing_of, weights_of
 from normfree.train.trainer import Trainer
@@ -302,6 +303,14 @@ def test_what_is_made_of_a_file_says_it_too(run, alone, tmp_path, capsys):
     assert measured["input"]["mean"] == list(said.mean) and measured["input"]["shape"][1:] == [1, 8, 8]
 
 
+def test_a_line_feed_in_a_name_begins_no_line(alone, tmp_path, capsys):
+    image = tmp_path / "one.png\n  99.99 %  dog"
+    digit_image(image)
+    assert main(["predict", str(alone / "m.onnx"), str(image), "--top", "1"]) == 0
+    told = capsys.readouterr().out
+    assert len(told.splitlines()) == 2 and "\\x0a  99.99 %  dog" in told
+
+
 def test_a_file_in_another_run_is_refused(run, alone, capsys):
     config = json.loads((run.folder / "config.json").read_text())
     config["derived"]["classes"] = [f"class {number}" for number in range(10)]
@@ -310,6 +319,56 @@ def test_a_file_in_another_run_is_refused(run, alone, capsys):
         assert main(["evaluate", str(alone / name)]) == 2
         told = capsys.readouterr().err
         assert name in told and "its run, the one it lies in" in told and told.count("\n") == 1
+
+
+def test_a_finished_run_whose_weights_are_gone_writes_them_again(run, tmp_path, capsys):
+    copy = tmp_path / "digits"
+    shutil.copytree(run.folder, copy)
+    whole = (copy / "model.safetensors").read_bytes()
+    config = tiny(copy, precision="auto", signal_every=5)
+    assert train(config).repeated
+    for damage in (Path.unlink, lambda path: path.write_bytes(whole[:100])):
+        damage(copy / "model.safetensors")
+        assert not train(config).repeated
+        assert (copy / "model.safetensors").read_bytes() == whole
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: x.flatten(1)[:, :10].argmax(1, keepdim=True), "returns int64, as of an argmax, and no logits"),
+        (lambda x: x.flatten(1)[:, :10] > 0, "returns bool, as of an argmax"),
+        (lambda x: x.flatten(1)[:, :1], "returns one number for each image, which tells no classes apart"),
+    ],
+)
+def test_answers_that_are_no_logits_are_refused(answer, message):
+    class Answering(torch.nn.Module):
+        def forward(self, x):
+            return answer(x)
+
+    with pytest.raises(ValueError, match=message):
+        logits_of(Answering(), torch.randn(4, 1, 8, 8), None)
+
+
+def test_an_address_that_a_run_names_is_not_opened(run, tmp_path, capsys):
+    config = json.loads((run.folder / "config.json").read_text())
+    config["derived"]["data"]["source"] = "http://127.0.0.1:9/test.parquet"
+    shutil.copytree(run.folder, tmp_path / "digits")
+    (tmp_path / "digits" / "config.json").write_text(json.dumps(config))
+    assert main(["evaluate", str(tmp_path / "digits")]) == 2
+    assert "an address is opened where --source names it" in capsys.readouterr().err
+
+
+def test_one_class_is_nothing_to_learn(tmp_path):
+    write_folder(tmp_path / "images", 6)
+    for name in CLASSES[1:]:
+        shutil.rmtree(tmp_path / "images" / name)
+    config = tiny(tmp_path / "run")
+    data = dataclasses.replace(config.data, source=str(tmp_path / "images"), image_size=None, in_channels=None)
+    with pytest.raises(ValueError, match="images of one class alone .ant.; give images of two classes at least"):
+        train(dataclasses.replace(config, data=data))
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 FORGED = {
@@ -352,7 +411,7 @@ def digit_image(path):
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    Image.fromarray((load_digits().images[0] * 255 / 16).astype("uint8")).save(path)
+    Image.fromarray((load_digits().images[0] * 255 / 16).astype("uint8")).save(path, "PNG")
 
 
 def test_images_are_named(run, exported, tmp_path, capsys):

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import normfree
+from normfree.weights.checkpoint import load_stored, read_state_dict
 
 OVERRIDES = {"num_classes": 7, "width": 1, "activation": "silu", "depths": (1, 1, 1, 1), "padding": "same"}
 
@@ -136,3 +137,21 @@ def test_more_metadata_are_kept_and_the_bytes_are_the_same_each_time(tmp_path):
         with pytest.raises(ValueError, match=r"^metadata=.*must be text by name; write other values as JSON"):
             normfree.save(model, tmp_path / "wrong.safetensors", metadata=wrong)
     assert not (tmp_path / "wrong.safetensors").exists()
+
+
+def test_two_values_of_a_tied_weight_are_refused(tmp_path):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+            self.second.weight = self.first.weight
+
+    torch.manual_seed(0)
+    model, path = Tied(), tmp_path / "w.pth"
+    torch.save(model.state_dict(), path)
+    load_stored(Tied(), read_state_dict(path))
+    torch.save({**model.state_dict(), "second.weight": model.first.weight.detach() + 1}, path)
+    with pytest.raises(
+        ValueError, match=r"w\.pth'.* two values of one weight of the model, first\.weight and second\."
+    ):
+        load_stored(Tied(), read_state_dict(path))

@@ -21,7 +21,7 @@ from torch import Tensor
 from normfree.commands.shared import Mean, Original, Std, Terminal, TrainedModel, check_options
 from normfree.common.checks import invalid, require
 from normfree.common.files import check_place, refused, write_atomically
-from normfree.common.text import quoted
+from normfree.common.text import printable, quoted
 from normfree.data import (
     DataConfig,
     EvaluationData,
@@ -34,6 +34,7 @@ from normfree.data import (
 from normfree.data.config import check_image_size, check_statistics, imagenet_statistics, preparation
 from normfree.data.holdout import HoldoutSource
 from normfree.train.config import Accelerator, Precision
+from normfree.train.trained import MOST_INPUT
 
 if TYPE_CHECKING:
     from normfree.train.trained import Trained
@@ -110,7 +111,7 @@ class Evaluate(_Trained):
     split: str | None = None
     """Split to evaluate on; by default that of the run's data, else validation if there is one, else test, else all."""
     batch_size: int | None = None
-    """Images at once; 256 by default."""
+    """Images at once; 256 by default, fewer of large ones."""
     workers: int | None = None
     """Processes that decode; as in the run by default."""
     on_bad_image: OnBadImage | None = None
@@ -171,6 +172,9 @@ class Evaluate(_Trained):
         if known is None and self.source is None:
             rule = f"{quoted(self.model)} lies in no run, so its data are not known"
             raise invalid("source", None, rule, "pass --source or --run")
+        if known is not None and self.source is None and "://" in known.source:
+            rule = f"the data of the run in which {quoted(self.model)} lies are at {quoted(known.source)}"
+            raise invalid("source", None, rule, "an address is opened where --source names it: give it, or other data")
         config = known or DataConfig()
         if known is None and self.source != "digits":  # which say both themselves
             config = DataConfig(in_channels=trained.in_channels, image_size=trained.image_size)
@@ -179,13 +183,16 @@ class Evaluate(_Trained):
         options = ("source", "image_size", "mean", "std", "batch_size", "workers", "on_bad_image")
         changes = {option: getattr(self, option) for option in options} | {"evaluation_split": self.split}
         changes = {field: value for field, value in changes.items() if value is not None}
+        changes["cache_folder"] = None  # the process's own, and no place that a run's file names
         if known is not None and self.workers is None:  # of the run's machine, which may have had more cores
             changes["workers"] = min(known.workers, os.cpu_count() or 1)
         if self.source is not None and known is not None and self.source != known.source:
             # What was found in the run's own data does not hold for others.
             changes |= {"in_memory": "auto", "streaming": "auto", "image_column": None, "label_column": None}
             changes |= {"num_classes": None, "evaluation_examples": None}
-        config = dataclasses.replace(config, **{"batch_size": 256, **changes})
+        size = self.image_size or config.image_size or 224
+        fitting = max(1, min(256, MOST_INPUT // (4 * (config.in_channels or 3) * size**2)))
+        config = dataclasses.replace(config, **{"batch_size": fitting, **changes})
         config = self._with_split(config, trained)
         return open_evaluation(config, rank=rank, world_size=world_size, classes=trained.class_names)
 
@@ -254,9 +261,9 @@ class Predict(_Trained):
             sys.stdout.write(json.dumps(found, indent=1) + "\n")
             return
         for one in found:
-            console.say(one["image"])
+            console.say(printable(one["image"]))
             for predicted in one["predictions"]:
-                console.say(f"  {100 * predicted['probability']:6.2f} %  {predicted['class']}")
+                console.say(f"  {100 * predicted['probability']:6.2f} %  {printable(predicted['class'])}")
 
     def tell(self, console: Terminal, line: str) -> None:
         """Say a line beside the result: on stderr where that is JSON."""

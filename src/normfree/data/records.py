@@ -23,6 +23,12 @@ from normfree.data.sources import Columns, Namer, Source, choose_split, find_col
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
 """Formats that are decoded, an MPO as the JPEG it is: none of Pillow's that starts another program (PostScript)."""
 
+SIXTEEN_BITS = ("PNG", "PPM")
+"""Formats whose grey of more than eight bits has sixteen, where Pillow opens it as whole numbers of 32."""
+
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
+"""TIFF's tag for what zero stands for, and its value where that is white."""
+
 ORIENTATION = 0x0112
 """EXIF's tag for how the camera was held."""
 
@@ -95,11 +101,27 @@ def to_eight_bits(image: Any, channels: int = 3) -> Any:
         return image
     if image.mode == "F":
         raise DamagedImage("floating-point pixels have no known range")
+    if image.mode == "I" and image.format not in SIXTEEN_BITS:
+        raise DamagedImage("whole-number pixels of 32 bits have no known range")
     if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+        image = _eight_of_sixteen_bits(image)
     elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = _on_white(image)
     return image.convert(wanted)
+
+
+def _eight_of_sixteen_bits(image: Any) -> Any:
+    """Grey of eight bits; Pillow has left undone what a TIFF or PNG says of zero and of a transparent level."""
+    import numpy as np
+    from PIL import Image
+
+    grey = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        grey = grey.point(lambda value: 255 - value)
+    level = image.info.get("transparency")
+    if isinstance(level, int):
+        grey.paste(255, mask=Image.fromarray(np.asarray(image) == level))
+    return grey
 
 
 def _on_white(image: Any) -> Any:

@@ -90,6 +90,8 @@ def find_source(config: DataConfig) -> Source:
             return FileSource("parquet", group_by_split(files), config)
         return FolderSource(Path(name))
     patterns = expand_braces(name)
+    for pattern in patterns:
+        _check_depth(pattern)
     files = [file for one in patterns for file in ([one] if "://" in one else sorted(glob.glob(one, recursive=True)))]
     if not files:
         rule = "there is no such folder or file"
@@ -98,6 +100,21 @@ def find_source(config: DataConfig) -> Source:
         if all(file.endswith(suffix) for file in files):
             return FileSource(kind, group_by_split(files), config)
     raise invalid("source", name, "files must all be .parquet or all be .tar", "pass a folder to read image files")
+
+
+def _check_depth(pattern: str) -> None:
+    """Refuse a pattern that walks the same folders again and again, or all of a disk.
+
+    Raises:
+        ValueError: it has ``**`` twice, ``..`` after it, or no folder before it but the root's.
+    """
+    parts = PurePosixPath(pattern).parts
+    if "**" not in parts or "://" in pattern:
+        return
+    first = parts.index("**")
+    if parts.count("**") > 1 or ".." in parts[first:] or parts[:first] == ("/",):
+        rule = "** stands for all folders below one, once, and not below the root"
+        raise invalid("source", pattern, rule, "name the folder that the files lie in")
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -220,8 +237,8 @@ class FileSource:
         whole = self.kind == "parquet" and not streaming and self._is_local(split)
         if whole and sum(map(os.path.getsize, files)) <= SMALL:
             return self._read(files)
-        if self.kind == "webdataset" and None in (self.config.examples, self.config.num_classes):
-            self.count(split)  # names the shard that is damaged
+        if self.kind == "webdataset":
+            self.count(split)  # names the shard that is damaged, or holds more than is stored of it
         return _load(self.config, self.kind, data_files={"train": files}, split="train", streaming=streaming)
 
     def _read(self, files: list[str]) -> Any:
@@ -431,7 +448,10 @@ def count_rows(files: Sequence[str]) -> list[int]:
 
 
 LONGEST_NUMBER = 32
-"""Characters of a .cls file that are read: it holds one number."""
+"""Characters of a .cls file: it holds one number."""
+
+UNPACKED = frozenset({"gz", "bz2", "xz", "lz4", "zst", "npy", "npz", "cbor", "pth", "pyd", "ten", "tb", "mp", "msg"})
+"""Endings of members that ``datasets`` decompresses or decodes into arrays, which may be far larger than the shard."""
 
 
 def scan_shards(files: Sequence[str]) -> tuple[int, int | None]:
@@ -453,8 +473,15 @@ def scan_shards(files: Sequence[str]) -> tuple[int, int | None]:
                         continue
                     stem, _, kind = path.name.partition(".")
                     keys.add(str(path.parent / stem))
+                    if not UNPACKED.isdisjoint(kind.lower().split(".")):
+                        raise ValueError(f"{quoted(member.name)} unpacks to more than is stored of it, and is no image")
                     if kind.lower() == "cls" and (content := shard.extractfile(member)):
-                        largest = max(largest, int(content.read(LONGEST_NUMBER)))
+                        number = content.read(LONGEST_NUMBER + 1)
+                        if len(number) > LONGEST_NUMBER:
+                            raise ValueError(
+                                f"{quoted(member.name)} is no number of {LONGEST_NUMBER} characters at most"
+                            )
+                        largest = max(largest, int(number))
         except (tarfile.TarError, OSError, ValueError) as error:
             raise invalid("source", file, f"is no whole shard ({first_line(error)})", "write it anew") from error
         examples += len(keys)
@@ -555,6 +582,9 @@ def find_columns(features: Any, config: DataConfig) -> Columns:
         raise invalid("image_column", image, rule, "name one of bytes, or of {bytes, path} as datasets writes it")
     label = _choose_column("label_column", config.label_column, [name for name in classes if name != image], features)
     names = features[label].names if isinstance(features[label], datasets.ClassLabel) else None
+    if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
+        rule = f"the names of its classes are no words ({quoted(names)})"
+        raise invalid("label_column", label, rule, "mend the features of the files, or name another column")
     return Columns(image, label, tuple(names) if names else None)
 
 

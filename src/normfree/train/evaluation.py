@@ -137,6 +137,11 @@ def check_logits(logits: object, examples: int, classes: int | None) -> None:
     shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != examples:
         raise ValueError(f"model: it returns {shape} for {examples} images, not a number per class; give a classifier")
+    if not logits.is_floating_point():
+        rule = f"it returns {str(logits.dtype).removeprefix('torch.')}, as of an argmax, and no logits"
+        raise ValueError(f"model: {rule}; give a classifier that ends in its last layer")
+    if logits.shape[1] < 2:
+        raise ValueError("model: it returns one number for each image, which tells no classes apart; give a classifier")
     if classes is not None and logits.shape[1] != classes:
         rule = f"it tells {logits.shape[1]} classes apart, and the data have {classes}"
         raise ValueError(f"model: {rule}; give data with the model's classes")

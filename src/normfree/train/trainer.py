@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import SGD, Optimizer
 
 from normfree.common.checks import check_integer, check_number, invalid, require
-from normfree.common.files import parse_json, read, write_atomically
+from normfree.common.files import kind_of, notes_of, parse_json, read, write_atomically
 from normfree.common.text import first_line, quoted, short_repr
 from normfree.common.torch_compat import tree_leaves
 from normfree.data import TooFewExamples, TrainingData, list_names, open_evaluation, open_training, with_holdout
@@ -345,6 +345,9 @@ class Trainer:
         fitted = config.fit_to_data(examples, world_size)
         if data is None or fitted.batch_size != config.batch_size:
             data = open_training(fitted.rank_data(world_size), rank=rank, world_size=world_size)
+        if data.num_classes < 2:
+            rule = f"has images of one class alone ({list_names(data.class_names)})"
+            raise invalid("source", config.data.source, rule, "give images of two classes at least")
         return fitted, data
 
     def _build_centring(self) -> InputCentring | None:
@@ -433,8 +436,11 @@ class Trainer:
             return self._summarize(self.fit(), description)
 
     def _read_metrics(self, step: int) -> dict[str, Any] | None:
-        """Return the metrics of a run that came to its end before."""
-        return None if step < self.last_step else read_metrics(self.folder, step)
+        """Return the metrics of a run that came to its end before, and whose weights are there."""
+        weights = self.folder / MODEL
+        if step < self.last_step or kind_of(weights) != "file" or notes_of(weights) is None:
+            return None  # goes on from its last checkpoint, and writes them again
+        return read_metrics(self.folder, step)
 
     def describe(self) -> dict[str, Any]:
         """Return what was chosen, what followed from it, and where it ran, as ``config.json`` has it."""

@@ -109,9 +109,7 @@ def load_stored(model: nn.Module, stored: Stored) -> None:
         ValueError: naming the file, if it holds numbers of another kind than the model's, or such as no trained model
             has.
     """
-    for name, mine in model.state_dict().items():
-        if name in stored.tensors:
-            check_number_kind(stored, name, mine, stored.tensors[name])
+    _check_values(model, stored)
     model.load_state_dict(stored.tensors)
     try:
         check_finite(model)
@@ -582,8 +580,27 @@ def restore(model: Model, stored: Stored) -> Model:
         ValueError: numbers of another kind than the model's.
     """
     model = take_form(model, stored)
-    for name, mine in model.state_dict().items():
-        if name in stored.tensors:
-            check_number_kind(stored, name, mine, stored.tensors[name])
+    _check_values(model, stored)
     model.load_state_dict(stored.tensors)
     return model.eval()
+
+
+def _check_values(model: nn.Module, stored: Stored) -> None:
+    """Refuse numbers of another kind than the model's, and two values of a weight that it has under two names.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    first_at: dict[tuple[object, ...], str] = {}
+    for name, mine in model.state_dict().items():
+        if name not in stored.tensors:
+            continue
+        given = stored.tensors[name]
+        check_number_kind(stored, name, mine, given)
+        if mine.is_meta or mine.numel() == 0 or mine.layout != torch.strided:
+            continue
+        place = mine.untyped_storage().data_ptr(), mine.storage_offset(), mine.shape, mine.stride()
+        first = first_at.setdefault(place, name)
+        if not torch.equal(given, stored.tensors[first]):
+            rule = f"has two values of one weight of the model, {first} and {name}"
+            raise stored.error(rule, "give weights of this model, or unite the two in it no longer")
