@@ -133,3 +133,28 @@ def test_names_of_classes_that_are_no_words(tmp_path, names):
 def test_a_pattern_that_walks_without_end_is_refused(pattern):
     with pytest.raises(ValueError, match=r"\*\* stands for all folders below one, once, and not below the root"):
         open_evaluation(DataConfig(source=pattern))
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("a: &a [x, x]\nb: &b [*a, *a]\nconfigs: *b", r"has an alias \(\*name\) in its header"),
+        ("configs: [{config_name: default, data_files: '/**/*'}]", "names files that do not lie in its folder"),
+        (
+            "configs: [{config_name: a, data_files: [{split: test, path: [../x.parquet]}]}]",
+            "names files that do not lie in its folder",
+        ),
+        ("configs: [{config_name: a, data_files: 'http://127.0.0.1:9/x.parquet'}]", "names files that do not lie in"),
+        ("a: [", "has no sound header"),
+    ],
+)
+def test_the_card_of_a_data_set_is_bounded(tmp_path, header, message):
+    write_parquet(tmp_path / "train.parquet", [encoded(0)], [0])
+    (tmp_path / "README.md").write_text(f"---\n{header}\n---\n# A data set\n")
+    with pytest.raises(ValueError, match=rf"README\.md.*{message}") as caught:
+        open_evaluation(DataConfig(source=f"hub:{tmp_path}", evaluation_split="train"))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: mit\nconfigs: [{config_name: a, data_files: '*.parquet'}]\n---\n"
+    )
+    assert len(list(open_evaluation(DataConfig(source=f"hub:{tmp_path}", evaluation_split="train", batch_size=1)))) == 1

@@ -366,7 +366,7 @@ def test_one_class_is_nothing_to_learn(tmp_path):
         shutil.rmtree(tmp_path / "images" / name)
     config = tiny(tmp_path / "run")
     data = dataclasses.replace(config.data, source=str(tmp_path / "images"), image_size=None, in_channels=None)
-    with pytest.raises(ValueError, match="images of one class alone .ant.; give images of two classes at least"):
+    with pytest.raises(ValueError, match=r"images of one class alone .ant.; give images of two classes at least"):
         train(dataclasses.replace(config, data=data))
     assert not (tmp_path / "run" / "config.json").exists()
 

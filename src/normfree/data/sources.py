@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 from normfree.common.checks import invalid, require, suggestion
-from normfree.common.files import check_file, kind_of
+from normfree.common.files import check_file, kind_of, read_bytes, refused
 from normfree.common.text import first_line, quoted
 from normfree.data.config import DataConfig
 
@@ -321,6 +321,45 @@ def _name_by_path(number: int, path: str | None, shard: int | None = None) -> st
     return path or (f"example {number}" if shard is None else f"example {number} of shard {shard}")
 
 
+MOST_CARD = 2**20
+"""Bytes of a data set's README."""
+
+
+def _check_card(path: Path) -> None:
+    """Refuse the README of a folder laid out like a data set of the hub that would not end to be read, or leads out.
+
+    Raises:
+        ValueError: its header refers from one place to another, which may grow without bound, or names files that do
+            not lie in the folder.
+    """
+    if kind_of(path) == "nothing":
+        return
+    import yaml
+
+    text = read_bytes(path, "source", most=MOST_CARD).decode(errors="replace")
+    header = text.split("---", 2)[1] if text.lstrip().startswith("---") and text.count("---") > 1 else ""
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(header, Loader=yaml.SafeLoader)):
+            raise refused("source", path, "has an alias (*name) in its header", "write it out")
+        document = yaml.safe_load(header)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise refused("source", path, f"has no sound header ({first_line(error)})", "mend it") from error
+    configurations = document.get("configs") if isinstance(document, dict) else None
+    for named in _words_in([one.get("data_files") for one in configurations or () if isinstance(one, dict)]):
+        parts = PurePosixPath(named).parts
+        if "://" in named or parts[:1] == ("/",) or ".." in parts or parts.count("**") > 1:
+            raise refused("source", path, f"names files that do not lie in its folder ({quoted(named)})", "mend it")
+
+
+def _words_in(value: Any) -> Iterator[str]:
+    """All text in what YAML holds, however nested."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _words_in(each)
+
+
 class HubSource:
     """A data set of the Hugging Face hub (or a folder laid out like one)."""
 
@@ -332,6 +371,8 @@ class HubSource:
         _, self.name, *rest = config.source.split(":", 2)
         self.configuration = rest[0] if rest else None
         self.config = config
+        if kind_of(self.name) == "a folder":
+            _check_card(Path(self.name) / "README.md")
         with quiet_datasets(), one_line_errors(config.source):
             self.splits = tuple(datasets.get_dataset_split_names(self.name, self.configuration))
 
