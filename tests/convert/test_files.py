@@ -227,3 +227,36 @@ def test_files_without_the_mark_load(tmp_path):
     save_file(older, tmp_path / "older.safetensors", notes)
     back = normfree.load(tmp_path / "older.safetensors", original=post_activation(Gate))
     assert torch.equal(back(IMAGES), model(IMAGES))
+
+
+def chain(activation=nn.ReLU, kind=nn.Sequential, **settings):
+    first, second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, **settings)
+    return kind(first, nn.BatchNorm2d(4), activation(), second, nn.BatchNorm2d(4), activation())
+
+
+class Renamed(nn.Sequential):
+    """A container of another class, which may have another forward."""
+
+
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+def test_another_original_is_refused_or_told(start, tmp_path, recwarn):
+    torch.manual_seed(0)
+    path = normfree.save(normfree.convert(chain(), IMAGES, start=start), tmp_path / "m.safetensors")
+    normfree.load(path, original=chain())
+    assert not recwarn.list
+    for activation in (nn.GELU, nn.Identity, nn.SiLU):
+        with pytest.raises(ValueError, match=r"it is not the model that .* was converted from: 2 was ReLU\(\) and is"):
+            normfree.load(path, original=chain(activation))
+    for other, told in (
+        (chain(stride=2), r"3 was Conv2d\(.*stride=\(1, 1\).* and is Conv2d\(.*stride=\(2, 2\)"),
+        (chain(padding_mode="circular"), r"3 was Conv2d\(.* and is Conv2d\(.*padding_mode=circular"),
+        (chain(kind=Renamed), r"it was Sequential\(\) and is Renamed\(\)"),
+    ):
+        with pytest.warns(UserWarning, match=rf"converted from another model than the original, .*: {told}"):
+            normfree.load(path, original=other)
+
+
+def test_a_record_without_the_original_s_modules_is_read(tmp_path):
+    document = converted().conversion.to_dict()
+    del document["original"]
+    assert Conversion.from_dict(document).original == {}

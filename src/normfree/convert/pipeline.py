@@ -42,6 +42,7 @@ from normfree.convert.record import (
     Kept,
     Start,
     conversion_of,
+    modules_of,
 )
 from normfree.convert.structure import Structure, directly_followed, training_structure, unseen_norms
 from normfree.convert.unnormalized import GATE, LAST, STANDARDIZED
@@ -135,6 +136,7 @@ def convert(
         input_shapes=tuple(tuple(tensor.shape) for tensor in tensors_of(batch)),
         input_mean_squares=tuple(map(_mean_square, tensors_of(batch))),
         source=source,
+        original=modules_of(model),
     )
     if start == "fresh":
         converted = _fresh(model, record, structure, training, batch, trains=trains, skip_gain=skip_gain)

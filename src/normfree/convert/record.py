@@ -110,6 +110,7 @@ class Conversion:
         input_shapes: of the example input's tensors.
         input_mean_squares: of their values; None of what is not dense, real and finite.
         source: how to build the original again, where that is known: a name the command line takes.
+        original: what each module of the original was, by its name (:func:`modules_of`); empty in older records.
         output_error: largest difference of the example's outputs, in evaluation mode, from the original's, over the
             largest of their values (*pretrained*).
         changes: in the order the modules ran.
@@ -125,6 +126,7 @@ class Conversion:
     input_shapes: tuple[tuple[int, ...], ...] = ()
     input_mean_squares: tuple[float | None, ...] = ()
     source: str | None = None
+    original: Mapping[str, str] = field(default_factory=dict)
     output_error: float | None = None
     changes: tuple[Change, ...] = ()
     kept: tuple[Kept, ...] = ()
@@ -221,6 +223,44 @@ class Converted(nn.Module, metaclass=_IsConverted):
     """
 
     conversion: Conversion
+
+
+LONGEST_SETTINGS = 120
+"""Characters of a module's settings that a record keeps."""
+
+
+def modules_of(model: nn.Module) -> dict[str, str]:
+    """The class and the settings (``extra_repr``) of each module, by its name; of the model itself by ""."""
+    found = {}
+    for name, module in model.named_modules():
+        try:
+            settings = shortened(" ".join(module.extra_repr().split()), LONGEST_SETTINGS)
+        except Exception:  # of somebody else's class
+            settings = ""
+        found[name] = f"{type(module).__name__}({settings})"
+    return found
+
+
+def first_difference(record: Conversion, original: nn.Module) -> tuple[str, bool]:
+    """Where a model differs from the one that was converted, in words, and whether a leaf is of another class.
+
+    Their forwards are not compared: two of one class and settings may compute different things. Classes of containers
+    may have been renamed, and settings are printed in another way by other versions.
+
+    Returns:
+        ("", False) where nothing is seen to differ.
+    """
+    given, leaves = modules_of(original), {name for name, m in original.named_modules() if not m._modules}
+    differences = [
+        (f"{name or 'it'} was {was} and is {given.get(name, 'missing')}", name)
+        for name, was in record.original.items()
+        if given.get(name) != was
+    ]
+    differences += [(f"it has {name} as well", "") for name in given if record.original and name not in record.original]
+    for told, name in differences:
+        if name in leaves and given[name].partition("(")[0] != record.original[name].partition("(")[0]:
+            return told, True
+    return (differences[0][0], False) if differences else ("", False)
 
 
 def describe(change: Change) -> str:

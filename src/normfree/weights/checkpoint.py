@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from normfree.common.text import all_lines, first_line, quoted, shortened
 from normfree.common.torch_compat import copy_model
 from normfree.convert.apply import rewrite
 from normfree.convert.record import NOTE as CONVERTED
-from normfree.convert.record import conversion_of, noted_conversion
+from normfree.convert.record import conversion_of, first_difference, noted_conversion
 from normfree.models import Backbone, create_model
 from normfree.models.registry import check_backbone
 from normfree.nn.fold import fold, has_foldable
@@ -428,6 +429,14 @@ def _load_converted(stored: Stored, original: nn.Module | None) -> nn.Module:
     if original is None:
         rule = f"{quoted(str(stored.path))} holds a converted {conversion.model}, which is made of its original"
         raise ValueError(f"original: is missing, for {rule}; pass the model it was converted from, with any weights")
+    difference, other_class = first_difference(conversion, unwrap(original))
+    if other_class:
+        rule = f"it is not the model that {quoted(str(stored.path))} was converted from: {difference}"
+        raise invalid("original", type(original).__name__, rule, f"pass the {conversion.model} it was converted from")
+    if difference:
+        file = quoted(str(stored.path))
+        said = f"{file} was converted from another model than the original, or from other versions: {difference}"
+        warnings.warn(said, UserWarning, stacklevel=3)
     try:
         model = rewrite(unwrap(original), conversion)
         for name, tensor in model.state_dict().items():
