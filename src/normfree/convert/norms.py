@@ -24,13 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from normfree.common.torch_compat import written_positions
 from normfree.convert.dataflow import (
     Call,
     Dataflow,
@@ -463,6 +464,12 @@ class Normalization:
         return known.get(self.statistic.what, other)
 
     @property
+    def is_of_vectors(self) -> bool:
+        """Whether it divides by the norm of vectors, which a constant may turn into a root mean square."""
+        vectors = self.step.name not in _FUNCTIONS and self.statistic.what == "norm" and not self.bent
+        return vectors and not self.statistic.over & {"examples", "neighbours", "nodes"}
+
+    @property
     def keeps_variance(self) -> bool:
         """Whether it does what torch's norms do: divide by a root mean square or a standard deviation, and no more."""
         whole = self.step.name in _FUNCTIONS or self.kind in ("root mean square norm", "standardization")
@@ -478,6 +485,38 @@ class Normalization:
         size = {"mean square": "root mean square", "variance": "standard deviation"}
         what = size.get(self.statistic.what, self.statistic.what)
         return f"divides an activation by its {replace(self.statistic, what=what)}"
+
+
+UNIT_SIZE = 0.25, 4.0
+"""Mean squares of what a norm gives; vectors of unit length have one over their number of values."""
+
+
+def _gives_unit_size(flow: Dataflow, call: Call) -> bool:
+    """Whether a module's operations, run again on noise of two sizes, give a mean square near 1 both times."""
+    assert call.input is not None and call.output is not None, "asked of a call that is followed"
+    leading = set(flow.backwards(call.output, stop=lambda node: node is call.input))
+    steps = [step for step in flow.within(call.name) if not leading.isdisjoint(step.outputs)]
+    noise = torch.randn(flow.shapes[call.input], generator=torch.Generator().manual_seed(0))
+    least, most = UNIT_SIZE
+    for size in (1.0, 8.0):
+        made = {call.input: size * noise}
+        for step in steps:
+            if written_positions(step.function) or any(node not in made for node in step.inputs):
+                return False
+            args, kwargs = tree_map(partial(_value_of, made), (step.args, step.kwargs))
+            try:
+                with torch.no_grad():
+                    result = step.function(*args, **kwargs)
+            except RuntimeError:  # another device or precision than that of the noise
+                return False
+            made.update(zip(step.outputs, (t for t in tree_leaves(result) if isinstance(t, Tensor)), strict=False))
+        if call.output not in made or not least <= float(made[call.output].double().square().mean()) <= most:
+            return False
+    return True
+
+
+def _value_of(made: Mapping[Node, Tensor], value: Any) -> Any:
+    return made[value] if isinstance(value, Node) else value
 
 
 @dataclass(eq=False)
@@ -532,7 +571,9 @@ class Normalizations:
         if given is None or made is None or given is made:
             return False
         return any(
-            one.keeps_variance and one.is_of(given, self) and self.is_function_of(made, one.output)
+            one.is_of(given, self)
+            and self.is_function_of(made, one.output)
+            and (one.keeps_variance or (one.is_of_vectors and _gives_unit_size(self.flow, call)))
             for one in self.inside.get(call.name, ())
         )
 
