@@ -347,3 +347,23 @@ def test_a_table_trains_privately():
     private = opacus.GradSampleModule(converted.train())
     private(table).square().sum().backward()
     assert all(parameter.grad_sample.shape[0] == len(table) for parameter in private.parameters())
+
+
+def test_the_last_layer_answers_for_no_norm_that_others_could_not():
+    """It would give the logits another size: 15 times the original's here."""
+
+    class OwnWeight(nn.Conv2d):
+        def forward(self, x):
+            variance, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True)
+            return F.conv2d(x, (self.weight - mean) / (variance + 1e-10).sqrt(), self.bias, padding=1)
+
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(), OwnWeight(16, 32, 3), nn.ReLU()]
+    head = [nn.GroupNorm(4, 32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)]
+    model, x = nn.Sequential(*body, *head), torch.randn(16, 3, 16, 16, generator=generator(1))
+    converted = normfree.convert(model, x)
+    (left,) = converted.conversion.norms_left
+    assert left.name == "5" and left.reason.endswith("no layer after it takes over")
+    assert type(converted[9]) is nn.Linear
+    with torch.no_grad():
+        assert 0.25 < float(converted(x).var() / model(x).var()) < 4

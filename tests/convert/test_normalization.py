@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -587,3 +589,37 @@ def test_a_table_added_behind_a_layer_is_no_norm(name, start):
     model = nn.Sequential(build(), nn.Linear(16, 16), nn.Flatten(0, -2), nn.BatchNorm1d(16), nn.Linear(16, 2)).eval()
     converted = normfree.convert(model, batch, start=start)
     assert type(converted[0]) is Embedded and not converted.conversion.norms_left
+
+
+class Vectors(nn.Module):
+    """Root mean square norms written by way of the norm of a vector."""
+
+    FORMS: ClassVar = {
+        "normalize": lambda x, size: F.normalize(x, dim=1) * size**0.5,
+        "divided": lambda x, size: x / (x.norm(dim=1, keepdim=True) * size**-0.5 + 1e-6),
+        "einsum": lambda x, size: x * torch.rsqrt(torch.einsum("bchw,bchw->bhw", x, x)[:, None] / size + 1e-8),
+        "unit": lambda x, size: F.normalize(x, dim=1),
+        "another constant": lambda x, size: 8 * F.normalize(x, dim=1) * size**0.5,
+    }
+
+    def __init__(self, form, channels=16):
+        super().__init__()
+        self.form, self.weight = self.FORMS[form], nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x):
+        return self.form(x, x.shape[1]) * self.weight
+
+
+@pytest.mark.parametrize("form", Vectors.FORMS)
+def test_a_norm_of_vectors_that_gives_unit_mean_square_is_one(form):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), Vectors(form), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=1), Vectors(form)]
+    model, x = nn.Sequential(*layers, nn.Conv2d(16, 3, 1)), torch.randn(8, 3, 12, 12)
+    if form in ("unit", "another constant"):
+        with pytest.raises(ValueError, match="normalization of vectors, which is part of its function"):
+            normfree.convert(model, x)
+    else:
+        converted = normfree.convert(model, x)
+        assert not converted.conversion.norms_left
+        with torch.no_grad():
+            assert 0.25 < float(converted(x).var() / model(x).var()) < 4

@@ -432,6 +432,12 @@ class SignalPaths:
         return found
 
     @cached_property
+    def _last(self) -> set[str]:
+        """The layers whose output is the model's."""
+        outputs = set(self.flow.outputs)
+        return {name for name, calls in self.structure.layers.items() if any(call.output in outputs for call in calls)}
+
+    @cached_property
     def absorbing(self) -> dict[Node, tuple[str, ...]]:
         """For an activation all readers of which lead to layers that take over, past what is homogeneous: those layers.
 
@@ -456,7 +462,8 @@ class SignalPaths:
         if (norm := self.structure.norm_of(step)) is not None:
             return (norm,)
         if (layer := self.structure.layer_of(step)) is not None:
-            return (layer,) if layer in self.layers else None
+            # A last layer would give what it reads another size: logits of another than the original's.
+            return (layer,) if layer in self.layers and layer not in self._last else None
         if (gated := gate_of(self.flow, step)) is not None and gated[1] is node:
             return ()
         if step.name in _BENDING or _is_unknown_weight(step):
