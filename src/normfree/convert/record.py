@@ -257,9 +257,9 @@ def first_difference(record: Conversion, original: nn.Module) -> tuple[str, bool
         if given.get(name) != was
     ]
     differences += [(f"it has {name} as well", "") for name in given if record.original and name not in record.original]
-    for told, name in differences:
+    for words, name in differences:
         if name in leaves and given[name].partition("(")[0] != record.original[name].partition("(")[0]:
-            return told, True
+            return words, True
     return (differences[0][0], False) if differences else ("", False)
 
 
