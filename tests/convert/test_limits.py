@@ -282,3 +282,29 @@ def test_no_hook_is_left_behind():
     normfree.convert(model, torch.randn(4, 3, 16, 16), start="pretrained")
     assert hooks() == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Asking(nn.Module):
+    """Asks its norms for what a module in their place does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.second, self.norm2, self.last = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.norm1(self.first(x)).relu()
+        x = self.norm2(self.second(x)).relu() + self.norm2.eps
+        self.penalty = self.norm2.weight.abs().sum()
+        return self.last(x)
+
+
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+def test_a_norm_that_the_forward_asks_for_something_stays(start):
+    torch.manual_seed(0)
+    model, x = Asking().eval(), torch.randn(8, 3, 12, 12)
+    converted = normfree.convert(model, x, start=start)
+    (left,) = converted.conversion.norms_left
+    assert (left.name, left.reason) == ("norm2", "the model's forward asks for its eps")
+    assert type(converted.norm1) is nn.Identity
+    converted(x)

@@ -46,7 +46,7 @@ from normfree.convert.record import (
 )
 from normfree.convert.structure import Structure, directly_followed, training_structure, unseen_norms
 from normfree.convert.unnormalized import GATE, LAST, STANDARDIZED
-from normfree.convert.verify import explain_failures, first_mismatching_norm, note_leak
+from normfree.convert.verify import explain_failures, first_mismatching_norm, norm_asked_for, note_leak
 from normfree.signal import spp
 from normfree.signal.measure import architecture_in
 from normfree.signal.remedies import by_hand
@@ -209,8 +209,14 @@ def _fresh(
         _check_reach(model, plan, batch)
         full = _complete(record, model, batch, structure, training, plan.changes, plan.kept, plan.notes)
         converted, replaced = exchange_modules(model, full)
-        with explain_failures(full, model, converted, replaced):
-            found = _measure(converted, full, structure, batch, trains=trains, plan=plan)
+        try:
+            with explain_failures(full, model, converted, replaced):
+                found = _measure(converted, full, structure, batch, trains=trains, plan=plan)
+        except ValueError as failure:
+            if not (asked := norm_asked_for(failure, converted, structure.norms.keys() - staying.keys())):
+                raise
+            staying |= asked
+            continue
         off = {name: size for name, size in found.sizes.items() if not least <= size <= most}
         assert not off, f"layers that no norm follows do not give unit variance: {off}"
         more = {
@@ -367,7 +373,13 @@ def _pretrained(
         full = _complete(record, model, batch, structure, training, changes, kept, [])
         converted, replaced = exchange_modules(model, full)
         fill_constants(model, converted, full.changes, structure.constants)
-        culprit, error = first_mismatching_norm(model, converted, replaced, full, batch, trains=trains)
+        try:
+            culprit, error = first_mismatching_norm(model, converted, replaced, full, batch, trains=trains)
+        except ValueError as failure:
+            if not (asked := norm_asked_for(failure, converted, structure.norms.keys() - staying.keys())):
+                raise
+            staying |= asked
+            continue
         if culprit is None:
             assert isinstance(converted, Converted), "exchanged modules have their record"
             converted.conversion = replace(full, output_error=error)

@@ -6,7 +6,7 @@ A leak is a dependence of an example's output on the other examples of its batch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,6 +83,24 @@ def explain_failures(
             f"model: the forward of {conversion.model} calls a {class_name(called[0])} that it also holds in a plain "
             "list or dict, so that exchanging the submodule has no effect; hold it in an nn.ModuleList alone"
         )
+
+
+def norm_asked_for(failure: ValueError, converted: nn.Module, norms: Container[str]) -> dict[str, str]:
+    """The exchanged norm of which a forward asks for what it no longer has, such as its weight, and why it stays.
+
+    Args:
+        failure: of :func:`explain_failures`.
+        converted: the model that was run.
+        norms: names of those that may stay.
+
+    Returns:
+        Nothing if the failure is another one.
+    """
+    cause = failure.__cause__
+    if not isinstance(cause, AttributeError):
+        return {}
+    name = next((name for name, module in converted.named_modules() if module is cause.obj), None)
+    return {name: f"the model's forward asks for its {cause.name}"} if name is not None and name in norms else {}
 
 
 def first_mismatching_norm(
