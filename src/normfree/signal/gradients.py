@@ -126,7 +126,10 @@ def sq_gradients(
                 f"{len(found)}); it draws or counts what cannot be repeated",
             )
         if all(value is None for value in found):
-            return Gradients(None, "not measured: none arrives, as under torch.no_grad or from integers alone")
+            return Gradients(
+                None,
+                "not measured: none arrives, as under torch.no_grad, inside an autograd.Function or from integers",
+            )
         if at_last:
             return Gradients(found, "of the last point that varies, for the output does not change with it")
         if any(value for value, variance in zip(found, variances, strict=True) if variance != 0):
