@@ -310,3 +310,23 @@ def test_a_norm_that_the_forward_asks_for_something_stays(start):
     assert (left.name, left.reason) == ("norm2", "the model's forward asks for its eps")
     assert type(converted.norm1) is nn.Identity
     converted(x)
+
+
+def test_a_norm_that_a_function_reads_is_listed_once():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3 if number == 0 else 8, 8, 3) for number in range(3))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+            self.last = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1))
+
+        def forward(self, x):
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                weights = norm.running_mean, norm.running_var, norm.weight, norm.bias
+                x = F.batch_norm(conv(x), *weights, self.training).relu()
+            return self.last(x)
+
+    torch.manual_seed(0)
+    record = normfree.convert(Functional().eval(), torch.randn(8, 3, 12, 12)).conversion
+    (left,) = record.norms_left
+    assert "by a function, 3 times" in left.reason

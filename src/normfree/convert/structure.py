@@ -361,13 +361,20 @@ def _shared(flow: Dataflow, layers: Mapping[str, list[Call]]) -> dict[str, str]:
 
 
 def unseen_norms(model: nn.Module, structure: Structure) -> dict[str, nn.Module]:
-    """The norms of a model that did not run: of torch's classes, or of a class that is one elsewhere in the model."""
+    """The norms of a model that did not run: of torch's classes, or of a class that is one elsewhere in the model.
+
+    One whose weight or statistics a function normalizes with (``F.batch_norm(x, norm.running_mean, …)``) is that one.
+    """
     classes = {type(calls[0].module) for calls in structure.norms.values()}
     ran = structure.norms.keys() | {call.name for call in structure.flow.calls}
+    steps = (step for step in structure.flow.steps if step.name in op.NORM)
+    read = {value.data_ptr() for step in steps for value in step.args if isinstance(value, Tensor) and value.numel()}
     return {
         name: module
         for name, module in model.named_modules()
-        if name not in ran and (is_norm(module) or type(module) in classes)
+        if name not in ran
+        and (is_norm(module) or type(module) in classes)
+        and read.isdisjoint(t.data_ptr() for t in (*module.parameters(False), *module.buffers(False)))
     }
 
 
