@@ -79,7 +79,7 @@ class Reference:
             return None
         branch = 0 if effort[0] > effort[1] else 1
         shortcut, ends = since[1 - branch], (first, second)
-        if shortcut.weighted and not since[branch].nonlinear:
+        if shortcut.weighted and ancestor in self._straight_way(ends[branch]):
             return None
         if shortcut.nonlinear and not self._is_projection_of_activated(ends[1 - branch], ancestor):
             return None
@@ -106,19 +106,24 @@ class Reference:
                     states.setdefault(later, set()).add(state)
         return states[node] == {"part"}
 
+    def _straight_way(self, node: int) -> list[int]:
+        """The way back to where signals were last joined or bent."""
+        way = [node]
+        while len(set(self.parents[way[-1]])) == 1 and not self.steps[way[-1]].nonlinear:
+            if self.parents[way[-1]][0] == 0:
+                break
+            way.append(self.parents[way[-1]][0])
+        return way
+
     def _side_input(self, first: int, second: int) -> tuple[int, int, bool] | None:
         for branch, (node, shortcut) in enumerate(((first, second), (second, first))):
-            way = [shortcut]
-            while len(set(self.parents[way[-1]])) == 1 and not self.steps[way[-1]].nonlinear:
-                if self.parents[way[-1]][0] == 0:
-                    break
-                way.append(self.parents[way[-1]][0])
+            way = self._straight_way(shortcut)
             behind = self.behind(node) - {node}
             ancestor = next((each for each in way if each in behind), None)
             if ancestor is None:
                 continue
             since, straight = self.since(ancestor, node), self.since(ancestor, shortcut)
-            if straight.weighted and ancestor in self.dominators[node] and not since.nonlinear:
+            if straight.weighted and ancestor in self._straight_way(node):
                 continue
             if since.weighted > straight.weighted and not (since.partial and straight.partial):
                 return ancestor, branch, straight.weighted > 0

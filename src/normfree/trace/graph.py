@@ -239,8 +239,8 @@ def residual(first: Node, second: Node) -> Residual | None:
     It is when both were computed from one ancestor, one of them (the branch) has passed more weighted
     operations since than the other (the shortcut), or as many and more mixing (a branch that only pools),
     and the shortcut is linear (a projection may see its input activated). Excluded so are sums of
-    parallel paths of equal standing (re-parametrised convolutions), of a weight with several in a row and nothing
-    nonlinear between (low-rank adapters), of streams that went separate ways
+    parallel paths of equal standing (re-parametrised convolutions), of a weight with several in a straight row (as of
+    adapters), of streams that went separate ways
     through nonlinearities (high-resolution fusion, attention logits), and of different parts of one
     tensor (the hierarchy inside a Res2Net block).
 
@@ -316,7 +316,7 @@ def _with_one_source(first: Node, second: Node) -> Residual | None:
         return None
     branch = 0 if effort[0] > effort[1] else 1
     shortcut = since[1 - branch]
-    if shortcut.weighted and not since[branch].nonlinear:
+    if shortcut.weighted and (first, second)[branch].straight.level <= ancestor.level:
         return None
     if shortcut.nonlinear and not _is_projection_of_activated((first, second)[1 - branch], ancestor):
         return None
@@ -355,7 +355,7 @@ def _with_side_input(first: Node, second: Node, *, above: int) -> Residual | Non
             continue
         ancestor, weighted, partial = found
         straight = shortcut.path - ancestor.path
-        if straight.weighted and ancestor.dominates(node) and not (node.path - ancestor.path).nonlinear:
+        if straight.weighted and node.straight.level <= ancestor.level:
             continue
         if weighted > straight.weighted and not (partial and straight.partial):
             return Residual(ancestor, branch, straight.weighted > 0)
