@@ -79,8 +79,6 @@ class Reference:
             return None
         branch = 0 if effort[0] > effort[1] else 1
         shortcut, ends = since[1 - branch], (first, second)
-        if shortcut.weighted and ancestor in self._straight_way(ends[branch]):
-            return None
         if shortcut.nonlinear and not self._is_projection_of_activated(ends[1 - branch], ancestor):
             return None
         if shortcut.partial and self._starts_from_part(ends[branch], ancestor):
@@ -123,8 +121,6 @@ class Reference:
             if ancestor is None:
                 continue
             since, straight = self.since(ancestor, node), self.since(ancestor, shortcut)
-            if straight.weighted and ancestor in self._straight_way(node):
-                continue
             if since.weighted > straight.weighted and not (since.partial and straight.partial):
                 return ancestor, branch, straight.weighted > 0
         return None

@@ -627,3 +627,12 @@ def test_a_weight_on_the_left_has_channels_in_its_rows():
     torch.manual_seed(0)
     signal = spp(Columns(), torch.randn(16, 64))
     assert [point.channel_axis for point in signal.blocks] == [0] * 4
+
+
+def test_a_linear_branch_beside_a_projection_is_one_where_all_is_linear():
+    """A deep linear network, as in theory."""
+    torch.manual_seed(0)
+    for activation, blocks in ((nn.Identity, 3), (nn.ReLU, 0)):
+        layers = [layer for _ in range(3) for layer in (Adapter(nn.Linear(16, 16)), activation())]
+        found = spp(nn.Sequential(*layers, nn.Linear(16, 2)), torch.randn(32, 16)).blocks
+        assert sum(block.kind == "residual" for block in found) == blocks

@@ -327,7 +327,10 @@ def _record(model: nn.Module, batch: Batch, mode: Mode, trains: Trains) -> Dataf
         with stack.follow_modules(), DropoutNoted(recorder.note_dropout), recorder:
             outputs = run_once(model, given, stack)
         recorder.flow.outputs = [recorder.nodes[t] for t in outputs if t in recorder.nodes]
-    return recorder.flow
+    flow = recorder.flow
+    if not any(step.name in op.NONLINEAR for step in flow.steps):  # then a branch that is linear is one, too
+        flow.additions = sorted(flow.additions + recorder.linear_additions, key=lambda one: one.output.number)
+    return flow
 
 
 Trains = Callable[[nn.Module], bool] | None
@@ -403,7 +406,7 @@ class DataflowRecorder(Recorder):
 
     def __init__(self, model: nn.Module, *args: Any, foreign: dict[str, nn.Module], **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        self.flow = Dataflow()
+        self.flow, self.linear_additions = Dataflow(), list[Addition]()
         self.flow.parameter_readers = {parameter.data_ptr(): set() for parameter in model.parameters()}
         self.flow.foreign = foreign
         self.statics = self.weights = self.flow.weights = FollowedWeights(model, foreign.values())
@@ -430,7 +433,8 @@ class DataflowRecorder(Recorder):
         nodes = [self.nodes[operand] for operand in operands]
         result = run()
         branch, shortcut = nodes[found.branch], nodes[1 - found.branch]
-        self.flow.additions.append(Addition(self.stack.name, found.ancestor, shortcut, branch, self.nodes[result]))
+        addition = Addition(self.stack.name, found.ancestor, shortcut, branch, self.nodes[result])
+        (self.linear_additions if found.linear else self.flow.additions).append(addition)
         return result
 
     def _run(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], active: list[Tensor]) -> Any:

@@ -334,8 +334,7 @@ def _check_card(path: Path) -> None:
     """
     if kind_of(path) == "nothing":
         return
-    import yaml
-
+    yaml: Any = require("yaml", "the card of a data set")
     text = read_bytes(path, "source", most=MOST_CARD).decode(errors="replace")
     header = text.split("---", 2)[1] if text.lstrip().startswith("---") and text.count("---") > 1 else ""
     try:

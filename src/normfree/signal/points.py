@@ -144,6 +144,7 @@ class PointRecorder(Recorder):
         self.model, self.weights = model, Weights(model)
         self.layers_seen: list[Layer] = []
         self.branches_seen: dict[int, tuple[Node, Node]] = {}
+        self.linear_sums: dict[int, tuple[Node, Sequence[Node]]] = {}
         self.operations = Counter[str]()
 
     # Before the first addition: what may turn out to be the input of the first block.
@@ -209,7 +210,10 @@ class PointRecorder(Recorder):
         branch_note.axis = axis
         before = self.measure_before_scaling(branch)
         encloses = self.additions.count_enclosed(found.ancestor, shortcut_node)
-        self._mark_inside(found.ancestor, nodes)
+        if found.linear:
+            self.linear_sums[self.sums - 1] = found.ancestor, nodes
+        else:
+            self._mark_inside(found.ancestor, nodes)
         result = run()
         node = self.nodes[result]
         node.note = Note(shape=tuple(result.shape), axis=axis, order=node.note.order, operation="add")
@@ -426,6 +430,11 @@ class PointRecorder(Recorder):
         carried, logits = _reaching_ends(self.made, ends), _attention_logits(self.made)
         sums = [visit for visit in self.visits if visit.sum is not None]
         refused = {v.sum for v in sums if v.sum is not None and (v.node not in carried or v.node in logits)}
+        if not op.NONLINEAR.isdisjoint(self.operations):
+            refused |= self.linear_sums.keys()
+        else:
+            for ancestor, nodes in self.linear_sums.values():
+                self._mark_inside(ancestor, nodes)
         outside = [v for v in self.visits if v.layer is not None and (not self.residual or not v.inside)]
         result = PassResult(
             layers=frozenset(visit.layer for visit in outside if visit.layer is not None),

@@ -226,11 +226,14 @@ class Residual:
         ancestor: the activation both operands were computed from.
         branch: 0 or 1, the operand that is the branch.
         weighted_shortcut: the shortcut is a projection.
+        linear: the branch is one straight way of weights beside a projection, as in a low-rank adapter or a
+            re-parametrised block. In a network with any nonlinearity the two are one layer, and no block.
     """
 
     ancestor: Node
     branch: int
     weighted_shortcut: bool
+    linear: bool = False
 
 
 def residual(first: Node, second: Node) -> Residual | None:
@@ -239,8 +242,7 @@ def residual(first: Node, second: Node) -> Residual | None:
     It is when both were computed from one ancestor, one of them (the branch) has passed more weighted
     operations since than the other (the shortcut), or as many and more mixing (a branch that only pools),
     and the shortcut is linear (a projection may see its input activated). Excluded so are sums of
-    parallel paths of equal standing (re-parametrised convolutions), of a weight with several in a straight row (as of
-    adapters), of streams that went separate ways
+    parallel paths of equal standing (re-parametrised convolutions), of streams that went separate ways
     through nonlinearities (high-resolution fusion, attention logits), and of different parts of one
     tensor (the hierarchy inside a Res2Net block).
 
@@ -316,13 +318,18 @@ def _with_one_source(first: Node, second: Node) -> Residual | None:
         return None
     branch = 0 if effort[0] > effort[1] else 1
     shortcut = since[1 - branch]
-    if shortcut.weighted and (first, second)[branch].straight.level <= ancestor.level:
-        return None
     if shortcut.nonlinear and not _is_projection_of_activated((first, second)[1 - branch], ancestor):
         return None
     if shortcut.partial and _starts_from_part((first, second)[branch], ancestor):
         return None
-    return Residual(ancestor, branch, shortcut.weighted > 0)
+    return _residual_of(ancestor, branch, (first, second)[branch], shortcut)
+
+
+def _residual_of(ancestor: Node, branch: int, end: Node, shortcut: Path) -> Residual:
+    """The addition of a branch that ends in an activation."""
+    return Residual(
+        ancestor, branch, shortcut.weighted > 0, shortcut.weighted > 0 and end.straight.level <= ancestor.level
+    )
 
 
 def _is_projection_of_activated(node: Node, ancestor: Node) -> bool:
@@ -355,10 +362,8 @@ def _with_side_input(first: Node, second: Node, *, above: int) -> Residual | Non
             continue
         ancestor, weighted, partial = found
         straight = shortcut.path - ancestor.path
-        if straight.weighted and node.straight.level <= ancestor.level:
-            continue
         if weighted > straight.weighted and not (partial and straight.partial):
-            return Residual(ancestor, branch, straight.weighted > 0)
+            return _residual_of(ancestor, branch, node, straight)
     return None
 
 
