@@ -31,7 +31,7 @@ from normfree.data import (
     open_evaluation,
     with_any_split,
 )
-from normfree.data.config import check_image_size, check_statistics, imagenet_statistics, preparation
+from normfree.data.config import check_image_size, check_statistics, cropping, imagenet_statistics, preparation
 from normfree.data.holdout import HoldoutSource
 from normfree.train.config import Accelerator, Precision
 from normfree.train.trained import MOST_INPUT
@@ -63,8 +63,13 @@ class _Trained:
     """Height and width; as in the run or the exported file by default, else that of the data, else 224."""
     mean: Mean = None
     std: Std = None
+    crop_ratio: float | None = None
+    """Share of the shorter side that the centre crop of an image of another size takes; as in the run or the file by
+    default, else 0.875."""
 
     def __post_init__(self) -> None:
+        if self.crop_ratio is not None:
+            DataConfig(crop_ratio=self.crop_ratio)  # whose rules it keeps
         check_statistics(self.mean, self.std)
         check_options(self)
         check_image_size("image_size", self.image_size)
@@ -164,6 +169,8 @@ class Evaluate(_Trained):
             line += f"\nwrote {write_atomically(self.json, json.dumps(result) + chr(10))}"
         if trained.prepared is None and self.mean is None:
             console.say(preparation(*data.config.statistics, "measured on the data"))
+        if trained.prepared is None and self.crop_ratio is None and not data.config.in_memory:
+            console.say(cropping(data.config.size, data.config.crop_ratio))
         console.say(line)
 
     def _data(self, trained: Trained, rank: int, world_size: int) -> EvaluationData:
@@ -180,7 +187,7 @@ class Evaluate(_Trained):
             config = DataConfig(in_channels=trained.in_channels, image_size=trained.image_size)
         if known is None and (said := trained.preprocessing) is not None:
             config = dataclasses.replace(config, crop_ratio=said.crop_ratio, mean=said.mean, std=said.std)
-        options = ("source", "image_size", "mean", "std", "batch_size", "workers", "on_bad_image")
+        options = ("source", "image_size", "mean", "std", "crop_ratio", "batch_size", "workers", "on_bad_image")
         changes = {option: getattr(self, option) for option in options} | {"evaluation_split": self.split}
         changes = {field: value for field, value in changes.items() if value is not None}
         changes["cache_folder"] = None  # the process's own, and no place that a run's file names
@@ -319,15 +326,19 @@ class Predict(_Trained):
             said = preparation(*statistics)
         if self.image_size is None and trained.image_size is None:
             said += ("\n" if said else "") + "images taken at 224 × 224; --image-size says otherwise"
-        ratio = (trained.prepared or DataConfig()).crop_ratio
+        ratio = self.crop_ratio or (trained.prepared or DataConfig()).crop_ratio
         crop = CentreCrop(self.image_size or trained.image_size or 224, ratio)
-        rows = []
+        rows, cropped = [], False
         for path in files:
             try:
-                image = np.asarray(crop(decode(path, channels)))
+                decoded = decode(path, channels)
+                cropped = cropped or decoded.size != (crop.size, crop.size)
+                image = np.asarray(crop(decoded))
             except DamagedImage as damage:
                 raise refused("images", path, f"does not decode as an image ({damage})", "give an image") from damage
             rows.append(torch.from_numpy(image.copy()).reshape(*image.shape[:2], -1).permute(2, 0, 1))
+        if cropped and trained.prepared is None and self.crop_ratio is None:
+            said += ("\n" if said else "") + cropping(crop.size, ratio)
         return torch.stack(rows), Standardization(*statistics), said
 
     def _predictions(self, probabilities: Tensor, names: tuple[str, ...] | None) -> list[dict[str, Any]]:

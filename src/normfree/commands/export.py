@@ -14,15 +14,18 @@ import tyro
 from rich import filesize
 from rich.markup import escape
 
-from normfree.commands.shared import ImageSize, Model, Original, Seed, Terminal, check_options
+from normfree.commands.shared import ImageSize, Mean, Model, Original, Seed, Std, Terminal, check_options
 from normfree.commands.signals import precision_of
 from normfree.common.checks import check_memory, invalid
 from normfree.common.torch_compat import import_tracer
+from normfree.data import DataConfig, open_evaluation, with_any_split
+from normfree.data.config import check_statistics, preparation
 from normfree.data.preprocessing import Preprocessing
 from normfree.export import Exported, to_onnx, to_program
 from normfree.export.exported import check_path, is_exported
 from normfree.signal import input_shape
 from normfree.sources import Built, build, is_word
+from normfree.train.evaluation import logits_of
 from normfree.train.trained import preprocessing_of
 
 WRITERS = {"onnx": to_onnx, "pt2": to_program}
@@ -46,6 +49,13 @@ class Export:
     image_size: ImageSize = None
     tolerance: float | None = None
     """Largest difference from the model, relative to its largest output; 3.5e-4 by default in float32."""
+    source: str | None = None
+    """Data that the model was trained on (a folder, *.parquet, …): the file keeps the names of their classes, and how
+    images are prepared: --mean, --std, --crop-ratio. Of a run's network it is known."""
+    mean: Mean = None
+    std: Std = None
+    crop_ratio: float | None = None
+    """Share of the shorter side that the centre crop takes; 0.875 by default."""
     seed: Seed = 0
     out: Path | None = None
     """File to write, *.onnx or *.pt2; out/export/MODEL.FORMAT by default. An earlier one of that name is replaced."""
@@ -55,6 +65,10 @@ class Export:
             listed = ", ".join(map(repr, WRITERS))
             raise invalid("format", self.format, "unknown format", f"choose one of {listed}")
         check_options(self)
+        check_statistics(self.mean, self.std)
+        for name in ("mean", "crop_ratio"):
+            if self.source is None and (value := getattr(self, name)) is not None:
+                raise invalid(name, value, "it is of the data that --source names", "give --source, too")
         self._place()
 
     def run(self, console: Terminal) -> None:
@@ -70,13 +84,34 @@ class Export:
             built = build(self.model, self.original)
             batch = self._batch(built) if built.batch is None else self._own(built.batch)
         said = None if is_word(self.model) else preprocessing_of(Path(self.model))
-        if said is not None:
+        if self.source is not None:
+            said = self._preprocessing(console, built, batch)
+        elif said is not None:
             said = dataclasses.replace(said, image_size=batch.shape[-1])
         with console.status(f"exporting {escape(self.model)}"):
             write, options = WRITERS[kind], {"dynamic_batch": self.dynamic_batch, "tolerance": self.tolerance}
             metadata = None if said is None else said.to_metadata()
             written = write(built.model, batch, path, metadata=metadata, **options)
         self._print(console, written, built, said, replaced=replaced)
+
+    def _preprocessing(self, console: Terminal, built: Built, batch: Any) -> Preprocessing:
+        """How images of the source are prepared, and its classes.
+
+        Raises:
+            ValueError: the model takes no images, or tells another number of classes apart.
+        """
+        if not isinstance(batch, torch.Tensor) or batch.dim() != 4:
+            raise invalid("source", self.source, "the model takes no batch of images", "leave it out")
+        sizes: dict[str, Any] = {"in_channels": batch.shape[1], "image_size": batch.shape[-1], "batch_size": 1}
+        if self.crop_ratio is not None:
+            sizes["crop_ratio"] = self.crop_ratio
+        config = DataConfig(source=self.source or "", mean=self.mean, std=self.std, **sizes)
+        data = open_evaluation(with_any_split(config))
+        with torch.no_grad():
+            logits_of(built.model.eval(), batch, len(data.class_names))
+        if self.mean is None:
+            console.say(preparation(*data.config.statistics, "measured on the data"))
+        return Preprocessing.of(data.config, data.class_names)
 
     def _batch(self, built: Built) -> torch.Tensor:
         """Unit Gaussian noise in the model's precision, of the shape it suggests or the sizes asked for."""
@@ -131,8 +166,10 @@ class Export:
             silent = f"{len(written.silent)} all-zero weights and biases"
             lines["rehearsal"] = f"with the {silent} drawn at random, a scratch file differed by {written.rehearsal}"
         if said is not None:
+            lines["metadata"] = f"{said.METADATA}: crop, means and deviations of images, {len(said.classes)} classes"
+        elif len(written.input_shapes) == 1 and len(written.input_shapes[0]) == 4:
             lines["metadata"] = (
-                f"{said.METADATA}: the run's crop, means and deviations of images, {len(said.classes)} classes"
+                "none: --source DATA keeps in the file how images are prepared and what classes are called"
             )
         if built.random:
             lines["note"] = f"these weights are random (seed {self.seed}); give a checkpoint to export trained ones"

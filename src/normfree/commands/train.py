@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -112,7 +113,17 @@ class Train:
         )
         accuracy = f"accuracy {100 * found['top1']:.2f} %{top5} of {found['examples']:,} images"
         console.say(f"{accuracy}, {metrics['seconds']:.1f} s of training{counts}")
+        if _is_at_chance(found["confusion"]):
+            measured = f"normfree spp {shlex.quote(self.recipe.model)} --input {shlex.quote(self.recipe.data.source)}"
+            console.say(f"no better than naming one class always; {measured} shows the signal it starts with")
         if summary.repeated:
             console.say(f"{summary.folder} holds this run already: nothing was trained; another --out trains it again")
         else:
             console.say_written([summary.folder])
+
+
+def _is_at_chance(confusion: Sequence[Sequence[int]]) -> bool:
+    """Whether a network is right no more often, within two errors, than by naming the most frequent class always."""
+    total, right = sum(map(sum, confusion)), sum(row[index] for index, row in enumerate(confusion))
+    share = max(map(sum, confusion)) / max(total, 1)
+    return right <= total * share + 2 * (total * share * (1 - share)) ** 0.5

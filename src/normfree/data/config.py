@@ -257,6 +257,12 @@ def preparation(mean: Sequence[float], std: Sequence[float], origin: str = "") -
     return f"images standardized with {said}; --mean and --std say otherwise"
 
 
+def cropping(size: int, ratio: float) -> str:
+    """Return the line that says how images of another size were cropped where no run, file or option says it."""
+    taken = f"the centre {ratio:.3g} of the shorter side of images of another size than {size} × {size} is taken"
+    return f"{taken}; --crop-ratio says otherwise"
+
+
 def _check_range(name: str, values: Sequence[float]) -> None:
     if len(values) != 2 or not 0 < check_number(name, values[0]) <= check_number(name, values[1]):
         raise invalid(name, values, "must be two numbers, above 0 and ascending", f"pass {name}=(least, most)")

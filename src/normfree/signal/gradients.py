@@ -128,7 +128,7 @@ def sq_gradients(
         if all(value is None for value in found):
             return Gradients(
                 None,
-                "not measured: none arrives, as under torch.no_grad, inside an autograd.Function or from integers",
+                "not measured: none arrives, as under torch.no_grad, in an autograd.Function or from integers alone",
             )
         if at_last:
             return Gradients(found, "of the last point that varies, for the output does not change with it")

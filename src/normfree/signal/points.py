@@ -610,18 +610,39 @@ def _is_gated_by(layers: Collection[Node], branch: Node | None) -> bool:
 
 
 def _reaching_ends(made: Sequence[Sequence[Node]], ends: Sequence[Node]) -> set[Node]:
-    """The activations whose values go on to an output (or to an end that is none), and not into gates alone."""
+    """The activations whose values go on to an output (or to an end that is none), and not into gates alone.
+
+    Queries and keys do, as where attention is one operation; the logits they make, and what is added to those, do not.
+    """
     read = {parent for nodes in made for node in nodes for parent in node.parents}
     waiting = [node for nodes in made if not any(each in read for each in nodes) for node in nodes] + list(ends)
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
         gates = _gates_of(node)
-        for parent in node.parents:
-            if parent not in seen and parent not in gates:
-                seen.add(parent)
-                waiting.append(parent)
+        before = [parent for parent in node.parents if parent not in gates]
+        before += [each for gate in gates for each in _queries_and_keys(gate)]
+        new = set(before) - seen
+        seen |= new
+        waiting += new
     return seen
+
+
+def _queries_and_keys(gate: Node) -> list[Node]:
+    """What the logits of attention weights are products of; nothing of another gate."""
+    maker = _gate_maker(gate)
+    if maker is None or "softmax" not in maker.note.operation:
+        return []
+    found, waiting, seen = list[Node](), list(maker.parents), set(maker.parents)
+    while waiting:
+        node = waiting.pop()
+        if node.step.mixing and node.step.nonlinear and len(set(node.parents)) > 1:
+            found += node.parents
+        elif not node.step.weighted:
+            new = set(node.parents) - seen
+            seen |= new
+            waiting += new
+    return found
 
 
 def _gates_of(node: Node) -> set[Node]:
