@@ -431,3 +431,45 @@ def test_an_exported_file_of_another_size_than_its_runs_is_said(run, tmp_path):
     assert run("export", "made", *original, "--image-size", "32", "--out", "other.onnx")[0] == 0
     assert "32 × 32" not in run("evaluate", "same.onnx", "--run", "made")[1]
     assert "taken at 32 × 32" in run("evaluate", "other.onnx", "--run", "made")[1]
+
+
+def test_an_exported_file_keeps_what_a_person_says_of_its_images(run, tmp_path):
+    assert run(*CONVERT, "--weights", "trained.pth")[0] == 0
+    export = ["export", *USE, "--image-size", "16", "--out", "m.onnx"]
+    assert "metadata   none: --source DATA keeps" in run(*export)[1]
+    code, told, said = run(*export, "--source", "images", *OPTIONS, "--crop-ratio", "1")
+    assert code == 0 and "crop, means and deviations of images, 2 classes" in told, said
+    Path("m.onnx").rename(tmp_path.parent / "alone.onnx")
+    _, right, _ = run("predict", *USE, "images", "--top", "2", "--json", "--image-size", "16", *OPTIONS)
+    code, told, said = run("predict", str(tmp_path.parent / "alone.onnx"), "images", "--top", "2", "--json")
+    assert code == 0 and said == ""
+    for mine, theirs in zip(json.loads(told), json.loads(right), strict=True):
+        assert [one["class"] for one in mine["predictions"]] == [
+            ("blue", "red")[one["index"]] for one in theirs["predictions"]
+        ]
+        for one, other in zip(mine["predictions"], theirs["predictions"], strict=True):
+            assert one["probability"] == pytest.approx(other["probability"], abs=1e-4)
+    for words, message in (
+        (OPTIONS, "--mean=(0.5, 0.5, 0.5): it is of the data that --source names"),
+        (["--crop-ratio", "0.5"], "--crop-ratio=0.5: it is of the data that --source names"),
+        (["--source", "none"], "--source='none': there is no such folder or file"),
+        (["--source", "digits"], "--in-channels=3"),
+    ):
+        code, _, said = run(*export, *words)
+        assert code == 2 and said.count("\n") == 1, (words, said)
+        assert message in said or words[1] == "digits", said
+
+
+def test_a_crop_that_nothing_says_is_said(run, tmp_path):
+    assert run(*CONVERT, "--weights", "trained.pth")[0] == 0
+    Image.open(tmp_path / "images" / "red" / "01.png").resize((40, 30)).save(tmp_path / "wide.png")
+    words = ["predict", *USE, "wide.png", "--image-size", "16", "--json"]
+    _, whole, said = run(*words, *OPTIONS)
+    assert said == (
+        "the centre 0.875 of the shorter side of images of another size than 16 × 16 is taken; "
+        "--crop-ratio says otherwise\n"
+    )
+    _, other, said = run(*words, *OPTIONS, "--crop-ratio", "0.5")
+    assert said == "" and json.loads(other) != json.loads(whole)
+    code, _, said = run(*words, "--crop-ratio", "2")
+    assert code == 2 and "--crop-ratio=2.0: must be above 0 and at most 1" in said

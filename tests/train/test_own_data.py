@@ -184,3 +184,10 @@ def test_a_new_run_has_a_new_folder_and_the_same_one_its_own(at_home, capsys):
         in error
     )
     assert sorted(path.name for path in (at_home / "runs").iterdir()) == ["digits", "digits-2", "digits-3"]
+
+
+def test_a_training_that_ends_at_chance_says_where_to_look():
+    from normfree.commands.train import _is_at_chance
+
+    assert _is_at_chance([[10, 0], [10, 0]]) and _is_at_chance([[3, 2, 2], [3, 2, 2], [3, 2, 2]])
+    assert not _is_at_chance([[9, 1], [1, 9]]) and not _is_at_chance([[40, 0, 0], [0, 0, 40], [0, 0, 40]])

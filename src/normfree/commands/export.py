@@ -167,7 +167,7 @@ class Export:
             lines["rehearsal"] = f"with the {silent} drawn at random, a scratch file differed by {written.rehearsal}"
         if said is not None:
             lines["metadata"] = f"{said.METADATA}: crop, means and deviations of images, {len(said.classes)} classes"
-        elif len(written.input_shapes) == 1 and len(written.input_shapes[0]) == 4:
+        elif not built.random and [len(shape) for shape in written.input_shapes] == [4]:
             lines["metadata"] = (
                 "none: --source DATA keeps in the file how images are prepared and what classes are called"
             )
