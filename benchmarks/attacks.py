@@ -823,6 +823,91 @@ pages = shard_of(lambda: (tarfile.TarInfo("0.png"), bytes(2**20)), compressed=Tr
 attack("bomb", "a shard that is compressed", pages, "data-000.tar")
 
 
+def shard_with(name: str, content: Callable[[], bytes]) -> Callable[[Path], list[str]]:
+    """An evaluation on a shard of one example with one more member."""
+
+    def act(folder: Path) -> list[str]:
+        import tarfile
+
+        image = image_in(folder).read_bytes()
+        with tarfile.open(folder / "data-000.tar", "w") as shard:
+            for each, held in (("0.png", image), ("0.cls", b"1"), (name, content())):
+                entry = tarfile.TarInfo(each)
+                entry.size = len(held)
+                shard.addfile(entry, io.BytesIO(held))
+        model_in(folder)
+        return ["evaluate", "model.safetensors", "--source", "data-000.tar", "--image-size", "8"]
+
+    return act
+
+
+def zeros_compressed() -> bytes:
+    """4 GB of zeros as 4 MB."""
+    import gzip
+
+    part = gzip.compress(bytes(2**24), 1)
+    return part * 256  # members of one gzip file
+
+
+for title, member in {
+    "gzip": "0.x.gz",
+    "a compressed image": "0.jpg.gz",
+    "arrays": "0.npz",
+    "a tensor": "0.pth",
+}.items():
+    attack("bomb", f"a shard with {title} of 4 GB", shard_with(member, zeros_compressed), "data-000.tar")
+attack("wrong", "a class number of 34 digits in a shard", shard_with("1.cls", lambda: b"0" * 33 + b"2"), "data-000.tar")
+
+
+def card_of(header: str) -> Callable[[Path], list[str]]:
+    """An evaluation on a folder laid out like a data set of the hub, with this header of its README."""
+
+    def act(folder: Path) -> list[str]:
+        from pyarrow import parquet, table
+
+        (folder / "cards").mkdir()
+        rows = {"image": [{"bytes": image_in(folder).read_bytes(), "path": None}], "label": [0]}
+        parquet.write_table(table(rows), folder / "cards" / "test.parquet")
+        (folder / "cards" / "README.md").write_text(f"---\n{header}\n---\n")
+        model_in(folder)
+        return ["evaluate", "model.safetensors", "--source", "hub:cards", "--split", "test", "--image-size", "8"]
+
+    return act
+
+
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{c}: &{c} [{', '.join(['*' + p] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)
+)
+for title, header in {
+    "aliases that grow to 10⁸ words": f"{LAUGHS}configs: *i",
+    "the files of the whole disk": "configs: [{config_name: a, data_files: '/**/*'}]",
+    "a file of the system": "configs: [{config_name: a, data_files: /etc/passwd}]",
+    "a folder above": "configs: [{config_name: a, data_files: '../*.parquet'}]",
+    "an address": "configs: [{config_name: a, data_files: 'http://127.0.0.1:9/a.parquet'}]",
+    "no YAML": "a: [",
+}.items():
+    attack(
+        "bomb" if "grow" in title or "whole" in title else "code",
+        f"a data set's card: {title}",
+        card_of(header),
+        "README.md",
+    )
+
+
+def pattern_of(pattern: str) -> Callable[[Path], list[str]]:
+    """An evaluation on all files that a pattern stands for."""
+
+    def act(folder: Path) -> list[str]:
+        model_in(folder)
+        return ["evaluate", "model.safetensors", "--source", pattern]
+
+    return act
+
+
+for pattern in ("/**/*.parquet", "**/../**/../**/../**/*.parquet", "**/**/**/*.tar"):
+    attack("hang", f"a pattern that walks the disk: {pattern}", pattern_of(pattern), "source")
+
+
 # --- 3: damaged and forged files ----------------------------------------------------------------------------------
 
 
@@ -1264,6 +1349,55 @@ for suffix in (".onnx", ".safetensors"):
         attack("wrong", f"preprocessing of a {suffix} file: {title}", forged_preprocessing(suffix, change), names)
     act = forged_preprocessing(suffix, {"classes": ["\x1b[31mred\x07", *"123456789"]})
     attack("wrong", f"preprocessing of a {suffix} file: a class with escapes", act, promise=WORKS)
+
+
+def answering(answer: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], list[str]]:
+    """An ONNX file that answers with no logits."""
+
+    def act(folder: Path) -> list[str]:
+        from torch import nn
+
+        from normfree.export import to_onnx
+
+        class Answering(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(64, 10)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return answer(self.linear(x.flatten(1)))
+
+        image_in(folder)
+        to_onnx(Answering(), torch.randn(1, 1, 8, 8), folder / "answer.onnx", tolerance=1e9)
+        return ["predict", "answer.onnx", "image.png"]
+
+    return act
+
+
+for title, answer in {
+    "the largest logit's place": lambda y: y.argmax(1, keepdim=True),
+    "one number": lambda y: y[:, :1],
+    "whole numbers": lambda y: (10 * y).long(),
+}.items():
+    attack("wrong", f"a network that answers with {title}", answering(answer), "model")
+
+
+def pixels_of(pixels: Callable[[Any], Any]) -> Callable[[Path], list[str]]:
+    """A TIFF of whole numbers, whose range is not known."""
+
+    def act(folder: Path) -> list[str]:
+        import numpy as np
+        from PIL import Image
+
+        Image.fromarray(pixels(np.arange(64, dtype=np.int32).reshape(8, 8))).save(folder / "image.tif")
+        model_in(folder)
+        return ["predict", "model.safetensors", "image.tif"]
+
+    return act
+
+
+for title, pixels in {"small": lambda x: x, "large": lambda x: x * 2**24, "negative": lambda x: -x}.items():
+    attack("wrong", f"pixels that are {title} numbers of 32 bits", pixels_of(pixels), "image.tif")
 
 
 def foreign(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[Path], list[str]]:
