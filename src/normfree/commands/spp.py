@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from normfree.commands.shared import (
 from normfree.commands.signals import (
     InputSource,
     device_named,
+    is_healthy,
     no_picture,
     precision_of,
     print_signal,
@@ -81,6 +83,12 @@ class Spp:
         paths = write_signals(signals, self.out)
         for signal in signals:
             print_signal(console, signal)
+        sick = [source for source, signal in zip(self.models, signals, strict=True) if not is_healthy(signal)]
+        if sick:
+            given = {"original": self.original, "input": self.input, "image-size": self.image_size}
+            options = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+            command = shlex.join(["normfree", "doctor", sick[0], *options])
+            console.say(f"whether conversion mends it: {command}")
         console.say_written(paths)
 
     def measure(self, console: Terminal) -> list[SignalPropagation]:
