@@ -274,3 +274,24 @@ def test_conversion_on_what_is_trained_on(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert run("convert", "grey.py:net", "--input", "digit", "--out", "m.safetensors") == 2
     assert "--input='digit'" in capsys.readouterr().err
+
+
+def test_a_long_table_has_a_row_for_each_kind_of_change_and_their_number(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(
+        "import torch.nn as nn\n"
+        "class Block(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        layers = [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]\n"
+        "        self.f = nn.Sequential(*layers, nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))\n"
+        "    def forward(self, x):\n"
+        "        return (x + self.f(x)).relu()\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), *[Block() for _ in range(7)], nn.Conv2d(8, 2, 1))\n"
+    )
+    assert main(["convert", "nets.py:net", "--image-size", "16", "--out", "m.safetensors"]) == 0
+    told = capsys.readouterr().out
+    for row in ("1.f.0, 7 in all", "1.f.1, 14 in all", "1.f.3, 7 in all"):
+        assert row in told
+    assert "alpha=0.2" in told and "one of each kind; all 30 are in the record" in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -330,15 +331,39 @@ def _number(value: float | None, column: _Column, *, is_entry: bool) -> str:
     return f"{value:.3f}" if 0.01 <= abs(value) < 1000 else f"{value:.2e}"
 
 
+def _one_of_each_kind(rows: Sequence[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
+    """The first row of each kind, in order, with how many more there are: of a class and its factors, for a reason.
+
+    Reasons that differ in a number or a name of a place are one; where there are too many, the classes alone count.
+    """
+
+    def kind(row: tuple[str, str, str, str], *, whole: bool) -> tuple[str, ...]:
+        made, _, factors = row[2].partition("(")
+        names = " ".join(re.findall(r"(\w+)=", factors))
+        reason = re.sub(r"[-+.\d]+", "", row[3].partition(";")[0])
+        return (row[1], made, names, reason) if whole else (row[1], made)
+
+    for whole in (True, False):
+        groups: dict[tuple[str, ...], list[tuple[str, str, str, str]]] = {}
+        for row in rows:
+            groups.setdefault(kind(row, whole=whole), []).append(row)
+        if len(groups) <= ROWS:
+            break
+    shown = []
+    for found in groups.values():
+        name, *rest = found[0]
+        shown.append((name + (f", {len(found)} in all" if len(found) > 1 else ""), *rest))
+    return shown
+
+
 def print_conversion(console: Terminal, conversion: Conversion) -> None:
-    """Print what a conversion changed, as a table; of many changes the first of each kind."""
+    """Print what a conversion changed, as a table; of many changes the first of each kind, and how many there are."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for head in ("module", "before", "after", "why"):
         table.add_column(head, overflow="fold")
     rows = shown = conversion.rows()
     if len(rows) > ROWS:
-        firsts = {(row[1], row[2].partition("(")[0]): row for row in rows[::-1]}
-        shown = sorted(firsts.values(), key=rows.index)
+        shown = _one_of_each_kind(rows)
     for row in shown:
         table.add_row(*(escape(cell) for cell in row))
     console.print(table)

@@ -83,8 +83,8 @@ class Moments:
 
     @property
     def correlation(self) -> float | None:
-        """Mean cosine similarity between different examples, or None without a pair."""
-        return self.cosine_sum / self.pairs if self.pairs else None
+        """Mean cosine similarity between different examples, or None without a pair; rounding takes it to 1 at most."""
+        return min(self.cosine_sum / self.pairs, 1.0) if self.pairs else None
 
     @cached_property
     def dead_fraction(self) -> float:
