@@ -249,7 +249,7 @@ def _first_sentence(framed: str, words: list[str]) -> str:
     if options:
         return f"{first}; perhaps you meant {options}"
     extra = first.rpartition(": ")[2]
-    given = words[1 : words.index(extra)] if extra in words[1:] else []
+    given = words[1 : len(words) - 1 - words[::-1].index(extra)] if extra in words[1:] else []
     option = next((word for word in reversed(given) if word.startswith("--")), None)
     if option is not None and not extra.startswith("-"):  # a value after those that the option takes
         return f"{first}; {option} does not take it as well, see normfree {words[0]} --help"

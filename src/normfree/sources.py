@@ -26,7 +26,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from normfree.common.checks import LISTED, check_memory, invalid, require, suggestion
-from normfree.common.files import check_file, kind_of, notes_of, read, sizes
+from normfree.common.files import PREPROCESSING, check_file, kind_of, notes_of, read, sizes
 from normfree.common.text import all_lines, causes, first_line, one_line, quoted
 from normfree.convert import Conversion, stored_conversion
 from normfree.models import create_model, list_models
@@ -309,7 +309,7 @@ def example_shape(conversion: Conversion | None) -> tuple[int, ...] | None:
 def _of_run(built: Built, path: str) -> Built:
     """A model with the shape of an image that its run evaluates on, and how the run prepares it."""
     beside = any((folder / "config.json").is_file() for folder in Path(path).absolute().parents[:4])
-    if not beside and not any("preprocessing" in name for name in notes_of(path) or ()):
+    if not beside and PREPROCESSING not in (notes_of(path) or ()):
         return built  # without the import of what trains, which takes a second
     from normfree.train.trained import preprocessing_of
 

@@ -236,6 +236,7 @@ def test_the_parser_s_frame_is_no_part_of_an_error(encoding):
     ("words", "hint"),
     [
         (["spp", "m", "--image-size", "8", "12"], "--image-size does not take it as well"),
+        (["spp", "m", "--image-size", "8", "--seed", "8", "8"], "--seed does not take it as well"),
         (["train", "digits", "--data.mean", "0.5", "--epochs", "3", "4"], "--epochs does not take it as well"),
         (["train", "digits", "more"], "see normfree train --help"),
     ],

@@ -636,3 +636,27 @@ def test_a_linear_branch_beside_a_projection_is_one_where_all_is_linear():
         layers = [layer for _ in range(3) for layer in (Adapter(nn.Linear(16, 16)), activation())]
         found = spp(nn.Sequential(*layers, nn.Linear(16, 2)), torch.randn(32, 16)).blocks
         assert sum(block.kind == "residual" for block in found) == blocks
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_blocks_that_lead_to_queries_alone_are_blocks_however_attention_is_written(fused):
+    class Queries(nn.Module):
+        """Two residual blocks make the queries of an attention whose values are another layer's."""
+
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(2))
+            self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            y = x
+            for block in self.blocks:
+                y = y + block(y)
+            query, key, value = self.query(y), self.key(x), self.value(x)
+            if fused:
+                return nn.functional.scaled_dot_product_attention(query, key, value)
+            return (query @ key.transpose(-1, -2) / 8**0.5).softmax(-1) @ value
+
+    torch.manual_seed(0)
+    blocks = spp(Queries(), torch.randn(4, 5, 8)).blocks
+    assert sum(block.kind == "residual" for block in blocks) == 2

@@ -279,6 +279,8 @@ def test_a_file_says_itself_how_images_are_prepared_and_what_the_classes_are(run
         predictions.append(json.loads(told.out))
         assert told.err == ""
     assert predictions[0] == predictions[1]
+    # A class that nothing names is called by its number, as these are.
+    assert open_trained(alone / name, trust_code=True).class_names == tuple("0123456789")
     losses = []
     for number, source in enumerate((alone / name, run.folder)):
         path = tmp_path / f"{number}.json"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import tyro
@@ -34,11 +34,7 @@ from normfree.data import (
 from normfree.data.config import check_image_size, check_statistics, cropping, imagenet_statistics, preparation
 from normfree.data.holdout import HoldoutSource
 from normfree.train.config import Accelerator, Precision
-from normfree.train.trained import MOST_INPUT
-
-if TYPE_CHECKING:
-    from normfree.train.trained import Trained
-
+from normfree.train.trained import MOST_INPUT, Trained, open_trained
 
 MOST_IMAGES = 10_000
 """Images that are predicted at once: 1.5 GB at 224 pixels."""
@@ -78,7 +74,6 @@ class _Trained:
         """Return the network; what a person should know of its weights or its images' size is said."""
         from normfree.convert import conversion_of
         from normfree.sources import build, example_shape, is_word, load_checkpoint, load_weights
-        from normfree.train.trained import open_trained
 
         if is_word(self.model):
             built = build(self.model, self.original)

@@ -83,11 +83,11 @@ class Export:
             torch.manual_seed(self.seed)
             built = build(self.model, self.original)
             batch = self._batch(built) if built.batch is None else self._own(built.batch)
-        said = None if is_word(self.model) else preprocessing_of(Path(self.model))
         if self.source is not None:
             said = self._preprocessing(console, built, batch)
-        elif said is not None:
-            said = dataclasses.replace(said, image_size=batch.shape[-1])
+        else:
+            said = None if is_word(self.model) else preprocessing_of(Path(self.model))
+            said = said and dataclasses.replace(said, image_size=batch.shape[-1])
         with console.status(f"exporting {escape(self.model)}"):
             write, options = WRITERS[kind], {"dynamic_batch": self.dynamic_batch, "tolerance": self.tolerance}
             metadata = None if said is None else said.to_metadata()

@@ -114,8 +114,9 @@ class Train:
         accuracy = f"accuracy {100 * found['top1']:.2f} %{top5} of {found['examples']:,} images"
         console.say(f"{accuracy}, {metrics['seconds']:.1f} s of training{counts}")
         if _is_at_chance(found["confusion"]):
-            measured = f"normfree spp {shlex.quote(self.recipe.model)} --input {shlex.quote(self.recipe.data.source)}"
-            console.say(f"no better than naming one class always; {measured} shows the signal it starts with")
+            words = ["normfree", "spp", self.recipe.model, "--input", self.recipe.data.source]
+            words += ["--original", self.recipe.original] if self.recipe.original else []
+            console.say(f"no better than naming one class always; {shlex.join(words)} shows the signal it starts with")
         if summary.repeated:
             console.say(f"{summary.folder} holds this run already: nothing was trained; another --out trains it again")
         else:

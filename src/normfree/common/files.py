@@ -321,6 +321,9 @@ def _typed(hint: Any, value: Any, place: str, finite: bool) -> Any:
 # --- one safetensors file as it is read: a model's tensors, and the notes that say how to build it --------------------
 
 
+PREPROCESSING = "normfree.preprocessing"
+"""The note of how images are prepared and what the classes are called, see ``normfree.data.preprocessing``."""
+
 FOLDED = "normfree.folded"
 """The note of a model that fold has made plain."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from normfree.common.files import parse_dataclass, parse_json, refused
+from normfree.common.files import PREPROCESSING, parse_dataclass, parse_json, refused
 from normfree.common.text import first_line
 from normfree.data.config import MOST_CLASSES, DataConfig
 
@@ -29,7 +29,7 @@ class Preprocessing:
         classes: names of the logits.
     """
 
-    METADATA: ClassVar[str] = "normfree.preprocessing"
+    METADATA: ClassVar[str] = PREPROCESSING
 
     image_size: int
     crop_ratio: float

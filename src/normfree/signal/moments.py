@@ -83,7 +83,7 @@ class Moments:
 
     @property
     def correlation(self) -> float | None:
-        """Mean cosine similarity between different examples, or None without a pair; rounding takes it to 1 at most."""
+        """Mean cosine similarity of different examples, None without a pair; what rounding adds above 1 is cut off."""
         return min(self.cosine_sum / self.pairs, 1.0) if self.pairs else None
 
     @cached_property

@@ -469,8 +469,7 @@ class Trainer:
         names, evaluated = list_names(data.class_names), self.evaluation_data.examples
         yield f"training on {data.examples:,} images of {data.num_classes:,} classes ({names})"
         if chosen.data.image_size is None and not data.config.in_memory:
-            size = data.config.size
-            yield f"images are taken at {size} × {size}, for they are not all of one square size (--data.image-size)"
+            yield f"images are taken at {data.config.size} × {data.config.size} (--data.image-size)"
         if self.evaluation_data.held_out:
             why = "" if chosen.data.holdout else ", for the data have no split to evaluate on"
             yield f"evaluating on {evaluated:,} more, held out by class (--data.holdout {config.data.holdout:g}){why}"

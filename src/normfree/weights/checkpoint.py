@@ -612,4 +612,4 @@ def _check_values(model: nn.Module, stored: Stored) -> None:
         first = first_at.setdefault(place, name)
         if first != name and not torch.equal(given, stored.tensors[first]):
             rule = f"has two values of one weight of the model, {first} and {name}"
-            raise stored.error(rule, "give weights of this model, or unite the two in it no longer")
+            raise stored.error(rule, "give weights of this model, or build it with two weights there")
