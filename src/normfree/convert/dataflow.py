@@ -403,6 +403,7 @@ class DataflowRecorder(Recorder):
     """Keeps operations and residual additions; measures nothing."""
 
     broadcast_branches = False  # their factors would have to be one per position
+    merges_sums = False  # each addition is a step of its own, with factors of its own
 
     def __init__(self, model: nn.Module, *args: Any, foreign: dict[str, nn.Module], **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)

@@ -26,7 +26,7 @@ Between two points their ratio says the same of what lies between them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import inf, isfinite, log10, prod, sqrt
@@ -52,7 +52,7 @@ from normfree.signal import remedies
 from normfree.signal.architecture import Architecture
 from normfree.signal.propagation import BlockSignal, Finding, SignalPropagation
 from normfree.signal.remedies import TRACE
-from normfree.trace.graph import Residual
+from normfree.trace.graph import Node, Residual
 from normfree.trace.inputs import Batch, ModuleStack, run_once, tensors_of
 from normfree.trace.preserve import Preserved
 from normfree.trace.recorder import Recorder
@@ -153,14 +153,14 @@ def _measure(
     at_last: bool,
 ) -> list[float | None] | None:
     """The gradients; None if points ran with gradients switched off, and only a whole pass can find them."""
-    places: dict[int, Place] = {}
-    found: dict[int, float] = {}
+    places: dict[int, list[Place]] = {}
+    arriving = _Arriving(places)
 
     def on_place(index: int, place: Place) -> None:
-        places[index] = place
+        places.setdefault(index, []).append(place)
         if whole:
             place.edge.node.register_prehook(
-                lambda arriving: _keep(found, index, place, arriving[place.edge.output_nr])
+                lambda gradients: arriving.add(index, place, gradients[place.edge.output_nr])
             )
 
     batch = tree_map(_differentiable, batch)
@@ -185,7 +185,7 @@ def _measure(
             if at_last:
                 numbers = [number for number in range(len(recorder.names)) if number not in refused]
                 varying = [n for n, variance in zip(numbers, variances, strict=True) if variance and n in places]
-                last = places[max(varying)]
+                last = places[max(varying)][0]
                 outputs, projection = [last.edge], [_drawn(last.shape, **last.options, generator=generator)]
             else:
                 projection = _weigh_alike([_drawn(t.shape, t.dtype, t.device, generator) for t in outputs])
@@ -194,11 +194,12 @@ def _measure(
         if not whole and recorder.hidden:
             return None
         if not whole and outputs and places:
-            edges = [place.edge for place in places.values()]
+            ends = [(index, place) for index, all_of_point in places.items() for place in all_of_point]
+            edges = [place.edge for _, place in ends]
             gradients = torch.autograd.grad(outputs, edges, projection, allow_unused=True)
-            for (index, place), gradient in zip(places.items(), gradients, strict=True):
-                _keep(found, index, place, gradient)
-    return [found.get(index) for index in range(len(recorder.names)) if index not in refused]
+            for (index, place), gradient in zip(ends, gradients, strict=True):
+                arriving.add(index, place, gradient)
+    return [arriving.sq_mean(index) for index in range(len(recorder.names)) if index not in refused]
 
 
 def _drawn(shape: torch.Size, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
@@ -215,16 +216,6 @@ def _weigh_alike(projections: Sequence[Tensor]) -> list[Tensor]:
     map would seem to receive next to nothing, and what lies before it to explode.
     """
     return [r * sqrt(projections[0].numel() / max(1, r.numel())) for r in projections]
-
-
-def _keep(found: dict[int, float], index: int, place: Place, gradient: Tensor | None) -> None:
-    if gradient is None:
-        return
-    with torch.no_grad():
-        gradient = place.part(gradient)
-        if gradient.is_complex():
-            gradient = torch.view_as_real(gradient)
-        found[index] = gradient.double().square().mean().item()
 
 
 def _differentiable(leaf: Any) -> Any:
@@ -252,6 +243,41 @@ class Place:
     part: Callable[[Tensor], Tensor]
     shape: torch.Size
     options: dict[str, Any]
+
+
+class _Arriving:
+    """The gradients that have arrived at points; of one that was computed several times their sum.
+
+    Args:
+        places: of each point; all are known before the gradient of one arrives.
+    """
+
+    def __init__(self, places: Mapping[int, Sequence[Place]]) -> None:
+        self.places = places
+        self.sq_means: dict[int, float] = {}
+        self.sums: dict[int, Tensor] = {}
+
+    def add(self, index: int, place: Place, gradient: Tensor | None) -> None:
+        """Take the gradient that has arrived at one place of a point; None if none has."""
+        if gradient is None:
+            return
+        gradient = place.part(gradient)
+        if len(self.places[index]) == 1:
+            self.sq_means[index] = _sq_mean(gradient)
+        else:
+            before = self.sums.get(index)
+            self.sums[index] = gradient if before is None else before + gradient
+
+    def sq_mean(self, index: int) -> float | None:
+        """The mean squared gradient at a point; None if no gradient has arrived."""
+        total = self.sums.get(index)
+        return self.sq_means.get(index) if total is None else _sq_mean(total)
+
+
+def _sq_mean(gradient: Tensor) -> float:
+    if gradient.is_complex():
+        gradient = torch.view_as_real(gradient)
+    return gradient.double().square().mean().item()
 
 
 def _place_of(tensor: Tensor) -> Place:
@@ -298,7 +324,8 @@ class PlaceRecorder(Recorder):
         self.on_place = on_place
         self.names: list[str] = []
         self.hidden: list[tuple[int, int]] = []  # the number of the next node, and the point
-        self.waiting: tuple[int, Tensor, int] | None = None
+        self.waiting: tuple[int, Tensor, int | None] | None = None
+        self.point_at: dict[Node, int] = {}
         self.unchecked = self.largest = 0
 
     def note_point(self, result: Tensor) -> None:
@@ -316,6 +343,13 @@ class PlaceRecorder(Recorder):
             self.hidden.remove(found)
             index = found[1]
         self.waiting = index, result, next_sequence_number()
+        self.point_at[self.nodes[result]] = index
+
+    def on_sum_again(self, result: Tensor, node: Node) -> None:
+        """The gradient of a point that is computed once more is what arrives at both."""
+        index = self.point_at.get(node)
+        if index is not None:
+            self.waiting = index, result, None
 
     def take(self) -> None:
         """Take the place of the last point."""
@@ -325,7 +359,7 @@ class PlaceRecorder(Recorder):
         self.waiting = None
         if tensor.requires_grad:
             self.on_place(index, _place_of(tensor))
-        else:
+        elif sequence is not None:
             self.hidden.append((sequence, index))
 
     def before_operation(self) -> bool:

@@ -118,6 +118,10 @@ class Note:
         return new
 
 
+_Operands = tuple[Node, int, Node, int]
+"""Two activations, each with how often its memory had been written to."""
+
+
 class Recorder(DispatchMode):
     """Records the dataflow of one forward pass; open it around the call.
 
@@ -141,6 +145,8 @@ class Recorder(DispatchMode):
     follows_weights = True
     broadcast_branches = True
     """Whether a branch of one position that is added to a map (a global context) is one."""
+    merges_sums = True
+    """Whether two activations that are added once more make the activation that they made before."""
 
     def __init__(
         self,
@@ -164,6 +170,7 @@ class Recorder(DispatchMode):
         self.statics = Statics(model, woken=woken)
         self.nodes: TensorMap[Node] = TensorMap()
         self.begun: list[tuple[nn.Module, tuple[Any, ...]]] = []
+        self.sum_of: dict[_Operands, Node] = {}
         root = Node((), note=Note())
         for stream, tensor in enumerate(inputs):
             # Of three axes the channels may be the second (sequences) or the last (tokens): the first layer tells.
@@ -193,6 +200,9 @@ class Recorder(DispatchMode):
         """A residual addition is about to run; the answer must be what ``run`` returns."""
         return run()
 
+    def on_sum_again(self, result: Tensor, node: Node) -> None:
+        """Two activations were added once more; ``node`` is what they made the first time."""
+
     def on_weighted(self, x: Tensor, result: Tensor) -> None:
         """A weighted operation has turned ``x`` into ``result``."""
 
@@ -219,10 +229,16 @@ class Recorder(DispatchMode):
         active = [] if name in op.FACTORY else [tensor for tensor in tensors if id(tensor) in known]
         if not active:
             return self.statics.run(name, func, args, kwargs, tensors) if tensors else func(*args, **kwargs)
+        if name == "add" and len(active) == 2 and self.merges_sums and not written and not kwargs:
+            return self._add_mergeably(func, args, active)
+        return self._follow(name, func, args, kwargs, active)
+
+    def _follow(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], active: list[Tensor]) -> Any:
+        """Execute an operation on activations, which may be a residual addition."""
         if name in op.CONVOLUTION:
             self._learn_axis(active[0], op.weight_and_bias(name, args)[0])
         for tensor in active:
-            self.on_use(tensor, known[id(tensor)])
+            self.on_use(tensor, self.nodes[tensor])
         if len(active) == 2 and name in op.SUMS and not self._left_of_sum(name, active):
             operands = self._operands(name, args, kwargs, active)
             found = self._residual(name, operands) if operands else None
@@ -237,7 +253,27 @@ class Recorder(DispatchMode):
             note.axis = x.dim() - weight.dim() + 1
             self.on_axis(x)
 
-    # Residual additions.
+    # Sums.
+
+    def _add_mergeably(self, func: Any, args: Sequence[Any], active: list[Tensor]) -> Tensor:
+        """Add two activations; what they have made before, unless one has been written to since, is not recorded again.
+
+        Where every layer adds up anew what all layers before it have made, there are as many different sums as layers,
+        and as many additions as their number squared.
+        """
+        first, second = active
+        if first.is_inference() or second.is_inference():  # they do not count what is written to them
+            return self._follow("add", func, args, {}, active)
+        key = self.nodes[first], first._version, self.nodes[second], second._version
+        node = self.sum_of.get(key)
+        if node is None:
+            result = self._follow("add", func, args, {}, active)
+            self.sum_of[key] = self.nodes[result]
+            return result
+        result = func(*args)
+        self.nodes[result] = node
+        self.on_sum_again(result, node)
+        return result
 
     def _operands(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], active: list[Tensor]) -> list[Tensor]:
         """The two activations an operation adds, of one shape or the one broadcast, a factor of the second noted."""
