@@ -62,6 +62,15 @@ def test_no_text_controls_the_terminal(kind):
         printed.encode()
 
 
+def test_a_name_between_colons_is_no_picture():
+    for draw in (
+        lambda console: console.print("net.py:heart: no error"),
+        lambda console: in_a_table(console, "net.py:heart: 2"),
+        lambda console: console.print(Table("a column that is wide", title="net.py:heart:")),
+    ):
+        assert "net.py:heart:" in shown(draw)
+
+
 def test_colours_and_progress_of_our_own_are_kept():
     file = io.StringIO()
     console = Terminal(file=file, width=80, force_terminal=True, color_system="standard")

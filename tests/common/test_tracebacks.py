@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import torch
 from torch import nn
 
 import normfree
+import normfree.export
+import normfree.optim
 from normfree.common import checks
 from normfree.signal.propagation import BlockSignal, Entry, Finding, SignalPropagation
+from normfree.train import RECIPES, train
 
 SOURCE = Path(normfree.__file__).parent
 
@@ -24,6 +28,7 @@ SICK = SignalPropagation(
     blocks=(BlockSignal(index=0, kind="residual", residual_avg_channel_var=1.0, **POINT),),
     findings=(Finding(kind="explosion", severity="error", block=0, message="it grows", remedy="scale it"),),
 )
+LAYER, BATCH = nn.Linear(2, 2), torch.eye(2)
 CALLS = {
     "a measurement in a plot": SICK.assert_healthy,
     "a kind of finding": partial(SICK.assert_healthy, ignore=["none-such"]),
@@ -37,6 +42,38 @@ CALLS = {
     "a rate": partial(normfree.create_model, "nf_resnet50", drop_rate=2),
     "a flag": partial(normfree.create_model, "nf_resnet50", use_se=1),
 }
+
+
+OWN_LINE = {
+    "a mode": partial(normfree.spp, LAYER, BATCH, mode="none-such"),
+    "a batch that is not finite": partial(normfree.spp, LAYER, BATCH * torch.nan),
+    "no module": partial(normfree.spp, "net"),
+    "a start": partial(normfree.convert, LAYER, BATCH, start="none-such"),
+    "no module to convert": partial(normfree.convert, "net", BATCH),
+    "no module to fold": partial(normfree.fold, "net"),
+    "a name": partial(normfree.create_model, "none-such"),
+    "an override": partial(normfree.create_model, "nf_resnet50", none_such=1),
+    "a model that has no file": partial(normfree.save, LAYER, "net.safetensors"),
+    "no file": partial(normfree.load, "none-such.safetensors"),
+    "an example": partial(normfree.export.to_onnx, LAYER, torch.ones(2, 5), "net.onnx"),
+    "a number of steps": partial(normfree.signal.SignalMonitor, LAYER, BATCH, every=-1),
+    "a bound": partial(normfree.optim.AdaptiveGradientClipping, torch.optim.SGD(LAYER.parameters(), 0.1), LAYER, -1),
+    "no matrix": partial(normfree.optim.Muon, [nn.Parameter(torch.ones(4))], 0.1),
+    "a decay": partial(normfree.optim.parameter_groups, LAYER, -1),
+    "a learning rate": partial(normfree.optim.nesterov_sgd, LAYER, -1),
+    "nothing to centre": partial(normfree.optim.InputCentring, LAYER),
+    "a recipe's model": partial(replace, RECIPES["digits"](), model="none-such"),
+    "two networks": partial(train, RECIPES["digits"](), network=lambda classes, channels: LAYER),
+    "no network": partial(train, replace(RECIPES["digits"](), model="./mine"), network=LAYER.weight),
+}
+
+
+@pytest.mark.parametrize("what", OWN_LINE)
+def test_the_last_line_shown_is_none_of_ours(what):
+    with pytest.raises(ValueError, match=r"[=:]") as caught:
+        OWN_LINE[what]()
+    last = caught.traceback.filter(caught)[-1]
+    assert not Path(last.path).is_relative_to(SOURCE), last
 
 
 def shown(caught):

@@ -184,7 +184,7 @@ class Terminal(Console):
     """A console of rich's whose own control codes are the only ones: those in texts are written as escapes."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(emoji=False, **options)  # FILE.py:heart: is a model's name
         self._announced: set[str] = set()
 
     def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterable[Segment]:

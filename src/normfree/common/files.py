@@ -410,6 +410,7 @@ def read(path: str | Path, argument: str = "path") -> Stored:
     Raises:
         ValueError: if there is no such file, or it is damaged.
     """
+    __tracebackhide__ = True
     from safetensors import SafetensorError, safe_open
 
     kind = kind_of(path)

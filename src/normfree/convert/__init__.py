@@ -52,6 +52,7 @@ class CallablePackage(ModuleType):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
+        __tracebackhide__ = True
         return convert(*args, **kwargs)
 
     @property

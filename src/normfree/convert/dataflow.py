@@ -266,6 +266,7 @@ def _size(value: object) -> float | None:
 
 def record_all(model: nn.Module, batch: Batch) -> tuple[Dataflow, Trains]:
     """Record a model in evaluation mode, with its auxiliary heads if only so all norms run; also what trained then."""
+    __tracebackhide__ = True
     flow = record(model, batch)
     norms = sum(is_norm(module) for module in model.modules())
     if len(flow.calls_by_module(is_norm)) == norms:
@@ -293,6 +294,7 @@ def record(model: nn.Module, batch: Batch, *, mode: Mode = "eval", trains: Train
     Raises:
         ValueError: the model does not take the batch; one line says where it failed.
     """
+    __tracebackhide__ = True
     if without := biasless(model):
         try:
             with zero_biases(without):
@@ -303,6 +305,7 @@ def record(model: nn.Module, batch: Batch, *, mode: Mode = "eval", trains: Train
 
 
 def _record(model: nn.Module, batch: Batch, mode: Mode, trains: Trains) -> Dataflow:
+    __tracebackhide__ = True
     stack = ModuleStack(model)
     recorders: list[DataflowRecorder] = []
     foreign = {name: module for name, module in model.named_modules() if is_foreign(module)}  # before it has our hooks

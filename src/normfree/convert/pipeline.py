@@ -115,6 +115,7 @@ def convert(
 
     Source: Brock, De, Smith, ICLR 2021, sections 3 and 4; the rules for foreign structures are this project's.
     """
+    __tracebackhide__ = True
     model = unwrap(model)
     _check(model, start, alpha, skip_gain, beta, seed)
     if example_input is None:

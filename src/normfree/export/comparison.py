@@ -48,6 +48,7 @@ class Arguments:
         Raises:
             ValueError: if it raises.
         """
+        __tracebackhide__ = True
         positional, named = tree_map(torch.clone, (self.positional, self.named))
         try:
             with torch.no_grad():

@@ -285,6 +285,7 @@ def to_onnx(
         ImportError: a package is not installed.
         OSError: the file cannot be written.
     """
+    __tracebackhide__ = True
     options: dict[str, Any] = {"dynamic_batch": dynamic_batch, "tolerance": tolerance, "metadata": metadata}
     return export(ONNX, model, example_input, path, **options)
 
@@ -322,6 +323,7 @@ def to_program(
             tolerance. No file is left.
         OSError: the file cannot be written.
     """
+    __tracebackhide__ = True
     options: dict[str, Any] = {"dynamic_batch": dynamic_batch, "tolerance": tolerance, "metadata": metadata}
     return export(PROGRAM, model, example_input, path, **options)
 
@@ -372,6 +374,7 @@ def export(
     metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Do for a kind of file what :func:`normfree.export.to_onnx` and ``to_program`` say they do."""
+    __tracebackhide__ = True
     path = check_path(path, kind.suffix)
     check_flag("dynamic_batch", dynamic_batch)
     notes = check_metadata(metadata)
@@ -400,6 +403,7 @@ def _export(
     tolerance: float,
     metadata: Mapping[str, str],
 ) -> Exported:
+    __tracebackhide__ = True
     names = output_names(arguments.run(given))
     generator = torch.Generator().manual_seed(SEED)
     traced = arguments.batch_size

@@ -149,6 +149,7 @@ def create_model(
     Raises:
         ValueError: unknown name or override, or a value that breaks its rule.
     """
+    __tracebackhide__ = True
     variant = _variant(name)
     accepted = accepted_overrides(name)
     for override, value in overrides.items():
@@ -168,6 +169,7 @@ def create_model(
 
 
 def _variant(name: str) -> Variant:
+    __tracebackhide__ = True
     if not isinstance(name, str) or name not in _VARIANTS:
         raise invalid("name", name, "no such model", suggestion(str(name), _VARIANTS))
     return _VARIANTS[name]

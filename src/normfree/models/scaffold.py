@@ -303,6 +303,7 @@ class NFStyle:
         Raises:
             ValueError: a value that breaks its rule.
         """
+        __tracebackhide__ = True
         module, gamma = build_activation(activation)
         alpha, gain = check_number("alpha", alpha, 0.0), check_number("skipinit_gain", skipinit_gain)
         return cls(activation=module, gamma=gamma, alpha=alpha, skip_gain=gain, **options)

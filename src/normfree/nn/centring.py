@@ -44,6 +44,7 @@ def centre_weights(model: nn.Module) -> int:
     Raises:
         ValueError: no layer of the model is standardized and has a bias.
     """
+    __tracebackhide__ = True
     layers = [layer for layer in model.modules() if isinstance(layer, Standardized) and layer.bias is not None]
     if not layers:
         rule = "has no scaled-weight-standardized layer with a bias"

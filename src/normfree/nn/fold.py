@@ -90,6 +90,7 @@ def fold(model: nn.Module) -> nn.Module:
             computes its output in a way of its own: its class (or itself) has another ``forward`` than the class
             whose ``folded`` it inherits.
     """
+    __tracebackhide__ = True
     if not isinstance(model, nn.Module):
         remedy = "build it first, normfree.fold(normfree.create_model(name)), or read it by normfree.load"
         raise invalid("model", model, "must be a torch module", remedy)

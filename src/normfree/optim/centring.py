@@ -40,6 +40,7 @@ class InputCentring:
         *,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        __tracebackhide__ = True
         for name, value in (("rate", rate), ("share", share)):
             if check_number(name, value, 0.0, exclusive=True) > 1:
                 raise invalid(name, value, "is a share", "pass at most 1")

@@ -177,6 +177,7 @@ class AdaptiveGradientClipping(Optimizer):
         *,
         exclude: Iterable[str] | None = None,
     ) -> None:
+        __tracebackhide__ = True
         if not hasattr(optimizer, "param_groups"):
             swapped = hasattr(parameters, "param_groups")
             remedy = "swap the first two arguments" if swapped else "pass the optimizer first and the model second"

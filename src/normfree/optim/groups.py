@@ -51,6 +51,7 @@ def parameter_groups(
 
     Source: Brock et al. 2021, appendix on training ("we do not apply weight decay to the affine parameters").
     """
+    __tracebackhide__ = True
     check_module(model)
     check_number("weight_decay", weight_decay, 0.0)
     check_number("classifier_lr_scale", classifier_lr_scale, 0.0, exclusive=True)
@@ -123,6 +124,7 @@ def nesterov_sgd(
 
     Source: Brock, De, Smith, ICLR 2021, section 5.
     """
+    __tracebackhide__ = True
     check_number("lr", lr, 0.0)
     if check_rate("momentum", momentum) == 0:
         raise invalid("momentum", momentum, "Nesterov's look-ahead needs one", "pass 0.9, or use torch.optim.SGD")

@@ -96,6 +96,7 @@ class Muon(Optimizer):
         ns_steps: int = NS_STEPS,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        __tracebackhide__ = True
         check_number("lr", lr, 0.0)
         check_rate("momentum", momentum)
         check_number("weight_decay", weight_decay, 0.0)
@@ -107,6 +108,7 @@ class Muon(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, after a check of its rule and of its weights' shapes."""
+        __tracebackhide__ = True
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

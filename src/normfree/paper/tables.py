@@ -371,7 +371,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     if (metrics := _finished(config)) is not None:
         return {**found, "accuracy": 100 * metrics["evaluation"]["top1"], "seconds": metrics["seconds"]}
     try:
-        summary = train(config, network=network_factory(config.model))
+        summary = train(config, network=network_factory(config.model) if config.is_foreign else None)
     except NonFiniteLossError as error:
         return {**found, "accuracy": 0.0, "seconds": None, "failed": str(error)}
     if not summary.finished and config.limit_train_steps is None:

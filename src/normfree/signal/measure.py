@@ -88,6 +88,7 @@ def spp(
     Source: Brock, De, Smith, "Characterizing signal propagation to close the performance gap in
     unnormalized ResNets", ICLR 2021, section 3. The input correlation and the gradient are additions.
     """
+    __tracebackhide__ = True
     model = unwrap(model)
     check_choice("mode", mode, Mode)
     check_choice("points", points, Points)
@@ -261,6 +262,7 @@ class Measurement:
 
     def add(self, batch: Batch) -> None:
         """Run one batch; the first decides what is measured, and runs again where that was not known beforehand."""
+        __tracebackhide__ = True
         check_batch(batch)
         if self.first is None:
             self.preserved.seed(self.seed)
@@ -301,6 +303,7 @@ class Measurement:
 
     def _record(self, batch: Batch) -> tuple[Recording, bool, PassResult]:
         """Run one batch under a recorder, without gradients; also whether outputs were finite, and what it found."""
+        __tracebackhide__ = True
         stack = ModuleStack(self.model)
         recorder = PointRecorder(
             self.model,

@@ -84,6 +84,7 @@ class SignalMonitor:
         wake: bool = False,
         seed: int = 0,
     ) -> None:
+        __tracebackhide__ = True
         if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise ValueError(f"every: {every!r} is no number of steps; give 1 or more, or None to go by the time")
         if not isinstance(share, (int, float)) or not 0 < share <= 1:

@@ -264,6 +264,7 @@ class ModuleStack:
 
 def run_once(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]:
     """Call the model; its output tensors, or one line that says where and why it failed."""
+    __tracebackhide__ = True
     try:
         output = call(model, tree_map(lambda leaf: leaf, batch))  # in containers that a model may write into
     except KeyboardInterrupt:
@@ -294,6 +295,7 @@ def run_once(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module that a compiled, data-parallel or Lightning Fabric wrapper holds."""
+    __tracebackhide__ = True
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: {type(model).__name__} is no torch.nn.Module")
     while True:

@@ -184,6 +184,7 @@ class TrainConfig:
     """Folder of the run; runs/NAME by default."""
 
     def __post_init__(self) -> None:
+        __tracebackhide__ = True
         if not self.name or Path(self.name).name != self.name:
             raise invalid("name", self.name, "must be a plain word", "name the run after its recipe, or use --out")
         self._check_model()
@@ -207,6 +208,7 @@ class TrainConfig:
             check_choice("log", name, Log)
 
     def _check_model(self) -> None:
+        __tracebackhide__ = True
         if self.is_foreign:
             return
         if self.original is not None:

@@ -117,6 +117,7 @@ def train(config: TrainConfig, console: Console | None = None, *, network: Netwo
         OSError: naming a file that could not be written.
         ImportError: a package that training needs is not installed.
     """
+    __tracebackhide__ = True
     require("torchmetrics", "training")  # used only after an epoch
     check_loggers(config.log)
     if config.is_foreign and network is None:
@@ -124,6 +125,13 @@ def train(config: TrainConfig, console: Console | None = None, *, network: Netwo
         raise invalid(
             "model", config.model, rule, "pass network=, such as lambda classes, channels: MyNetwork(classes)"
         )
+    if network is not None and not config.is_foreign:
+        rule = "names one of normfree's own networks, and network= builds another"
+        remedy = "pass one of the two; a network of your own has a name with a slash, such as model='./mine'"
+        raise invalid("model", config.model, rule, remedy)
+    if network is not None and not callable(network):
+        rule = "must build the network when it is called with the numbers of classes and of channels"
+        raise invalid("network", network, rule, "pass a function, such as lambda classes, channels: MyNetwork(classes)")
     fabric = launch(config.accelerator, config.precision, config.strategy)
     stop = StopRequest()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), stop.on_sigterm(), ExitStack() as folder:

@@ -284,6 +284,7 @@ def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | No
         ValueError: the path is a folder or ends otherwise; metadata that are no text by name; the model does not
             know how it was built, was built from a callable, or has had a layer exchanged since.
     """
+    __tracebackhide__ = True
     model, metadata = unwrap(model), check_metadata(metadata)
     if (note := _note_of_conversion(model)) is not None:
         return write(model, path, {**metadata, CONVERTED: note})
@@ -310,6 +311,7 @@ def load(path: str | Path, *, original: nn.Module | None = None) -> nn.Module:
     Raises:
         ValueError: the file is none of ours, or damaged; an original is needed, or is another model.
     """
+    __tracebackhide__ = True
     stored = read(path)
     if CONVERTED in stored.notes:
         return _load_converted(stored, original)
