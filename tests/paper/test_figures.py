@@ -44,9 +44,10 @@ def test_every_prediction_is_about_a_network_of_its_figure(figure):
     assert {prediction.label for prediction in figure.predictions(FigureSetting())} <= set(labels)
 
 
+@pytest.mark.parametrize(("size", "batch"), [(128, 4), (32, 8)])  # of 32 px the last maps are single pixels
 @pytest.mark.parametrize("name", FIGURES)
-def test_the_command_writes_png_json_and_note_that_agree(name, tmp_path, capsys):
-    words = ["paper", name, "--scale", "quick", "--image-size", "128", "--batch-size", "4", "--seeds", "1"]
+def test_the_command_writes_png_json_and_note_that_agree(name, size, batch, tmp_path, capsys):
+    words = ["paper", name, "--scale", "quick", "--image-size", str(size), "--batch-size", str(batch), "--seeds", "1"]
     assert main([*words, "--out", str(tmp_path)]) == 0
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     apart = {"figure1": ["figure1_unnormalised.png"], "figure2": []}[name]
@@ -56,7 +57,7 @@ def test_the_command_writes_png_json_and_note_that_agree(name, tmp_path, capsys)
     assert [model["model"] for model in document["models"]] == [network.label for network in figure.networks]
     assert all(len(model["blocks"]) == 24 for model in document["models"])
     note = (tmp_path / f"{name}.md").read_text()
-    predictions = figure.predictions(FigureSetting(scale="quick", batch_size=4, seeds=1))
+    predictions = figure.predictions(FigureSetting(scale="quick", image_size=size, batch_size=batch, seeds=1))
     assert note.count("| agrees |") == len(predictions), note
 
 

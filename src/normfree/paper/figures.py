@@ -233,8 +233,13 @@ def mean_padding_growth(depths: Sequence[int], image_size: int) -> float:
 
 
 def largest_ratio(signal: SignalPropagation) -> float:
-    """Largest ratio of squared mean to variance at any block."""
-    return max(block.avg_channel_sq_mean / block.avg_channel_var for block in signal.blocks)
+    """Largest ratio of squared mean to variance at any block whose maps have more than one pixel.
+
+    On one pixel a padded 3×3 filter has one weight inside, which does not sum to zero alone.
+    """
+    return max(
+        block.avg_channel_sq_mean / block.avg_channel_var for block in signal.blocks if prod(block.shape[2:]) > 1
+    )
 
 
 # Figure 1: what normalisation does to the signal of a deep pre-activation ResNet, and what its lack does.
