@@ -60,3 +60,14 @@ def test_links_and_pictures_are_there(page):
     path = DOCS.parent / page
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         assert "://" in target or (path.parent / target).exists(), target
+
+
+def test_the_papers_page_has_every_figure_and_table():
+    from typing import get_args, get_type_hints
+
+    from normfree.commands.paper import Paper
+
+    names = get_args(get_args(get_type_hints(Paper, include_extras=True)["what"])[0])
+    page = (DOCS / "paper.md").read_text()
+    assert len(names) == 9
+    assert [name for name in names if f"| `{name}` |" not in page] == []
