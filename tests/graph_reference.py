@@ -121,6 +121,8 @@ class Reference:
             if ancestor is None:
                 continue
             since, straight = self.since(ancestor, node), self.since(ancestor, shortcut)
+            if straight.weighted and self.meet(ancestor, node) != 0:
+                continue
             if since.weighted > straight.weighted and not (since.partial and straight.partial):
                 return ancestor, branch, straight.weighted > 0
         return None

@@ -159,6 +159,22 @@ def test_two_inputs_are_not_residual():
     assert both_ways(layer(image), layer(layer(position))) is None
 
 
+def test_what_two_blocks_of_a_stream_give_to_a_sum_beside_it_is_not_residual():
+    stream, given = source(), []
+    for _ in range(2):
+        inner = bend(layer(stream))
+        given.append(layer(inner))
+        stream = add(stream, layer(inner))
+    assert both_ways(*given) is None
+
+
+def test_a_projection_beside_a_branch_that_reads_another_input_is_residual():
+    root = Node(())
+    x, time = bend(layer(Node((root,)))), layer(Node((root,)))
+    shortcut, branch = layer(x), layer(bend(add(layer(x), time)))
+    assert both_ways(shortcut, branch) is not None
+
+
 def test_an_activation_added_to_itself_is_not_residual():
     x = layer(source())
     assert both_ways(x, x) is None

@@ -242,7 +242,8 @@ def residual(first: Node, second: Node) -> Residual | None:
     It is when both were computed from one ancestor, one of them (the branch) has passed more weighted
     operations since than the other (the shortcut), or as many and more mixing (a branch that only pools),
     and the shortcut is linear (a projection may see its input activated). Excluded so are sums of
-    parallel paths of equal standing (re-parametrised convolutions), of streams that went separate ways
+    parallel paths of equal standing (re-parametrised convolutions, what several blocks of one stream
+    give to a sum beside it), of streams that went separate ways
     through nonlinearities (high-resolution fusion, attention logits), and of different parts of one
     tensor (the hierarchy inside a Res2Net block).
 
@@ -362,6 +363,8 @@ def _with_side_input(first: Node, second: Node, *, above: int) -> Residual | Non
             continue
         ancestor, weighted, partial = found
         straight = shortcut.path - ancestor.path
+        if straight.weighted and meet(ancestor, node).dominator is not None:
+            continue  # what reads one stream at two of its places: of each the layer, and both are equals
         if weighted > straight.weighted and not (partial and straight.partial):
             return _residual_of(ancestor, branch, node, straight)
     return None
