@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -186,9 +187,24 @@ def preserve_model(model: nn.Module, mode: Mode) -> Iterator[Preserved]:
             model.train(mode == "train")
         if mode == "batch-statistics":
             for module in model.modules():
-                if isinstance(getattr(module, "running_mean", None), Tensor):
+                if _keeps_statistics(module):
                     module.training = True  # not .train(): a fused norm may hold dropout
         yield preserved
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    """Whether a module normalizes by statistics that it keeps in training, under whatever names.
+
+    It has torch's ``running_mean``; or its own code asks whether it is training, and it has two buffers of one shape, a
+    mean and a variance.
+    """
+    if isinstance(getattr(module, "running_mean", None), Tensor):
+        return True
+    shapes = [tuple(buffer.shape) for buffer in module.buffers(recurse=False) if buffer.is_floating_point()]
+    if all(shapes.count(shape) < 2 for shape in shapes):
+        return False
+    functions = (value for kind in type(module).__mro__ if kind is not nn.Module for value in vars(kind).values())
+    return any("training" in function.__code__.co_names for function in functions if isinstance(function, FunctionType))
 
 
 def check_present(model: nn.Module) -> None:
