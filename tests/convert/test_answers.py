@@ -207,7 +207,7 @@ def test_nodes_that_see_each_other_are_no_norm():
     batch = rows(64, WIDTH), adjacency()
     record = normfree.convert(Chain(lambda k, n, x, matrix: n(matrix @ k(x)).relu()), batch).conversion
     assert record.norms_left == ()
-    assert any("see each other by the model's own design" in note for note in record.notes)
+    assert any("its rows see each other: by design where" in note for note in record.notes)
 
 
 def test_averaging_neighbours_is_made_up_for_where_they_become_alike():

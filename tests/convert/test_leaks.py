@@ -76,7 +76,9 @@ def test_rows_that_are_read_by_index_are_the_models_own_design():
     assert record.norms_left == ()
     assert not any("example's output" in one.reason for one in record.kept)
     (note,) = record.notes
-    assert re.search(SEEN + r"1 computes index along the first axis, whose rows \(nodes of a graph, time steps\)", note)
+    assert re.search(
+        SEEN + "1 computes index along the first axis, so that its rows see each other: by design where", note
+    )
 
 
 class Graph(nn.Module):

@@ -49,7 +49,7 @@ from normfree.nn import ChannelAffine, ChannelUnits, KeptMean, Standardization, 
 from normfree.nn.scaled_ws import BranchEnd, ScaledLayer, StandardizedFilters
 from normfree.nn.standardized_module import WeightScale, raw_name, scale_weight, weight_scale_of
 from normfree.trace import operations as op
-from normfree.trace.inputs import Batch, call, copy_of
+from normfree.trace.inputs import Batch, call, copy_of, tensors_in
 from normfree.trace.preserve import Writes
 
 
@@ -367,6 +367,7 @@ class Measured:
         biases: the bias of each layer that keeps its weight, by which what it gives has mean 0.
         factors: the factor of each norm's place that had none.
         units: the mean and the standard deviation of each channel in the place of each affine map.
+        same: which channels are constant throughout the example, in the place of each affine map where some are.
         lost: the mean square at each norm's place where the layers before it do not carry the variance.
         shares: of the variance within channels and that of their means, at each norm's place, the share of the first.
         runs: the mean square at the place of each norm to be watched, each time it is passed.
@@ -378,6 +379,7 @@ class Measured:
     biases: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
     units: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    same: dict[str, Tensor] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     runs: dict[str, list[float]] = field(default_factory=dict)
@@ -472,7 +474,7 @@ def _hooks(
         elif change.input_scale is None or name in checked:
             yield name, _at_first(_setter(name, change, found))
     elif change.now == UNITS:
-        yield name, _at_first(_units_setter(name, found.units))
+        yield name, _at_first(_units_setter(name, found))
     elif change.now == SCALED and change.carried_by and change.alpha is None:
         yield name, _at_first(_factor_setter(name, found.factors))
     elif change.carried_by:
@@ -650,8 +652,12 @@ def _factor_setter(name: str, found: dict[str, float]) -> Before:
     return hook
 
 
-def _units_setter(name: str, found: dict[str, tuple[Tensor, Tensor]]) -> Before:
-    """Have a :class:`ChannelUnits` give each channel of its input [N, C, …] mean 0 and variance 1."""
+def _units_setter(name: str, found: Measured) -> Before:
+    """Have a :class:`ChannelUnits` give each channel of its input [N, C, …] mean 0 and variance 1.
+
+    A channel that is the same throughout has no deviation: it takes the others' median, so that a value it has later is
+    worth what theirs are, and not three hundred times as much.
+    """
 
     def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = _tensor_in(inputs, named)
@@ -662,10 +668,18 @@ def _units_setter(name: str, found: dict[str, tuple[Tensor, Tensor]]) -> Before:
                 "place of the norm needs; give several examples"
             )
         variance, mean = torch.var_mean(channels, 1, correction=0)
-        found[name] = mean, (variance + EPS).sqrt()
-        _set_units(module, *found[name])
+        deviation, same = (variance + EPS).sqrt(), variance <= ROUNDING * mean.square()
+        if same.any():
+            deviation[same] = 1.0 if same.all() else deviation[~same].median()
+            found.same[name] = same
+        found.units[name] = mean, deviation
+        _set_units(module, *found.units[name])
 
     return hook
+
+
+ROUNDING = 1e-12
+"""Variance of a constant, in squares of it: what rounding in double precision leaves, with a wide margin."""
 
 
 def _set_units(place: Any, mean: Tensor, deviation: Tensor) -> None:
@@ -693,7 +707,7 @@ def _checker(change: Change, size: float, found: Measured, ran: set[str]) -> Bef
 
 
 def _tensor_in(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    return next(leaf for leaf in (*inputs, *named.values()) if isinstance(leaf, Tensor))
+    return tensors_in((inputs, named))[0]
 
 
 SMALLEST_FILTER = 0.1

@@ -72,6 +72,7 @@ class Call:
         input, output: activations it took (the first) and gave; None where it took or gave none.
         place: its name in the module that called it; "" where that module does not hold it.
         product: of a layer that is none of torch's, what its product makes, and the axis of the outputs in that.
+        gives_more: it gave more than one activation in the form of what it took.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Call:
     output: Node | None
     place: str = ""
     product: tuple[Node, int] | None = None
+    gives_more: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -486,7 +488,8 @@ class DataflowRecorder(Recorder):
             _, node = self.entered.pop()
             if _is_of_interest(module):
                 made = self.node_in(output)
-                self.flow.calls.append(Call(self.stack.names[module], module, node, made, self._place_of(module)))
+                name, place, more = self.stack.names[module], self._place_of(module), _gives_more(inputs, output)
+                self.flow.calls.append(Call(name, module, node, made, place, gives_more=more))
             returned = self.nodes.get(output) if isinstance(output, Tensor) else None
             self.weights.returned.setdefault(module, []).append(returned)
 
@@ -497,6 +500,17 @@ class DataflowRecorder(Recorder):
         caller = self.stack.running[-1]
         attribute = next((name for name, child in caller._modules.items() if child is module), None)
         return "" if attribute is None else f"{self.stack.names[caller]}.{attribute}".removeprefix(".")
+
+
+def _gives_more(inputs: tuple[Any, ...], output: Any) -> bool:
+    """Whether a module gives anything but one tensor, or its first argument with the first tensor in it changed."""
+    if isinstance(output, Tensor):
+        return False
+    if not inputs or type(inputs[0]) is not type(output):
+        return True
+    taken, given = tree_leaves(inputs[0]), tree_leaves(output)
+    changed = [one for one, other in zip(taken, given, strict=False) if one is not other]
+    return len(taken) != len(given) or len(changed) > 1 or not isinstance((changed or taken)[0], Tensor)
 
 
 def _place(tensor: Tensor) -> int:

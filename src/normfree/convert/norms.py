@@ -65,6 +65,12 @@ def why_not_followed(calls: Iterable[Call]) -> str:
     return f"it runs {len(followed)} times, and not each time on what comes from the input, as a first state does not"
 
 
+def norms_that_give_more(norms: Mapping[str, Iterable[Call]]) -> dict[str, str]:
+    """The norms whose results the model takes apart, by name, and the reason why they stay."""
+    reason = "its forward gives more than the normalized tensor, which its callers take apart"
+    return {name: reason for name, calls in norms.items() if any(call.gives_more for call in calls)}
+
+
 def norm_calls(flow: Dataflow, normalizations: Normalizations) -> tuple[dict[str, list[Call]], dict[str, AffineMap]]:
     """The modules that are norms by what they compute, with their calls in running order, and the constants of those.
 

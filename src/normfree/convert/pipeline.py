@@ -27,7 +27,7 @@ from normfree.convert.dataflow import (
     record_all,
 )
 from normfree.convert.fresh import NEAR_UNIT, FreshPlan, fresh_plan
-from normfree.convert.norms import LOOKED_FOR, NOT_FOLLOWED, norms_without_module
+from normfree.convert.norms import LOOKED_FOR, NOT_FOLLOWED, norms_that_give_more, norms_without_module
 from normfree.convert.pretrained import fill_constants, pretrained_plan
 from normfree.convert.record import (
     BARE,
@@ -195,7 +195,7 @@ def _fresh(
     module runs on its own results, and what it gives grows or fades from run to run, its norms stay.
     """
     uncarried: dict[str, str] = {}
-    staying: dict[str, str] = {}
+    staying = norms_that_give_more(structure.norms)
     least, most = NEAR_UNIT
     while True:
         plan = fresh_plan(
@@ -336,6 +336,13 @@ def _measure(
             f"at the place of {name} the mean square is {mean_square:.2g}, for what lies between it and {carriers}, "
             'which carry its variance; if few examples are not why, choose beta="measured"'
         )
+    for name, same in found.same.items():
+        channels, total = same.nonzero().flatten().tolist(), len(same)
+        notes.append(
+            f"at the place of {name} {len(channels)} of {total} channels are the same throughout the example (first "
+            f"{channels[0]}): they have the scale of the others, for their own is not known; if they vary in the data, "
+            "give examples in which they do"
+        )
     converted.conversion = replace(conversion, changes=tuple(changes), notes=tuple(notes))  # type: ignore[assignment]
     return found
 
@@ -368,7 +375,7 @@ def _pretrained(
     trains: Trains,
 ) -> nn.Module:
     """The converted model, in which each norm stays that turns out to do more than its constants say."""
-    staying: dict[str, str] = {}
+    staying = norms_that_give_more(structure.norms)
     while True:
         changes, kept = pretrained_plan(model, structure, training, staying)
         full = _complete(record, model, batch, structure, training, changes, kept, [])

@@ -357,8 +357,8 @@ def note_leak(converted: nn.Module, conversion: Conversion, batch: Batch) -> Con
     if step is not None:
         where, what = step.module or "the model", op.plain_name(step.name)
         note = (
-            f"{seen}: {where} computes {what} along the first axis, whose rows (nodes of a graph, time steps) see "
-            "each other by the model's own design, not by a normalizer"
+            f"{seen}: {where} computes {what} along the first axis, so that its rows see each other: by design where "
+            "they are nodes of a graph or time steps; a normalizer over the batch that is not recognised does so too"
         )
         return replace(conversion, notes=(*conversion.notes, note))
     cause = None if normalizations is None else _statistic_of_examples(normalizations)
