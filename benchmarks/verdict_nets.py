@@ -300,7 +300,18 @@ CALIBRATION: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         f"tanh, gain {gain:g}, 30": ("calibration", lambda gain=gain: mlp(30, nn.Tanh, gain=gain))
         for gain in (2.0, 2.5, 3.0)
     },
-    **{f"sigmoid, {depth}": ("calibration", lambda depth=depth: mlp(depth, nn.Sigmoid)) for depth in (3, 5, 8)},
-    **{f"tanh, {depth}": ("calibration", lambda depth=depth: mlp(depth, nn.Tanh)) for depth in (10, 20, 30)},
-    **{f"relu, {depth}": ("calibration", lambda depth=depth: mlp(depth, nn.ReLU)) for depth in (10, 15, 20)},
+    **{f"sigmoid, {depth}": ("calibration", lambda depth=depth: mlp(depth, nn.Sigmoid)) for depth in (3, 4, 5, 6, 8)},
+    **{f"tanh, {depth}": ("calibration", lambda depth=depth: mlp(depth, nn.Tanh)) for depth in (10, 12, 16, 20, 30)},
+    **{
+        f"relu, {depth}": ("calibration", lambda depth=depth: mlp(depth, nn.ReLU))
+        for depth in (4, 6, 8, 10, 12, 15, 20)
+    },
+    **{f"gelu, {depth}": ("calibration", lambda depth=depth: mlp(depth, nn.GELU)) for depth in (8, 12)},
+    **{
+        f"conv, relu, {depth}": ("calibration", lambda depth=depth: convolutions(depth, nn.ReLU)) for depth in (4, 6, 8)
+    },
+    **{
+        f"relu, He, biases {bias}, 6": ("calibration", lambda bias=bias: mlp(6, nn.ReLU, gain=HE, bias=bias))
+        for bias in (3.0, 10.0, 30.0, 100.0)
+    },
 }

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.verdicts [--out results/verdicts] [--verdicts-only] [--calibration] [--nets NAME ...]`` writes
 ``verdicts.json`` (a net at a time, and goes on where it was stopped) and ``README.md``. ``--verdicts-only`` keeps the
-training results and measures again. ``--calibration`` takes the nets that the thresholds on gradients rest on, and
+training results and measures again. ``--calibration`` takes the nets that the thresholds rest on, and
 writes ``calibration.json`` and ``CALIBRATION.md``.
 
 *Verdict*: ``spp`` of the net at initialisation on 64 training images, as ``assert_healthy`` takes it: "error" if a
@@ -11,7 +11,7 @@ in this order until one ends at a test accuracy of 90 %; the best counts. *Learn
 chance (10 %) to the best net of the family. The data are scikit-learn's digits, 1437 for training and 360 for testing.
 Weights are drawn with seed 0, the split with 0, batches with 1.
 
-The thresholds on gradients were not chosen on these nets, but from the derivations beside them and on others, of other
+The thresholds were not chosen on these nets, but from the derivations beside them and on others, of other
 depths and gains: ``CALIBRATION.md``.
 """
 
@@ -71,12 +71,15 @@ def verdict(name: str, images: Tensor) -> dict[str, Any]:
     ends = (points[0], points[-1]) if points else ()
     power = [prod(block.shape[1:]) * (block.avg_sq_gradient or 0.0) for block in ends]
     sensitivity = [g * block.avg_channel_var for g, block in zip(power, ends, strict=True)]
+    inner = [block for block in signal.blocks if block.kind == "residual" or not block.last]
     found = {severity: sorted({f.kind for f in signal.findings if f.severity == severity}) for severity in SEVERE}
     return {
         "verdict": "error" if found["error"] else "healthy",
         "findings": found,
         "gradient": signal.configuration["gradient"],
         "ratios": {name: first / last for name, (first, last) in (("S", sensitivity), ("G", power))} if ends else {},
+        "variance": min(block.avg_channel_var for block in inner) / signal.entry.avg_channel_var,
+        "difference": min(1 - (block.input_correlation or 0.0) for block in inner),
     }
 
 
@@ -154,18 +157,21 @@ def readme(document: dict[str, Any]) -> str:
 def calibration(document: dict[str, Any]) -> str:
     """The table of the nets that the thresholds rest on."""
     lines = [
-        "# What the thresholds on gradients rest on",
+        "# What the thresholds rest on",
         "",
-        "`python -m benchmarks.verdicts --calibration`: chains of width 32, trained as those of the README. Powers",
-        "of ten: S and G (see `signal/gradient_rules.py`) of the first point over those of the last.",
+        "`python -m benchmarks.verdicts --calibration`: chains of width 32, convolutions of 12, trained as those of",
+        "the README. Powers of ten: S and G (see `signal/gradients.py`) of the first point over those of the last; the",
+        "least variance before the classifier over the input's; the least difference of two examples, 1 less the mean",
+        "cosine similarity of their features.",
         f"Made with {versions(document['hardware'])}.",
         "",
-        "| net | S, first / last | G, first / last | best accuracy, % |",
-        "| --- | --- | --- | --- |",
+        "| net | S, first / last | G, first / last | variance | difference | verdict | best accuracy, % |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in document["nets"].items():
-        s, g = (f"{log10(row['ratios'][key]):.1f}" for key in ("S", "G"))
-        lines.append(f"| {name} | {s} | {g} | {100 * max(row['accuracy'].values()):.1f} |")
+        numbers = (row["ratios"]["S"], row["ratios"]["G"], row["variance"], row["difference"])
+        powers = " | ".join(f"{log10(number):.1f}" for number in numbers)
+        lines.append(f"| {name} | {powers} | {row['verdict']} | {100 * max(row['accuracy'].values()):.1f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -542,3 +542,22 @@ def test_leaves_that_are_no_parameters_keep_their_gradients():
     assert model.prompt.grad is before
     assert torch.equal(before, torch.full((5,), 2.0, dtype=torch.float64))
     assert all(torch.equal(value, state[name]) for name, value in model.inner.state_dict().items())
+
+
+def test_where_no_gradient_arrives_it_is_said():
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.front = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
+            self.back = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+        def forward(self, x):
+            return self.back(self.front(x).detach())
+
+    whole, cut = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), Cut()
+    x = torch.randn(64, 16)
+    assert not [f for f in spp(whole, x).findings if "no gradient arrives" in f.message]
+    found = [f for f in spp(cut, x).findings if "no gradient arrives" in f.message]
+    assert [(f.kind, f.severity) for f in found] == [("gradient_vanishing", "info")]
+    assert "front.0" in found[0].message and "back.0" in found[0].message
+    assert not [f for f in spp(cut, x, gradient=False).findings if "no gradient arrives" in f.message]

@@ -233,7 +233,7 @@ def test_every_kind_is_tried_and_has_its_place_in_the_documentation():
 
 def test_a_failed_assertion_shows_the_remedy():
     torch.manual_seed(0)
-    plot = normfree.spp(dense(12), X)
+    plot = normfree.spp(dense(30), X)
     errors = [finding for finding in plot.findings if finding.severity == "error"]
     assert len(errors) > 1 and len({error.code for error in errors}) == 1
     with pytest.raises(AssertionError, match=r"See docs/signal\.md#attenuation") as raised:
@@ -417,3 +417,17 @@ def test_an_output_of_probabilities_is_said(last, found):
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4), last)
     severities = {each.kind: each.severity for each in normfree.spp(model, X).findings}
     assert severities.get("softmax_output") == ("info" if found else None)
+
+
+def test_what_fades_before_the_factor_of_a_sine_is_not_to_be_drawn_smaller():
+    class Sine(nn.Module):
+        def forward(self, x):
+            return torch.sin(30 * x)
+
+    layers = [nn.Linear(2 if i == 0 else 64, 64) for i in range(4)]
+    for layer in layers[1:]:
+        nn.init.uniform_(layer.weight, -((6 / 64) ** 0.5) / 30, (6 / 64) ** 0.5 / 30)
+    model = nn.Sequential(*(part for layer in layers for part in (layer, Sine())), nn.Linear(64, 1))
+    found = [f for f in normfree.spp(model, 2 * torch.rand(256, 2) - 1).findings if f.kind == "attenuation"]
+    assert [f.severity for f in found] == ["warning"]
+    assert "smaller" not in found[0].remedy and "SIREN" in found[0].remedy

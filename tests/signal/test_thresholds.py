@@ -78,6 +78,11 @@ def changed(name: str) -> Callable[[float], list[BlockSignal]]:
     return lambda value: [BLOCK, replace(BLOCK, **{name: value})]
 
 
+def alike(difference: float) -> list[BlockSignal]:
+    """Examples that differ by so much of their cosine similarity."""
+    return changed("input_correlation")(1 - difference)
+
+
 # kind: (points by a value, the threshold, the severities below and above)
 SIDES = {
     "growth per block": ("explosion", lambda v: geometric(v, 40), rules.GROWTH_PER_BLOCK, (None, "error")),
@@ -98,7 +103,8 @@ SIDES = {
     "fed": ("mean_shift", lambda v: shifted(2.0, v), rules.FED, ("warning", "error")),
     "dead": ("dead_channels", changed("dead_channels"), rules.DEAD, (None, "info")),
     "many dead": ("dead_channels", changed("dead_channels"), rules.MANY_DEAD, ("info", "warning")),
-    "collapsed": ("correlation_collapse", changed("input_correlation"), rules.COLLAPSED, (None, "error")),
+    "collapsed": ("correlation_collapse", changed("input_correlation"), rules.COLLAPSED, (None, "warning")),
+    "difference lost": ("correlation_collapse", alike, rules.LOST_DIFFERENCE, ("error", "warning")),
 }
 
 
@@ -115,11 +121,17 @@ def test_all_dead_is_an_error():
 
 @pytest.mark.parametrize(
     ("threshold", "expected"),
-    [(rules.WEAK_LAYERS, ("warning", None)), (rules.FADED_LAYERS, ("error", "warning"))],
+    [(rules.WEAK_LAYERS, ("warning", None)), (rules.FADED, ("error", "warning"))],
 )
 def test_layers_behind_the_blocks_may_fade_further(threshold, expected):
     found = [severity("attenuation", ending(threshold * side), layers=1) for side in (0.999, 1.001)]
     assert tuple(found) == expected
+
+
+@pytest.mark.parametrize(("variance", "expected"), [(rules.WEAK * 1.001, "error"), (rules.WEAK * 0.999, "warning")])
+def test_where_the_signal_has_faded_its_variance_decides_and_not_what_the_examples_share(variance, expected):
+    points = [BLOCK, replace(BLOCK, avg_channel_var=variance, input_correlation=1 - rules.LOST_DIFFERENCE / 2)]
+    assert severity("correlation_collapse", points) == expected
 
 
 def test_three_layers_that_grow_are_a_habit():
@@ -132,7 +144,7 @@ def test_three_layers_that_grow_are_a_habit():
 
 
 def test_what_was_alike_to_begin_with_is_no_collapse(monkeypatch):
-    for start, expected in ((rules.STILL_APART * 0.999, "error"), (rules.STILL_APART * 1.001, None)):
+    for start, expected in ((rules.STILL_APART * 0.999, "warning"), (rules.STILL_APART * 1.001, None)):
         monkeypatch.setitem(globals(), "ENTRY", replace(ENTRY, input_correlation=start))
         assert severity("correlation_collapse", changed("input_correlation")(0.995)) == expected
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from normfree.signal import remedies
 from normfree.signal.architecture import Architecture
-from normfree.signal.gradients import gradient_explosion, gradient_vanishing
+from normfree.signal.gradients import gradient_cut_off, gradient_explosion, gradient_vanishing
 from normfree.signal.nonfinite import NonFinite
 from normfree.signal.propagation import (
     BESIDE,
@@ -69,6 +69,7 @@ def findings_of(
         *_correlation_collapse(along, made_of),
         *gradient_explosion(signal, made_of, size),
         *gradient_vanishing(signal, made_of, size, chains(signal)),
+        *gradient_cut_off(signal, chains(signal)),
     ]
     if _starts_as_shortcuts(signal):
         found = [replace(each, severity="warning") if _is_of_branches(each, signal) else each for each in found]
@@ -219,13 +220,13 @@ def _output_burst(signal: SignalPropagation, output: BlockSignal) -> _Change | N
     return _Change("of what the model returns is large", start, "at the entry", output, output, True, "")
 
 
-# The gradient fades with the signal: at a thousandth of the variance an update of the early layers is noise.
-# A signal that comes back (a normalizer follows) has not faded.
-FADED, WEAK = 1e-3, 1e-2
-
-# Beside blocks there are heads that are small on purpose: the four layers of RetinaNet's, with weights of 0.01, end
-# at 3.5e-4, and train; an MLP of two layers with PyTorch's default loses a factor of six per layer.
-FADED_LAYERS, WEAK_LAYERS = 1e-4, 1e-3
+# The gradient fades with the signal. At a hundredth of the variance layers learn slower than the rest, and gradient
+# descent needs a rate of its own; Adam divides it out, as long as what is left stands above the biases: chains at
+# PyTorch's default, which loses a factor of six per layer, learn from 10⁻⁷ (10 layers of ReLU, 5 of sigmoids) and not
+# from 10⁻⁹ (6 of sigmoids, 16 of tanh); see results/verdicts/CALIBRATION.md. A signal that comes back (a normalizer
+# follows) has not faded. Beside blocks there are heads that are small on purpose: the four layers of RetinaNet's, with
+# weights of 0.01, end at 3.5e-4, and train.
+FADED, WEAK, WEAK_LAYERS = 1e-8, 1e-2, 1e-3
 
 
 def _attenuation(along: Sequence[Stretch], made_of: Architecture) -> Iterator[Finding]:
@@ -270,15 +271,15 @@ def _fading(stretch: Stretch) -> _Change | None:
     if not stretch.ends or not points:
         return None
 
-    def below(point: BlockSignal, plotted: float, beside: float) -> bool:
-        return point.avg_channel_var < (beside if point.index == BESIDE else plotted) * stretch.start
+    def is_weak(point: BlockSignal) -> bool:
+        return point.avg_channel_var < (WEAK_LAYERS if point.index == BESIDE else WEAK) * stretch.start
 
     low = list(takewhile(lambda p: p.avg_channel_var < WEAK * stretch.start, reversed(points)))
-    low = low[: max((i + 1 for i, p in enumerate(low) if below(p, WEAK, WEAK_LAYERS)), default=0)]
+    low = low[: max((i + 1 for i, p in enumerate(low) if is_weak(p)), default=0)]
     if not low:
         return None
     under, least = low[-1], min(low, key=_variance)
-    severe = any(below(p, FADED, FADED_LAYERS) for p in low)
+    severe = least.avg_channel_var < FADED * stretch.start
     return _Change("falls", stretch.start, stretch.at, under, least, severe, _cause(stretch, under, -1))
 
 
@@ -648,9 +649,10 @@ def _softmax_output(made_of: Architecture) -> Iterator[Finding]:
         )
 
 
-# Different examples that have become one direction cannot be told apart by what follows; what was alike to
-# begin with is not the network's doing.
-COLLAPSED, STILL_APART = 0.99, 0.9
+# Different examples that have become one direction are hard to tell apart by what follows; what was alike to begin
+# with is not the network's doing. Six layers of ReLU with biases of 30 are alike to 1e-4, and learn; with biases of 100
+# to 1e-5, and do not. Where the signal has faded, it is the biases that are alike, and how far it has decides.
+COLLAPSED, STILL_APART, LOST_DIFFERENCE = 0.99, 0.9, 1e-5
 
 # Of one feature the cosine is the sign.
 FEW_FEATURES = 4
@@ -661,14 +663,17 @@ def _correlation_collapse(along: Sequence[Stretch], made_of: Architecture) -> It
     if not found:
         return
     (start, alike), remedy = found[0], remedies.correlation_collapse(made_of)
-    value = max(p.input_correlation or 0.0 for _, points in found for p in points)
+    apart = {id(p): 1 - (p.input_correlation or 0.0) for _, points in found for p in points}
+    faded = {id(p) for each in along for p in each.points if p.avg_channel_var < WEAK * each.start}
+    lost = any(difference < LOST_DIFFERENCE for point, difference in apart.items() if point not in faded)
     yield Finding(
         kind="correlation_collapse",
-        severity="error",
+        severity="error" if lost else "warning",
         block=alike[0].index_on_plot,
         message=(
             f"different inputs become alike: the mean cosine similarity of their features rises from {start:.3f} at "
-            f"the entry past {COLLAPSED} at {alike[0].place} (highest {value:.4f})."
+            f"the entry past {COLLAPSED} at {alike[0].place} (closest to 1: within "
+            f"{max(min(apart.values()), 0.0):.2g})."
         ),
         remedy=remedy.text,
         code=remedy.code,

@@ -51,7 +51,7 @@ from normfree.common.torch_compat import (
 from normfree.signal import remedies
 from normfree.signal.architecture import Architecture
 from normfree.signal.propagation import BlockSignal, Finding, SignalPropagation
-from normfree.signal.remedies import TRACE
+from normfree.signal.remedies import TRACE, UNREACHED
 from normfree.trace.graph import Node, Residual
 from normfree.trace.inputs import Batch, ModuleStack, run_once, tensors_of
 from normfree.trace.preserve import Preserved
@@ -556,6 +556,33 @@ def gradient_vanishing(
             ),
             remedy=f"Cure the attenuation first. {remedy.text}" if follows else remedy.text,
             code=remedy.code,
+        )
+        return
+
+
+def gradient_cut_off(signal: SignalPropagation, chains: Sequence[Sequence[BlockSignal]] = ()) -> Iterator[Finding]:
+    """No gradient at all arrives at the first points of a path, where one does further along: it is cut off between.
+
+    Args:
+        signal: the measurement.
+        chains: the points of every path from an entry to an end; by default all points are one.
+    """
+    plotted = set(signal.blocks)
+    for way in chains or (signal.blocks,):
+        points = [point for point in way if point in plotted]
+        reached = next((i for i, point in enumerate(points) if point.avg_sq_gradient is not None), 0)
+        if not reached:
+            continue
+        yield Finding(
+            kind="gradient_vanishing",
+            severity="info",
+            block=points[0].index,
+            message=(
+                f"no gradient arrives at {points[0].place} or before {points[reached].place}: a detach, torch.no_grad "
+                "or a function without a derivative lies between, and what is before it learns nothing of this output."
+            ),
+            remedy="Nothing, if that is meant (a target network, features that stay as they are).",
+            code=UNREACHED,
         )
         return
 

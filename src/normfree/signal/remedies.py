@@ -58,7 +58,7 @@ _DRAWN = """\
 import torch
 
 for name, weight in model.named_parameters():
-{cases}    elif name.endswith("bias"):
+{cases}    elif "bias" in name:
         torch.nn.init.zeros_(weight)
 """
 
@@ -75,7 +75,7 @@ for name, weight in model.named_parameters():
     if {chosen}:
         scale = {scale:.2g} if {is_last} else 1.0
         torch.nn.init.normal_(weight, std=scale * weight.shape[1:].numel() ** -0.5)
-    elif name.endswith("bias"):
+    elif "bias" in name:
         torch.nn.init.zeros_(weight)
 """
 
@@ -117,6 +117,13 @@ import torch
 
 with torch.autograd.detect_anomaly():  # raises an error that shows the line
     sum(output.sum() for output in torch.utils._pytree.tree_leaves(model(batch))).backward()
+"""
+
+UNREACHED = """\
+import torch
+
+sum(output.sum() for output in torch.utils._pytree.tree_leaves(model(batch))).backward()
+print([name for name, parameter in model.named_parameters() if parameter.grad is None])
 """
 
 # Of a model whose values are of this size before they stop being finite, the size is the trouble.
@@ -248,6 +255,9 @@ def attenuation(made_of: Architecture, *, residual: bool, averaged: bool) -> Rem
         residual: it falls from block to block.
         averaged: an average pool lies on the way.
     """
+    if made_of.periodic:
+        rule = "weights drawn uniform within √(6 / fan-in) / ω, ω·x has unit variance inside sin(ω·x)"
+        return Remedy(f"Nothing, where a factor ω that follows brings the signal back: with {rule} (SIREN).", "")
     pools = "average pools cut white noise but not images." if averaged else ""
     gain = (
         f"Raise the gain of the weights to 1/sqrt(E[act(z)²]){_he(made_of)}, or use scaled weight standardization with "
