@@ -187,7 +187,9 @@ def main() -> None:
     if unknown := set(arguments.nets or ()) - set(chosen):
         parser.error(f"--nets: {sorted(unknown)} are not known; known are {list(chosen)}")
     file = arguments.out / ("calibration.json" if arguments.calibration else "verdicts.json")
-    nets: dict[str, Any] = json.loads(file.read_text())["nets"] if file.exists() else {}
+    earlier: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    nets: dict[str, Any] = earlier.get("nets", {})
+    trained_on = earlier["hardware"] if arguments.verdicts_only and earlier else hardware()
     data = split()
     for name in arguments.nets or chosen:
         row = nets.get(name, {})
@@ -198,7 +200,7 @@ def main() -> None:
         if "accuracy" not in row:
             row = {**row, **training(name, data)}
         nets[name] = row
-        document = {"hardware": hardware(), "nets": {known: nets[known] for known in chosen if known in nets}}
+        document = {"hardware": trained_on, "nets": {known: nets[known] for known in chosen if known in nets}}
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(document, indent=1) + "\n")
         print(f"{name}: {row['verdict']} {row['findings']} {row['accuracy']}", flush=True)
