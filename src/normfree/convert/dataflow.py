@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree import nn as ours
@@ -448,9 +448,11 @@ class DataflowRecorder(Recorder):
         known = {id(tensor): node for tensor, node in zip(active, inputs, strict=True)}
 
         def noted(value: Any) -> Any:
-            return known.get(id(value), value) if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):
+                return known.get(id(value), value)
+            return type(value)(map(noted, value)) if type(value) in (list, tuple) else value
 
-        kept, kept_kwargs = tree_map(noted, tuple(args)), tree_map(noted, dict(kwargs))
+        kept, kept_kwargs = tuple(map(noted, args)), {key: noted(value) for key, value in kwargs.items()}
         for tensor, node in zip(active, inputs, strict=True):
             self.flow.shapes.setdefault(node, tuple(tensor.shape))
         learned = any(tensor in self.learned for tensor in op.tensors_in(args, kwargs))

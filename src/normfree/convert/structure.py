@@ -89,6 +89,14 @@ class Structure:
                 self.has_layer_before(node)
 
     @cached_property
+    def norms_reading(self) -> dict[Node, set[str]]:
+        """The names of the norms that take each activation."""
+        reading: dict[Node, set[str]] = {}
+        for call in (call for calls in self.norms.values() for call in calls if call.input is not None):
+            reading.setdefault(call.input, set()).add(call.name)
+        return reading
+
+    @cached_property
     def obstacles(self) -> dict[str, str]:
         """For each layer why it cannot be standardized, as what a norm after it sees; "" where it can."""
         return {name: self._obstacle(name) for name in self.layers}
@@ -256,7 +264,7 @@ def changes_branch(structure: Structure, addition: Addition, removed: set[str]) 
     """Whether some norm of a residual branch, or one that takes the sum alone, is removed, and none of it kept."""
     norms = norms_in(structure, structure.region(addition, addition.branch))
     if not structure.flow.is_read_twice(addition.output):
-        norms |= {c.name for calls in structure.norms.values() for c in calls if c.input is addition.output}
+        norms |= structure.norms_reading.get(addition.output, set())
     return bool(norms) and norms <= removed
 
 
