@@ -80,6 +80,20 @@ def test_the_classifier_has_its_own_rate():
         parameter_groups(model, 0.1, classifier_lr_scale=0)
 
 
+def test_gains_and_biases_have_their_own_rate():
+    model = normfree.create_model("nf_resnet50", depths=(1, 1, 1, 1), width=0.25, num_classes=2)
+    groups = {group["name"]: group for group in parameter_groups(model, 0.1, gain_lr_scale=0.1)}
+    scales = {name: group["lr_scale"] for name, group in groups.items()}
+    assert scales == {"decayed": 1.0, "undecayed": 0.1, "classifier decayed": 1.0, "classifier undecayed": 1.0}
+    slow = {name.rpartition(".")[2] for name in names_of(model, groups["undecayed"])}
+    assert slow == {"gain", "bias", "skip_gain"}
+    assert names_of(model, groups["classifier undecayed"]) == {"classifier.bias"}
+    optimizer = nesterov_sgd(model, 0.5, classifier_lr_scale=0.3, gain_lr_scale=0.1)
+    assert sorted(group["lr"] for group in optimizer.param_groups) == pytest.approx([0.05, 0.15, 0.15, 0.5])
+    with pytest.raises(ValueError, match=r"gain_lr_scale=0"):
+        parameter_groups(model, 0.1, gain_lr_scale=0)
+
+
 def test_the_papers_optimizer_by_hand():
     model = nn.Linear(1, 1)
     with torch.no_grad():

@@ -160,18 +160,29 @@ def test_each_rule_steps_every_parameter_and_goes_on_to_the_same_bits(rule, cent
         torch.testing.assert_close(*(end["stages.0.0.conv1.weight"].flatten(1).norm(dim=1) for end in ends[::2]))
 
 
-def test_the_classifier_learns_at_its_own_rate(tmp_path):
+OWN_RATES = {
+    "classifier_lr_scale": ("classifier.weight", lambda name: name.startswith("classifier.")),
+    "gain_lr_scale": (
+        "stages.0.0.conv1.bias",
+        lambda name: not name.startswith("classifier.") and name.endswith(("gain", "bias")),
+    ),
+}
+
+
+@pytest.mark.parametrize("field", OWN_RATES)
+def test_a_part_learns_at_its_own_rate(field, tmp_path):
     """In the first step a weight moves by its rate times a gradient that does not depend on the rates."""
+    one, is_part = OWN_RATES[field]
     moves = {}
     for scale in (1e-9, 0.1, 1.0):
-        optimizer = {"classifier_lr_scale": scale, "clip_factor": None, "weight_decay": 0.0, "warmup_epochs": 0}
+        optimizer = {field: scale, "clip_factor": None, "weight_decay": 0.0, "warmup_epochs": 0}
         run = train(tiny(tmp_path / str(scale), limit_train_steps=1, limit_eval_steps=1, optimizer=optimizer, **QUICK))
         moves[scale] = normfree.load(run.folder / "model.safetensors").state_dict()
     start = moves.pop(1e-9)
-    whole, tenth = (moves[scale]["classifier.weight"] - start["classifier.weight"] for scale in (1.0, 0.1))
+    whole, tenth = (moves[scale][one] - start[one] for scale in (1.0, 0.1))
     torch.testing.assert_close(tenth, whole / 10, rtol=1e-3, atol=1e-7)
-    assert whole.norm() > 1e-3
-    for name in set(start) - {"classifier.weight", "classifier.bias"}:
+    assert whole.norm() > 1e-5
+    for name in (name for name in start if not is_part(name)):
         assert torch.equal(moves[0.1][name], moves[1.0][name]), name
 
 

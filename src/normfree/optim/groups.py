@@ -23,7 +23,7 @@ _NORMALIZERS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, NormBase)
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, *, classifier_lr_scale: float = 1.0
+    model: nn.Module, weight_decay: float, *, classifier_lr_scale: float = 1.0, gain_lr_scale: float = 1.0
 ) -> list[dict[str, Any]]:
     """Split a model's parameters into those that weight decay is for, and the rest; and those of the classifier.
 
@@ -33,12 +33,15 @@ def parameter_groups(
 
     Without a normalizer nothing holds the scale of what the classifier sees, and its weight, unlike the standardized
     ones, is not free of scale either: of all layers it is the one that a large learning rate breaks first. A smaller
-    one there lets the others have a larger one (docs/training.md).
+    one there lets the others have a larger one (docs/training.md). So do slower gains and biases: their steps move
+    whole channels, and nothing behind them takes the shift back.
 
     Args:
         model: the model; frozen parameters are left out, shared ones are named once.
         weight_decay: of the decayed group; 5e-5 for the paper's NF-ResNets, 2e-5 for NFNets.
         classifier_lr_scale: learning rate of the final layers as a share of the others', above 0; 1 is the papers'.
+        gain_lr_scale: learning rate of what is not decayed, but for the final layers, as a share of the weights', above
+            0; 1 is the papers'.
 
     Returns:
         Groups for any ``torch.optim`` optimizer, each with a "name" and an "lr_scale", what to multiply its learning
@@ -55,7 +58,8 @@ def parameter_groups(
     check_module(model)
     check_number("weight_decay", weight_decay, 0.0)
     check_number("classifier_lr_scale", classifier_lr_scale, 0.0, exclusive=True)
-    classifier = _classifier(model) if classifier_lr_scale != 1 else set()
+    check_number("gain_lr_scale", gain_lr_scale, 0.0, exclusive=True)
+    classifier = _classifier(model) if classifier_lr_scale != 1 or gain_lr_scale != 1 else set()
     groups: dict[str, list[nn.Parameter]] = {
         name: [] for name in ("decayed", "undecayed", "classifier decayed", "classifier undecayed")
     }
@@ -69,11 +73,13 @@ def parameter_groups(
     if not known:
         rule = "it has no parameter that requires a gradient"
         raise invalid("model", type(model).__name__, rule, "unfreeze what is to be trained")
+    scales = {"undecayed": gain_lr_scale}
+    scales |= dict.fromkeys(("classifier decayed", "classifier undecayed"), classifier_lr_scale)
     return [
         {
             "params": parameters,
             "weight_decay": 0.0 if name.endswith("undecayed") else weight_decay,
-            "lr_scale": classifier_lr_scale if name.startswith("classifier") else 1.0,
+            "lr_scale": scales.get(name, 1.0),
             "name": name,
         }
         for name, parameters in groups.items()
@@ -106,6 +112,7 @@ def nesterov_sgd(
     weight_decay: float = 5e-5,
     momentum: float = 0.9,
     classifier_lr_scale: float = 1.0,
+    gain_lr_scale: float = 1.0,
     **options: Any,
 ) -> torch.optim.SGD:
     """Return the paper's optimizer: SGD with Nesterov momentum, decay on weights alone.
@@ -115,8 +122,8 @@ def nesterov_sgd(
         lr: learning rate; the paper's ResNets take 0.1 * batch size / 256.
         weight_decay: of weights, see :func:`parameter_groups`.
         momentum: above 0 and below 1.
-        classifier_lr_scale: learning rate of the final layers as a share of ``lr``, see
-            :func:`parameter_groups`.
+        classifier_lr_scale: learning rate of the final layers as a share of ``lr``, see :func:`parameter_groups`.
+        gain_lr_scale: learning rate of gains and biases as a share of ``lr``, see there.
         options: more of ``torch.optim.SGD``'s, such as ``fused=True``.
 
     Raises:
@@ -128,7 +135,8 @@ def nesterov_sgd(
     check_number("lr", lr, 0.0)
     if check_rate("momentum", momentum) == 0:
         raise invalid("momentum", momentum, "Nesterov's look-ahead needs one", "pass 0.9, or use torch.optim.SGD")
-    groups = parameter_groups(model, weight_decay, classifier_lr_scale=classifier_lr_scale)
+    scales = {"classifier_lr_scale": classifier_lr_scale, "gain_lr_scale": gain_lr_scale}
+    groups = parameter_groups(model, weight_decay, **scales)
     groups = [{**group, "lr": lr * group["lr_scale"]} for group in groups]
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=True, **options)
 

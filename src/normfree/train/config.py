@@ -90,6 +90,9 @@ class OptimizerConfig:
     """Largest Euclidean norm of the whole gradient, before adaptive clipping; None: any."""
     classifier_lr_scale: float = 1.0
     """Learning rate of the final layers as a share of the others'."""
+    gain_lr_scale: float = 1.0
+    """Learning rate of gains, skip gains and biases as a share of the weights'; with `--optimizer.rule muon` they have
+    `--optimizer.sgd-learning-rate` instead."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -104,8 +107,11 @@ class OptimizerConfig:
         for name in ("clip_factor", "clip_norm"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0, exclusive=True)
-        for name in ("clip_eps", "classifier_lr_scale"):
+        for name in ("clip_eps", "classifier_lr_scale", "gain_lr_scale"):
             check_number(name, getattr(self, name), 0, exclusive=True)
+        if self.rule == "muon" and self.gain_lr_scale != 1:
+            rule = "gains and biases have a learning rate of their own with rule='muon'"
+            raise invalid("gain_lr_scale", self.gain_lr_scale, rule, "set sgd_learning_rate, and leave it out")
         for one in dataclasses.fields(self):
             if isinstance(value := getattr(self, one.name), (int, float)) and value > LARGEST_SETTING:
                 raise invalid(one.name, value, f"must be at most {LARGEST_SETTING:g}", "pass a smaller one")

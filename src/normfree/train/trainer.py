@@ -395,8 +395,8 @@ class Trainer:
             groups = self.states.split_groups(groups)
             optimizer = Muon(groups, self.peak, momentum=config.momentum, process_group=self._process_group())
         else:
-            scale = config.classifier_lr_scale
-            groups = parameter_groups(self.network, config.weight_decay, classifier_lr_scale=scale)
+            scales = {"classifier_lr_scale": config.classifier_lr_scale, "gain_lr_scale": config.gain_lr_scale}
+            groups = parameter_groups(self.network, config.weight_decay, **scales)
             groups = self.states.split_groups(groups)
             optimizer = SGD(groups, lr=self.peak, momentum=config.momentum, nesterov=True, foreach=True)
         if config.clip_factor is None:
