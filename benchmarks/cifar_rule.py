@@ -4,8 +4,9 @@
 ``cifar_rule.json`` and ``README.md``. DIR holds CIFAR-10 as parquet.
 
 The normalizer-free network of ``benchmarks.cifar`` at its best rate, for two epochs of batch 128 with one seed: as it
-is, and with another start of the branches, rate, clipping, classifier's rate, centred weights, slower gains, decay or depth. A difference of less than a point is within what another seed makes. Finished
-runs are kept in DIR_OUT/runs, and rows of an earlier table of the same hardware and versions stay.
+is, and with another start of the branches, rate, clipping, classifier's rate, centred weights, slower gains, decay or
+depth. A difference of less than a point is within what another seed makes. Finished runs are kept in DIR_OUT/runs, and
+rows of an earlier table of the same hardware and versions stay.
 """
 
 from __future__ import annotations
