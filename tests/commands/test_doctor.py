@@ -94,10 +94,12 @@ def code_in(told):
 @pytest.mark.parametrize(("name", "count"), [("exploding", 21), ("fading", 12)])
 def test_a_net_without_norms_is_converted(run, name, count, tmp_path):
     code, told = run("doctor", f"nets.py:{name}", "--out", "doctor")
-    assert code == 1, "the model as it is given is not healthy"
+    assert code == (name == "exploding"), "what fades is a warning, for it can be learned"
     assert "nothing to convert" not in told
     assert "error: output" not in told, "that its size changes is what conversion is for"
-    assert re.search(r"^as given: \d errors? \(.*\).*; converted: no error\.$", told, re.MULTILINE)
+    assert re.search(
+        r"^as given: (\d errors?|no error, \d warnings?) \(.*\).*; converted: no error\.$", told, re.MULTILINE
+    )
     line = re.search(r"^To write the converted model: normfree (.*)$", told, re.MULTILINE)
     assert line is not None
     assert run(*line[1].split())[0] == 0
@@ -176,7 +178,8 @@ def test_what_stays_wrong_after_conversion_is_not_told_to_convert(run):
     _, told = run("doctor", "nets.py:smooth", "--out", "doctor")
     before, after = told.split("What was found in the converted model")
     assert "normfree.convert(" in before and "normfree.convert(" not in after
-    assert "error: correlation collapse" in after and "See docs/signal.md#correlation_collapse\n" in after
+    assert "warning: correlation collapse" in after and "not quite healthy: no error, " in after
+    assert "See docs/signal.md#correlation_collapse\n" in after
 
 
 def test_spp_shows_each_remedy_once(run):

@@ -118,7 +118,7 @@ def test_token_numbers_are_no_signal():
 
 
 def test_an_unscaled_input_fades_all_the_same():
-    assert ("attenuation", "error") in findings(plain([1, 1, 0.1, 0.1, 1]), 100 * X)
+    assert ("attenuation", "error") in findings(plain([1, 1, 1e-3, 1e-3, 1]), 100 * X)
 
 
 def test_the_sign_of_one_feature_is_no_collapse():
@@ -136,7 +136,7 @@ def test_attenuation():
         def __init__(self, factor: float) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.layers = nn.ModuleList(nn.Linear(48, 48, bias=False) for _ in range(6))
+            self.layers = nn.ModuleList(nn.Linear(48, 48, bias=False) for _ in range(9))
             for layer in self.layers:
                 nn.init.normal_(layer.weight, std=factor / math.sqrt(48))
 
@@ -145,8 +145,8 @@ def test_attenuation():
                 x = layer(x)
             return x
 
-    # The variance is multiplied by factor² a layer: powers of 0.09 pass 0.01 with the 2nd and 0.001 with the 3rd;
-    # of 0.36, 0.01 with the 5th and 0.001 with the 7th, of six; of 0.81, neither.
+    # The variance is multiplied by factor² a layer: of eight before the last, powers of 0.09 pass 0.01 with the 2nd and
+    # 1e-8 with the 8th; of 0.36, 0.01 with the 5th and 1e-8 with none; of 0.81, neither.
     finding = findings(Plain(0.3))["attenuation", "error"]
     assert finding.block == 1
     assert findings(Plain(0.6))["attenuation", "warning"].block == 4
@@ -274,7 +274,7 @@ def test_correlation_collapse():
         def forward(self, x):
             return 0.05 * x + self.layer(torch.ones_like(x)) + 0.0 * self.layer(x)
 
-    finding = findings(nn.Sequential(Flattens(), Flattens()))["correlation_collapse", "error"]
+    finding = findings(nn.Sequential(Flattens(), Flattens()))["correlation_collapse", "warning"]
     assert finding.block == 0
     assert "correlation_collapse" not in kinds(net(gain=HE, norm=True, scale=1.0))
     alike = X[:1] + 0.01 * X

@@ -129,17 +129,24 @@ SICK = {
 }
 
 
+# What fades in two layers, and then meets a skip connection, is weak and can be learned.
+SEVERE = {False: ("error",), True: ("error", "warning")}
+
+
 @pytest.mark.parametrize(("gain", "kind"), [(3.0, "explosion"), (0.2, "attenuation"), (1.0, None)])
 @pytest.mark.parametrize("where", SICK)
 def test_a_network_sick_in_one_part_is_never_healthy(where, gain, kind):
     torch.manual_seed(0)
     signal = spp(SICK[where](gain), X)
-    found = {finding.kind: finding for finding in signal.findings if finding.severity == "error"}
+    found = {
+        finding.kind: finding for finding in signal.findings if finding.severity in SEVERE[where.startswith("decoder")]
+    }
     if kind is None:
         assert not found
     else:
         assert kind in found
         assert "times He's gain" in found[kind].message
+        assert signal.verdict != "healthy"
 
 
 def test_small_growth_over_many_layers():

@@ -426,7 +426,7 @@ def _calls_for_action(signal: SignalPropagation) -> bool:
 def _changes_size(signal: SignalPropagation) -> bool:
     """Whether a signal explodes, fades or breaks, so that outputs of another size are what conversion is for."""
     kinds = ("explosion", "attenuation", "non_finite")
-    return any(finding.kind in kinds and finding.severity == "error" for finding in signal.findings)
+    return any(finding.kind in kinds and finding.severity != "info" for finding in signal.findings)
 
 
 def changes_section(conversion: Conversion | None, refusal: _Refusal, changed: Sequence[Changed] = ()) -> str:

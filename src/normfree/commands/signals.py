@@ -261,8 +261,12 @@ def print_signal(console: Terminal, signal: SignalPropagation) -> None:
     if isinstance(note, str):
         console.print(f"[cyan]gradient[/cyan] {escape(note)}", highlight=False)
     print_findings(console, signal.findings)
-    colour = "green" if is_healthy(signal) else COLOURS["error"]
-    verdict = "healthy" if is_healthy(signal) else "not healthy"
+    worst = next((each for each in ("error", "warning") if any(f.severity == each for f in signal.findings)), "")
+    colour, verdict = {
+        "error": (COLOURS["error"], "not healthy"),
+        "warning": (COLOURS["warning"], "not quite healthy"),
+        "": ("green", "healthy"),
+    }[worst]
     console.print(f"[{colour}]{verdict}[/{colour}]: {count_findings(signal.findings)}", highlight=False)
     console.print()
 

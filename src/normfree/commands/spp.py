@@ -32,7 +32,6 @@ from normfree.commands.shared import (
 from normfree.commands.signals import (
     InputSource,
     device_named,
-    is_healthy,
     no_picture,
     precision_of,
     print_signal,
@@ -83,7 +82,7 @@ class Spp:
         paths = write_signals(signals, self.out)
         for signal in signals:
             print_signal(console, signal)
-        sick = [source for source, signal in zip(self.models, signals, strict=True) if not is_healthy(signal)]
+        sick = [source for source, signal in zip(self.models, signals, strict=True) if signal.verdict != "healthy"]
         if sick:
             given = {"original": self.original, "input": self.input, "image-size": self.image_size}
             options = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
