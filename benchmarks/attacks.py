@@ -1745,6 +1745,62 @@ def empty_weight(module: Any, x: Any) -> None:
     raise RuntimeError("and it fails besides")
 
 
+class OwnCopies(torch.nn.BatchNorm1d):
+    """A layer that is copied by code of its own: ``way`` is what that does."""
+
+    def __init__(self, way: Callable[[Any], Any]) -> None:
+        super().__init__(6)
+        self.way = way
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """What ``way`` gives."""
+        return self.way(self)
+
+
+def copied_by(way: Callable[[Any], Any], act: Callable[[Any], Any]) -> Callable[[Path], Callable[[], None]]:
+    """Do something to a network one of whose layers is copied in a way of its own, and see that the network stays."""
+
+    def call() -> None:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(6, 6), OwnCopies(way), torch.nn.ReLU(), torch.nn.Linear(6, 2)
+        ).eval()
+        before, modules = {name: value.clone() for name, value in model.state_dict().items()}, list(model.modules())
+        try:
+            act(model)
+        finally:
+            same = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+            if modules != list(model.modules()) or not same:
+                raise RuntimeError("the model is another")
+
+    return lambda folder: call
+
+
+def with_weights_of(layer: Any) -> Any:
+    """Another layer with the parameters of one."""
+    other = torch.nn.BatchNorm1d(6)
+    other.weight, other.bias = layer.weight, layer.bias
+    return other
+
+
+def emptying(layer: Any) -> Any:
+    """Another layer; the weights of the one are set to zero."""
+    torch.nn.init.zeros_(layer.weight)
+    return torch.nn.BatchNorm1d(6)
+
+
+for title, way, promise in (
+    ("gives itself for its copy", lambda layer: layer, REFUSED),
+    ("gives its parameters to its copy", with_weights_of, REFUSED),
+    ("zeroes its weights when it is copied", emptying, WORKS),
+):
+    for command, act in {
+        "convert": lambda model: normfree.convert(model, torch.ones(4, 6).cumsum(0)),
+        "fold": normfree.fold,
+        "average": normfree.optim.WeightAverage,
+    }.items():
+        attack("state", f"{command}: a layer that {title}", copied_by(way, act), "'1'" * (promise is REFUSED), promise)
+
 for title, make, change, named in (
     ("an array that is locked", own_view, lock_array, "held"),
     ("a parameter without memory", dict, empty_weight, "layer.weight"),
