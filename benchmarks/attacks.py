@@ -1378,6 +1378,9 @@ for title, answer in {
     "the largest logit's place": lambda y: y.argmax(1, keepdim=True),
     "one number": lambda y: y[:, :1],
     "whole numbers": lambda y: (10 * y).long(),
+    "probabilities": lambda y: y.softmax(1),
+    "itself and another answer": lambda y: (y, -y),
+    "something random": lambda y: torch.nn.functional.dropout(y, training=True),
 }.items():
     attack("wrong", f"a network that answers with {title}", answering(answer), "model")
 
@@ -1795,7 +1798,7 @@ for title, way, promise in (
     ("zeroes its weights when it is copied", emptying, WORKS),
 ):
     for command, act in {
-        "convert": lambda model: normfree.convert(model, torch.ones(4, 6).cumsum(0)),
+        "convert": lambda model: normfree.convert(model, torch.randn(8, 6)),
         "fold": normfree.fold,
         "average": normfree.optim.WeightAverage,
     }.items():
