@@ -349,6 +349,30 @@ for option in ("model", "original"):
     attack("code", f"a settings file names code as its {option}", settings_naming(option), "own.yaml")
 
 
+def settings_with(**settings: str) -> Callable[[Path], list[str]]:
+    """A run's settings that name what may only be named by a person; a file with them marks what was followed."""
+
+    def act(folder: Path) -> list[str]:
+        run = run_in(folder)
+        document = json.loads((run / "config.json").read_text())
+        for name, value in settings.items():
+            part = document["config"]["data"] if name in document["config"]["data"] else document["config"]
+            part[name] = value.replace("FOLDER", str(folder / CANARY))
+        (folder / "own.json").write_text(json.dumps(document))
+        return ["train", "--config", "own.json"]
+
+    return act
+
+
+for title, settings in {
+    "an address as its data": {"source": "http://127.0.0.1:9/train-0.tar", "out": "new"},
+    "a folder to write to": {"out": "FOLDER"},
+    "a folder above": {"out": "../" + CANARY},
+    "a folder to keep images in": {"cache_folder": "FOLDER", "out": "new"},
+}.items():
+    attack("code", f"settings name {title}", settings_with(**settings), "own.json")
+
+
 def command_on(*words: str) -> Callable[[Path], list[str]]:
     """A command on a converted checkpoint whose factory lies beside it."""
 
