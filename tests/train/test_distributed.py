@@ -129,10 +129,11 @@ def test_sharded_training_is_the_unsharded_one_and_resumes(rule, tmp_path):
 )
 def test_a_variable_of_the_environment_that_is_no_number_is_named(name, value, monkeypatch, capsys):
     monkeypatch.setenv(name, value)
-    assert main(["evaluate", "torchvision:resnet18", "--source", "digits"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"normfree: {name}={value!r}: of the environment") and f"unset {name}" in error
-    assert error.count("\n") == 1
+    for words in (["evaluate", "torchvision:resnet18", "--source", "digits"], ["train", "digits"], ["demo"]):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"normfree: {name}={value!r}: of the environment") and f"unset {name}" in error
+        assert error.count("\n") == 1
 
 
 def test_a_local_world_without_a_world_is_named(monkeypatch):

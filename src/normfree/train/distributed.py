@@ -53,13 +53,6 @@ def resolve_precision(precision: Precision, device: str) -> str:
     return "bf16" if multiplies_bf16(device) else "fp32"
 
 
-LAUNCHED_WITH = {
-    **dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID", "MASTER_PORT"), 0),
-    **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS"), 1),
-}
-"""Variables of the environment that tell a process its place among others, by the least that they can be: Fabric and
-torchmetrics read them, some as they are imported."""
-
 FABRIC_PRECISION = {"bf16": "bf16-mixed", "fp32": "32-true"}
 """What Fabric calls a precision."""
 
@@ -72,15 +65,10 @@ def launch(accelerator: Accelerator, precision: Precision, strategy: Strategy = 
             of the environment that ``torchrun`` does not set so.
         ImportError: if lightning is not installed.
     """
-    for name, least in LAUNCHED_WITH.items():
-        value = os.environ.get(name)
-        if value is not None and not (value.isdecimal() and int(value) >= least):
-            rule = f"of the environment, must be a whole number of at least {least}, as torchrun and Slurm set it"
-            raise invalid(name, value, rule, f"unset {name}, or start with torchrun")
+    require("lightning.fabric", "training")
     if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" not in os.environ:
         rule = "of the environment, is not set, and LOCAL_WORLD_SIZE is"
         raise invalid("WORLD_SIZE", None, rule, "unset LOCAL_WORLD_SIZE, or start with torchrun")
-    require("lightning.fabric", "training")
     from lightning.fabric import Fabric
 
     device = device_type(accelerator)
