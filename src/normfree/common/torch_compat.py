@@ -251,6 +251,7 @@ def _check_separate(model: nn.Module, copied: nn.Module) -> None:
     Raises:
         ValueError: naming the module.
     """
+    __tracebackhide__ = True
     modules = set(model.modules())
     held = [*model.parameters(), *model.buffers()]
     tensors, memory = {id(one) for one in held}, {memory_of(one)[0] for one in held} - {0}

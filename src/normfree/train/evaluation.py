@@ -158,6 +158,7 @@ def check_no_probabilities(logits: Tensor) -> None:
     Raises:
         ValueError: they are.
     """
+    __tracebackhide__ = True
     rounding = max(1e-5, torch.finfo(logits.dtype).eps)
     if bool((logits >= 0).all() & ((logits.double().sum(1) - 1).abs() <= rounding).all()):
         raise ValueError("model: it returns probabilities, as of a softmax, and no logits; give it without its softmax")

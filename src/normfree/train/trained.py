@@ -268,6 +268,7 @@ def image_sizes(shape: Sequence[object]) -> tuple[int | None, int | None, int | 
 
 def check_one_result(path: Path, names: Sequence[str]) -> None:
     """Raise ``ValueError`` unless a file gives one result: which of several are the logits, it does not say."""
+    __tracebackhide__ = True
     if len(names) != 1:
         rule = f"returns {len(names)} results ({', '.join(map(quoted, names[:3]))}), not a number per class"
         raise refused("model", path, rule, "give a classifier")
