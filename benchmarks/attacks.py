@@ -349,6 +349,30 @@ for option in ("model", "original"):
     attack("code", f"a settings file names code as its {option}", settings_naming(option), "own.yaml")
 
 
+def settings_with(**settings: str) -> Callable[[Path], list[str]]:
+    """A run's settings that name what may only be named by a person; a file with them marks what was followed."""
+
+    def act(folder: Path) -> list[str]:
+        run = run_in(folder)
+        document = json.loads((run / "config.json").read_text())
+        for name, value in settings.items():
+            part = document["config"]["data"] if name in document["config"]["data"] else document["config"]
+            part[name] = value.replace("FOLDER", str(folder / CANARY))
+        (folder / "own.json").write_text(json.dumps(document))
+        return ["train", "--config", "own.json"]
+
+    return act
+
+
+for title, settings in {
+    "an address as its data": {"source": "http://127.0.0.1:9/train-0.tar", "out": "new"},
+    "a folder to write to": {"out": "FOLDER"},
+    "a folder above": {"out": "../" + CANARY},
+    "a folder to keep images in": {"cache_folder": "FOLDER", "out": "new"},
+}.items():
+    attack("code", f"settings name {title}", settings_with(**settings), "own.json")
+
+
 def command_on(*words: str) -> Callable[[Path], list[str]]:
     """A command on a converted checkpoint whose factory lies beside it."""
 
@@ -1378,6 +1402,9 @@ for title, answer in {
     "the largest logit's place": lambda y: y.argmax(1, keepdim=True),
     "one number": lambda y: y[:, :1],
     "whole numbers": lambda y: (10 * y).long(),
+    "probabilities": lambda y: y.softmax(1),
+    "itself and another answer": lambda y: (y, -y),
+    "something random": lambda y: torch.nn.functional.dropout(y, training=True),
 }.items():
     attack("wrong", f"a network that answers with {title}", answering(answer), "model")
 
@@ -1744,6 +1771,62 @@ def empty_weight(module: Any, x: Any) -> None:
     module.layer.weight.untyped_storage().resize_(0)
     raise RuntimeError("and it fails besides")
 
+
+class OwnCopies(torch.nn.BatchNorm1d):
+    """A layer that is copied by code of its own: ``way`` is what that does."""
+
+    def __init__(self, way: Callable[[Any], Any]) -> None:
+        super().__init__(6)
+        self.way = way
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """What ``way`` gives."""
+        return self.way(self)
+
+
+def copied_by(way: Callable[[Any], Any], act: Callable[[Any], Any]) -> Callable[[Path], Callable[[], None]]:
+    """Do something to a network one of whose layers is copied in a way of its own, and see that the network stays."""
+
+    def call() -> None:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(6, 6), OwnCopies(way), torch.nn.ReLU(), torch.nn.Linear(6, 2)
+        ).eval()
+        before, modules = {name: value.clone() for name, value in model.state_dict().items()}, list(model.modules())
+        try:
+            act(model)
+        finally:
+            same = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+            if modules != list(model.modules()) or not same:
+                raise RuntimeError("the model is another")
+
+    return lambda folder: call
+
+
+def with_weights_of(layer: Any) -> Any:
+    """Another layer with the parameters of one."""
+    other = torch.nn.BatchNorm1d(6)
+    other.weight, other.bias = layer.weight, layer.bias
+    return other
+
+
+def emptying(layer: Any) -> Any:
+    """Another layer; the weights of the one are set to zero."""
+    torch.nn.init.zeros_(layer.weight)
+    return OwnCopies(layer.way)
+
+
+for title, way, promise in (
+    ("gives itself for its copy", lambda layer: layer, REFUSED),
+    ("gives its parameters to its copy", with_weights_of, REFUSED),
+    ("zeroes its weights when it is copied", emptying, WORKS),
+):
+    for command, act in {
+        "convert": lambda model: normfree.convert(model, torch.randn(8, 6)),
+        "fold": normfree.fold,
+        "average": normfree.optim.WeightAverage,
+    }.items():
+        attack("state", f"{command}: a layer that {title}", copied_by(way, act), "'1'" * (promise is REFUSED), promise)
 
 for title, make, change, named in (
     ("an array that is locked", own_view, lock_array, "held"),

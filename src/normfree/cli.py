@@ -94,15 +94,27 @@ def _format_warning(
 def _run(command: Any) -> int:
     """Run a command; the code of a model that it runs may raise what ends a process without a word.
 
+    The end of a data worker raises PyTorch's error wherever the command is just then, also within a model's forward.
+
     Raises:
-        ValueError: it did.
+        ValueError: it did, or a worker was killed.
     """
     from normfree.commands.shared import Terminal
 
     try:
         return command.run(Terminal(width=None if sys.stdout.isatty() else WIDTH)) or 0
-    except (Exception, KeyboardInterrupt):
+    except KeyboardInterrupt:
         raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and "DataLoader worker (pid" not in one_line(cause):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise ValueError(
+            "workers: a process that decodes images was killed, as the system does where memory runs out; pass "
+            "workers=0, which decodes in the command's own process, or fewer, or smaller images or batches"
+        ) from error
     except BaseException as error:
         raise ValueError(f"model: its code ended the program with {one_line(error)}; have it raise an error") from error
 

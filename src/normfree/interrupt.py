@@ -29,12 +29,20 @@ def is_command(words: list[str]) -> bool:
 def leave_current_folder() -> None:
     """Import nothing that lies in the current folder under the name of a package, as ``python -m`` would.
 
-    The folder of a model may be a stranger's. ``python -m normfree`` itself is looked up there before this runs.
+    The folder of a model may be a stranger's. ``python -m normfree`` itself is looked up there before this runs. Where
+    that folder was removed meanwhile, the command ends with a line that says so: imports ask for it, too.
     """
-    if not is_command(sys.orig_argv) or sys.flags.safe_path or not sys.path:
+    if not is_command(sys.orig_argv):
+        return
+    try:
+        current = os.path.realpath(os.curdir)
+    except OSError:
+        os.write(2, b"normfree: the current folder was removed, or cannot be read; change to another (cd)\n")
+        os._exit(2)
+    if sys.flags.safe_path or not sys.path:
         return
     here, own = os.path.realpath(sys.path[0] or os.curdir), os.path.realpath(Path(__file__).parent.parent)
-    if here == os.path.realpath(os.curdir) != own:
+    if here == current != own:
         del sys.path[0]
 
 

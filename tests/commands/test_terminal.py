@@ -264,6 +264,16 @@ def test_only_the_command_ends_at_an_interrupt_of_its_import():
     assert not is_command(["python", "-m", "pytest"]) and not is_command(["python", "train.py", "normfree"])
 
 
+@pytest.mark.parametrize("options", [[], ["-P"]])
+def test_a_current_folder_that_was_removed_is_one_line(options, tmp_path):
+    (tmp_path / "gone").mkdir()
+    script = f'cd "{tmp_path}/gone" && rmdir ../gone && exec "$@"'
+    words = ["sh", "-c", script, "sh", sys.executable, *options, "-m", "normfree", "models"]
+    run = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and run.stderr.startswith("normfree: the current folder was removed"), run.stderr
+    assert run.stderr.count("\n") == 1
+
+
 def test_no_file_beside_a_model_is_imported_in_the_place_of_a_package(tmp_path):
     for name in ("tyro", "http", "rich", "numpy", "safetensors", "torchvision"):
         (tmp_path / f"{name}.py").write_text(f"open('imported_{name}', 'w').close()")

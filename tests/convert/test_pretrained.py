@@ -283,3 +283,38 @@ def test_the_record_says_how_closely_the_outputs_are_kept():
     assert 0 < error < 1e-5
     assert f"by at most {error:.1e} of the largest" in converted.conversion.summary()
     assert normfree.convert(model, IMAGES).conversion.output_error is None, "a fresh one is another function"
+
+
+class Skipping(nn.Module):
+    """Two layers, the second of which goes without its norm, or by another way, where ``leaves_out`` says so."""
+
+    def __init__(self, leaves_out, other=False):
+        super().__init__()
+        self.first, self.norm1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.second, self.norm2 = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.other, self.leaves_out = nn.Conv2d(8, 8, 3) if other else None, leaves_out
+
+    def forward(self, x):
+        y = torch.relu(self.norm1(self.first(x)))
+        if not self.leaves_out(x):
+            return self.norm2(self.second(y))
+        return self.second(y) if self.other is None else self.norm2(self.other(y))
+
+
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize(
+    ("leaves_out", "change"),
+    [
+        (lambda x: x.mean() < -0.5, lambda x: x - 1),
+        (lambda x: x.mean() > 1, lambda x: x + 1.5),
+        (lambda x: x.abs().max() > 10, lambda x: 20 * x),
+        (lambda x: x.std() < 0.2, lambda x: x / 20),
+    ],
+)
+def test_a_norm_that_other_inputs_go_around_stays(other, leaves_out, change):
+    model = randomise(Skipping(leaves_out, other)).eval()
+    converted = normfree.convert(model, IMAGES, start="pretrained")
+    for images in (IMAGES, change(IMAGES)):
+        torch.testing.assert_close(converted(images), model(images), rtol=1e-4, atol=1e-4)
+    reasons = {one.name: one.reason for one in converted.conversion.norms_left}
+    assert set(reasons) == {"norm2"} and "on other inputs" in reasons["norm2"]

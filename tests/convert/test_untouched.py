@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -102,6 +103,15 @@ def test_what_cannot_be_copied_is_one_line():
     model.lock = threading.Lock()
     with pytest.raises(ValueError, match=r"model: Sequential cannot be copied \(TypeError: .*copy\.deepcopy"):
         normfree.convert(model, IMAGES)
+
+
+@pytest.mark.parametrize("act", [normfree.convert, normfree.spp])
+def test_a_model_made_for_inference_alone_is_one_line_with_a_remedy(act):
+    with torch.inference_mode():
+        model = small()
+    with pytest.raises(ValueError, match=r"^model: parameter '0\.weight' was made inside of torch\.inference_mode"):
+        act(model, IMAGES)
+    act(copy.deepcopy(model), IMAGES)
 
 
 def test_a_seed_too_large_is_one_line():

@@ -158,6 +158,36 @@ def test_a_full_disk_names_the_checkpoint_and_spares_those_before(store, monkeyp
     assert store.newest().step == 1
 
 
+def test_links_are_removed_and_what_they_lead_to_stays(store, tmp_path):
+    """A person may have moved checkpoints to another disk."""
+    for step in (1, 2):
+        write(store, step)
+    for folder in store.folders():
+        folder.rename(tmp_path / folder.name)
+        folder.symlink_to(tmp_path / folder.name)
+    (store.folder / ".step_x").symlink_to(tmp_path)
+    (store.folder / "step_0000000003").symlink_to(tmp_path / "nothing")
+    store.clean()
+    with pytest.warns(RuntimeWarning, match="step_0000000003. is damaged"):
+        assert store.newest().step == 2
+    for step in (3, 4):
+        write(store, step)
+    assert [folder.name[-1] for folder in store.folders()] == ["3", "4"]
+    assert verify_checkpoint(tmp_path / "step_0000000001").step == 1
+    assert not [path for path in store.folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_named(store, monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", "model.safetensors")
+
+    for step in (1, 2):
+        write(store, step)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(PermissionError, match=r"could not be removed: Permission denied: '.*step_0000000001'"):
+        write(store, 3)
+
+
 def test_a_checkpoint_in_writing_is_not_removed_by_another_store(store):
     """Two processes that write at once: each has a place of its own."""
     other = CheckpointStore(store.folder)

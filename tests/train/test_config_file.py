@@ -28,7 +28,7 @@ def described(config, **changes):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_runs_config_comes_back(name, written, tmp_path):
-    config = replace(RECIPES[name](), out=tmp_path / "run", log=("tensorboard",))
+    config = replace(RECIPES[name](), out=tmp_path, log=("tensorboard",))
     assert read_config(written(described(config), "config.json")) == (config, [])
     assert read_config(written(to_dict(config), "plain.json")) == (config, [])
 
@@ -152,7 +152,7 @@ def test_a_run_of_an_older_version_is_begun_anew_and_says_what_it_lacks(written,
     older = described(config)
     del older["config"]["data"]["holdout"]
     file = written(older, "config.json")
-    code, out, err = run(capsys, "--config", file)
+    code, out, err = run(capsys, "--config", file, "--out", tmp_path / "run")
     assert code == 0 and out.startswith(f"{file} says nothing of data.holdout, at their defaults\n"), err
 
 
@@ -191,3 +191,45 @@ def test_every_setting_has_a_name_of_its_own():
     config = RECIPES["digits"]()
     assert len(flatten(to_dict(config))) > 60
     assert not any("-" in name for name in flatten(to_dict(config)))
+
+
+FOREIGN = {
+    "data.source": "http://127.0.0.1:9/train-0.tar",
+    "data.cache_folder": "/somewhere/else",
+    "out": "../elsewhere",
+    "model": "nets.py:net",
+}
+
+
+@pytest.mark.parametrize("setting", FOREIGN)
+def test_an_address_a_folder_and_code_are_followed_where_a_person_names_them(setting, written):
+    word, option = FOREIGN[setting], f"--{setting.replace('_', '-')}"
+    file = written({"model": "nf_resnet50", setting: word}, "stranger.json")
+    with pytest.raises(ValueError, match=rf"stranger\.json'.*because a file names it.*{option} "):
+        read_config(file)
+    for words in ([word], [option, word], [f"{option}={word}"], [option, "another"]):
+        assert read_config(file, code=words)[0].name == "stranger"
+
+
+def test_an_address_of_a_strangers_run_is_asked_for_nothing(written, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = tiny(tmp_path / "elsewhere")
+    file = written(described(config), "run.json")
+    assert main(["train", "--config", str(file), "--limit-train-steps", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "its out is" in error and error.count("\n") == 1 and not (tmp_path / "elsewhere").exists()
+    config = replace(config, out=None, data=replace(config.data, source=FOREIGN["data.source"]))
+    file = written(described(config), "run.json")
+    assert main(["train", "--config", str(file), "--limit-train-steps", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "no address is opened" in error and error.count("\n") == 1 and not (tmp_path / "runs").exists()
+    words = ["--data.source=digits", "--out", str(tmp_path / "run"), "--limit-train-steps", "1"]
+    assert main(["train", "--config", str(file), *words]) == 0
+
+
+def test_a_run_goes_on_by_its_own_config(tmp_path):
+    config = tiny(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(described(config)))
+    assert read_config(tmp_path / "run")[0].out == tmp_path / "run"
+    assert read_config(tmp_path / "run" / "config.json")[0].out == tmp_path / "run"

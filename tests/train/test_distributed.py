@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import MODEL, rows, start, tiny
 
+from normfree.cli import main
 from normfree.train import train
 from normfree.train.checkpoint import CheckpointStore
+from normfree.train.distributed import launch
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -119,3 +121,23 @@ def test_sharded_training_is_the_unsharded_one_and_resumes(rule, tmp_path):
     assert mine.keys() == theirs.keys()
     for key, tensor in theirs.items():
         torch.testing.assert_close(mine[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("LOCAL_RANK", "y"), ("RANK", "-1"), ("LOCAL_WORLD_SIZE", "0"), ("WORLD_SIZE", ""), ("SLURM_NTASKS", "1.5")],
+)
+def test_a_variable_of_the_environment_that_is_no_number_is_named(name, value, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    for words in (["evaluate", "torchvision:resnet18", "--source", "digits"], ["train", "digits"], ["demo"]):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"normfree: {name}={value!r}: of the environment") and f"unset {name}" in error
+        assert error.count("\n") == 1
+
+
+def test_a_local_world_without_a_world_is_named(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match=r"^WORLD_SIZE=None: .*unset LOCAL_WORLD_SIZE"):
+        launch("cpu", "fp32")

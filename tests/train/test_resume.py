@@ -16,8 +16,9 @@ import pytest
 import torch
 from image_sets import write_folder
 from safetensors.torch import load_file
-from tiny_run import kill_after, rows, start, tiny
+from tiny_run import MODEL, kill_after, rows, start, tiny
 
+from normfree.cli import main
 from normfree.data.order import Share
 from normfree.train import train
 from normfree.train.checkpoint import CheckpointStore
@@ -102,6 +103,19 @@ def test_sigterm_to_all_processes_ends_as_to_the_one(images, tmp_path):
     assert (process.returncode, told.strip()) == (0, "stopped"), errors
     assert CheckpointStore(out / "checkpoints").newest().step >= 4
     assert not (out / ".lock").exists()
+
+
+def test_a_worker_that_the_system_kills_is_one_line_with_a_remedy(images, tmp_path, monkeypatch, capsys):
+    def killed(decoder, examples):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("normfree.data.pipeline.Decoder.__getitems__", killed)
+    words = ["--data.source", images["source"], "--data.in-memory", "False", "--data.evaluation-split", "train"]
+    words += ["--data.workers", "1", "--data.image-size", "8", "--model", MODEL, "--out", str(tmp_path / "run")]
+    assert main(["train", "digits", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("normfree: --data.workers: a process that decodes images was killed") and "0" in error
+    assert error.count("\n") == 1 and len(error) < 500
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from image_sets import CLASSES, write_folder
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_run import MODEL, tiny
 
 import normfree
 from normfree.cli import main
 from normfree.data.preprocessing import Preprocessing
+from normfree.export import to_onnx, to_program
 from normfree.train import RECIPES, NonFiniteLossError, train
 from normfree.train.config import from_dict
-from normfree.train.evaluation import logits_of
+from normfree.train.evaluation import check_no_probabilities, logits_of
 from normfree.train.records import read_rows
 from normfree.train.trained import open_trained, preprocessing_of, weights_of
 from normfree.train.trainer import Trainer
@@ -362,6 +364,57 @@ def test_answers_that_are_no_logits_are_refused(answer, message):
 
     with pytest.raises(ValueError, match=message):
         logits_of(Answering(), torch.randn(4, 1, 8, 8), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probabilities_are_told_from_logits(dtype):
+    logits = torch.randn(64, 1000)
+    check_no_probabilities(logits.to(dtype))
+    check_no_probabilities(torch.zeros(4, 10, dtype=dtype))
+    with pytest.raises(ValueError, match=r"^model: it returns probabilities, as of a softmax"):
+        check_no_probabilities(logits.softmax(1).to(dtype))
+
+
+class Answering(torch.nn.Module):
+    """One layer, and something of what it gives."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.linear, self.answer = torch.nn.Linear(64, 10), answer
+
+    def forward(self, x):
+        return self.answer(self.linear(x.flatten(1)))
+
+
+ANSWERS = {
+    "several results": (lambda y: (-y, y), "returns 2 results"),
+    "random numbers": (lambda y: y + torch.rand_like(y), "gives the same images another answer each time"),
+    "dropout in training": (lambda y: torch.nn.functional.dropout(y), "gives the same images another answer each time"),
+    "a softmax": (lambda y: y.softmax(1), "it returns probabilities"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_file_whose_answer_is_not_its_logits_is_one_line(answer, suffix, tmp_path, capsys):
+    function, message = ANSWERS[answer]
+    image, path = tmp_path / "image.png", tmp_path / f"m{suffix}"
+    Image.new("L", (8, 8), 90).save(image)
+    write = {".onnx": to_onnx, ".pt2": to_program}[suffix]
+    write(Answering(function), torch.randn(2, 1, 8, 8), path, tolerance=1e9)
+    capsys.readouterr()
+    assert main(["predict", str(path), str(image), "--trust-code"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_network_with_a_softmax_is_not_trained(tmp_path):
+    def network(classes, channels):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes), torch.nn.Softmax(1))
+
+    config = tiny(tmp_path / "run", model="./mine", optimizer={"clip_factor": None})
+    with pytest.raises(ValueError, match="it returns probabilities, as of a softmax"):
+        train(config, network=network)
 
 
 def test_an_address_that_a_run_names_is_not_opened(run, tmp_path, capsys):

@@ -236,7 +236,7 @@ class Predict(_Trained):
 
     def run(self, console: Terminal) -> None:
         """Read all images first, then predict and print."""
-        from normfree.train.evaluation import logits_of
+        from normfree.train.evaluation import check_no_probabilities, logits_of
 
         require("torchvision", "predict")
         files = self._files()
@@ -247,7 +247,9 @@ class Predict(_Trained):
         names = trained.class_names
         with torch.no_grad():
             parts = map(standardization, images.split(64))
-            logits = torch.cat([logits_of(trained.network, part, None).float() for part in parts])
+            logits = torch.cat([logits_of(trained.network, part, None) for part in parts])
+        check_no_probabilities(logits)
+        logits = logits.float()
         if names is not None and len(names) != logits.shape[1]:
             rule = f"tells {logits.shape[1]} classes apart, where its run or its metadata name {len(names)}"
             raise refused("model", self.model, rule, "give the run it comes from by --run, or an undamaged file")

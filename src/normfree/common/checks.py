@@ -36,6 +36,14 @@ SERVICES = ("wandb", "mlflow", "transformers")
 """What is used beside ours where somebody has it; of the same name for pip."""
 
 
+LAUNCHED_WITH = {
+    **dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID", "MASTER_PORT"), 0),
+    **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS"), 1),
+}
+"""Variables of the environment that tell a process its place among others, by the least that they can be. Fabric and
+torchmetrics read them, some as they are imported."""
+
+
 def invalid(argument: str, value: object, rule: str, remedy: str) -> ValueError:
     """Return (not raise) the ``ValueError`` that says what is wrong with an argument and how to mend it."""
     said = f"{argument}={quoted(value)}: {shortened(rule, LONGEST_PART)}; {remedy}"
@@ -211,9 +219,15 @@ def require(module: str, purpose: str) -> ModuleType:
 
     Raises:
         ImportError: it is missing or broken; one line.
+        ValueError: it reads variables of the environment, and one has a value that neither torchrun nor Slurm sets.
     """
     __tracebackhide__ = True
     package = module.partition(".")[0]
+    for name, least in LAUNCHED_WITH.items() if package in ("lightning", "torchmetrics") else ():
+        value = os.environ.get(name)
+        if value is not None and not (value.isdecimal() and int(value) >= least):
+            rule = f"of the environment, must be a whole number of at least {least}, as torchrun and Slurm set it"
+            raise invalid(name, value, rule, f"unset {name}, or start with torchrun")
     extra = next((f"'normfree[{name}]'" for name, packages in EXTRAS.items() if package in packages), package)
     assert extra != package or package in SERVICES, f"{package} is in no extra"
     try:

@@ -122,10 +122,25 @@ def remove_stale(folder: Path, name: str | None = None, *, locked: bool = False)
         match = re.fullmatch(r"\..+\.(\w+)-(\d+)-[0-9a-f]{8}\.tmp", path.name)
         if match is None or not (locked or (match[1] == _machine() and not _is_alive(int(match[2])))):
             continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_all(path)
+
+
+def remove_all(path: Path) -> None:
+    """Remove a folder with what it holds, or a file; of a link the link, and not what it leads to.
+
+    Raises:
+        OSError: naming it, where it cannot be removed.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"could not be removed: {error.strerror or first_line(error)}", str(path)
+        ) from error
 
 
 def _short(name: str) -> str:

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normfree.common.process import one_thread_at_a_time
-from normfree.common.text import one_line
+from normfree.common.text import one_line, quoted
 
 __all__ = [
     "ConvNd",
@@ -42,6 +42,7 @@ __all__ = [
     "in_forward_mode",
     "in_function_transform",
     "is_jit_tracing",
+    "memory_of",
     "next_sequence_number",
     "operations_are_followed",
     "preserve_version_counters",
@@ -199,23 +200,75 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @one_thread_at_a_time()
 def copy_model(model: Model) -> Model:
-    """Return a deep copy of a model, which shares no tensor with it.
+    """Return a deep copy of a model, which shares no module and no memory of a parameter or buffer with it.
 
     Hooks such as those of ``torch.nn.utils.weight_norm`` and ``spectral_norm`` leave the weight they have computed as a
     plain attribute, with the graph of its computation, and ``copy.deepcopy`` takes no such tensor. It is copied
     without its graph: the hook, which is copied, too, computes it anew before the next forward.
 
-    A model that another thread measures is copied afterwards, without the hooks and the mode of a measurement.
+    A model that another thread measures is copied afterwards, without the hooks and the mode of a measurement. What
+    the code by which a module is copied writes to the model's parameters and buffers is taken back.
 
     Raises:
-        ValueError: if it holds what copy.deepcopy does not copy.
+        ValueError: if it holds what copy.deepcopy does not copy, or a module whose copy shares a part with it.
     """
     held = [leaf for module in model.modules() for leaf in tree_leaves(list(vars(module).values()))]
     computed = {id(leaf): leaf.detach().clone() for leaf in held if isinstance(leaf, Tensor) and not leaf.is_leaf}
     try:
-        return copy.deepcopy(model, computed)
+        with _weights_put_back(model):
+            copied = copy.deepcopy(model, computed)
     except Exception as error:  # of an attribute's own class
         raise ValueError(
             f"model: {type(model).__name__} cannot be copied ({one_line(error, 120)}); take off what copy.deepcopy "
             "does not copy, such as a lock or a file, or give its class a __deepcopy__"
         ) from error
+    _check_separate(model, copied)
+    return copied
+
+
+@contextmanager
+def _weights_put_back(model: nn.Module) -> Iterator[None]:
+    """Put back parameters and buffers at the end, where a module has code of its own by which it is copied."""
+    ways = ("__getstate__", "__reduce__", "__reduce_ex__")
+    own = any(hasattr(one, "__deepcopy__") for one in model.modules())
+    own = own or any(getattr(type(one), way) is not getattr(nn.Module, way) for one in model.modules() for way in ways)
+    tensors = [*model.parameters(), *model.buffers()] if own else []
+    tensors = [one for one in tensors if memory_of(one)[0] and one.layout == torch.strided]
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    with preserve_version_counters(tuple(tensor for tensor in tensors if not tensor.is_inference())):
+        try:
+            yield
+        finally:
+            for tensor, numbers in kept:
+                if not torch.equal(tensor, numbers):
+                    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                        tensor.copy_(numbers)
+
+
+def _check_separate(model: nn.Module, copied: nn.Module) -> None:
+    """Refuse a copy with a module of the model itself, or with a parameter or buffer in the memory of one.
+
+    Raises:
+        ValueError: naming the module.
+    """
+    __tracebackhide__ = True
+    modules = set(model.modules())
+    held = [*model.parameters(), *model.buffers()]
+    tensors, memory = {id(one) for one in held}, {memory_of(one)[0] for one in held} - {0}
+    for name, module in copied.named_modules():
+        own = [*module._parameters.values(), *module._buffers.values()]
+        if module in modules or any(t is not None and (id(t) in tensors or memory_of(t)[0] in memory) for t in own):
+            part = f"{quoted(name)} ({type(module).__name__})" if name else type(module).__name__
+            raise ValueError(
+                f"model: copying it gives {part} itself, or its parameters or buffers, not copies, and what is done to "
+                "the copy would be done to the model; have its __deepcopy__ make new ones, or take it off"
+            )
+
+
+def memory_of(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's memory begins, whatever view it is, and its bytes; zeros if it has none of its own."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, NotImplementedError, ValueError):  # a sparse, a wrapped, a lazy one
+        return 0, 0

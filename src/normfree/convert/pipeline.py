@@ -46,7 +46,7 @@ from normfree.convert.record import (
 )
 from normfree.convert.structure import Structure, directly_followed, training_structure, unseen_norms
 from normfree.convert.unnormalized import GATE, LAST, STANDARDIZED
-from normfree.convert.verify import explain_failures, first_mismatching_norm, norm_asked_for, note_leak
+from normfree.convert.verify import explain_failures, first_mismatching_norm, norm_asked_for, norms_left_out, note_leak
 from normfree.signal import spp
 from normfree.signal.measure import architecture_in
 from normfree.signal.remedies import by_hand
@@ -387,6 +387,9 @@ def _pretrained(
             if not (asked := norm_asked_for(failure, converted, structure.norms.keys() - staying.keys())):
                 raise
             staying |= asked
+            continue
+        if culprit is None and (left_out := norms_left_out(model, full, batch, trains=trains)):
+            staying |= left_out
             continue
         if culprit is None:
             assert isinstance(converted, Converted), "exchanged modules have their record"

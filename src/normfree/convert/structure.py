@@ -92,8 +92,9 @@ class Structure:
     def norms_reading(self) -> dict[Node, set[str]]:
         """The names of the norms that take each activation."""
         reading: dict[Node, set[str]] = {}
-        for call in (call for calls in self.norms.values() for call in calls if call.input is not None):
-            reading.setdefault(call.input, set()).add(call.name)
+        for call in (call for calls in self.norms.values() for call in calls):
+            if call.input is not None:
+                reading.setdefault(call.input, set()).add(call.name)
         return reading
 
     @cached_property

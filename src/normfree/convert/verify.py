@@ -6,6 +6,7 @@ A leak is a dependence of an example's output on the other examples of its batch
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +37,9 @@ JITTER, HALF_JITTER = 1e-6, 2**-8
 
 SAMPLE = 4096
 """Values compared of each activation."""
+
+OTHER_INPUTS = ((10.0, 0.0), (0.1, 0.0), (1.0, 2.0), (1.0, -2.0))
+"""Factors of an example, and its shifts in standard deviations, on which a model might go another way."""
 
 PRECISE = (torch.float32, torch.float64)
 """What whole models can be compared in; half precision rounds too much from layer to layer."""
@@ -166,6 +170,46 @@ def _check_outputs(
             f"model: {conversion.model} gives other outputs once converted (relative error {error:.1g}), for something "
             'beside the layers uses what was folded; convert a part of the model without it, or choose start="fresh"'
         )
+
+
+def norms_left_out(model: nn.Module, conversion: Conversion, batch: Batch, *, trains: Trains) -> dict[str, str]:
+    """Norms that fold into a layer which runs without them on other inputs, and why they stay.
+
+    What a forward does may depend on the values that it is given. The original runs on the example scaled and shifted;
+    a norm's constants belong into its layer if each runs as often as the other. Inputs on which it fails tell nothing.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    folded = {change.name: change.into for change in conversion.changes if change.into is not None}
+    watched = {modules[name] for pair in folded.items() for name in pair}
+
+    def uneven(given: Batch) -> set[str]:
+        """The norms that do not run as often as their layers."""
+        runs = Counter[nn.Module]()
+        hooks = [(module, lambda module, inputs, named: runs.update([module])) for module in watched]
+        try:
+            run_prepared(model, given, trains=trains, before=hooks)
+        except Exception:  # of any kind: the forward is the user's
+            return set()
+        return {norm for norm, layer in folded.items() if runs[modules[norm]] != runs[modules[layer]]}
+
+    if not any(tensor.is_floating_point() for tensor in tensors_of(batch)):
+        return {}
+    unseen = uneven(batch)  # a layer may run by its weight alone
+    names = set().union(*(uneven(_moved(batch, *other)) for other in OTHER_INPUTS)) - unseen
+    said = "on other inputs, such as the example scaled or shifted, {} does not run as often as it"
+    return {name: said.format(folded[name]) for name in folded if name in names}
+
+
+@torch.no_grad()
+def _moved(batch: Batch, scale: float, shift: float) -> Batch:
+    """A batch whose numbers are scaled, and shifted by so many of their standard deviations."""
+
+    def moved(tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+            return tensor
+        return tensor * scale + shift * tensor.std(correction=0)
+
+    return tree_map(moved, batch)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from normfree.common.checks import invalid
 from normfree.common.text import one_line
-from normfree.common.torch_compat import tree_leaves, tree_map
+from normfree.common.torch_compat import copy_model, tree_leaves, tree_map
 
 ExampleInput: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -225,7 +224,7 @@ def silent_parameters(model: nn.Module) -> list[str]:
 
 def wake_silent(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """Return a copy with its silent parameters drawn from N(0, 0.2^2 / fan_in), where fan_in is 1 of vectors."""
-    woken = copy.deepcopy(model)
+    woken = copy_model(model)
     with torch.no_grad():
         for name in silent_parameters(woken):
             parameter = woken.get_parameter(name)

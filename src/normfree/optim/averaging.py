@@ -9,7 +9,6 @@ Source: Brock et al. 2021 (arXiv 2101.08692 and 2102.06171); the warm-up is Tens
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from normfree.common.checks import check_rate, invalid
-from normfree.common.text import all_lines
+from normfree.common.text import all_lines, first_line
+from normfree.common.torch_compat import copy_model
 from normfree.optim.groups import original
 
 HALF = (torch.float16, torch.bfloat16)
@@ -132,7 +132,7 @@ class WeightAverage:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
-    except (AssertionError, RuntimeError) as error:  # fully_shard's, and that of tensors inside a graph
+        return copy_model(model)
+    except ValueError as error:  # fully_shard's, for one
         remedy = "pass module=, another network built (and sharded) in the same way"
-        raise invalid("model", type(model).__name__, f"cannot be copied: {error}", remedy) from error
+        raise invalid("model", type(model).__name__, f"cannot be copied: {first_line(error)}", remedy) from error

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from normfree.common.text import quoted
+from normfree.common.torch_compat import memory_of
 
 MOST_VALUES = 1_000_000
 """Items of containers and attributes of objects that are looked at, beside the modules' own; the nearest first."""
@@ -69,7 +70,7 @@ class KeptTensor(_Held):
     def __init__(self, value: Tensor, inside: _Held | str, key: Any = "") -> None:
         super().__init__(value, inside, key)
         self.data = value.data
-        self.place, self.nbytes = _memory_of(value)
+        self.place, self.nbytes = memory_of(value)
         self.requires_grad = value.requires_grad if value.is_leaf else None
         self.gradient = value.grad if value.is_leaf else None
         self.version = None if value.is_inference() else value._version
@@ -83,7 +84,7 @@ class KeptTensor(_Held):
     def put_back(self) -> None:
         """Restore all of it, and of the numbers what was kept."""
         tensor, data = self.value, self.data
-        place, nbytes = _memory_of(data)
+        place, nbytes = memory_of(data)
         moved = self.place and (nbytes < self.nbytes or (nbytes == self.nbytes and place != self.place))
         if self.place and nbytes != self.nbytes:
             data.untyped_storage().resize_(self.nbytes)
@@ -113,18 +114,9 @@ class KeptTensor(_Held):
                 written.copy_(self.copy)
 
 
-def _memory_of(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor's memory begins, whatever view it is, and its bytes; zeros if it has none of its own."""
-    try:
-        storage = tensor.untyped_storage()
-        return storage.data_ptr(), storage.nbytes()
-    except (RuntimeError, NotImplementedError, ValueError):  # a sparse, a wrapped, a lazy one
-        return 0, 0
-
-
 def place_of(tensor: Tensor) -> int:
     """Where a tensor's memory begins, whatever view it is; 0 if it has none of its own."""
-    return _memory_of(tensor)[0]
+    return memory_of(tensor)[0]
 
 
 def _is_at(tensor: Tensor, data: Tensor) -> bool:

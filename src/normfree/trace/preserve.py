@@ -208,7 +208,7 @@ def _keeps_statistics(module: nn.Module) -> bool:
 
 
 def check_present(model: nn.Module) -> None:
-    """Refuse a model with parameters or buffers that are not there yet, or without values.
+    """Refuse a model with parameters or buffers that are not there yet, without values, or that no gradient can reach.
 
     Raises:
         ValueError: naming the first.
@@ -221,6 +221,11 @@ def check_present(model: nn.Module) -> None:
             if tensor.is_meta and kind == "parameter":  # a buffer without values may be one that is never read
                 raise ValueError(
                     f"model: parameter {name!r} is on the meta device, without values; initialise it first"
+                )
+            if kind == "parameter" and tensor.is_inference():
+                raise ValueError(
+                    f"model: parameter {name!r} was made inside of torch.inference_mode, and can have no gradient; "
+                    "build the model outside of it, or give copy.deepcopy(model)"
                 )
 
 

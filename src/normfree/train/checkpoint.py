@@ -32,6 +32,7 @@ from normfree.common.files import (
     parse_dataclass,
     read_json,
     refused,
+    remove_all,
     remove_stale,
     temporary_path,
     write_atomically,
@@ -196,17 +197,18 @@ class CheckpointStore:
     def clean(self) -> None:
         """Remove what interruptions have left half-written; for the one process that writes here."""
         for folder in self.folder.glob(f".{_STEP}*"):
-            shutil.rmtree(folder)
+            remove_all(folder)
         remove_stale(self.folder, locked=True)
 
     def _rename(self, source: Path, target: Path) -> None:
         """Rename a folder; an existing one of that name is moved away first, and removed."""
         aside = temporary_path(target)
-        if target.exists():
+        if os.path.lexists(target):  # also a link that leads nowhere
             os.replace(target, aside)
         os.replace(source, target)
         _flush(self.folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_all(aside)
 
     def _prune(self) -> None:
         folders = self.folders()
@@ -214,7 +216,7 @@ class CheckpointStore:
         best = max(folders, key=lambda folder: (scores[folder], folder))
         for folder in folders[: -self.keep]:
             if folder != best or scores[folder] < 0:
-                shutil.rmtree(folder)
+                remove_all(folder)
 
 
 def verify_checkpoint(folder: str | Path) -> Checkpoint:
@@ -356,7 +358,9 @@ class RunFolder:
             check_same_run(self.config, self.folder)
         except BaseException as error:
             self.__exit__()
-            raise (file_error(error, path) if isinstance(error, OSError) else error) from error
+            if isinstance(error, OSError) and error.filename is None:
+                raise file_error(error, path) from error
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

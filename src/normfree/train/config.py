@@ -373,7 +373,9 @@ def read_config(
     Args:
         path: of the file, or of a run's folder.
         base: has what the file does not say; the defaults of the fields otherwise, and the file's own name.
-        code: FILE.py:FACTORYs that may be run; no other is because a file names it.
+        code: words of a person, such as those of the command line: FILE.py:FACTORYs that may be run, addresses that may
+            be opened, folders that may be written to; none other is because a file names it. Nor is one that an
+            option among them (``--data.source``) takes the place of.
 
     Returns:
         The settings, and the names of those that a run's config.json lacks, because an older version wrote it.
@@ -404,12 +406,35 @@ def read_config(
     except ValueError as error:
         said = re.sub(r"^TrainConfig[.:] ?", "", first_line(error, LONGEST))
         raise ValueError(shortened(f"config={str(path)!r}: {said}")) from error
-    for option in ("model", "original"):
+    given = {*code, *(part for word in code for part in word.split("=", 1))}
+    for option, (is_followed, rule) in _FOLLOWED.items():
         word = values.get(option)
-        if isinstance(word, str) and ".py" in word and word not in code:
-            rule = f"its {option} is {quoted(word)}, and no code is run because a file names it"
-            raise refused("config", path, rule, f"name it yourself: --{option} {shortened(word, 80)}")
+        if (
+            isinstance(word, str)
+            and not {word, f"--{option.replace('_', '-')}"} & given
+            and not is_followed(word, path)
+        ):
+            remedy = f"name it yourself: --{option.replace('_', '-')} {shortened(word, 80)}"
+            raise refused("config", path, f"its {option} is {quoted(word)}, and {rule} because a file names it", remedy)
     return config, [name for name in defaults if described and name not in values]
+
+
+def _is_place(word: str, path: Path) -> bool:
+    """Whether a folder that a settings file names may be written to: one below the current folder, or a run's own."""
+    folder = Path(word)
+    return not (folder.is_absolute() or ".." in folder.parts) or folder.resolve() == path.parent.resolve()
+
+
+_CODE = (lambda word, path: ".py" not in word, "no code is run")
+_FOLDER = (_is_place, "no folder outside the current one is written to")
+_FOLLOWED: dict[str, tuple[Callable[[str, Path], bool], str]] = {
+    "model": _CODE,
+    "original": _CODE,
+    "data.source": (lambda word, path: "://" not in word, "no address is opened"),
+    "data.cache_folder": _FOLDER,
+    "out": _FOLDER,
+}
+"""Settings that a file has a say in only where what they name is harmless: whether it is, and what is not done else."""
 
 
 def _settings(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,10 +61,14 @@ def launch(accelerator: Accelerator, precision: Precision, strategy: Strategy = 
     """Return Lightning Fabric for choices of ``TrainConfig``'s fields, as ``torchrun`` started the process or alone.
 
     Raises:
-        ValueError: for a strategy that needs ``torchrun`` without it, and for cuda where there is none.
+        ValueError: for a strategy that needs ``torchrun`` without it, for cuda where there is none, and for variables
+            of the environment that ``torchrun`` does not set so.
         ImportError: if lightning is not installed.
     """
     require("lightning.fabric", "training")
+    if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" not in os.environ:
+        rule = "of the environment, is not set, and LOCAL_WORLD_SIZE is"
+        raise invalid("WORLD_SIZE", None, rule, "unset LOCAL_WORLD_SIZE, or start with torchrun")
     from lightning.fabric import Fabric
 
     device = device_type(accelerator)

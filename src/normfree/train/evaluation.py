@@ -64,7 +64,7 @@ def evaluate(
         The same on all ranks.
 
     Raises:
-        ValueError: no image decodes; or as :func:`logits_of`.
+        ValueError: no image decodes; or as :func:`logits_of` and :func:`check_no_probabilities`.
     """
     require("torchmetrics", "an evaluation")
     from torchmetrics import MeanMetric, MetricCollection
@@ -75,7 +75,7 @@ def evaluate(
     if classes > 5:
         metrics["top5"] = MulticlassAccuracy(classes, top_k=5, average="micro")
     metrics, mean_loss = metrics.to(fabric.device), MeanMetric(nan_strategy="disable").to(fabric.device)
-    training = network.training
+    training, checked = network.training, False
     network.eval()
     batches = _to_device(islice(iter(data), limit), data.standardization().to(fabric.device), fabric)
     try:
@@ -84,6 +84,9 @@ def evaluate(
                 with fabric.autocast():
                     logits = logits_of(network, images, classes)
                 if len(targets):
+                    if not checked:
+                        check_no_probabilities(logits)
+                        checked = True
                     logits = logits.float()
                     metrics.update(logits, targets)
                     mean_loss.update(functional.cross_entropy(logits, targets, reduction="none"))
@@ -145,6 +148,20 @@ def check_logits(logits: object, examples: int, classes: int | None) -> None:
     if classes is not None and logits.shape[1] != classes:
         rule = f"it tells {logits.shape[1]} classes apart, and the data have {classes}"
         raise ValueError(f"model: {rule}; give data with the model's classes")
+
+
+def check_no_probabilities(logits: Tensor) -> None:
+    """Raise where a classifier's outputs are those of a softmax: none is negative, and each row sums to one.
+
+    Taken for logits they would keep the order of the classes, and give another loss and other percentages.
+
+    Raises:
+        ValueError: they are.
+    """
+    __tracebackhide__ = True
+    rounding = max(1e-5, torch.finfo(logits.dtype).eps)
+    if bool((logits >= 0).all() & ((logits.double().sum(1) - 1).abs() <= rounding).all()):
+        raise ValueError("model: it returns probabilities, as of a softmax, and no logits; give it without its softmax")
 
 
 def _reshard(network: nn.Module) -> None:

@@ -16,6 +16,7 @@ from normfree.data import TrainingData
 from normfree.models import create_model
 from normfree.trace.preserve import Writes, preserve_model
 from normfree.train.config import TrainConfig
+from normfree.train.evaluation import check_no_probabilities
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -71,6 +72,8 @@ def _check_logits(network: nn.Module, word: str, data: TrainingData) -> None:
     if found != [2, data.num_classes]:
         rule = f"gives {found} for 2 images, and not logits of {data.num_classes} classes, [2, {data.num_classes}]"
         raise invalid("model", word, rule, f"build it for {data.num_classes} classes")
+    if logits.is_floating_point():
+        check_no_probabilities(logits)
 
 
 # A first layer that is standardized gives the variance of its input to all that follows. Images of one kind, prepared

@@ -26,6 +26,9 @@ REMEDY = "export the network again"
 MOST_INPUT = 2**31
 """Bytes of a batch that an exported file takes at most."""
 
+SAME = 1e-4
+"""Difference, also relative, of two answers to the same images that is rounding."""
+
 FORMS = "a run's folder, a checkpoint's folder, or a .safetensors, .onnx or .pt2 file"
 
 
@@ -263,6 +266,14 @@ def image_sizes(shape: Sequence[object]) -> tuple[int | None, int | None, int | 
     return batch, channels, size
 
 
+def check_one_result(path: Path, names: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless a file gives one result: which of several are the logits, it does not say."""
+    __tracebackhide__ = True
+    if len(names) != 1:
+        rule = f"returns {len(names)} results ({', '.join(map(quoted, names[:3]))}), not a number per class"
+        raise refused("model", path, rule, "give a classifier")
+
+
 class FixedBatch(nn.Module):
     """A network that takes one number of examples, or any.
 
@@ -280,18 +291,28 @@ class FixedBatch(nn.Module):
     size: int | None
     channels: int | None
     answer: Callable[[Tensor], Tensor]
+    is_compared = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits; a last batch that is not full is filled up with zeros for the purpose."""
+        """Return logits; a last batch that is not full is filled up with zeros for the purpose.
+
+        Raises:
+            ValueError: it does not run, or gives other answers the second time (of the first images it is given).
+        """
         images = images.float().cpu().contiguous()
         if self.size is not None and images.shape[-1] != self.size:
             raise ValueError(f"image_size: {images.shape[-1]}, but the file takes {self.size}; leave it out")
         try:
-            return self._answers(images)
+            answers = self._answers(images)
+            again = answers if self.is_compared else self._answers(images)
+            same = answers is again or torch.allclose(answers, again, SAME, SAME, equal_nan=True)
         except Exception as error:  # of ONNX Runtime's and the program's own kinds
-            raise refused(
-                "model", self.path, f"does not run ({one_line(error)})", "export the network again"
-            ) from error
+            raise refused("model", self.path, f"does not run ({one_line(error)})", REMEDY) from error
+        if not same:
+            rule = "gives the same images another answer each time, as of a dropout in training or of random numbers"
+            raise refused("model", self.path, rule, "export the network in evaluation mode")
+        self.is_compared = True
+        return answers
 
     def _answers(self, images: Tensor) -> Tensor:
         if self.batch_size is None:
@@ -310,7 +331,7 @@ class OnnxNetwork(FixedBatch):
         path: of the file.
 
     Raises:
-        ValueError: if it is damaged, or takes anything but one batch of images.
+        ValueError: if it is damaged, takes anything but one batch of images, or gives several results.
         ImportError: if onnxruntime is not installed.
     """
 
@@ -324,8 +345,10 @@ class OnnxNetwork(FixedBatch):
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             (given,) = session.get_inputs()
             self.batch_size, self.channels, self.size = image_sizes(given.shape)
+            names = [one.name for one in session.get_outputs()]
         except Exception as error:  # of its own kinds
             raise refused("model", path, f"ONNX Runtime does not run it ({first_line(error)})", REMEDY) from error
+        check_one_result(path, names)
         self.metadata = session.get_modelmeta().custom_metadata_map
         self.answer = lambda images: torch.from_numpy(session.run(None, {given.name: images.numpy()})[0])
 
@@ -337,7 +360,7 @@ class ProgramNetwork(FixedBatch):
         path: of the file.
 
     Raises:
-        ValueError: if it is damaged, or takes anything but one batch of images.
+        ValueError: if it is damaged, takes anything but one batch of images, or gives several results.
     """
 
     def __init__(self, path: Path) -> None:
@@ -350,7 +373,9 @@ class ProgramNetwork(FixedBatch):
             (shape,) = (node.meta["val"].shape for node in program.graph.nodes if node.name == name)
             self.batch_size, self.channels, self.size = image_sizes(shape)
             module = program.module()
+            names = [str(one) for one in program.graph_signature.user_outputs]
         except Exception as error:  # a damaged file raises almost anything
             raise refused("model", path, f"PyTorch does not load it ({first_line(error)})", REMEDY) from error
+        check_one_result(path, names)
         self.metadata = {name: text for name, text in kept.items() if text}
         self.answer = lambda images: module(images)  # not as a child: a program has no mode to change
