@@ -4,7 +4,7 @@
 ``cifar.json`` and ``README.md``. DIR holds CIFAR-10 as parquet. ``--part`` measures one part anew and keeps what the
 file has of the others, each with the hardware it was measured on.
 
-Four questions, each answered with the recipe's own loop, augmentation and schedule:
+Five questions, each answered with the recipe's own loop, augmentation and schedule:
 
 1. Accuracy at the same epochs: every network at every learning rate of a grid with one seed; then the best rate of
    each with all seeds. The recipe clips the gradient's norm and slows the classifier, which is for networks without
@@ -15,6 +15,7 @@ Four questions, each answered with the recipe's own loop, augmentation and sched
 4. The first question with Muon, the normalizer-free network with centred weights. Both at every rate of one grid
    (``--grid-epochs``, ``--grid-seeds``), then at their best rate (``--epochs``, ``--seeds``), NF also for an epoch
    more; ``--finished`` makes the page of the runs there are.
+5. The first question for the normalizer-free network with centred weights and slow gains and biases.
 
 The runs are kept in DIR_OUT/runs, and one that is finished is not run again: an interruption costs one run's rest.
 """
@@ -25,6 +26,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,9 @@ MUON: dict[str, tuple[str, dict[str, Any]]] = {
         {"rule": "muon", "clip_norm": None, "sgd_learning_rate": 0.1, "classifier_lr_scale": 1.0},
     ),
 }
+CENTRED: dict[str, tuple[str, dict[str, Any]]] = {
+    "NF centred": (f"nf_resnet50:{LAYOUT},alpha=0.5,skipinit_gain=1,centred=True", {"gain_lr_scale": 0.1}),
+}
 RATES = (0.1, 0.2, 0.4, 0.8)
 MUON_RATES = (0.02, 0.04, 0.06)
 SEEDS = (0, 1, 2)
@@ -67,7 +72,7 @@ def config(source: str, twin: str, rate: float, seed: int, folder: Path, **chang
     from normfree.train import RECIPES
 
     recipe = RECIPES["cifar"]()
-    model, others = {**TWINS, **MUON}[twin]
+    model, others = {**TWINS, **MUON, **CENTRED}[twin]
     epochs = changes.get("epochs", EPOCHS)
     others = {**others, "warmup_epochs": min(recipe.optimizer.warmup_epochs, epochs / 4)}
     name = f"{twin}-{rate:g}-{seed}-{changes.get('batch_size', recipe.batch_size)}".replace(" ", "-")
@@ -110,27 +115,26 @@ def run(config: Any) -> dict[str, Any]:
     }
 
 
-def compared(source: str, folder: Path, epochs: int, limit: int | None) -> dict[str, Any]:
-    """Questions 1 and 2; of few steps, with one rate and one seed."""
+def tuned(source: str, folder: Path, twins: Iterable[str], epochs: int, limit: int | None) -> dict[str, Any]:
+    """Networks at every rate with the first seed, and at their best with all; of few steps, with one rate and seed."""
     rates, draws = (RATES[:1], SEEDS[:1]) if limit else (RATES, SEEDS)
     common = {"epochs": epochs, "limit_train_steps": limit, "limit_eval_steps": 1 if limit else None}
-    grid = {twin: [run(config(source, twin, rate, SEEDS[0], folder, **common)) for rate in rates] for twin in TWINS}
+    grid = {twin: [run(config(source, twin, rate, SEEDS[0], folder, **common)) for rate in rates] for twin in twins}
     best = {twin: max(runs, key=lambda one: one["accuracy"])["rate"] for twin, runs in grid.items()}
-    seeds: dict[str, list[dict[str, Any]]] = {twin: [] for twin in TWINS}
+    seeds: dict[str, list[dict[str, Any]]] = {twin: [] for twin in grid}
     for seed in draws:
-        for twin in TWINS:
+        for twin in grid:
             seeds[twin].append(run(config(source, twin, best[twin], seed, folder, **common)))
-    more = {**common, "epochs": epochs + 1}
-    longer = [run(config(source, "NF", best["NF"], seed, folder / "longer", **more)) for seed in draws]
-    return {
-        "epochs": epochs,
-        "rates": rates,
-        "draws": draws,
-        "grid": grid,
-        "best": best,
-        "seeds": seeds,
-        "longer": longer,
-    }
+    return {"epochs": epochs, "rates": rates, "draws": draws, "grid": grid, "best": best, "seeds": seeds}
+
+
+def compared(source: str, folder: Path, epochs: int, limit: int | None) -> dict[str, Any]:
+    """Questions 1 and 2."""
+    found = tuned(source, folder, TWINS, epochs, limit)
+    more = {"epochs": epochs + 1, "limit_train_steps": limit, "limit_eval_steps": 1 if limit else None}
+    rate = found["best"]["NF"]
+    longer = [run(config(source, "NF", rate, seed, folder / "longer", **more)) for seed in found["draws"]]
+    return {**found, "longer": longer}
 
 
 def with_muon(source: str, folder: Path, options: argparse.Namespace, limit: int | None) -> dict[str, Any]:
@@ -211,7 +215,7 @@ def table(result: dict[str, Any]) -> str:
         "",
         "29 layers; test accuracy in %, median (least to most) where there are seeds.",
     ]
-    for name, section in {"muon": _muon, "epochs": _epochs, "batches": _batches}.items():
+    for name, section in {"muon": _muon, "epochs": _epochs, "centred": _centred, "batches": _batches}.items():
         if name in result:
             lines += ["", *section(result[name])]
     return "\n".join(lines) + "\n"
@@ -246,30 +250,44 @@ def _muon(part: dict[str, Any]) -> list[str]:
 
 def _epochs(part: dict[str, Any]) -> list[str]:
     main, ratio = part["compared"], part["step"]
-    rates = " | ".join(f"rate {rate:g}" for rate in main["rates"])
-    lines = [
-        "## SGD, the `cifar` recipe",
-        "",
-        f"{versions(part['hardware'])}. {main['epochs']} epochs; each rate with seed {main['draws'][0]}, the best with "
-        f"seeds {', '.join(map(str, main['draws']))}.",
-        "",
-        f"| network | {rates} | best rate, all seeds | spike |",
-        "|---" * (len(main["rates"]) + 3) + "|",
-    ]
-    for twin in TWINS:
-        runs = main["seeds"][twin]
-        cells = [_accuracies([one]) for one in main["grid"][twin]]
-        cells += [f"{main['best'][twin]:g}: {_accuracies(runs)}", f"{_largest_spike(runs):.2f}"]
-        lines.append(f"| {twin} | {' | '.join(cells)} |")
     longer = main["epochs"] + 1
     return [
-        *lines,
+        "## SGD, the `cifar` recipe",
+        "",
+        *_tuned(part),
         "",
         f"A spike above {SPIKE:g} is one. A training step of NF takes {ratio['median']:.2f} ({ratio['q1']:.2f} to "
         f"{ratio['q3']:.2f}) of its twin's time, median and quartiles. With one epoch more, in "
         f"{ratio['median'] * longer / main['epochs']:.2f} of its twin's time, NF reaches {_accuracies(main['longer'])} "
         f"(wanted: the twin's accuracy in {TARGET}).",
     ]
+
+
+def _centred(part: dict[str, Any]) -> list[str]:
+    return [
+        "## SGD, centred weights, gains and biases at a tenth of the rate",
+        "",
+        *_tuned(part),
+        "",
+        "All else as in the recipe.",
+    ]
+
+
+def _tuned(part: dict[str, Any]) -> list[str]:
+    main = part["compared"]
+    rates = " | ".join(f"rate {rate:g}" for rate in main["rates"])
+    lines = [
+        f"{versions(part['hardware'])}. {main['epochs']} epochs; each rate with seed {main['draws'][0]}, the best with "
+        f"seeds {', '.join(map(str, main['draws']))}.",
+        "",
+        f"| network | {rates} | best rate, all seeds | spike |",
+        "|---" * (len(main["rates"]) + 3) + "|",
+    ]
+    for twin, runs in main["seeds"].items():
+        cells = [_accuracies([one]) for one in main["grid"][twin]]
+        cells += [f"{main['best'][twin]:g}: {_accuracies(runs)}", f"{_largest_spike(runs):.2f}"]
+        lines.append(f"| {twin} | {' | '.join(cells)} |")
+    return lines
 
 
 def _batches(part: dict[str, Any]) -> list[str]:
@@ -318,7 +336,9 @@ def main() -> None:
         "--finished", action="store_true", help="of the Muon part: no new runs, those that are finished"
     )
     parser.add_argument("--threads", type=int, help="of the processor; all by default")
-    parser.add_argument("--part", choices=("epochs", "batches", "muon"), help="this part alone; all by default")
+    parser.add_argument(
+        "--part", choices=("epochs", "batches", "muon", "centred"), help="this part alone; all by default"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/cifar"))
     options = parser.parse_args()
     if options.threads:
@@ -331,6 +351,7 @@ def main() -> None:
         },
         "batches": lambda: {"one_epoch": small_batches(options.data, folder, limit)},
         "muon": lambda: with_muon(options.data, folder, options, limit),
+        "centred": lambda: {"compared": tuned(options.data, folder, CENTRED, options.epochs, limit)},
     }
     written = options.out / "cifar.json"
     result: dict[str, Any] = json.loads(written.read_text()) if written.exists() else {}
