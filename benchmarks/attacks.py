@@ -672,20 +672,25 @@ for title, content in {
 
 SHARED_TUPLES = b"\x80\x02)q\x01" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(1, 60))
 SHARED_LISTS = b"\x80\x02]q\x01" + b"".join(b"]q%c(h%ch%ce" % (i + 1, i, i) for i in range(1, 60))
+COLLIDING = b"".join(b"\x8a\x0c" + (i * (2**61 - 1)).to_bytes(12, "little") + b"K\x01" for i in range(1, 120_000))
 PICKLES = {
     "whose key is exponential": SHARED_TUPLES + b"}h<K\x01s.",
     "of lists that share lists": SHARED_LISTS + b"}X\x01\x00\x00\x00ah<s.",
     "of a list in itself": b"\x80\x02}X\x01\x00\x00\x00a]q\x01h\x01as.",
     "of a bytearray of 64 GB": b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85R.",
     "of a set whose item is exponential": SHARED_TUPLES + b"c__builtin__\nset\n]h<a\x85R.",
+    "of a set that is built whose item is exponential": b"\x80\x04\x8f(" + SHARED_TUPLES[2:] + b"h<\x90.",
+    "of 120,000 keys of one hash": b"\x80\x02}(" + COLLIDING + b"u.",
 }
 
 
-def write_torch_file(path: Path, content: bytes, kind: int = zipfile.ZIP_STORED, numbers: bytes = b"") -> None:
+def write_torch_file(
+    path: Path, content: bytes, kind: int = zipfile.ZIP_STORED, numbers: bytes = b"", name: str = "data.pkl"
+) -> None:
     """A file as of torch.save, with this pickle."""
     with zipfile.ZipFile(path, "w", kind, compresslevel=1) as archive:
-        for name, part in {"data.pkl": content, "version": b"3\n", "byteorder": b"little", "data/0": numbers}.items():
-            archive.writestr(f"archive/{name}", part)
+        for member, part in {name: content, "version": b"3\n", "byteorder": b"little", "data/0": numbers}.items():
+            archive.writestr(f"archive/{member}", part)
 
 
 WEIGHTS_OF = ["convert", "torchvision:resnet18", "--weights", "w.pth", "--out", "o.safetensors"]
@@ -724,6 +729,35 @@ def compressed(folder: Path) -> list[str]:
 
 
 attack("bomb", "a state dict that is compressed", compressed, "w.pth")
+
+
+def in_capitals(folder: Path) -> list[str]:
+    """A state dict whose pickle has a name in capitals, which PyTorch finds too."""
+    write_torch_file(folder / "w.pth", PICKLES["whose key is exponential"], name="DATA.PKL")
+    return WEIGHTS_OF
+
+
+def twice(folder: Path) -> list[str]:
+    """A state dict with two pickles, whose names differ in their case."""
+    write_torch_file(folder / "w.pth", b"\x80\x02}.")
+    with zipfile.ZipFile(folder / "w.pth", "a") as archive:
+        archive.writestr("archive/Data.pkl", PICKLES["whose key is exponential"])
+    return WEIGHTS_OF
+
+
+def before_an_archive(folder: Path) -> list[str]:
+    """An old state dict with a sound archive after it: PyTorch reads the beginning, ``zipfile`` the end."""
+    old = ATTACKS["an old state dict of a pickle whose key is exponential"].act(folder)
+    write_torch_file(folder / "sound.pth", b"\x80\x02}.")
+    with open(folder / "w.pth", "ab") as file:
+        file.write((folder / "sound.pth").read_bytes())
+    assert not callable(old)
+    return old
+
+
+attack("bomb", "a state dict whose pickle has a name in capitals", in_capitals, "w.pth")
+attack("bomb", "a state dict of two pickles whose names differ in case", twice, "w.pth")
+attack("bomb", "an old state dict with an archive after it", before_an_archive, "w.pth")
 
 
 def table_in(folder: Path, labels: Any, name: str = "data") -> None:

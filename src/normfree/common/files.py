@@ -17,7 +17,6 @@ import stat
 import sys
 import types
 import typing
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -383,10 +382,14 @@ def is_safetensors(path: str | Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
+ARCHIVE, PICKLE = b"PK\x03\x04", b"\x80\x02"
+"""How files of ``torch.save`` begin, by which PyTorch tells them apart; ``zipfile`` looks at the end of a file."""
+
+
 def is_of_torch(path: str | Path) -> bool:
     """Tell whether a file begins as those of ``torch.save`` do: an archive, or of versions before 1.6 a pickle."""
     with open(path, "rb") as file:
-        return file.read(2) == b"\x80\x02" or zipfile.is_zipfile(path)
+        return file.read(4).startswith((ARCHIVE, PICKLE))
 
 
 def notes_of(path: str | Path) -> Mapping[str, str] | None:
