@@ -857,6 +857,48 @@ pages = shard_of(lambda: (tarfile.TarInfo("0.png"), bytes(2**20)), compressed=Tr
 attack("bomb", "a shard that is compressed", pages, "data-000.tar")
 
 
+def header_of(name: str, size: int, kind: bytes = b"0", content: bytes = b"") -> bytes:
+    """A member of a shard, of any size that its header says."""
+    header = bytearray(512)
+    header[: len(name)] = name.encode()
+    header[100:108] = b"0000644\0"
+    header[124:136] = b"\xff" * 4 + size.to_bytes(8, "big", signed=True) if size < 0 else b"%011o\0" % size
+    header[136:148] = b"00000000000\0"
+    header[148:157] = b" " * 8 + kind
+    header[257:265] = b"ustar\x0000"
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + content + bytes(-len(content) % 512)
+
+
+def attributes_of(content: bytes) -> bytes:
+    """Attributes (pax) of these bytes, and the member they are of."""
+    return header_of("pax", len(content), b"x", content) + header_of("9.txt", 0)
+
+
+for title, end in {
+    "a member of -512 bytes": header_of("9.txt", -512),
+    "a member of -1024 bytes, as its attributes say": attributes_of(b"14 size=-1024\n"),
+    "attributes of a million digits": attributes_of(b"1" * 10**6),
+    "attributes of 60,000 digits": attributes_of(b"1" * 60_000) * 20,
+    "attributes of a key that does not end": attributes_of(b"2 " * 30_000 + b"=") * 20,
+    "attributes of a sparse file whose map does not end": attributes_of(
+        b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"
+    ),
+    "a damaged header before its last example": header_of("9.cls", 1, content=b"1").replace(b"ustar", b"USTAR"),
+    "a name of a gigabyte": header_of("long", 2**30, b"L"),
+    "a thousand headers of one member": header_of("long", 1, b"L", b"9") * 1000,
+}.items():
+
+    def shard_ending(folder: Path, end: bytes = end) -> list[str]:
+        """An evaluation on a shard of one example and something else."""
+        model_in(folder)
+        example = header_of("0.cls", 1, content=b"1") + header_of("0.png", 1, content=b"1")
+        (folder / "data-000.tar").write_bytes(example + end + bytes(1024))
+        return ["evaluate", "model.safetensors", "--source", "data-000.tar", "--image-size", "8"]
+
+    attack("bomb", f"a shard with {title}", shard_ending, "data-000.tar")
+
+
 def shard_with(name: str, content: Callable[[], bytes]) -> Callable[[Path], list[str]]:
     """An evaluation on a shard of one example with one more member."""
 

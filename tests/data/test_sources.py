@@ -1,5 +1,8 @@
 """What a source's name leads to, and what a wrong one is told."""
 
+import io
+import tarfile
+
 import datasets
 import pytest
 import torch
@@ -173,6 +176,22 @@ def test_grey_images_stay_grey_where_asked(folder):
 def test_files_are_counted_from_their_headers(parquet, shards):
     assert count_rows([str(parquet / "train-0.parquet"), str(parquet / "test.parquet")]) == [13, 5]
     assert scan_shards(expand_braces(shards)) == (21, 3)
+
+
+def test_a_shard_is_looked_at_before_it_is_read(tmp_path):
+    """What tarfile writes is read, and what it would take for the end of a shard is damage."""
+    for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        with tarfile.open(tmp_path / "a.tar", "w", format=kind) as shard:
+            for number in range(4):
+                member = tarfile.TarInfo(f"{'ä' * (300 if number < 3 else 3)}/{number}.cls")
+                member.size, member.mtime = 1, 0.5
+                shard.addfile(member, io.BytesIO(b"2"))
+        assert scan_shards([str(tmp_path / "a.tar")]) == (4, 3)
+    whole = (tmp_path / "a.tar").read_bytes()
+    last = whole.rindex(b"ustar")
+    (tmp_path / "a.tar").write_bytes(whole[:last] + b"USTAR" + whole[last + 5 :])
+    with pytest.raises(ValueError, match=r"a\.tar'.*no whole shard \(bad checksum\)"):
+        scan_shards([str(tmp_path / "a.tar")])
 
 
 WRONG = {

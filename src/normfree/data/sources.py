@@ -17,7 +17,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 from normfree.common.checks import invalid, require, suggestion
 from normfree.common.files import check_file, kind_of, read_bytes, refused
@@ -494,6 +494,59 @@ UNPACKED = frozenset({"gz", "bz2", "xz", "lz4", "zst", "npy", "npz", "cbor", "pt
 """Endings of members that ``datasets`` decompresses or decodes into arrays, which may be far larger than the shard."""
 
 
+MOST_HEADER = 2**16
+"""Bytes at most of what stands before a member in a shard: a long name, or its attributes."""
+
+_PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_ATTRIBUTE = re.compile(rb"(\d{1,5}) ([^=]{1,300})=")
+
+
+class _Member(tarfile.TarInfo):
+    """A member of a shard, whose headers are looked at before ``tarfile`` reads them, which may never end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Self:
+        _check_header(tarfile.fileobj)
+        return super().fromtarfile(tarfile)
+
+
+def _check_header(shard: Any) -> None:
+    """Raise for a header that is damaged, of negative or too large a size, or of a sparse file; the place stays."""
+    place = shard.tell()
+    block = shard.read(tarfile.BLOCKSIZE)
+    if not block.strip(b"\0"):  # the end
+        shard.seek(place)
+        return
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:  # which ``tarfile`` takes for the end
+        raise ValueError(str(error)) from error
+    name = quoted(header.name)
+    if header.size < 0:
+        raise ValueError(f"{name} has {header.size} bytes")
+    if header.type == tarfile.GNUTYPE_SPARSE:
+        raise ValueError(f"{name} is a sparse file, larger than what is stored of it")
+    if header.type in (*_PAX, *_LONG) and header.size > MOST_HEADER:
+        raise ValueError(f"{name} is a header of {header.size:,} bytes, more than {MOST_HEADER:,}")
+    if header.type in _PAX:
+        _check_attributes(shard.read(-(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE), name)
+    shard.seek(place)
+
+
+def _check_attributes(content: bytes, name: str) -> None:
+    """Raise for attributes (pax) on which ``tarfile`` takes time in the square of their length, and of sparse files."""
+    position = 0
+    while found := _ATTRIBUTE.match(content, position):
+        if found[2].startswith(b"GNU.sparse"):
+            raise ValueError(f"{name} is of a sparse file, larger than what is stored of it")
+        if int(found[1]) <= len(found[0]):
+            break
+        position += int(found[1])
+    if content[position:].strip(b"\0") or re.search(rb"\d{100}", content):
+        raise ValueError(f"{name} holds no sound attributes")
+
+
 def scan_shards(files: Sequence[str]) -> tuple[int, int | None]:
     """Return examples of WebDataset shards, and classes (one above the largest number in a .cls file).
 
@@ -504,8 +557,10 @@ def scan_shards(files: Sequence[str]) -> tuple[int, int | None]:
     for file in files:
         keys = set()
         try:
-            with tarfile.open(file, "r:") as shard:  # of a compressed one, a few bytes may be a memory's worth
+            with tarfile.open(file, "r:", tarinfo=_Member) as shard:  # a compressed one may be a memory's worth
                 for member in shard:
+                    if member.size < 0:  # as an attribute says
+                        raise ValueError(f"{quoted(member.name)} has {member.size} bytes")
                     if member.issparse():
                         raise ValueError(f"{quoted(member.name)} is a sparse file, larger than what is stored of it")
                     path = PurePosixPath(member.name)
@@ -522,7 +577,7 @@ def scan_shards(files: Sequence[str]) -> tuple[int, int | None]:
                                 f"{quoted(member.name)} is no number of {LONGEST_NUMBER} characters at most"
                             )
                         largest = max(largest, int(number))
-        except (tarfile.TarError, OSError, ValueError) as error:
+        except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
             raise invalid("source", file, f"is no whole shard ({first_line(error)})", "write it anew") from error
         examples += len(keys)
     if not examples:
