@@ -508,6 +508,7 @@ def header_of(header: bytes, length: int | None = None) -> Callable[[Path], list
     return act
 
 
+EMPTY_TENSOR = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 for title, header, length in (
     ("of 2**60 bytes", b"{}", 2**60),
     ("cut off", b'{"a": {"dtype": "F32"', None),
@@ -520,6 +521,7 @@ for title, header, length in (
     ),
     ("of an unknown dtype", b'{"a":{"dtype":"F1024","shape":[0],"data_offsets":[0,0]}}', None),
     ("of no bytes", b"", 0),
+    ("of 250,000 tensors", json.dumps({f"t{i}": EMPTY_TENSOR for i in range(250_000)}).encode(), None),
 ):
     attack("bomb", f"a safetensors header {title}", header_of(header, length), "m.safetensors")
 
@@ -608,6 +610,16 @@ def png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b"")
 
 
+def scans_of(count: int) -> bytes:
+    """A progressive JPEG one of whose scans comes so often."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("L", (512, 512), 200).save(file, "JPEG", progressive=True)
+    first, last = (file.getvalue().rindex(b"\xff\xda"), file.getvalue().rindex(b"\xff\xd9"))
+    return file.getvalue()[:first] + file.getvalue()[first:last] * count + b"\xff\xd9"
+
+
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(code_was_run) (w) file closefile showpage\n"
 for title, content, suffix in (
     ("PostScript", lambda: POSTSCRIPT, ".eps"),
@@ -625,6 +637,7 @@ for title, content, suffix in (
     ("SVG", lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", ".png"),
     ("nothing", lambda: b"", ".png"),
     ("noise", lambda: bytes(range(256)) * 8, ".webp"),
+    ("3,000 scans", lambda: scans_of(3_000), ".jpg"),
     ("a JPEG's first bytes", lambda: b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", ".jpg"),
 ):
     attack("bomb", f"an image of {title}", bytes_as_image(content, suffix), "image")
@@ -804,6 +817,20 @@ for title, labels, kind in (
         labelled(labels, kind),
         "label",
     )
+
+
+def wide(folder: Path) -> list[str]:
+    """A parquet file of 20,000 columns."""
+    table_in(folder, TEN)
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {f"c{number}": pyarrow.array([1]) for number in range(20_000)}
+    parquet.write_table(pyarrow.table(columns), folder / "data" / "test.parquet")
+    return ["evaluate", "model.safetensors", "--source", "data", "--image-size", "8"]
+
+
+attack("bomb", "a parquet file of 20,000 columns", wide, "test.parquet")
 for kind in ("", "dictionary", "large_string", "string_view"):
     attack("wrong", f"labels of words, {kind or 'plain'}", labelled(TEN, kind), promise=WORKS)
 
@@ -857,7 +884,7 @@ pages = shard_of(lambda: (tarfile.TarInfo("0.png"), bytes(2**20)), compressed=Tr
 attack("bomb", "a shard that is compressed", pages, "data-000.tar")
 
 
-def header_of(name: str, size: int, kind: bytes = b"0", content: bytes = b"") -> bytes:
+def tar_member(name: str, size: int, kind: bytes = b"0", content: bytes = b"") -> bytes:
     """A member of a shard, of any size that its header says."""
     header = bytearray(512)
     header[: len(name)] = name.encode()
@@ -872,11 +899,11 @@ def header_of(name: str, size: int, kind: bytes = b"0", content: bytes = b"") ->
 
 def attributes_of(content: bytes) -> bytes:
     """Attributes (pax) of these bytes, and the member they are of."""
-    return header_of("pax", len(content), b"x", content) + header_of("9.txt", 0)
+    return tar_member("pax", len(content), b"x", content) + tar_member("9.txt", 0)
 
 
 for title, end in {
-    "a member of -512 bytes": header_of("9.txt", -512),
+    "a member of -512 bytes": tar_member("9.txt", -512),
     "a member of -1024 bytes, as its attributes say": attributes_of(b"14 size=-1024\n"),
     "attributes of a million digits": attributes_of(b"1" * 10**6),
     "attributes of 60,000 digits": attributes_of(b"1" * 60_000) * 20,
@@ -884,15 +911,15 @@ for title, end in {
     "attributes of a sparse file whose map does not end": attributes_of(
         b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"
     ),
-    "a damaged header before its last example": header_of("9.cls", 1, content=b"1").replace(b"ustar", b"USTAR"),
-    "a name of a gigabyte": header_of("long", 2**30, b"L"),
-    "a thousand headers of one member": header_of("long", 1, b"L", b"9") * 1000,
+    "a damaged header before its last example": tar_member("9.cls", 1, content=b"1").replace(b"ustar", b"USTAR"),
+    "a name of a gigabyte": tar_member("long", 2**30, b"L"),
+    "a thousand headers of one member": tar_member("long", 1, b"L", b"9") * 1000,
 }.items():
 
     def shard_ending(folder: Path, end: bytes = end) -> list[str]:
         """An evaluation on a shard of one example and something else."""
         model_in(folder)
-        example = header_of("0.cls", 1, content=b"1") + header_of("0.png", 1, content=b"1")
+        example = tar_member("0.cls", 1, content=b"1") + tar_member("0.png", 1, content=b"1")
         (folder / "data-000.tar").write_bytes(example + end + bytes(1024))
         return ["evaluate", "model.safetensors", "--source", "data-000.tar", "--image-size", "8"]
 
@@ -960,10 +987,14 @@ for title, header in {
     "a file of the system": "configs: [{config_name: a, data_files: /etc/passwd}]",
     "a folder above": "configs: [{config_name: a, data_files: '../*.parquet'}]",
     "an address": "configs: [{config_name: a, data_files: 'http://127.0.0.1:9/a.parquet'}]",
+    "half a million words": f"a: [{'a,' * 500_000}]",
+    "lists in lists": "a: " + "[" * 100_000,
+    "a number of many digits": "a: " + "9" * 100_000,
+    "keys of one hash": "a:\n" + "".join(f"  {i * (2**61 - 1)}: 1\n" for i in range(1, 20_000)),
     "no YAML": "a: [",
 }.items():
     attack(
-        "bomb" if "grow" in title or "whole" in title else "code",
+        "code" if "file" in title or "folder" in title or "address" in title or title == "no YAML" else "bomb",
         f"a data set's card: {title}",
         card_of(header),
         "README.md",
@@ -1915,6 +1946,11 @@ for kind, title, text in (
     ("damage", "has escapes in a name", '"\\x1b]0;owned\\a": 1\n'),
     ("damage", "has escapes as they are", f"{ESCAPES}: 1\n"),
     ("damage", "has a key twice", "epochs: 1\nepochs: 2\n"),
+    ("damage", "has a setting twice, with both hyphens", "batch-size: 8\nbatch_size: 9\n"),
+    ("damage", "has a setting twice, dotted and nested", "data.seed: 8\ndata: {seed: 9}\n"),
+    ("bomb", "has a number of sixties without end", "epochs: !!int '" + ":".join(["59"] * 30_000) + "'\n"),
+    ("wrong", "has a number of base eight", "epochs: 010\n"),
+    ("wrong", "has a number of base sixty", "epochs: 1:30\n"),
     ("damage", "is a list", "- epochs\n"),
     ("damage", "is two documents", "epochs: 1\n---\nepochs: 2\n"),
     ("damage", "is cut off", "optimizer: {rule: 'mu"),

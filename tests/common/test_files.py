@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from normfree.common.files import remove_stale, temporary_path, write_atomically
+from normfree.common.files import read, remove_stale, sizes, temporary_path, write_atomically
 
 
 @pytest.fixture
@@ -79,3 +81,12 @@ def test_temporary_files_of_dead_processes_are_removed_and_of_living_ones_not(tm
     assert {path.name for path in tmp_path.iterdir()} == left
     remove_stale(tmp_path, locked=True)
     assert {path.name for path in tmp_path.iterdir()} == left - {mine.name}
+
+
+def test_tensors_of_a_file_are_bounded_in_number(tmp_path, monkeypatch):
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "m.safetensors")
+    assert sizes(tmp_path / "m.safetensors") == (2, 2)
+    monkeypatch.setattr("normfree.common.files.MOST_TENSORS", 1)
+    for reading in (read, sizes):
+        with pytest.raises(ValueError, match=r"m\.safetensors': has 2 tensors, more than 1"):
+            reading(tmp_path / "m.safetensors")

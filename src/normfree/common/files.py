@@ -330,6 +330,10 @@ MOST_NOTE = 2**26
 """Characters of a note that are read at most: the record of a conversion of 100,000 modules."""
 
 
+MOST_TENSORS = 200_000
+"""Tensors of a file at most: a network of 100,000 layers has as many."""
+
+
 def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """Return the text by name that a file is to keep.
 
@@ -428,7 +432,10 @@ def read(path: str | Path, argument: str = "path") -> Stored:
                 raise refused(
                     argument, path, f"has a note of more than {MOST_NOTE:,} characters", "give an undamaged one"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            names = file.keys()
+            if len(names) > MOST_TENSORS:
+                raise refused(argument, path, f"has {len(names):,} tensors, more than {MOST_TENSORS:,}", "give another")
+            tensors = {name: file.get_tensor(name) for name in names}
             return Stored(path, argument, notes, tensors)
     except (SafetensorError, OSError, AttributeError, TypeError) as error:  # the latter: a dtype torch does not have
         if is_of_torch(path):
@@ -448,7 +455,10 @@ def sizes(path: str | Path, argument: str = "path") -> tuple[int, int]:
 
     try:
         with safe_open(check_file(path, argument), framework="pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - not a dict
+            names = file.keys()
+            if len(names) > MOST_TENSORS:
+                raise refused(argument, path, f"has {len(names):,} tensors, more than {MOST_TENSORS:,}", "give another")
+            shapes = [file.get_slice(name).get_shape() for name in names]
     except (SafetensorError, OSError) as error:
         rule = f"is no sound safetensors file ({all_lines(error)})"
         raise invalid(argument, str(path), rule, "give an undamaged one") from error

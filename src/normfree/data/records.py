@@ -23,6 +23,9 @@ from normfree.data.sources import Columns, Namer, Source, choose_split, find_col
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
 """Formats that are decoded, an MPO as the JPEG it is: none of Pillow's that starts another program (PostScript)."""
 
+MOST_SCANS = 200
+"""Scans of a JPEG at most, those of its previews counted: a progressive one has about ten, each as long to decode."""
+
 SIXTEEN_BITS = ("PNG", "PPM")
 """Formats whose grey of more than eight bits has sixteen, where Pillow opens it as whole numbers of 32."""
 
@@ -52,7 +55,7 @@ def decode(source: bytes | str | Path, channels: int = 3) -> Any:
 
     Raises:
         DamagedImage: if it is empty, truncated, animated, no image, or so large that decoding it is an attack
-            (Pillow's limit, 89 million pixels).
+            (Pillow's limit, 89 million pixels; :data:`MOST_SCANS`).
         ImportError: Pillow is not installed.
     """
     Image = require("PIL.Image", "decoding images")
@@ -64,6 +67,7 @@ def decode(source: bytes | str | Path, channels: int = 3) -> Any:
                 # A photograph with a preview beside it (MPO) also has frames; its first is the picture.
                 if getattr(image, "is_animated", False) and image.format != "MPO":
                     raise DamagedImage("it has several frames, of which none is the image")
+                _check_scans(image)
                 return to_eight_bits(_upright(image), channels)
     except DamagedImage:
         raise
@@ -91,6 +95,17 @@ def _opened(source: bytes | str | Path) -> Any:
     if not isinstance(source, bytes) and (kind := kind_of(source)) != "file":
         raise DamagedImage("there is no such file" if kind == "nothing" else f"it is {kind}, no file")
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+
+
+def _check_scans(image: Any) -> None:
+    """Raise for a JPEG of so many scans that decoding it is an attack; no other segment begins by these bytes."""
+    if image.format in ("JPEG", "MPO"):
+        place = image.fp.tell()
+        image.fp.seek(0)
+        scans = image.fp.read().count(b"\xff\xda")
+        image.fp.seek(place)
+        if scans > MOST_SCANS:
+            raise DamagedImage(f"it has {scans:,} scans, more than {MOST_SCANS}")
 
 
 def to_eight_bits(image: Any, channels: int = 3) -> Any:

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, Protocol, Self
 
 from normfree.common.checks import invalid, require, suggestion
 from normfree.common.files import check_file, kind_of, read_bytes, refused
-from normfree.common.text import first_line, quoted
+from normfree.common.text import all_lines, first_line, quoted
+from normfree.common.yaml_loader import bounded_loader
 from normfree.data.config import DataConfig
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -32,6 +33,9 @@ MOST_PATTERNS, MOST_BRACES = 100_000, 32
 SMALL = 2**30
 """Bytes of parquet that are read into memory as they are."""
 
+
+MOST_COLUMNS = 2_000
+"""Columns of a parquet file, each part of a nested one counted: ``datasets`` takes time in the square of them."""
 
 MOST_UNPACKED, MOST_REPEATED = 2**28, 16
 """Bytes in memory of a parquet file of any size, and for each of its bytes: encoded images are not compressed again."""
@@ -237,8 +241,7 @@ class FileSource:
         whole = self.kind == "parquet" and not streaming and self._is_local(split)
         if whole and sum(map(os.path.getsize, files)) <= SMALL:
             return self._read(files)
-        if self.kind == "webdataset":
-            self.count(split)  # names the shard that is damaged, or holds more than is stored of it
+        self.count(split)  # names the file that is damaged, or the shard that holds more than is stored of it
         return _load(self.config, self.kind, data_files={"train": files}, split="train", streaming=streaming)
 
     def _read(self, files: list[str]) -> Any:
@@ -329,20 +332,17 @@ def _check_card(path: Path) -> None:
     """Refuse the README of a folder laid out like a data set of the hub that would not end to be read, or leads out.
 
     Raises:
-        ValueError: its header refers from one place to another, which may grow without bound, or names files that do
-            not lie in the folder.
+        ValueError: its header is none that :func:`bounded_loader` reads, or names files that do not lie in the folder.
     """
     if kind_of(path) == "nothing":
         return
-    yaml: Any = require("yaml", "the card of a data set")
+    yaml, loader = require("yaml", "the card of a data set"), bounded_loader("the card of a data set")
     text = read_bytes(path, "source", most=MOST_CARD).decode(errors="replace")
     header = text.split("---", 2)[1] if text.lstrip().startswith("---") and text.count("---") > 1 else ""
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(header, Loader=yaml.SafeLoader)):
-            raise refused("source", path, "has an alias (*name) in its header", "write it out")
-        document = yaml.safe_load(header)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise refused("source", path, f"has no sound header ({first_line(error)})", "mend it") from error
+        document = yaml.load(header, loader)
+    except Exception as error:  # PyYAML's own kind, and what its constructors make of a tag's wrong value
+        raise refused("source", path, f"has no sound header ({all_lines(error)})", "mend it") from error
     configurations = document.get("configs") if isinstance(document, dict) else None
     for named in _words_in([one.get("data_files") for one in configurations or () if isinstance(one, dict)]):
         parts = PurePosixPath(named).parts
@@ -474,16 +474,20 @@ def count_rows(files: Sequence[str]) -> list[int]:
     """Return the rows of each parquet file, from its footer.
 
     Raises:
-        ValueError: naming the file that is not parquet.
+        ValueError: naming the file that is not parquet, or has too many columns.
     """
     from pyarrow import ArrowException, parquet
 
     counts = []
     for file in files:
         try:
-            counts.append(parquet.read_metadata(file).num_rows)
+            footer = parquet.read_metadata(file)
         except (ArrowException, OSError) as error:
             raise invalid("source", file, f"is no whole parquet file ({first_line(error)})", "write it anew") from error
+        if footer.num_columns > MOST_COLUMNS:
+            rule = f"has {footer.num_columns:,} columns, more than {MOST_COLUMNS:,}"
+            raise invalid("source", file, rule, "write those of the images and labels alone")
+        counts.append(footer.num_rows)
     return counts
 
 
