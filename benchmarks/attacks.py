@@ -854,6 +854,55 @@ def repeated(folder: Path) -> list[str]:
 attack("bomb", "a parquet file of one image two million times", repeated, "data")
 
 
+def called_as_a_pattern(command: tuple[str, ...], *, read: str = "", other: str = "") -> Callable[[Path], list[str]]:
+    """Images of this folder or file, beside another that its name, read as a pattern, stands for."""
+
+    def act(folder: Path) -> list[str]:
+        table_in(folder, TEN, read)
+        shutil.copytree(folder / read, folder / other)
+        for file in (folder / other).iterdir():
+            file.write_bytes(b"no parquet")
+        return ["evaluate", "model.safetensors", *command, "--image-size", "8", "--split", "train"]
+
+    return act
+
+
+for title, words in {"file": ("d[1]/train.parquet",), "folder": ("d[1]",)}.items():
+    act = called_as_a_pattern(("--source", *words), read="d[1]", other="d1")
+    attack("wrong", f"a {title} that is called as a pattern", act, promise=WORKS)
+act = called_as_a_pattern(("--source", "hub:d[1]"), read="d[1]", other="d1")
+attack("wrong", "a folder of the hub's layout that is called as a pattern", act, "d[1]")
+
+
+def stray(change: Callable[[Path], Any]) -> Callable[[Path], list[str]]:
+    """An evaluation on class folders of images, where something else lies as well."""
+
+    def act(folder: Path) -> list[str]:
+        model_in(folder)
+        for name in TEN:
+            image_in(folder, f"data/{name}/0.png")
+        change(folder / "data")
+        return ["evaluate", "model.safetensors", "--source", "data", "--image-size", "8", "--split", "train"]
+
+    return act
+
+
+def write_file(name: str) -> Callable[[Path], Any]:
+    """A file that is none of its kind."""
+
+    def write(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"nothing")
+
+    return write
+
+
+for name in (".cache/old.parquet", "0/._0.png", "0/.ipynb_checkpoints/0.png"):
+    attack("wrong", f"images beside {name}", stray(write_file(name)), promise=WORKS)
+attack("wrong", "images beside old.parquet", stray(write_file("old.parquet")), "old.parquet")
+attack("hang", "a class folder with a link to all of them", stray(lambda data: (data / "0/l").symlink_to(data)), "0/l")
+
+
 def shard_of(member: Callable[[], tuple[Any, bytes]], *, compressed: bool = False) -> Callable[[Path], list[str]]:
     """An evaluation on a WebDataset shard with one image."""
 

@@ -17,7 +17,7 @@ import stat
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -192,6 +192,50 @@ def check_file(path: str | Path, argument: str = "path", remedy: str = "give a f
     if kind != "file":
         raise refused(argument, path, "is no file" if kind == "nothing" else f"is {kind}, no file", remedy)
     return Path(path)
+
+
+def walk(folder: str | Path, argument: str = "path") -> Iterator[Path]:
+    """Yield the files in a folder and in the folders below it, those that links lead to once; hidden ones are left out.
+
+    Args:
+        folder: where to begin.
+        argument: what named it, for messages.
+
+    Raises:
+        ValueError: naming a folder that cannot be read, or a link to a folder that it lies in.
+    """
+
+    def raise_named(error: OSError) -> None:
+        raise _unreadable(error, argument) from error
+
+    known: set[str] = set()
+    root = os.path.realpath(folder)
+    for place, folders, files in os.walk(folder, onerror=raise_named, followlinks=True):
+        real = os.path.realpath(place)
+        above = (root, os.path.realpath(os.path.dirname(place)))
+        if place != str(folder) and os.path.islink(place) and any(Path(one).is_relative_to(real) for one in above):
+            raise refused(argument, place, "is a link to a folder that it lies in", "remove it")
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in known)
+        if real not in known:
+            known.add(real)
+            yield from (Path(place, name) for name in files if not name.startswith("."))
+
+
+def folders_in(folder: Path, argument: str = "path") -> list[Path]:
+    """Return the folders in a folder, by name; hidden ones are left out.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir())
+    except OSError as error:
+        raise _unreadable(error, argument) from error
+
+
+def _unreadable(error: OSError, argument: str) -> ValueError:
+    rule = f"cannot be read ({error.strerror})"
+    return refused(argument, str(error.filename), rule, "make it readable, or move it elsewhere")
 
 
 def read_bytes(path: str | Path, argument: str = "path", *, most: int = JSON_BYTES) -> bytes:

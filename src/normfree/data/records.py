@@ -18,10 +18,7 @@ from normfree.common.files import kind_of
 from normfree.common.text import first_line, printable, shortened
 from normfree.data.config import MOST_CLASSES, DataConfig
 from normfree.data.holdout import hold_out, is_streamed
-from normfree.data.sources import Columns, Namer, Source, choose_split, find_columns, find_source, read_rows
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
-"""Formats that are decoded, an MPO as the JPEG it is: none of Pillow's that starts another program (PostScript)."""
+from normfree.data.sources import FORMATS, Columns, Namer, Source, choose_split, find_columns, find_source, read_rows
 
 MOST_SCANS = 200
 """Scans of a JPEG at most, those of its previews counted: a progressive one has about ten, each as long to decode."""
@@ -94,7 +91,7 @@ def _opened(source: bytes | str | Path) -> Any:
 
     if not isinstance(source, bytes) and (kind := kind_of(source)) != "file":
         raise DamagedImage("there is no such file" if kind == "nothing" else f"it is {kind}, no file")
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=tuple(FORMATS))
 
 
 def _check_scans(image: Any) -> None:

@@ -20,12 +20,25 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol, Self
 
 from normfree.common.checks import invalid, require, suggestion
-from normfree.common.files import check_file, kind_of, read_bytes, refused
+from normfree.common.files import check_file, folders_in, kind_of, read_bytes, refused, walk
 from normfree.common.text import all_lines, first_line, quoted
 from normfree.common.yaml_loader import bounded_loader
 from normfree.data.config import DataConfig
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+}
+"""Formats that are decoded, an MPO as the JPEG it is, and the endings of their files: none of Pillow's that starts
+another program (PostScript)."""
+
+SUFFIXES = frozenset(itertools.chain.from_iterable(FORMATS.values()))
 
 MOST_PATTERNS, MOST_BRACES = 100_000, 32
 """Names that a source's braces stand for, and pairs of braces, at most."""
@@ -90,13 +103,10 @@ def find_source(config: DataConfig) -> Source:
     if name.startswith("hub:"):
         return HubSource(config)
     if kind_of(name) == "a folder":
-        if files := sorted(str(file) for file in Path(name).rglob("*.parquet")):
+        if files := parquet_in(Path(name)):
             return FileSource("parquet", group_by_split(files), config)
         return FolderSource(Path(name))
-    patterns = expand_braces(name)
-    for pattern in patterns:
-        _check_depth(pattern)
-    files = [file for one in patterns for file in ([one] if "://" in one else sorted(glob.glob(one, recursive=True)))]
+    files = [name] if kind_of(name) == "file" else _matching(expand_braces(name))
     if not files:
         rule = "there is no such folder or file"
         raise invalid("source", name, rule, "pass digits, a folder, *.parquet or *.tar files, or hub:OWNER/NAME")
@@ -104,6 +114,38 @@ def find_source(config: DataConfig) -> Source:
         if all(file.endswith(suffix) for file in files):
             return FileSource(kind, group_by_split(files), config)
     raise invalid("source", name, "files must all be .parquet or all be .tar", "pass a folder to read image files")
+
+
+def parquet_in(folder: Path, argument: str = "source") -> list[str]:
+    """Return the parquet files in a folder and in the folders below it.
+
+    Args:
+        folder: where to look.
+        argument: what named it, for messages.
+
+    Raises:
+        ValueError: folders in it hold image files as well, so that either could be meant.
+    """
+    files, image = [], None
+    for file in walk(folder, argument):
+        if file.suffix == ".parquet":
+            files.append(str(file))
+        elif file.suffix.lower() in SUFFIXES and file.parent != folder:
+            image = file
+    if files and image:
+        rule = f"holds parquet files ({quoted(files[0])}) and folders of images ({quoted(str(image))})"
+        raise refused(argument, folder, rule, "name the parquet files by a pattern, or move them elsewhere")
+    return sorted(files)
+
+
+def _matching(patterns: Sequence[str]) -> list[str]:
+    """The files of each pattern, by name; a file that is called as a pattern is that file. Addresses stay."""
+    files = []
+    for pattern in patterns:
+        _check_depth(pattern)
+        known = "://" in pattern or kind_of(pattern) == "file"
+        files += [pattern] if known else sorted(glob.glob(pattern, recursive=True))
+    return files
 
 
 def _check_depth(pattern: str) -> None:
@@ -163,13 +205,13 @@ class FolderSource:
     streams = False
 
     def __init__(self, folder: Path) -> None:
-        inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        inside = folders_in(folder, "source")
         named = {path.name: path for path in inside if split_of(path.name) is not None}
         whole = len(named) == len(inside) > 0
         self.folders = named if whole else {"train": folder}
         self.splits = tuple(self.folders)
-        classes = {path.name for part in self.folders.values() for path in part.iterdir() if path.is_dir()}
-        self.class_names = tuple(sorted(name for name in classes if not name.startswith(".")))
+        classes = {path.name for part in self.folders.values() for path in folders_in(part, "source")}
+        self.class_names = tuple(sorted(classes))
         if not self.class_names:
             remedy = "put the images of each class in a folder of its name"
             raise invalid("source", str(folder), "the folder holds no class folders", remedy)
@@ -185,7 +227,7 @@ class FolderSource:
         folder = self.folders[split]
         labels, paths = [], []
         for number, name in enumerate(self.class_names):
-            found = (folder / name).rglob("*")
+            found = walk(folder / name, "source") if (folder / name).is_dir() else ()
             files = sorted(str(file) for file in found if file.suffix.lower() in SUFFIXES)
             for file in (name, *files):
                 if not file.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in file):
@@ -242,7 +284,8 @@ class FileSource:
         if whole and sum(map(os.path.getsize, files)) <= SMALL:
             return self._read(files)
         self.count(split)  # names the file that is damaged, or the shard that holds more than is stored of it
-        return _load(self.config, self.kind, data_files={"train": files}, split="train", streaming=streaming)
+        chosen = [file if "://" in file else glob.escape(os.path.abspath(file)) for file in files]  # no patterns
+        return _load(self.config, self.kind, data_files={"train": chosen}, split="train", streaming=streaming)
 
     def _read(self, files: list[str]) -> Any:
         """The encoded rows of small parquet files, in memory: ``datasets`` would write a copy of them first."""
@@ -371,6 +414,8 @@ class HubSource:
         self.configuration = rest[0] if rest else None
         self.config = config
         if kind_of(self.name) == "a folder":
+            if glob.has_magic(os.path.realpath(self.name)):
+                raise refused("source", self.name, "is read as a pattern by datasets", "rename it without * ? [ ]")
             _check_card(Path(self.name) / "README.md")
         with quiet_datasets(), one_line_errors(config.source):
             self.splits = tuple(datasets.get_dataset_split_names(self.name, self.configuration))
