@@ -819,6 +819,24 @@ for title, labels, kind in (
     )
 
 
+def numbers_as_words(folder: Path) -> Callable[[], None]:
+    """Labels of eleven numbers, as words."""
+    from normfree.data import DataConfig, open_training
+
+    names = [str(number) for number in range(11)]
+    table_in(folder, names)
+
+    def opened() -> None:
+        found = open_training(DataConfig(source="data", batch_size=1)).class_names
+        if found != tuple(names):
+            raise RuntimeError(f"the classes are {found}")
+
+    return opened
+
+
+attack("wrong", "labels of eleven numbers as words", numbers_as_words, promise=WORKS)
+
+
 def wide(folder: Path) -> list[str]:
     """A parquet file of 20,000 columns."""
     table_in(folder, TEN)

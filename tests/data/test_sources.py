@@ -169,6 +169,19 @@ def test_words_as_labels_and_numbers_without_names(tmp_path):
     assert open_training(DataConfig(source=str(tmp_path / "other"), batch_size=2)).num_classes == 4
 
 
+def test_numbers_as_words_are_in_the_order_of_numbers(tmp_path):
+    labels = [str(number) for number in range(11)]
+    for names, order in ((labels, labels), ([*labels[:-1], "07"], sorted([*labels[:-1], "07"]))):
+        rows = {"image": [encoded(n) for n in range(11)], "label": names}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+        data = open_training(DataConfig(source=str(tmp_path), batch_size=11))
+        assert data.class_names == tuple(order)
+        images, targets = next(iter(data))
+        assert {names[red]: order[target] for red, target in zip(images[:, 0, 0, 0], targets, strict=True)} == {
+            name: name for name in names
+        }
+
+
 def test_grey_images_stay_grey_where_asked(folder):
     data = open_training(DataConfig(source=str(folder), in_channels=1, batch_size=2, image_size=8))
     images, _ = next(iter(data))

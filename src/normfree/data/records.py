@@ -6,8 +6,9 @@ import contextlib
 import functools
 import io
 import os
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -290,6 +291,12 @@ def list_names(names: Sequence[str], most: int = 5) -> str:
     return printable(", ".join(shortened(name, 30) for name in names[:most]) + more)
 
 
+def in_order(names: Collection[str]) -> tuple[str, ...]:
+    """Return names of classes in the order of their text, or of their numbers where all of them are whole numbers."""
+    numbers = all(re.fullmatch("0|[1-9][0-9]*", name) for name in names)
+    return tuple(sorted(names, key=(lambda name: (len(name), name)) if numbers else None))
+
+
 def _find_class_names(
     source: Source, split: str, columns: Columns, config: DataConfig, streamed: bool, known: Sequence[str] | None
 ) -> tuple[str, ...]:
@@ -315,7 +322,7 @@ def _find_class_names(
             rule = f"the column {columns.label!r} holds {len(distinct)} names of classes"
             raise invalid("num_classes", config.num_classes, rule, "leave it out")
         _check_count(columns.label, len(distinct), len(distinct), len(labels))
-        return tuple(sorted(distinct))
+        return in_order(distinct)
     if config.num_classes is not None:
         return tuple(map(str, range(config.num_classes)))
     if distinct and all(isinstance(label, int) for label in distinct) and max(distinct) >= 0:
