@@ -1574,6 +1574,35 @@ for title, pixels in {"small": lambda x: x, "large": lambda x: x * 2**24, "negat
     attack("wrong", f"pixels that are {title} numbers of 32 bits", pixels_of(pixels), "image.tif")
 
 
+def white_of(name: str, mode: str = "RGB", **options: Any) -> Callable[[Path], Callable[[], None]]:
+    """A black image that says it is white: all of it is transparent, or zero is white."""
+
+    def act(folder: Path) -> Callable[[], None]:
+        from PIL import Image
+
+        from normfree.data.records import decode
+
+        Image.new(mode, (8, 8)).save(folder / name, **options)
+
+        def decoded() -> None:
+            if decode(folder / name).getextrema() != ((255, 255),) * 3:
+                raise RuntimeError("it is not white")
+
+        return decoded
+
+    return act
+
+
+for title, act in {
+    "colour of a PNG": white_of("image.png", transparency=(0, 0, 0)),
+    "grey of a PNG": white_of("image.png", mode="L", transparency=0),
+    "grey of sixteen bits of a PNG": white_of("image.png", mode="I;16", transparency=0),
+    "grey of a GIF": white_of("image.gif", mode="L", transparency=0),
+}.items():
+    attack("wrong", f"a transparent {title}", act, promise=WORKS)
+attack("wrong", "a TIFF whose zero is white", white_of("image.tif", mode="I;16", tiffinfo={262: 0}), promise=WORKS)
+
+
 def foreign(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[Path], list[str]]:
     """A state dict of another library's network, to convert."""
 

@@ -27,8 +27,11 @@ MOST_SCANS = 200
 SIXTEEN_BITS = ("PNG", "PPM")
 """Formats whose grey of more than eight bits has sixteen, where Pillow opens it as whole numbers of 32."""
 
-PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
-"""TIFF's tag for what zero stands for, and its value where that is white."""
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+"""TIFF's tags for the bits of a level and for what zero stands for, and the latter's value where that is white."""
+
+OTHER_DEPTHS = {"L;2": 255 / 3, "L;4": 255 / 15, "RGB;16B": 1 / 256}
+"""What Pillow multiplies the levels of a PNG by that has not eight bits, as it reads them to eight."""
 
 ORIENTATION = 0x0112
 """EXIF's tag for how the camera was held."""
@@ -66,6 +69,7 @@ def decode(source: bytes | str | Path, channels: int = 3) -> Any:
                 if getattr(image, "is_animated", False) and image.format != "MPO":
                     raise DamagedImage("it has several frames, of which none is the image")
                 _check_scans(image)
+                _scale_transparency(image)
                 return to_eight_bits(_upright(image), channels)
     except DamagedImage:
         raise
@@ -106,10 +110,20 @@ def _check_scans(image: Any) -> None:
             raise DamagedImage(f"it has {scans:,} scans, more than {MOST_SCANS}")
 
 
+def _scale_transparency(image: Any) -> None:
+    """Say a PNG's transparent colour in the eight bits of its pixels as they are read; Pillow leaves it as it is."""
+    level = image.info.get("transparency")
+    scale = OTHER_DEPTHS.get(image.tile[0][3]) if image.format == "PNG" and image.tile else None
+    if scale is not None and level is not None:
+        image.info["transparency"] = (
+            tuple(int(one * scale) for one in level) if image.mode == "RGB" else int(level * scale)
+        )
+
+
 def to_eight_bits(image: Any, channels: int = 3) -> Any:
     """Convert a PIL image of any mode to RGB or grey; Pillow's own conversion clips sixteen bits to white."""
     wanted = "RGB" if channels == 3 else "L"
-    if image.mode == wanted:
+    if image.mode == wanted and "transparency" not in image.info:
         image.load()  # while the file is open
         return image
     if image.mode == "F":
@@ -124,11 +138,13 @@ def to_eight_bits(image: Any, channels: int = 3) -> Any:
 
 
 def _eight_of_sixteen_bits(image: Any) -> Any:
-    """Grey of eight bits; Pillow has left undone what a TIFF or PNG says of zero and of a transparent level."""
+    """Grey of eight bits; Pillow has left undone what a TIFF or PNG says of its bits, of zero and of transparency."""
     import numpy as np
     from PIL import Image
 
-    grey = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] if image.format == "TIFF" else 16
+    scale = 255 / (2**bits - 1)
+    grey = image.convert("I").point(lambda value: value * scale).convert("L")
     if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         grey = grey.point(lambda value: 255 - value)
     level = image.info.get("transparency")
