@@ -106,6 +106,7 @@ def png(bits, colour, row, width, transparent):
         (png(1, 0, b"\xa0", 3, b"\0\0"), [255, 255, 255]),
         (png(16, 0, struct.pack(">2H", 0, 2570), 2, bytes(2)), [255, 10]),
     ],
+    ids=["RGB", "RGB of 16 bits", "grey", "grey of 4 bits", "grey of 2 bits", "grey of 1 bit", "grey of 16 bits"],
 )
 def test_a_colour_that_a_png_calls_transparent_is_laid_on_white(data, wanted):
     for channels in (1, 3):

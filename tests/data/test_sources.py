@@ -263,8 +263,10 @@ def test_a_class_folder_that_cannot_be_read_is_named(folder, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(ValueError, match=r"source='.*bee': cannot be read \(Permission denied\)"):
-        open_training(DataConfig(source=str(folder), batch_size=1))
+    write_parquet(folder / "ant" / "old.parquet", [encoded(0)], [0])
+    for source in (folder, folder / "**" / "*.parquet"):
+        with pytest.raises(ValueError, match=r"source='.*bee': cannot be read \(Permission denied\)"):
+            open_training(DataConfig(source=str(source), batch_size=1))
 
 
 def test_all_endings_of_the_formats_that_are_decoded_are_taken():

@@ -144,6 +144,10 @@ def _matching(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         _check_depth(pattern)
         known = "://" in pattern or kind_of(pattern) == "file"
+        folder = pattern.partition("**")[0]
+        if not known and folder != pattern and os.path.isdir(folder or "."):
+            for _ in walk(folder or ".", "source"):  # raises where ``glob`` passes over a folder that cannot be read
+                pass
         files += [pattern] if known else sorted(glob.glob(pattern, recursive=True))
     return files
 
