@@ -532,6 +532,7 @@ def header_of(header: bytes, length: int | None = None) -> Callable[[Path], list
     return act
 
 
+EMPTY_TENSOR = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 for title, header, length in (
     ("of 2**60 bytes", b"{}", 2**60),
     ("cut off", b'{"a": {"dtype": "F32"', None),
@@ -544,6 +545,7 @@ for title, header, length in (
     ),
     ("of an unknown dtype", b'{"a":{"dtype":"F1024","shape":[0],"data_offsets":[0,0]}}', None),
     ("of no bytes", b"", 0),
+    ("of 250,000 tensors", json.dumps({f"t{i}": EMPTY_TENSOR for i in range(250_000)}).encode(), None),
 ):
     attack("bomb", f"a safetensors header {title}", header_of(header, length), "m.safetensors")
 
@@ -632,6 +634,16 @@ def png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b"")
 
 
+def scans_of(count: int) -> bytes:
+    """A progressive JPEG one of whose scans comes so often."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("L", (512, 512), 200).save(file, "JPEG", progressive=True)
+    first, last = (file.getvalue().rindex(b"\xff\xda"), file.getvalue().rindex(b"\xff\xd9"))
+    return file.getvalue()[:first] + file.getvalue()[first:last] * count + b"\xff\xd9"
+
+
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(code_was_run) (w) file closefile showpage\n"
 for title, content, suffix in (
     ("PostScript", lambda: POSTSCRIPT, ".eps"),
@@ -649,6 +661,7 @@ for title, content, suffix in (
     ("SVG", lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", ".png"),
     ("nothing", lambda: b"", ".png"),
     ("noise", lambda: bytes(range(256)) * 8, ".webp"),
+    ("3,000 scans", lambda: scans_of(3_000), ".jpg"),
     ("a JPEG's first bytes", lambda: b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", ".jpg"),
 ):
     attack("bomb", f"an image of {title}", bytes_as_image(content, suffix), "image")
@@ -696,20 +709,25 @@ for title, content in {
 
 SHARED_TUPLES = b"\x80\x02)q\x01" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(1, 60))
 SHARED_LISTS = b"\x80\x02]q\x01" + b"".join(b"]q%c(h%ch%ce" % (i + 1, i, i) for i in range(1, 60))
+COLLIDING = b"".join(b"\x8a\x0c" + (i * (2**61 - 1)).to_bytes(12, "little") + b"K\x01" for i in range(1, 120_000))
 PICKLES = {
     "whose key is exponential": SHARED_TUPLES + b"}h<K\x01s.",
     "of lists that share lists": SHARED_LISTS + b"}X\x01\x00\x00\x00ah<s.",
     "of a list in itself": b"\x80\x02}X\x01\x00\x00\x00a]q\x01h\x01as.",
     "of a bytearray of 64 GB": b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85R.",
     "of a set whose item is exponential": SHARED_TUPLES + b"c__builtin__\nset\n]h<a\x85R.",
+    "of a set that is built whose item is exponential": b"\x80\x04\x8f(" + SHARED_TUPLES[2:] + b"h<\x90.",
+    "of 120,000 keys of one hash": b"\x80\x02}(" + COLLIDING + b"u.",
 }
 
 
-def write_torch_file(path: Path, content: bytes, kind: int = zipfile.ZIP_STORED, numbers: bytes = b"") -> None:
+def write_torch_file(
+    path: Path, content: bytes, kind: int = zipfile.ZIP_STORED, numbers: bytes = b"", name: str = "data.pkl"
+) -> None:
     """A file as of torch.save, with this pickle."""
     with zipfile.ZipFile(path, "w", kind, compresslevel=1) as archive:
-        for name, part in {"data.pkl": content, "version": b"3\n", "byteorder": b"little", "data/0": numbers}.items():
-            archive.writestr(f"archive/{name}", part)
+        for member, part in {name: content, "version": b"3\n", "byteorder": b"little", "data/0": numbers}.items():
+            archive.writestr(f"archive/{member}", part)
 
 
 WEIGHTS_OF = ["convert", "torchvision:resnet18", "--weights", "w.pth", "--out", "o.safetensors"]
@@ -748,6 +766,35 @@ def compressed(folder: Path) -> list[str]:
 
 
 attack("bomb", "a state dict that is compressed", compressed, "w.pth")
+
+
+def in_capitals(folder: Path) -> list[str]:
+    """A state dict whose pickle has a name in capitals, which PyTorch finds too."""
+    write_torch_file(folder / "w.pth", PICKLES["whose key is exponential"], name="DATA.PKL")
+    return WEIGHTS_OF
+
+
+def twice(folder: Path) -> list[str]:
+    """A state dict with two pickles, whose names differ in their case."""
+    write_torch_file(folder / "w.pth", b"\x80\x02}.")
+    with zipfile.ZipFile(folder / "w.pth", "a") as archive:
+        archive.writestr("archive/Data.pkl", PICKLES["whose key is exponential"])
+    return WEIGHTS_OF
+
+
+def before_an_archive(folder: Path) -> list[str]:
+    """An old state dict with a sound archive after it: PyTorch reads the beginning, ``zipfile`` the end."""
+    old = ATTACKS["an old state dict of a pickle whose key is exponential"].act(folder)
+    write_torch_file(folder / "sound.pth", b"\x80\x02}.")
+    with open(folder / "w.pth", "ab") as file:
+        file.write((folder / "sound.pth").read_bytes())
+    assert not callable(old)
+    return old
+
+
+attack("bomb", "a state dict whose pickle has a name in capitals", in_capitals, "w.pth")
+attack("bomb", "a state dict of two pickles whose names differ in case", twice, "w.pth")
+attack("bomb", "an old state dict with an archive after it", before_an_archive, "w.pth")
 
 
 def table_in(folder: Path, labels: Any, name: str = "data") -> None:
@@ -794,6 +841,38 @@ for title, labels, kind in (
         labelled(labels, kind),
         "label",
     )
+
+
+def numbers_as_words(folder: Path) -> Callable[[], None]:
+    """Labels of eleven numbers, as words."""
+    from normfree.data import DataConfig, open_training
+
+    names = [str(number) for number in range(11)]
+    table_in(folder, names)
+
+    def opened() -> None:
+        found = open_training(DataConfig(source="data", batch_size=1)).class_names
+        if found != tuple(names):
+            raise RuntimeError(f"the classes are {found}")
+
+    return opened
+
+
+attack("wrong", "labels of eleven numbers as words", numbers_as_words, promise=WORKS)
+
+
+def wide(folder: Path) -> list[str]:
+    """A parquet file of 20,000 columns."""
+    table_in(folder, TEN)
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {f"c{number}": pyarrow.array([1]) for number in range(20_000)}
+    parquet.write_table(pyarrow.table(columns), folder / "data" / "test.parquet")
+    return ["evaluate", "model.safetensors", "--source", "data", "--image-size", "8"]
+
+
+attack("bomb", "a parquet file of 20,000 columns", wide, "test.parquet")
 for kind in ("", "dictionary", "large_string", "string_view"):
     attack("wrong", f"labels of words, {kind or 'plain'}", labelled(TEN, kind), promise=WORKS)
 
@@ -815,6 +894,55 @@ def repeated(folder: Path) -> list[str]:
 
 
 attack("bomb", "a parquet file of one image two million times", repeated, "data")
+
+
+def called_as_a_pattern(command: tuple[str, ...], *, read: str = "", other: str = "") -> Callable[[Path], list[str]]:
+    """Images of this folder or file, beside another that its name, read as a pattern, stands for."""
+
+    def act(folder: Path) -> list[str]:
+        table_in(folder, TEN, read)
+        shutil.copytree(folder / read, folder / other)
+        for file in (folder / other).iterdir():
+            file.write_bytes(b"no parquet")
+        return ["evaluate", "model.safetensors", *command, "--image-size", "8", "--split", "train"]
+
+    return act
+
+
+for title, words in {"file": ("d[1]/train.parquet",), "folder": ("d[1]",)}.items():
+    act = called_as_a_pattern(("--source", *words), read="d[1]", other="d1")
+    attack("wrong", f"a {title} that is called as a pattern", act, promise=WORKS)
+act = called_as_a_pattern(("--source", "hub:d[1]"), read="d[1]", other="d1")
+attack("wrong", "a folder of the hub's layout that is called as a pattern", act, "d[1]")
+
+
+def stray(change: Callable[[Path], Any]) -> Callable[[Path], list[str]]:
+    """An evaluation on class folders of images, where something else lies as well."""
+
+    def act(folder: Path) -> list[str]:
+        model_in(folder)
+        for name in TEN:
+            image_in(folder, f"data/{name}/0.png")
+        change(folder / "data")
+        return ["evaluate", "model.safetensors", "--source", "data", "--image-size", "8", "--split", "train"]
+
+    return act
+
+
+def write_file(name: str) -> Callable[[Path], Any]:
+    """A file that is none of its kind."""
+
+    def write(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"nothing")
+
+    return write
+
+
+for name in (".cache/old.parquet", "0/._0.png", "0/.ipynb_checkpoints/0.png"):
+    attack("wrong", f"images beside {name}", stray(write_file(name)), promise=WORKS)
+attack("wrong", "images beside old.parquet", stray(write_file("old.parquet")), "old.parquet")
+attack("hang", "a class folder with a link to all of them", stray(lambda data: (data / "0/l").symlink_to(data)), "0/l")
 
 
 def shard_of(member: Callable[[], tuple[Any, bytes]], *, compressed: bool = False) -> Callable[[Path], list[str]]:
@@ -845,6 +973,48 @@ def sparse_member() -> tuple[Any, bytes]:
 attack("bomb", "a shard with a sparse member of 4 GB", shard_of(sparse_member), "data-000.tar")
 pages = shard_of(lambda: (tarfile.TarInfo("0.png"), bytes(2**20)), compressed=True)
 attack("bomb", "a shard that is compressed", pages, "data-000.tar")
+
+
+def tar_member(name: str, size: int, kind: bytes = b"0", content: bytes = b"") -> bytes:
+    """A member of a shard, of any size that its header says."""
+    header = bytearray(512)
+    header[: len(name)] = name.encode()
+    header[100:108] = b"0000644\0"
+    header[124:136] = b"\xff" * 4 + size.to_bytes(8, "big", signed=True) if size < 0 else b"%011o\0" % size
+    header[136:148] = b"00000000000\0"
+    header[148:157] = b" " * 8 + kind
+    header[257:265] = b"ustar\x0000"
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + content + bytes(-len(content) % 512)
+
+
+def attributes_of(content: bytes) -> bytes:
+    """Attributes (pax) of these bytes, and the member they are of."""
+    return tar_member("pax", len(content), b"x", content) + tar_member("9.txt", 0)
+
+
+for title, end in {
+    "a member of -512 bytes": tar_member("9.txt", -512),
+    "a member of -1024 bytes, as its attributes say": attributes_of(b"14 size=-1024\n"),
+    "attributes of a million digits": attributes_of(b"1" * 10**6),
+    "attributes of 60,000 digits": attributes_of(b"1" * 60_000) * 20,
+    "attributes of a key that does not end": attributes_of(b"2 " * 30_000 + b"=") * 20,
+    "attributes of a sparse file whose map does not end": attributes_of(
+        b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"
+    ),
+    "a damaged header before its last example": tar_member("9.cls", 1, content=b"1").replace(b"ustar", b"USTAR"),
+    "a name of a gigabyte": tar_member("long", 2**30, b"L"),
+    "a thousand headers of one member": tar_member("long", 1, b"L", b"9") * 1000,
+}.items():
+
+    def shard_ending(folder: Path, end: bytes = end) -> list[str]:
+        """An evaluation on a shard of one example and something else."""
+        model_in(folder)
+        example = tar_member("0.cls", 1, content=b"1") + tar_member("0.png", 1, content=b"1")
+        (folder / "data-000.tar").write_bytes(example + end + bytes(1024))
+        return ["evaluate", "model.safetensors", "--source", "data-000.tar", "--image-size", "8"]
+
+    attack("bomb", f"a shard with {title}", shard_ending, "data-000.tar")
 
 
 def shard_with(name: str, content: Callable[[], bytes]) -> Callable[[Path], list[str]]:
@@ -908,10 +1078,14 @@ for title, header in {
     "a file of the system": "configs: [{config_name: a, data_files: /etc/passwd}]",
     "a folder above": "configs: [{config_name: a, data_files: '../*.parquet'}]",
     "an address": "configs: [{config_name: a, data_files: 'http://127.0.0.1:9/a.parquet'}]",
+    "half a million words": f"a: [{'a,' * 500_000}]",
+    "lists in lists": "a: " + "[" * 100_000,
+    "a number of many digits": "a: " + "9" * 100_000,
+    "keys of one hash": "a:\n" + "".join(f"  {i * (2**61 - 1)}: 1\n" for i in range(1, 20_000)),
     "no YAML": "a: [",
 }.items():
     attack(
-        "bomb" if "grow" in title or "whole" in title else "code",
+        "code" if "file" in title or "folder" in title or "address" in title or title == "no YAML" else "bomb",
         f"a data set's card: {title}",
         card_of(header),
         "README.md",
@@ -1427,6 +1601,35 @@ for title, pixels in {"small": lambda x: x, "large": lambda x: x * 2**24, "negat
     attack("wrong", f"pixels that are {title} numbers of 32 bits", pixels_of(pixels), "image.tif")
 
 
+def white_of(name: str, mode: str = "RGB", **options: Any) -> Callable[[Path], Callable[[], None]]:
+    """A black image that says it is white: all of it is transparent, or zero is white."""
+
+    def act(folder: Path) -> Callable[[], None]:
+        from PIL import Image
+
+        from normfree.data.records import decode
+
+        Image.new(mode, (8, 8)).save(folder / name, **options)
+
+        def decoded() -> None:
+            if decode(folder / name).getextrema() != ((255, 255),) * 3:
+                raise RuntimeError("it is not white")
+
+        return decoded
+
+    return act
+
+
+for title, act in {
+    "colour of a PNG": white_of("image.png", transparency=(0, 0, 0)),
+    "grey of a PNG": white_of("image.png", mode="L", transparency=0),
+    "grey of sixteen bits of a PNG": white_of("image.png", mode="I;16", transparency=0),
+    "grey of a GIF": white_of("image.gif", mode="L", transparency=0),
+}.items():
+    attack("wrong", f"a transparent {title}", act, promise=WORKS)
+attack("wrong", "a TIFF whose zero is white", white_of("image.tif", mode="I;16", tiffinfo={262: 0}), promise=WORKS)
+
+
 def foreign(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[Path], list[str]]:
     """A state dict of another library's network, to convert."""
 
@@ -1922,6 +2125,11 @@ for kind, title, text in (
     ("damage", "has escapes in a name", '"\\x1b]0;owned\\a": 1\n'),
     ("damage", "has escapes as they are", f"{ESCAPES}: 1\n"),
     ("damage", "has a key twice", "epochs: 1\nepochs: 2\n"),
+    ("damage", "has a setting twice, with both hyphens", "batch-size: 8\nbatch_size: 9\n"),
+    ("damage", "has a setting twice, dotted and nested", "data.seed: 8\ndata: {seed: 9}\n"),
+    ("bomb", "has a number of sixties without end", "epochs: !!int '" + ":".join(["59"] * 30_000) + "'\n"),
+    ("wrong", "has a number of base eight", "epochs: 010\n"),
+    ("wrong", "has a number of base sixty", "epochs: 1:30\n"),
     ("damage", "is a list", "- epochs\n"),
     ("damage", "is two documents", "epochs: 1\n---\nepochs: 2\n"),
     ("damage", "is cut off", "optimizer: {rule: 'mu"),

@@ -33,6 +33,13 @@ def animation(kind):
     return saved(frames[0], kind, save_all=True, append_images=frames[1:])
 
 
+def scans(count):
+    """A progressive JPEG whose last scan comes so often."""
+    data = saved(photograph(), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * count + data[-2:]
+
+
 DAMAGED = {
     "empty": (b"", "empty"),
     "text": (b"this is no image", "no image of a known format"),
@@ -45,6 +52,7 @@ DAMAGED = {
     "larger than any": (bomb(10_000), "bomb"),
     "animated gif": (animation("GIF"), "several frames"),
     "animated webp": (animation("WEBP"), "several frames"),
+    "scans": (scans(200), "209 scans, more than 200"),
     "pages": (animation("TIFF"), "several frames"),
     "float": (saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "no known range"),
 }

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from normfree.common.files import remove_stale, temporary_path, write_atomically
+from normfree.common.files import folders_in, read, remove_stale, sizes, temporary_path, walk, write_atomically
 
 
 @pytest.fixture
@@ -79,3 +81,50 @@ def test_temporary_files_of_dead_processes_are_removed_and_of_living_ones_not(tm
     assert {path.name for path in tmp_path.iterdir()} == left
     remove_stale(tmp_path, locked=True)
     assert {path.name for path in tmp_path.iterdir()} == left - {mine.name}
+
+
+def test_tensors_of_a_file_are_bounded_in_number(tmp_path, monkeypatch):
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "m.safetensors")
+    assert sizes(tmp_path / "m.safetensors") == (2, 2)
+    monkeypatch.setattr("normfree.common.files.MOST_TENSORS", 1)
+    for reading in (read, sizes):
+        with pytest.raises(ValueError, match=r"m\.safetensors': has 2 tensors, more than 1"):
+            reading(tmp_path / "m.safetensors")
+
+
+def files_of(folder):
+    for name in ("a.png", ".hidden.png", "one/b.png", "one/._c.png", "one/.checkpoints/d.png", "two/e.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_a_walk_passes_over_what_is_hidden_and_follows_links_once(tmp_path):
+    home = files_of(tmp_path / "home")
+    (files_of(tmp_path / "other") / "again").symlink_to(home / "two")
+    (home / "linked").symlink_to(tmp_path / "other")
+    (home / "linked too").symlink_to(tmp_path / "other")
+    found = sorted(str(path.relative_to(home)) for path in walk(home))
+    beside = [f"linked/{name}" for name in ("a.png", "again/e.png", "one/b.png", "two/e.png")]
+    assert found == ["a.png", *beside, "one/b.png"]  # two is what linked/again leads to
+    assert [path.name for path in folders_in(home)] == ["linked", "linked too", "one", "two"]
+
+
+@pytest.mark.parametrize("where", ["one", "one/deep"])
+def test_a_link_to_a_folder_that_it_lies_in_is_named(where, tmp_path):
+    (files_of(tmp_path) / where).mkdir(exist_ok=True)
+    (tmp_path / where / "loop").symlink_to(tmp_path)
+    for folder in (tmp_path, tmp_path / "one"):
+        with pytest.raises(ValueError, match=r"images='.*loop': is a link to a folder that it lies in; remove it"):
+            list(walk(folder, "images"))
+
+
+@pytest.mark.parametrize("reading", [walk, folders_in])
+def test_a_folder_that_cannot_be_read_is_named(reading, tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(ValueError, match=r"images='.*inner': cannot be read \(Permission denied\); make it readable"):
+        list(reading(tmp_path / "inner", "images"))

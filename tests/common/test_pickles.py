@@ -1,6 +1,8 @@
 """A file of torch.save is looked at before PyTorch builds what it says."""
 
+import io
 import pickle
+import tarfile
 import zipfile
 from collections import OrderedDict
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from normfree.common.pickles import DEEPEST, check_torch_file
+from normfree.common.pickles import DEEPEST, MOST_LARGE_KEYS, SMALL_KEY, check_torch_file
 
 
 def nested(depth):
@@ -67,3 +69,54 @@ def test_numbers_are_as_large_as_the_file(tmp_path):
             compressed.writestr(name, whole.read(name))
     with pytest.raises(ValueError, match="compressed"):
         check_torch_file(tmp_path / "c.pth")
+
+
+CALLS = b"\x80\x02cos\nsystem\nX\x00\x00\x00\x00\x85R."
+"""A pickle that is refused as soon as it is looked at."""
+
+
+def archive(path, **pickles):
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in {"version": b"3\n", "byteorder": b"little", **pickles}.items():
+            file.writestr(f"archive/{name}", content)
+    return path
+
+
+def test_the_pickle_that_pytorch_reads_is_the_one_that_is_checked(tmp_path):
+    harmless = pickle.dumps({}, 2)
+    with pytest.raises(pickle.UnpicklingError, match=r"GLOBAL os\.system"):
+        check_torch_file(archive(tmp_path / "capitals.pth", **{"DATA.PKL": CALLS}))
+    with pytest.raises(ValueError, match="differ in nothing but case"):
+        check_torch_file(archive(tmp_path / "two.pth", **{"data.pkl": harmless, "DATA.pkl": CALLS}))
+    torch.save({}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    old = (tmp_path / "old.pth").read_bytes().replace(harmless, CALLS, 1)
+    sound = archive(tmp_path / "sound.pth", **{"data.pkl": harmless}).read_bytes()
+    (tmp_path / "both.pth").write_bytes(old + sound)
+    with pytest.raises(pickle.UnpicklingError, match=r"GLOBAL os\.system"):
+        check_torch_file(tmp_path / "both.pth")
+
+
+def test_a_tar_that_begins_like_a_pickle_is_not_opened(tmp_path):
+    torch.save({}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with tarfile.open(tmp_path / "t.pth", "w", format=tarfile.USTAR_FORMAT) as file:
+        file.addfile(tarfile.TarInfo("\x80\x02"), io.BytesIO())
+    with pytest.raises(ValueError, match="tar archive"):
+        check_torch_file(tmp_path / "t.pth")
+
+
+def test_large_numbers_as_keys_are_bounded(tmp_path):
+    """An old optimizer has one for each parameter; many can be chosen so that a dict takes long."""
+    torch.save({"state": {SMALL_KEY + i: i for i in range(MOST_LARGE_KEYS)}}, tmp_path / "w.pth")
+    check_torch_file(tmp_path / "w.pth")
+    torch.save(dict.fromkeys(range(3 * MOST_LARGE_KEYS), 0), tmp_path / "w.pth")
+    check_torch_file(tmp_path / "w.pth")
+    for key in (lambda i: i * (2**61 - 1), lambda i: 0.5 + i):
+        torch.save([{key(i + j): 0 for i in range(1, MOST_LARGE_KEYS)} for j in (0, 1)], tmp_path / "w.pth")
+        with pytest.raises(ValueError, match="10,000 large numbers as keys"):
+            check_torch_file(tmp_path / "w.pth")
+
+
+def test_what_is_in_a_set_is_looked_at_before_it_is_hashed(tmp_path):
+    for content in (b"\x80\x04\x8f(K\x01)\x90.", b"\x80\x04(K\x01)\x91."):
+        with pytest.raises(ValueError, match="key of type tuple"):
+            check_torch_file(archive(tmp_path / "w.pth", **{"data.pkl": content}))

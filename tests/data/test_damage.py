@@ -138,7 +138,7 @@ def test_a_pattern_that_walks_without_end_is_refused(pattern):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("a: &a [x, x]\nb: &b [*a, *a]\nconfigs: *b", r"has an alias \(\*name\) in its header"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nconfigs: *b", r"has no sound header \(it has an alias \(\*name\)"),
         ("configs: [{config_name: default, data_files: '/**/*'}]", "names files that do not lie in its folder"),
         (
             "configs: [{config_name: a, data_files: [{split: test, path: [../x.parquet]}]}]",
@@ -146,6 +146,10 @@ def test_a_pattern_that_walks_without_end_is_refused(pattern):
         ),
         ("configs: [{config_name: a, data_files: 'http://127.0.0.1:9/x.parquet'}]", "names files that do not lie in"),
         ("a: [", "has no sound header"),
+        (f"a: [{'a,' * 100_000}]", "has more than 100,000 values"),
+        ("a: " + "[" * 100, "more than 64 in each other"),
+        ("a: 1234567890123456789", "has a number of 19 characters"),
+        ("a: !!float '" + ":".join(["59"] * 1000) + "'", "has no sound header"),
     ],
 )
 def test_the_card_of_a_data_set_is_bounded(tmp_path, header, message):
@@ -154,7 +158,17 @@ def test_the_card_of_a_data_set_is_bounded(tmp_path, header, message):
     with pytest.raises(ValueError, match=rf"README\.md.*{message}") as caught:
         open_evaluation(DataConfig(source=f"hub:{tmp_path}", evaluation_split="train"))
     assert "\n" not in str(caught.value)
+    tags = "".join(f"- a tag of some length, such as the language {number}\n" for number in range(2_000))  # 90 kB
     (tmp_path / "README.md").write_text(
-        "---\nlicense: mit\nconfigs: [{config_name: a, data_files: '*.parquet'}]\n---\n"
+        f"---\nlicense: mit\nconfigs: [{{config_name: a, data_files: '*.parquet'}}]\ntags:\n{tags}---\n"
     )
     assert len(list(open_evaluation(DataConfig(source=f"hub:{tmp_path}", evaluation_split="train", batch_size=1)))) == 1
+
+
+def test_a_parquet_file_of_too_many_columns_is_named(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "train.parquet", [encoded(0)], [0])
+    monkeypatch.setattr("normfree.data.sources.MOST_COLUMNS", 2)
+    for streaming in (False, True):
+        config = DataConfig(source=str(tmp_path), evaluation_split="train", streaming=streaming)
+        with pytest.raises(ValueError, match=r"train\.parquet': has 3 columns, more than 2"):
+            open_evaluation(config)

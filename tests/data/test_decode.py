@@ -1,6 +1,8 @@
 """Damaged images are told from whole ones, and every colour comes out right."""
 
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -74,6 +76,50 @@ def test_transparency_is_laid_on_white(mode):
     pixels = np.asarray(decode(data))
     assert pixels[0, 0].tolist() == [0, 0, 0]
     assert pixels[2, 2].tolist() == [255, 255, 255]
+
+
+def png(bits, colour, row, width, transparent):
+    """A PNG of one row of pixels of any depth, with a transparent colour."""
+    body = b""
+    header = struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0)
+    for kind, part in (
+        (b"IHDR", header),
+        (b"tRNS", transparent),
+        (b"IDAT", zlib.compress(b"\0" + row)),
+        (b"IEND", b""),
+    ):
+        body += struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part))
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        (png(8, 2, bytes((0, 0, 0, 9, 9, 9)), 2, bytes(6)), [255, 9]),
+        (
+            png(16, 2, struct.pack(">6H", 1000, 2000, 3000, 2560, 2560, 2560), 2, struct.pack(">3H", 1000, 2000, 3000)),
+            [255, 10],
+        ),
+        (png(8, 0, bytes((7, 9)), 2, b"\0\7"), [255, 9]),
+        (png(4, 0, b"\x05\xaf", 4, b"\0\x0a"), [0, 85, 255, 255]),
+        (png(2, 0, b"\x1b", 4, b"\0\1"), [0, 255, 170, 255]),
+        (png(1, 0, b"\xa0", 3, b"\0\0"), [255, 255, 255]),
+        (png(16, 0, struct.pack(">2H", 0, 2570), 2, bytes(2)), [255, 10]),
+    ],
+    ids=["RGB", "RGB of 16 bits", "grey", "grey of 4 bits", "grey of 2 bits", "grey of 1 bit", "grey of 16 bits"],
+)
+def test_a_colour_that_a_png_calls_transparent_is_laid_on_white(data, wanted):
+    for channels in (1, 3):
+        pixels = np.asarray(decode(data, channels)).reshape(len(wanted), -1)
+        assert pixels[:, 0].tolist() == wanted
+
+
+def test_a_grey_tiff_is_scaled_by_its_bits():
+    entries = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 122), (277, 1), (278, 1), (279, 3)]
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    tags = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries)
+    data = head + tags + bytes(4) + b"\xff\xf8\x00"  # levels 4095 and 2048
+    assert np.asarray(decode(data, 1)).tolist() == [[255, 127]]
 
 
 def test_a_photograph_is_turned_as_its_camera_was():

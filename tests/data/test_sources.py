@@ -1,12 +1,18 @@
 """What a source's name leads to, and what a wrong one is told."""
 
+import errno
+import io
+import os
+import tarfile
+
 import datasets
 import pytest
 import torch
 from image_sets import CLASSES, encoded, write_folder, write_parquet, write_shards
+from PIL import Image
 
 from normfree.data import DataConfig, open_evaluation, open_training
-from normfree.data.sources import count_rows, expand_braces, scan_shards, split_of
+from normfree.data.sources import FORMATS, SUFFIXES, count_rows, expand_braces, scan_shards, split_of
 
 
 def everything(data):
@@ -163,6 +169,19 @@ def test_words_as_labels_and_numbers_without_names(tmp_path):
     assert open_training(DataConfig(source=str(tmp_path / "other"), batch_size=2)).num_classes == 4
 
 
+def test_numbers_as_words_are_in_the_order_of_numbers(tmp_path):
+    labels = [str(number) for number in range(11)]
+    for names, order in ((labels, labels), ([*labels[:-1], "07"], sorted([*labels[:-1], "07"]))):
+        rows = {"image": [encoded(n) for n in range(11)], "label": names}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+        data = open_training(DataConfig(source=str(tmp_path), batch_size=11))
+        assert data.class_names == tuple(order)
+        images, targets = next(iter(data))
+        assert {names[red]: order[target] for red, target in zip(images[:, 0, 0, 0], targets, strict=True)} == {
+            name: name for name in names
+        }
+
+
 def test_grey_images_stay_grey_where_asked(folder):
     data = open_training(DataConfig(source=str(folder), in_channels=1, batch_size=2, image_size=8))
     images, _ = next(iter(data))
@@ -173,6 +192,86 @@ def test_grey_images_stay_grey_where_asked(folder):
 def test_files_are_counted_from_their_headers(parquet, shards):
     assert count_rows([str(parquet / "train-0.parquet"), str(parquet / "test.parquet")]) == [13, 5]
     assert scan_shards(expand_braces(shards)) == (21, 3)
+
+
+def test_a_shard_is_looked_at_before_it_is_read(tmp_path):
+    """What tarfile writes is read, and what it would take for the end of a shard is damage."""
+    for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        with tarfile.open(tmp_path / "a.tar", "w", format=kind) as shard:
+            for number in range(4):
+                member = tarfile.TarInfo(f"{'ä' * (300 if number < 3 else 3)}/{number}.cls")
+                member.size, member.mtime = 1, 0.5
+                shard.addfile(member, io.BytesIO(b"2"))
+        assert scan_shards([str(tmp_path / "a.tar")]) == (4, 3)
+    whole = (tmp_path / "a.tar").read_bytes()
+    last = whole.rindex(b"ustar")
+    (tmp_path / "a.tar").write_bytes(whole[:last] + b"USTAR" + whole[last + 5 :])
+    with pytest.raises(ValueError, match=r"a\.tar'.*no whole shard \(bad checksum\)"):
+        scan_shards([str(tmp_path / "a.tar")])
+
+
+def test_a_file_that_is_called_as_a_pattern_is_that_file(tmp_path, monkeypatch, no_network):
+    """Also to datasets, which takes names for patterns."""
+    for place, number in (("d[1]", 1), ("d1", 2), ("{a,b}*?", 3)):
+        write_parquet(tmp_path / f"{place}.parquet", [encoded(number)], [0])
+        write_shards(tmp_path, 1, 1)
+        (tmp_path / "train-000.tar").rename(tmp_path / f"{place}.tar")
+    for name, streaming in (("d[1].parquet", False), ("d[1].parquet", True), ("{a,b}*?.parquet", True)):
+        config = DataConfig(source=str(tmp_path / name), batch_size=1, streaming=streaming, image_size=12)
+        assert numbers(everything(open_training(config))[0]) == [3 if "{" in name else 1]
+    (tmp_path / "d1.tar").write_bytes(b"")
+    for name in ("d[1].tar", "{a,b}*?.tar"):
+        assert open_training(DataConfig(source=str(tmp_path / name), batch_size=1, image_size=12)).examples == 1
+    (tmp_path / "home[1]").mkdir()
+    (tmp_path / "d1.parquet").rename(tmp_path / "home[1]" / "train.parquet")
+    monkeypatch.chdir(tmp_path / "home[1]")
+    config = DataConfig(source="train.parquet", batch_size=1, streaming=True, image_size=12)
+    assert numbers(everything(open_training(config))[0]) == [2]
+    with pytest.raises(ValueError, match=r"home\[1\]': is read as a pattern by datasets; rename it"):
+        open_training(DataConfig(source=f"hub:{tmp_path / 'home[1]'}"))
+    monkeypatch.setattr("normfree.data.sources.SMALL", 0)
+    config = DataConfig(source=str(tmp_path / "d[[]1].parquet"), cache_folder=tmp_path, batch_size=1, image_size=12)
+    assert numbers(everything(open_training(config))[0]) == [1]
+
+
+def test_hidden_files_are_passed_over_and_linked_folders_are_not(folder, tmp_path):
+    def count():
+        return open_training(DataConfig(source=str(folder), batch_size=1)).examples
+
+    (folder / "ant" / "000.png").rename(folder / "ant" / "000.JFIF")
+    assert count() == 20
+    for name in ("ant/.ipynb_checkpoints/000.png", "ant/._001.png", ".cache/000.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(encoded(0))
+    write_parquet(folder / ".cache" / "old.parquet", [encoded(0)], [0])
+    assert count() == 20
+    (folder / "ant" / "more").symlink_to(write_folder(tmp_path / "more", 9) / "ant")
+    assert count() == 23
+    write_parquet(folder / "old.parquet", [encoded(0)], [0])
+    with pytest.raises(ValueError, match=r"images': holds parquet files \('.*old\.parquet'\) and folders of images"):
+        count()
+    config = DataConfig(source=f"{folder}/*.parquet", batch_size=1, image_size=12)
+    assert open_training(config).examples == 1
+
+
+def test_a_class_folder_that_cannot_be_read_is_named(folder, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path="."):
+        if str(path).endswith("bee"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    write_parquet(folder / "ant" / "old.parquet", [encoded(0)], [0])
+    for source in (folder, folder / "**" / "*.parquet"):
+        with pytest.raises(ValueError, match=r"source='.*bee': cannot be read \(Permission denied\)"):
+            open_training(DataConfig(source=str(source), batch_size=1))
+
+
+def test_all_endings_of_the_formats_that_are_decoded_are_taken():
+    Image.init()
+    assert {ending for ending, kind in Image.EXTENSION.items() if kind in {*FORMATS, "MPO"}} <= SUFFIXES
 
 
 WRONG = {

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from normfree.commands.shared import Mean, Original, Std, Terminal, TrainedModel, check_options
 from normfree.common.checks import invalid, require
-from normfree.common.files import check_place, refused, write_atomically
+from normfree.common.files import check_place, refused, walk, write_atomically
 from normfree.common.text import printable, quoted
 from normfree.data import (
     DataConfig,
@@ -289,7 +289,7 @@ class Predict(_Trained):
             if not path.is_dir():
                 files.append(path)
                 continue
-            found = (one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES and one.is_file())
+            found = (one for one in walk(path, "images") if one.suffix.lower() in SUFFIXES and one.is_file())
             inside = list(islice(found, MOST_IMAGES + 1))
             if not inside:
                 rule = f"holds no image ({', '.join(sorted(SUFFIXES))}), nor do the folders below it"

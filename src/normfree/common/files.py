@@ -17,8 +17,7 @@ import stat
 import sys
 import types
 import typing
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -210,6 +209,50 @@ def check_file(path: str | Path, argument: str = "path", remedy: str = "give a f
     return Path(path)
 
 
+def walk(folder: str | Path, argument: str = "path") -> Iterator[Path]:
+    """Yield the files in a folder and in the folders below it, those that links lead to once; hidden ones are left out.
+
+    Args:
+        folder: where to begin.
+        argument: what named it, for messages.
+
+    Raises:
+        ValueError: naming a folder that cannot be read, or a link to a folder that it lies in.
+    """
+
+    def raise_named(error: OSError) -> None:
+        raise _unreadable(error, argument) from error
+
+    known: set[str] = set()
+    root = os.path.realpath(folder)
+    for place, folders, files in os.walk(folder, onerror=raise_named, followlinks=True):
+        real = os.path.realpath(place)
+        above = (root, os.path.realpath(os.path.dirname(place)))
+        if place != str(folder) and os.path.islink(place) and any(Path(one).is_relative_to(real) for one in above):
+            raise refused(argument, place, "is a link to a folder that it lies in", "remove it")
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in known)
+        if real not in known:
+            known.add(real)
+            yield from (Path(place, name) for name in files if not name.startswith("."))
+
+
+def folders_in(folder: Path, argument: str = "path") -> list[Path]:
+    """Return the folders in a folder, by name; hidden ones are left out.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir())
+    except OSError as error:
+        raise _unreadable(error, argument) from error
+
+
+def _unreadable(error: OSError, argument: str) -> ValueError:
+    rule = f"cannot be read ({error.strerror})"
+    return refused(argument, str(error.filename), rule, "make it readable, or move it elsewhere")
+
+
 def read_bytes(path: str | Path, argument: str = "path", *, most: int = JSON_BYTES) -> bytes:
     """Return what is in a regular file.
 
@@ -346,6 +389,10 @@ MOST_NOTE = 2**26
 """Characters of a note that are read at most: the record of a conversion of 100,000 modules."""
 
 
+MOST_TENSORS = 200_000
+"""Tensors of a file at most: a network of 100,000 layers has as many."""
+
+
 def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """Return the text by name that a file is to keep.
 
@@ -398,10 +445,14 @@ def is_safetensors(path: str | Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
+ARCHIVE, PICKLE = b"PK\x03\x04", b"\x80\x02"
+"""How files of ``torch.save`` begin, by which PyTorch tells them apart; ``zipfile`` looks at the end of a file."""
+
+
 def is_of_torch(path: str | Path) -> bool:
     """Tell whether a file begins as those of ``torch.save`` do: an archive, or of versions before 1.6 a pickle."""
     with open(path, "rb") as file:
-        return file.read(2) == b"\x80\x02" or zipfile.is_zipfile(path)
+        return file.read(4).startswith((ARCHIVE, PICKLE))
 
 
 def notes_of(path: str | Path) -> Mapping[str, str] | None:
@@ -440,7 +491,10 @@ def read(path: str | Path, argument: str = "path") -> Stored:
                 raise refused(
                     argument, path, f"has a note of more than {MOST_NOTE:,} characters", "give an undamaged one"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            names = file.keys()
+            if len(names) > MOST_TENSORS:
+                raise refused(argument, path, f"has {len(names):,} tensors, more than {MOST_TENSORS:,}", "give another")
+            tensors = {name: file.get_tensor(name) for name in names}
             return Stored(path, argument, notes, tensors)
     except (SafetensorError, OSError, AttributeError, TypeError) as error:  # the latter: a dtype torch does not have
         if is_of_torch(path):
@@ -460,7 +514,10 @@ def sizes(path: str | Path, argument: str = "path") -> tuple[int, int]:
 
     try:
         with safe_open(check_file(path, argument), framework="pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - not a dict
+            names = file.keys()
+            if len(names) > MOST_TENSORS:
+                raise refused(argument, path, f"has {len(names):,} tensors, more than {MOST_TENSORS:,}", "give another")
+            shapes = [file.get_slice(name).get_shape() for name in names]
     except (SafetensorError, OSError) as error:
         rule = f"is no sound safetensors file ({all_lines(error)})"
         raise invalid(argument, str(path), rule, "give an undamaged one") from error

@@ -9,16 +9,25 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
+
+import torch
+
+from normfree.common.files import ARCHIVE
 
 DEEPEST = 64
 """Containers in containers in a file of ``torch.save`` at most; an optimizer's state has seven."""
 
 MOST_VALUES = 10**7
 """Values in it at most, counted as often as they are met on the way from the outermost container."""
+
+SMALL_KEY, MOST_LARGE_KEYS = 2**24, 10_000
+"""A whole number below the first is no large key, and so many are in a file at most; optimizers of versions before 1.6
+have one for each parameter. More could be chosen so that they fall on one place in a dict: n take time in n²."""
 
 _CALLED = re.compile(
     r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter|parameter_with_state)|torch\._tensor\._rebuild_from_type_v2"
@@ -30,20 +39,25 @@ _PYTHONS: Any = pickle._Unpickler  # type: ignore[attr-defined] - the one writte
 
 
 class PlainKeysUnpickler(_PYTHONS):
-    """Python's unpickler, written in Python, which looks at the keys of dicts before they are hashed.
+    """Python's unpickler, written in Python, which looks at the keys of dicts and sets before they are hashed.
 
     Args:
         file: to read from.
     """
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(_PYTHONS.dispatch)
+    large_keys = 0
 
     def check_keys(self, keys: Iterable[Any]) -> None:
-        """Raise for a key that is no text or number."""
+        """Raise for a key that is no text or number, and for too many large numbers."""
         __tracebackhide__ = True
         for key in keys:
             if not isinstance(key, (str, bytes, int, float, type(None))):
                 raise self.refusal(f"has a key of type {type(key).__name__.lstrip('_')}")
+            if isinstance(key, float) or (isinstance(key, int) and abs(key) >= SMALL_KEY):
+                self.large_keys += 1
+        if self.large_keys > MOST_LARGE_KEYS:
+            raise self.refusal(f"has more than {MOST_LARGE_KEYS:,} large numbers as keys")
 
     def refusal(self, rule: str) -> Exception:
         """Return (not raise) the error about the file."""
@@ -61,9 +75,19 @@ class PlainKeysUnpickler(_PYTHONS):
         self.check_keys(self.stack[::2])
         super().load_dict()
 
+    def load_additems(self) -> None:
+        self.check_keys(self.stack)
+        super().load_additems()
+
+    def load_frozenset(self) -> None:
+        self.check_keys(self.stack)
+        super().load_frozenset()
+
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems
     dispatch[pickle.DICT[0]] = load_dict
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
 
 
 class _Made:
@@ -126,20 +150,37 @@ def check_torch_file(path: str | Path) -> None:
         Exception: it is damaged, of almost any kind.
     """
     __tracebackhide__ = True
-    if not zipfile.is_zipfile(path):  # of versions before 1.6: four pickles, of which the last is the content, a fifth
-        with open(path, "rb") as file:
-            for _ in range(5):
+    with open(path, "rb") as file:
+        block = file.read(tarfile.BLOCKSIZE)
+        file.seek(0)
+        if not block.startswith(ARCHIVE):
+            if _is_tar(block):
+                raise ValueError("it is a tar archive, which torch.save does not write")
+            for _ in range(5):  # of versions before 1.6: four pickles, of which the last is the content, and a fifth
                 _check(file)
-        return
+            return
+    reader = torch._C.PyTorchFileReader(str(path))  # torch's own, for another may find other members in the same file
+    names = reader.get_all_records()
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        if any(one.compress_type != zipfile.ZIP_STORED for one in entries):
-            raise ValueError("it is a compressed archive, which torch.save does not write")
-        if sum(one.file_size for one in entries) > Path(path).stat().st_size:
-            raise ValueError("its parts are larger than the archive")
-        for entry in entries:
-            if entry.filename.rpartition("/")[2] == "data.pkl":
-                _check(io.BytesIO(archive.read(entry)))
+    if any(one.compress_type != zipfile.ZIP_STORED for one in entries):
+        raise ValueError("it is a compressed archive, which torch.save does not write")
+    if sum(one.file_size for one in entries) > Path(path).stat().st_size:
+        raise ValueError("its parts are larger than the archive")
+    if sorted(one.filename.partition("/")[2] for one in entries) != sorted(names):
+        raise ValueError("its table of contents can be read in two ways")
+    if len({name.lower() for name in names}) < len(names):  # torch finds a member by its name in any case
+        raise ValueError("it has members whose names differ in nothing but case")
+    _check(io.BytesIO(reader.get_record("data.pkl")))
+
+
+def _is_tar(block: bytes) -> bool:
+    """Whether PyTorch would open the file that begins so as an archive of tar, which it tries before a pickle."""
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return False
+    return True
 
 
 def _check(file: BinaryIO) -> None:

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from normfree.common.checks import invalid, require
+from normfree.common.files import walk
 from normfree.common.process import seeded
 from normfree.common.text import first_line
 from normfree.data.augmentation import Standardization, transforms
 from normfree.data.config import IMAGENET_MEAN, IMAGENET_STD, AugmentationConfig, DataConfig
 from normfree.data.pipeline import TrainingData, open_training
 from normfree.data.records import DamagedImage, decode
-from normfree.data.sources import SUFFIXES
+from normfree.data.sources import SUFFIXES, parquet_in
 
 
 class Probe(Protocol):
@@ -170,7 +171,7 @@ class ImageFolder(Images):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"input: {str(folder)!r} is no folder")
-        self.files = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        self.files = sorted(p for p in walk(self.folder, "input") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not self.files:
             raise ValueError(
                 f"input: {str(folder)!r} holds no image ({', '.join(sorted(SUFFIXES))}), nor do the folders below it"
@@ -262,7 +263,7 @@ def probe_named(name: str) -> Probe:
     transforms()  # now, and not when a model has been built
     if name == "photos":
         return Photographs()
-    if Path(name).is_dir() and not any(Path(name).rglob("*.parquet")):
+    if Path(name).is_dir() and not parquet_in(Path(name), "input"):
         return ImageFolder(name)
     try:
         return SourceImages(name)

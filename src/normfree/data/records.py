@@ -6,8 +6,9 @@ import contextlib
 import functools
 import io
 import os
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -18,16 +19,19 @@ from normfree.common.files import kind_of
 from normfree.common.text import first_line, printable, shortened
 from normfree.data.config import MOST_CLASSES, DataConfig
 from normfree.data.holdout import hold_out, is_streamed
-from normfree.data.sources import Columns, Namer, Source, choose_split, find_columns, find_source, read_rows
+from normfree.data.sources import FORMATS, Columns, Namer, Source, choose_split, find_columns, find_source, read_rows
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
-"""Formats that are decoded, an MPO as the JPEG it is: none of Pillow's that starts another program (PostScript)."""
+MOST_SCANS = 200
+"""Scans of a JPEG at most, those of its previews counted: a progressive one has about ten, each as long to decode."""
 
 SIXTEEN_BITS = ("PNG", "PPM")
 """Formats whose grey of more than eight bits has sixteen, where Pillow opens it as whole numbers of 32."""
 
-PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
-"""TIFF's tag for what zero stands for, and its value where that is white."""
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+"""TIFF's tags for the bits of a level and for what zero stands for, and the latter's value where that is white."""
+
+OTHER_DEPTHS = {"L;2": 255 / 3, "L;4": 255 / 15, "RGB;16B": 1 / 256}
+"""What Pillow multiplies the levels of a PNG by that has not eight bits, as it reads them to eight."""
 
 ORIENTATION = 0x0112
 """EXIF's tag for how the camera was held."""
@@ -52,7 +56,7 @@ def decode(source: bytes | str | Path, channels: int = 3) -> Any:
 
     Raises:
         DamagedImage: if it is empty, truncated, animated, no image, or so large that decoding it is an attack
-            (Pillow's limit, 89 million pixels).
+            (Pillow's limit, 89 million pixels; :data:`MOST_SCANS`).
         ImportError: Pillow is not installed.
     """
     Image = require("PIL.Image", "decoding images")
@@ -64,6 +68,8 @@ def decode(source: bytes | str | Path, channels: int = 3) -> Any:
                 # A photograph with a preview beside it (MPO) also has frames; its first is the picture.
                 if getattr(image, "is_animated", False) and image.format != "MPO":
                     raise DamagedImage("it has several frames, of which none is the image")
+                _check_scans(image)
+                _scale_transparency(image)
                 return to_eight_bits(_upright(image), channels)
     except DamagedImage:
         raise
@@ -90,13 +96,34 @@ def _opened(source: bytes | str | Path) -> Any:
 
     if not isinstance(source, bytes) and (kind := kind_of(source)) != "file":
         raise DamagedImage("there is no such file" if kind == "nothing" else f"it is {kind}, no file")
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=tuple(FORMATS))
+
+
+def _check_scans(image: Any) -> None:
+    """Raise for a JPEG of so many scans that decoding it is an attack; no other segment begins by these bytes."""
+    if image.format in ("JPEG", "MPO"):
+        place = image.fp.tell()
+        image.fp.seek(0)
+        scans = image.fp.read().count(b"\xff\xda")
+        image.fp.seek(place)
+        if scans > MOST_SCANS:
+            raise DamagedImage(f"it has {scans:,} scans, more than {MOST_SCANS}")
+
+
+def _scale_transparency(image: Any) -> None:
+    """Say a PNG's transparent colour in the eight bits of its pixels as they are read; Pillow leaves it as it is."""
+    level = image.info.get("transparency")
+    scale = OTHER_DEPTHS.get(image.tile[0][3]) if image.format == "PNG" and image.tile else None
+    if scale is not None and level is not None:
+        image.info["transparency"] = (
+            tuple(int(one * scale) for one in level) if image.mode == "RGB" else int(level * scale)
+        )
 
 
 def to_eight_bits(image: Any, channels: int = 3) -> Any:
     """Convert a PIL image of any mode to RGB or grey; Pillow's own conversion clips sixteen bits to white."""
     wanted = "RGB" if channels == 3 else "L"
-    if image.mode == wanted:
+    if image.mode == wanted and "transparency" not in image.info:
         image.load()  # while the file is open
         return image
     if image.mode == "F":
@@ -111,11 +138,13 @@ def to_eight_bits(image: Any, channels: int = 3) -> Any:
 
 
 def _eight_of_sixteen_bits(image: Any) -> Any:
-    """Grey of eight bits; Pillow has left undone what a TIFF or PNG says of zero and of a transparent level."""
+    """Grey of eight bits; Pillow has left undone what a TIFF or PNG says of its bits, of zero and of transparency."""
     import numpy as np
     from PIL import Image
 
-    grey = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] if image.format == "TIFF" else 16
+    scale = 255 / (2**bits - 1)
+    grey = image.convert("I").point(lambda value: value * scale).convert("L")
     if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         grey = grey.point(lambda value: 255 - value)
     level = image.info.get("transparency")
@@ -278,6 +307,12 @@ def list_names(names: Sequence[str], most: int = 5) -> str:
     return printable(", ".join(shortened(name, 30) for name in names[:most]) + more)
 
 
+def in_order(names: Collection[str]) -> tuple[str, ...]:
+    """Return names of classes in the order of their text, or of their numbers where all of them are whole numbers."""
+    numbers = all(re.fullmatch("0|[1-9][0-9]*", name) for name in names)
+    return tuple(sorted(names, key=(lambda name: (len(name), name)) if numbers else None))
+
+
 def _find_class_names(
     source: Source, split: str, columns: Columns, config: DataConfig, streamed: bool, known: Sequence[str] | None
 ) -> tuple[str, ...]:
@@ -303,7 +338,7 @@ def _find_class_names(
             rule = f"the column {columns.label!r} holds {len(distinct)} names of classes"
             raise invalid("num_classes", config.num_classes, rule, "leave it out")
         _check_count(columns.label, len(distinct), len(distinct), len(labels))
-        return tuple(sorted(distinct))
+        return in_order(distinct)
     if config.num_classes is not None:
         return tuple(map(str, range(config.num_classes)))
     if distinct and all(isinstance(label, int) for label in distinct) and max(distinct) >= 0:

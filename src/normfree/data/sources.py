@@ -17,14 +17,28 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 from normfree.common.checks import invalid, require, suggestion
-from normfree.common.files import check_file, kind_of, read_bytes, refused
-from normfree.common.text import first_line, quoted
+from normfree.common.files import check_file, folders_in, kind_of, read_bytes, refused, walk
+from normfree.common.text import all_lines, first_line, quoted
+from normfree.common.yaml_loader import bounded_loader
 from normfree.data.config import DataConfig
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+}
+"""Formats that are decoded, an MPO as the JPEG it is, and the endings of their files: none of Pillow's that starts
+another program (PostScript)."""
+
+SUFFIXES = frozenset(itertools.chain.from_iterable(FORMATS.values()))
 
 MOST_PATTERNS, MOST_BRACES = 100_000, 32
 """Names that a source's braces stand for, and pairs of braces, at most."""
@@ -32,6 +46,9 @@ MOST_PATTERNS, MOST_BRACES = 100_000, 32
 SMALL = 2**30
 """Bytes of parquet that are read into memory as they are."""
 
+
+MOST_COLUMNS = 2_000
+"""Columns of a parquet file, each part of a nested one counted: ``datasets`` takes time in the square of them."""
 
 MOST_UNPACKED, MOST_REPEATED = 2**28, 16
 """Bytes in memory of a parquet file of any size, and for each of its bytes: encoded images are not compressed again."""
@@ -86,13 +103,10 @@ def find_source(config: DataConfig) -> Source:
     if name.startswith("hub:"):
         return HubSource(config)
     if kind_of(name) == "a folder":
-        if files := sorted(str(file) for file in Path(name).rglob("*.parquet")):
+        if files := parquet_in(Path(name)):
             return FileSource("parquet", group_by_split(files), config)
         return FolderSource(Path(name))
-    patterns = expand_braces(name)
-    for pattern in patterns:
-        _check_depth(pattern)
-    files = [file for one in patterns for file in ([one] if "://" in one else sorted(glob.glob(one, recursive=True)))]
+    files = [name] if kind_of(name) == "file" else _matching(expand_braces(name))
     if not files:
         rule = "there is no such folder or file"
         raise invalid("source", name, rule, "pass digits, a folder, *.parquet or *.tar files, or hub:OWNER/NAME")
@@ -100,6 +114,42 @@ def find_source(config: DataConfig) -> Source:
         if all(file.endswith(suffix) for file in files):
             return FileSource(kind, group_by_split(files), config)
     raise invalid("source", name, "files must all be .parquet or all be .tar", "pass a folder to read image files")
+
+
+def parquet_in(folder: Path, argument: str = "source") -> list[str]:
+    """Return the parquet files in a folder and in the folders below it.
+
+    Args:
+        folder: where to look.
+        argument: what named it, for messages.
+
+    Raises:
+        ValueError: folders in it hold image files as well, so that either could be meant.
+    """
+    files, image = [], None
+    for file in walk(folder, argument):
+        if file.suffix == ".parquet":
+            files.append(str(file))
+        elif file.suffix.lower() in SUFFIXES and file.parent != folder:
+            image = file
+    if files and image:
+        rule = f"holds parquet files ({quoted(files[0])}) and folders of images ({quoted(str(image))})"
+        raise refused(argument, folder, rule, "name the parquet files by a pattern, or move them elsewhere")
+    return sorted(files)
+
+
+def _matching(patterns: Sequence[str]) -> list[str]:
+    """The files of each pattern, by name; a file that is called as a pattern is that file. Addresses stay."""
+    files = []
+    for pattern in patterns:
+        _check_depth(pattern)
+        known = "://" in pattern or kind_of(pattern) == "file"
+        folder = pattern.partition("**")[0]
+        if not known and folder != pattern and os.path.isdir(folder or "."):
+            for _ in walk(folder or ".", "source"):  # raises where ``glob`` passes over a folder that cannot be read
+                pass
+        files += [pattern] if known else sorted(glob.glob(pattern, recursive=True))
+    return files
 
 
 def _check_depth(pattern: str) -> None:
@@ -159,13 +209,13 @@ class FolderSource:
     streams = False
 
     def __init__(self, folder: Path) -> None:
-        inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        inside = folders_in(folder, "source")
         named = {path.name: path for path in inside if split_of(path.name) is not None}
         whole = len(named) == len(inside) > 0
         self.folders = named if whole else {"train": folder}
         self.splits = tuple(self.folders)
-        classes = {path.name for part in self.folders.values() for path in part.iterdir() if path.is_dir()}
-        self.class_names = tuple(sorted(name for name in classes if not name.startswith(".")))
+        classes = {path.name for part in self.folders.values() for path in folders_in(part, "source")}
+        self.class_names = tuple(sorted(classes))
         if not self.class_names:
             remedy = "put the images of each class in a folder of its name"
             raise invalid("source", str(folder), "the folder holds no class folders", remedy)
@@ -181,7 +231,7 @@ class FolderSource:
         folder = self.folders[split]
         labels, paths = [], []
         for number, name in enumerate(self.class_names):
-            found = (folder / name).rglob("*")
+            found = walk(folder / name, "source") if (folder / name).is_dir() else ()
             files = sorted(str(file) for file in found if file.suffix.lower() in SUFFIXES)
             for file in (name, *files):
                 if not file.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in file):
@@ -237,9 +287,9 @@ class FileSource:
         whole = self.kind == "parquet" and not streaming and self._is_local(split)
         if whole and sum(map(os.path.getsize, files)) <= SMALL:
             return self._read(files)
-        if self.kind == "webdataset":
-            self.count(split)  # names the shard that is damaged, or holds more than is stored of it
-        return _load(self.config, self.kind, data_files={"train": files}, split="train", streaming=streaming)
+        self.count(split)  # names the file that is damaged, or the shard that holds more than is stored of it
+        chosen = [file if "://" in file else glob.escape(os.path.abspath(file)) for file in files]  # no patterns
+        return _load(self.config, self.kind, data_files={"train": chosen}, split="train", streaming=streaming)
 
     def _read(self, files: list[str]) -> Any:
         """The encoded rows of small parquet files, in memory: ``datasets`` would write a copy of them first."""
@@ -329,20 +379,17 @@ def _check_card(path: Path) -> None:
     """Refuse the README of a folder laid out like a data set of the hub that would not end to be read, or leads out.
 
     Raises:
-        ValueError: its header refers from one place to another, which may grow without bound, or names files that do
-            not lie in the folder.
+        ValueError: its header is none that :func:`bounded_loader` reads, or names files that do not lie in the folder.
     """
     if kind_of(path) == "nothing":
         return
-    yaml: Any = require("yaml", "the card of a data set")
+    yaml, loader = require("yaml", "the card of a data set"), bounded_loader("the card of a data set")
     text = read_bytes(path, "source", most=MOST_CARD).decode(errors="replace")
     header = text.split("---", 2)[1] if text.lstrip().startswith("---") and text.count("---") > 1 else ""
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(header, Loader=yaml.SafeLoader)):
-            raise refused("source", path, "has an alias (*name) in its header", "write it out")
-        document = yaml.safe_load(header)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise refused("source", path, f"has no sound header ({first_line(error)})", "mend it") from error
+        document = yaml.load(header, loader)
+    except Exception as error:  # PyYAML's own kind, and what its constructors make of a tag's wrong value
+        raise refused("source", path, f"has no sound header ({all_lines(error)})", "mend it") from error
     configurations = document.get("configs") if isinstance(document, dict) else None
     for named in _words_in([one.get("data_files") for one in configurations or () if isinstance(one, dict)]):
         parts = PurePosixPath(named).parts
@@ -371,6 +418,8 @@ class HubSource:
         self.configuration = rest[0] if rest else None
         self.config = config
         if kind_of(self.name) == "a folder":
+            if glob.has_magic(os.path.realpath(self.name)):
+                raise refused("source", self.name, "is read as a pattern by datasets", "rename it without * ? [ ]")
             _check_card(Path(self.name) / "README.md")
         with quiet_datasets(), one_line_errors(config.source):
             self.splits = tuple(datasets.get_dataset_split_names(self.name, self.configuration))
@@ -474,16 +523,20 @@ def count_rows(files: Sequence[str]) -> list[int]:
     """Return the rows of each parquet file, from its footer.
 
     Raises:
-        ValueError: naming the file that is not parquet.
+        ValueError: naming the file that is not parquet, or has too many columns.
     """
     from pyarrow import ArrowException, parquet
 
     counts = []
     for file in files:
         try:
-            counts.append(parquet.read_metadata(file).num_rows)
+            footer = parquet.read_metadata(file)
         except (ArrowException, OSError) as error:
             raise invalid("source", file, f"is no whole parquet file ({first_line(error)})", "write it anew") from error
+        if footer.num_columns > MOST_COLUMNS:
+            rule = f"has {footer.num_columns:,} columns, more than {MOST_COLUMNS:,}"
+            raise invalid("source", file, rule, "write those of the images and labels alone")
+        counts.append(footer.num_rows)
     return counts
 
 
@@ -492,6 +545,59 @@ LONGEST_NUMBER = 32
 
 UNPACKED = frozenset({"gz", "bz2", "xz", "lz4", "zst", "npy", "npz", "cbor", "pth", "pyd", "ten", "tb", "mp", "msg"})
 """Endings of members that ``datasets`` decompresses or decodes into arrays, which may be far larger than the shard."""
+
+
+MOST_HEADER = 2**16
+"""Bytes at most of what stands before a member in a shard: a long name, or its attributes."""
+
+_PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_ATTRIBUTE = re.compile(rb"(\d{1,5}) ([^=]{1,300})=")
+
+
+class _Member(tarfile.TarInfo):
+    """A member of a shard, whose headers are looked at before ``tarfile`` reads them, which may never end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Self:
+        _check_header(tarfile.fileobj)
+        return super().fromtarfile(tarfile)
+
+
+def _check_header(shard: Any) -> None:
+    """Raise for a header that is damaged, of negative or too large a size, or of a sparse file; the place stays."""
+    place = shard.tell()
+    block = shard.read(tarfile.BLOCKSIZE)
+    if not block.strip(b"\0"):  # the end
+        shard.seek(place)
+        return
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:  # which ``tarfile`` takes for the end
+        raise ValueError(str(error)) from error
+    name = quoted(header.name)
+    if header.size < 0:
+        raise ValueError(f"{name} has {header.size} bytes")
+    if header.type == tarfile.GNUTYPE_SPARSE:
+        raise ValueError(f"{name} is a sparse file, larger than what is stored of it")
+    if header.type in (*_PAX, *_LONG) and header.size > MOST_HEADER:
+        raise ValueError(f"{name} is a header of {header.size:,} bytes, more than {MOST_HEADER:,}")
+    if header.type in _PAX:
+        _check_attributes(shard.read(-(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE), name)
+    shard.seek(place)
+
+
+def _check_attributes(content: bytes, name: str) -> None:
+    """Raise for attributes (pax) on which ``tarfile`` takes time in the square of their length, and of sparse files."""
+    position = 0
+    while found := _ATTRIBUTE.match(content, position):
+        if found[2].startswith(b"GNU.sparse"):
+            raise ValueError(f"{name} is of a sparse file, larger than what is stored of it")
+        if int(found[1]) <= len(found[0]):
+            break
+        position += int(found[1])
+    if content[position:].strip(b"\0") or re.search(rb"\d{100}", content):
+        raise ValueError(f"{name} holds no sound attributes")
 
 
 def scan_shards(files: Sequence[str]) -> tuple[int, int | None]:
@@ -504,8 +610,10 @@ def scan_shards(files: Sequence[str]) -> tuple[int, int | None]:
     for file in files:
         keys = set()
         try:
-            with tarfile.open(file, "r:") as shard:  # of a compressed one, a few bytes may be a memory's worth
+            with tarfile.open(file, "r:", tarinfo=_Member) as shard:  # a compressed one may be a memory's worth
                 for member in shard:
+                    if member.size < 0:  # as an attribute says
+                        raise ValueError(f"{quoted(member.name)} has {member.size} bytes")
                     if member.issparse():
                         raise ValueError(f"{quoted(member.name)} is a sparse file, larger than what is stored of it")
                     path = PurePosixPath(member.name)
@@ -522,7 +630,7 @@ def scan_shards(files: Sequence[str]) -> tuple[int, int | None]:
                                 f"{quoted(member.name)} is no number of {LONGEST_NUMBER} characters at most"
                             )
                         largest = max(largest, int(number))
-        except (tarfile.TarError, OSError, ValueError) as error:
+        except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
             raise invalid("source", file, f"is no whole shard ({first_line(error)})", "write it anew") from error
         examples += len(keys)
     if not examples:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -34,6 +35,7 @@ from normfree.common.checks import (
 )
 from normfree.common.files import parse_dataclass, read_bytes, read_json, refused
 from normfree.common.text import LONGEST, first_line, quoted, shortened
+from normfree.common.yaml_loader import bounded_loader
 from normfree.data import AugmentationConfig, DataConfig
 from normfree.data.config import check_image_size
 from normfree.models.nfnet import NFNET_SIZES
@@ -391,7 +393,11 @@ def read_config(
         raise refused("config", path, "is neither .json nor .yaml", "give a run's config.json, or YAML")
     document = read_json(path, "config") if path.suffix == ".json" else _read_yaml(path)
     described = isinstance(document.get("config"), Mapping) and isinstance(document.get("derived"), Mapping)
-    values = _settings(document["config"] if described else document)
+    spelled = list(_settings(document["config"] if described else document))
+    values = dict(spelled)
+    if len(values) < len(spelled):
+        twice = Counter(name for name, _ in spelled).most_common(1)[0][0]
+        raise refused("config", path, f"has {shortened(twice, 80)} twice, in two spellings", "say it once")
     if base is None and "model" not in values:
         remedy = f"name a recipe to begin with: normfree train cifar --config {path}"
         raise refused("config", path, "says no model", remedy)
@@ -437,10 +443,14 @@ _FOLLOWED: dict[str, tuple[Callable[[str, Path], bool], str]] = {
 """Settings that a file has a say in only where what they name is harmless: whether it is, and what is not done else."""
 
 
-def _settings(document: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of a document by their dotted names, with the underscores of Python; empty sections are left out."""
-    leaves = flatten({str(name): value for name, value in document.items()})
-    return {name.replace("-", "_"): value for name, value in leaves.items()}
+    for name, value in document.items():
+        spelled = f"{prefix}{name}".replace("-", "_")
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{spelled}.")
+        else:
+            yield spelled, value
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -473,24 +483,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a file of YAML.
 
     Raises:
-        ValueError: it is none, has a key twice, or refers from one place to another, which may grow without bound.
+        ValueError: it is none, or :func:`bounded_loader` refuses it.
     """
     yaml: Any = require("yaml", "a YAML config")
 
-    class Loader(yaml.SafeLoader):
-        """Takes 1e-4 for a number and None for nothing, as the command line does; knows no aliases."""
+    class Loader(bounded_loader("a YAML config")):
+        """Takes 1e-4 for a number and None for nothing, as the command line does, and no number that it reads so."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("it has an alias (*name)")
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            mapping = super().construct_mapping(node, deep=deep)
-            if len(mapping) < len(node.value):
-                keys = [key.value for key, _ in node.value]
-                raise yaml.YAMLError(f"it has {next(key for key in keys if keys.count(key) > 1)} twice")
-            return mapping
+            node = super().compose_node(parent, index)
+            kind = str(node.tag).rpartition(":")[2]
+            if kind in ("int", "float") and re.match(r"[-+]?(0\d|.*:)" if kind == "int" else ".*:", str(node.value)):
+                raise yaml.YAMLError(f"{quoted(node.value)} is another number in YAML: 010 is 8, and 1:30 is 90")
+            return node
 
     number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))

@@ -141,8 +141,9 @@ def check_names(argument: str, model: str, wanted: Iterable[str], given: Iterabl
     """
     __tracebackhide__ = True
     wanted, given = list(wanted), list(given)
-    missing = [name for name in wanted if name not in set(given)]
-    left = [name for name in given if name not in set(wanted)]
+    known, needed = set(given), set(wanted)
+    missing = [name for name in wanted if name not in known]
+    left = [name for name in given if name not in needed]
     parts = []
     if missing:
         parts.append(f"{len(missing)} of {len(wanted)} arrays are missing ({listed(missing)})")
