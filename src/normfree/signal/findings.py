@@ -663,17 +663,19 @@ def _correlation_collapse(along: Sequence[Stretch], made_of: Architecture) -> It
     if not found:
         return
     (start, alike), remedy = found[0], remedies.correlation_collapse(made_of)
-    apart = {id(p): 1 - (p.input_correlation or 0.0) for _, points in found for p in points}
-    faded = {id(p) for each in along for p in each.points if p.avg_channel_var < WEAK * each.start}
-    lost = any(difference < LOST_DIFFERENCE for point, difference in apart.items() if point not in faded)
+    collapsed = {point for _, points in found for point in points}
+    faded = {point for each in along for point in each.points if point.avg_channel_var < WEAK * each.start}
+    closest, closest_unfaded = (
+        min((1 - (point.input_correlation or 0.0) for point in points), default=1.0)
+        for points in (collapsed, collapsed - faded)
+    )
     yield Finding(
         kind="correlation_collapse",
-        severity="error" if lost else "warning",
+        severity="error" if closest_unfaded < LOST_DIFFERENCE else "warning",
         block=alike[0].index_on_plot,
         message=(
             f"different inputs become alike: the mean cosine similarity of their features rises from {start:.3f} at "
-            f"the entry past {COLLAPSED} at {alike[0].place} (closest to 1: within "
-            f"{max(min(apart.values()), 0.0):.2g})."
+            f"the entry past {COLLAPSED} at {alike[0].place}, to within {max(closest, 0.0):.2g} of 1."
         ),
         remedy=remedy.text,
         code=remedy.code,
