@@ -27,6 +27,11 @@ def convolution(norm=None):
             {},
             "stands between linear and attention",
         ),
+        (
+            nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(256, 2, 8, batch_first=True)),
+            {"start": "pretrained"},
+            "no constants to fold; keep it as it is",
+        ),
         (convolution(nn.GroupNorm(2, 4)), {"start": "pretrained"}, 'no constants to fold; choose start="fresh"'),
         (convolution(), {"start": "warm"}, "start='warm': unknown choice; choose one of 'fresh', 'pretrained'"),
         (convolution(), {"beta": "guess"}, "choose one of 'plan', 'measured'"),

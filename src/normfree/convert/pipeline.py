@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from normfree.common.checks import check_choice, check_integer, check_number, invalid
 from normfree.common.process import one_thread_at_a_time
 from normfree.convert.apply import Measured, exchange_modules, is_layer_change, is_rescaled, keep_pace, measure
+from normfree.convert.carriers import SignalPaths, sort_norms
 from normfree.convert.dataflow import (
     Call,
     Dataflow,
     Trains,
     activation_in,
     class_name,
-    is_removable,
     passes_unchanged,
     record_all,
 )
@@ -460,7 +460,8 @@ def _nothing_to_convert(
     if first.reason == NOT_FOLLOWED:
         remedy = "convert the part of it that takes a batch of images, such as detector.backbone"
     elif start == "pretrained" and first.name in structure.norms and first.name not in structure.constants:
-        remedy = 'choose start="fresh"' if is_removable(model.get_submodule(first.name)) else remedy
+        answered = sort_norms(structure, SignalPaths(structure), {}).removed
+        remedy = 'choose start="fresh"' if answered else remedy
     stay = f"all {len(norms)} normalizers stay, such as" if len(norms) > 1 else "its normalizer stays,"
     error = ValueError(
         f"model: {class_name(model)} has nothing to convert: {stay} {first.name or 'the model'} ({first.was}): "
