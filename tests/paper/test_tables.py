@@ -89,6 +89,16 @@ def test_the_claims_of_table2_follow_the_numbers():
     assert verdicts((69, 70.5, 60), (62, 71, 60)) == ["does not agree"] * 3
 
 
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("table", TABLES)
+def test_every_table_has_its_claims_at_every_scale(table, scale):
+    arms = TABLES[table].arms(SCALES[scale])
+    cells = [{"row": arm.row, "column": arm.column, "runs": [{"accuracy": 50.0}]} for arm in arms]
+    claims = TABLES[table].claims(cells, SCALES[scale])
+    assert bool(claims) == (table != "ablation")
+    assert not any(claim.verdict == "agrees" for claim in claims if "points" not in claim.ours)
+
+
 def test_a_table_is_written_and_its_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     real = tables.train
     few = [arm for arm in TABLES["normalizers"].arms(SCALES["quick"]) if arm.row in ("NF", "BatchNorm")]
@@ -116,6 +126,9 @@ def test_a_table_is_written_and_its_finished_runs_are_not_repeated(tmp_path, mon
     limit = json.loads(next(tmp_path.glob("runs/*/*/metrics.json")).read_text())["step"] + 1
     assert main([*words, "--limit-train-steps", str(limit)]) == 0 and not opened
     assert main([*words, "--limit-train-steps", "1"]) == 0 and len(opened) == 4, "these are not the runs asked for"
+    rehearsal = (tmp_path / "normalizers-quick-rehearsal.md").read_text()
+    assert "`normfree paper normalizers --scale quick --seeds 2 --limit-train-steps 1`" in rehearsal
+    assert (tmp_path / "normalizers-quick.md").read_text() == page
 
 
 def test_gamma_is_the_integral_beside_the_official_constants(tmp_path):
