@@ -479,8 +479,8 @@ def test_spp_of_a_model_that_is_not_healthy_says_what_to_run_next(run, tmp_path)
     layers = "[k for i in range(20) for k in (nn.Conv2d(3 if i == 0 else 8, 8, 3, bias=False, padding=1), nn.ReLU())]"
     (tmp_path / "sick.py").write_text(f"from torch import nn\ndef net():\n    return nn.Sequential(*{layers})\n")
     _, told, said = run("spp", "sick.py:net", "nf_resnet50", "--input", "images", "--image-size", "16", "--out", "spp")
-    assert "\nwhether conversion mends it: normfree doctor sick.py:net --input images --image-size 16\n" in told, said
-    command = told.split("mends it: normfree ")[1].splitlines()[0].split()
+    assert "\nwhat conversion would change: normfree doctor sick.py:net --input images --image-size 16\n" in told, said
+    command = told.split("would change: normfree ")[1].splitlines()[0].split()
     code, told, said = run(*command, "--out", "doctor")
     assert code in (0, 1) and "What conversion changes" in told, said
     _, told, _ = run("spp", "nf_resnet50", "--input", "images", "--image-size", "16", "--out", "spp")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from rich.progress import Progress
@@ -269,7 +270,8 @@ def test_a_current_folder_that_was_removed_is_one_line(options, tmp_path):
     (tmp_path / "gone").mkdir()
     script = f'cd "{tmp_path}/gone" && rmdir ../gone && exec "$@"'
     words = ["sh", "-c", script, "sh", sys.executable, *options, "-m", "normfree", "models"]
-    run = subprocess.run(words, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(Path(normfree.__file__).parents[1])}  # no relative one
+    run = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 2 and run.stderr.startswith("normfree: the current folder was removed"), run.stderr
     assert run.stderr.count("\n") == 1
 

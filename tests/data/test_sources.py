@@ -12,7 +12,16 @@ from image_sets import CLASSES, encoded, write_folder, write_parquet, write_shar
 from PIL import Image
 
 from normfree.data import DataConfig, open_evaluation, open_training
-from normfree.data.sources import FORMATS, SUFFIXES, count_rows, expand_braces, scan_shards, split_of
+from normfree.data.sources import (
+    FORMATS,
+    SUFFIXES,
+    FolderSource,
+    count_rows,
+    expand_braces,
+    fingerprint,
+    scan_shards,
+    split_of,
+)
 
 
 def everything(data):
@@ -357,3 +366,21 @@ def test_contradictions_are_refused():
         DataConfig(mean=(0.5, 0.5), std=(0.2, 0.2))
     with pytest.raises(ValueError, match=r"image_size=16.*the digits have 8"):
         open_training(DataConfig(image_size=16))
+
+
+def test_a_class_folder_without_an_image_is_named(tmp_path):
+    for name, files in (("cat", ["1.png"]), ("dog", ["1.png"]), ("fish", ["notes.txt"])):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_bytes(encoded(1))
+    with pytest.raises(ValueError, match="no image is in 1 of its class folders: 'fish'"):
+        FolderSource(tmp_path).rows("train", streaming=False)
+
+
+def test_a_link_to_nothing_is_a_damaged_image_and_has_no_size(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(encoded(1))
+    (tmp_path / "cat" / "2.png").symlink_to(tmp_path / "nowhere.png")
+    found = fingerprint(FolderSource(tmp_path), "train")
+    assert (found["files"], found["bytes"]) == (3, 2 * len(encoded(1)))

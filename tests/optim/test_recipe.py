@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import normfree
-from normfree.optim import WeightAverage, nesterov_sgd, parameter_groups, warmup_cosine, warmup_cosine_factor
+from normfree.optim import (
+    InputCentring,
+    WeightAverage,
+    nesterov_sgd,
+    parameter_groups,
+    warmup_cosine,
+    warmup_cosine_factor,
+)
 
 
 def names_of(model, group):
@@ -259,3 +266,13 @@ def test_a_module_to_hold_the_averages_can_be_given():
 def test_parameters_in_the_models_place_are_told_apart(function):
     with pytest.raises(ValueError, match=r"^model='generator'.*the model itself, not its parameters"):
         function(nn.Linear(2, 2).parameters(), *([] if function is normfree.optim.final_layers else [0.1]))
+
+
+def test_an_average_of_a_model_that_has_grown_since_is_one_line():
+    model = normfree.create_model("nf_resnet50", depths=(1, 1, 1, 1), width=0.25, num_classes=2)
+    average = WeightAverage(model, 0.9)
+    InputCentring(model)
+    with pytest.raises(ValueError, match=r"parameters, and had .* when the average was made; .*after InputCentring"):
+        average.update()
+    with pytest.raises(ValueError, match="centred=True"):
+        normfree.save(model, "net.safetensors")

@@ -1,6 +1,7 @@
 """The monitor records what spp measures, when it should, at the cost it promises, and leaves training as it is."""
 
 import copy
+import io
 import json
 import math
 import sys
@@ -204,6 +205,9 @@ def test_interrupted_and_resumed_equals_uninterrupted():
     model, optimizer = built()
     first = SignalMonitor(model, PROBE, every=2)
     train(model, optimizer, 5, first.step)
+    saved = io.BytesIO()
+    torch.save(first.state_dict(), saved)
+    torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
     state = json.loads(json.dumps(first.state_dict()))
     second = SignalMonitor(model, PROBE, every=2)
     second.load_state_dict(state)

@@ -79,7 +79,8 @@ def test_the_same_images_elsewhere_are_held_out_again_and_others_taken_whole(hel
     first = told(capsys, "evaluate", "runs/digits")
     assert "of 6 images" in first
     assert told(capsys, "evaluate", "runs/digits", "--source", "moved/animals") == first
-    assert "of 30 images" in told(capsys, "evaluate", "runs/digits", "--source", "others")
+    others = told(capsys, "evaluate", "runs/digits", "--source", "others")
+    assert "of 30 images" in others and "it may have been trained on some" in others
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "replaced", "renamed"])

@@ -87,7 +87,7 @@ class Spp:
             given = {"original": self.original, "input": self.input, "image-size": self.image_size}
             options = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
             command = shlex.join(["normfree", "doctor", sick[0], *options])
-            console.say(f"whether conversion mends it: {command}")
+            console.say(f"what conversion would change: {command}")
         console.say_written(paths)
 
     def measure(self, console: Terminal) -> list[SignalPropagation]:

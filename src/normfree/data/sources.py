@@ -229,18 +229,23 @@ class FolderSource:
         datasets = require("datasets", "a data source")
 
         folder = self.folders[split]
-        labels, paths = [], []
+        labels, paths, empty = [], [], []
         for number, name in enumerate(self.class_names):
-            found = walk(folder / name, "source") if (folder / name).is_dir() else ()
+            is_here = (folder / name).is_dir()
+            found = walk(folder / name, "source") if is_here else ()
             files = sorted(str(file) for file in found if file.suffix.lower() in SUFFIXES)
             for file in (name, *files):
                 if not file.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in file):
                     raise invalid("source", file, f"in {quoted(str(folder))}, is no name in UTF-8", "rename it")
             paths += files
             labels += [number] * len(files)
+            empty += [name] if is_here and not files else []
         if not paths:
             rule = f"its class folders hold no image ({', '.join(sorted(SUFFIXES))})"
             raise invalid("source", str(folder), rule, "pass a folder of images")
+        if empty:
+            rule = f"no image is in {len(empty)} of its class folders: {', '.join(map(quoted, empty[:3]))}"
+            raise invalid("source", str(folder), rule, "remove them, or put images in")
         features = datasets.Features(
             {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=list(self.class_names))}
         )
@@ -451,7 +456,7 @@ def fingerprint(source: Source, split: str) -> dict[str, Any]:
     parts = [files[first : first + 4096] for first in range(0, len(files), 4096)]
 
     def size_all(part: list[tuple[str, str]]) -> list[int]:
-        return [0 if "://" in path else os.path.getsize(path) for _, path in part]
+        return [os.path.getsize(path) if "://" not in path and os.path.exists(path) else 0 for _, path in part]
 
     with ThreadPoolExecutor(16) as pool:  # a network's file system takes a millisecond for each
         sizes = list(itertools.chain.from_iterable(pool.map(size_all, parts)))

@@ -77,7 +77,16 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the model's present weights into the average; call it after each optimizer step."""
+        """Take the model's present weights into the average; call it after each optimizer step.
+
+        Raises:
+            ValueError: the model has got or lost parameters since the average was made.
+        """
+        counts = [len(list(one.parameters())) for one in (self.module, self.model)]
+        if counts[0] != counts[1]:
+            rule = f"has {counts[1]} parameters, and had {counts[0]} when the average was made"
+            remedy = "make the average when the model is complete, after InputCentring or another change of its layers"
+            raise invalid("model", type(self.model).__name__, rule, remedy)
         average = get_ema_multi_avg_fn(self.next_decay())
         groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
         for averaged, present in zip(self.module.parameters(), self.model.parameters(), strict=True):

@@ -138,7 +138,7 @@ def spp(
             "wake": wake,
             "gradient": gradients.note or gradient,
             "seed": seed,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             **(configuration or {}),
         },
     )

@@ -351,7 +351,9 @@ def config_note(model: nn.Module) -> str | None:
             f"{len(changed)} tensors ({', '.join(changed[:3])}) are not those of create_model(**model.config), so a "
             "file could not rebuild it"
         )
-        raise invalid("model", model.name, rule, "give create_model what you changed")
+        centred = all(name.endswith(".input_mean") for name in changed)
+        remedy = "build it with create_model(…, centred=True)" if centred else "give create_model what you changed"
+        raise invalid("model", model.name, rule, remedy)
     return note
 
 
