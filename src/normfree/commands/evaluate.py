@@ -162,7 +162,8 @@ class Evaluate(_Trained):
             result |= {"mean": data.config.mean, "std": data.config.std}
             result |= {"classes": list(data.class_names), "bad_images": data.bad_images}
             line += f"\nwrote {write_atomically(self.json, json.dumps(result) + chr(10))}"
-        if trained.data is not None and trained.data.holdout and self.split is None and data.split != HoldoutSource.name:
+        held_out = trained.data is not None and trained.data.holdout and self.split is None
+        if held_out and data.split != HoldoutSource.name:
             console.say(
                 f"all images of {quoted(data.config.source)} are taken, for they are not those that the run held some "
                 "out of; it may have been trained on some"
