@@ -1947,8 +1947,8 @@ STATE: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], Any], Callable[[A
     "a lock": (threading.Lock, lambda m, x: setattr(m, "more", x), lambda m: hasattr(m, "more")),
     "torch's settings": (
         dict,
-        lambda m, x: (torch.set_num_threads(2), torch.use_deterministic_algorithms(True, warn_only=True)),
-        lambda m: (torch.get_num_threads(), torch.get_deterministic_debug_mode(), torch.set_num_threads(1)),
+        lambda m, x: (torch.set_num_threads(3), torch.use_deterministic_algorithms(True, warn_only=True)),
+        lambda m: (torch.get_num_threads(), torch.get_deterministic_debug_mode()),
     ),
 }
 for title, (make, change, look) in STATE.items():

@@ -18,12 +18,22 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normfree.common.text import one_line
-from normfree.convert.dataflow import Dataflow, Step, Trains, class_name, is_batch_norm, record, run_prepared
+from normfree.convert.dataflow import (
+    Dataflow,
+    Step,
+    Trains,
+    class_name,
+    is_batch_norm,
+    prepare_run,
+    record,
+    run_prepared,
+)
 from normfree.convert.norms import Normalization, Normalizations, reduced_axes
 from normfree.convert.record import AFFINE, Conversion, Kept
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
-from normfree.trace.inputs import Batch, examples_in, of_this_thread, tensors_of
+from normfree.trace.inputs import Batch, call, examples_in, of_this_thread, tensors_of
+from normfree.trace.preserve import Writes
 
 LEAST_ERROR = (1e-2, 0.1)
 """Relative error that is no rounding: TensorFloat-32 makes 1e-3, a norm that was misunderstood 0.1 and more; in half
@@ -178,24 +188,24 @@ def norms_left_out(model: nn.Module, conversion: Conversion, batch: Batch, *, tr
     What a forward does may depend on the values that it is given. The original runs on the example scaled and shifted;
     a norm's constants belong into its layer if each runs as often as the other. Inputs on which it fails tell nothing.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    folded = {change.name: change.into for change in conversion.changes if change.into is not None}
-    watched = {modules[name] for pair in folded.items() for name in pair}
-
-    def uneven(given: Batch) -> set[str]:
-        """The norms that do not run as often as their layers."""
-        runs = Counter[nn.Module]()
-        hooks = [(module, lambda module, inputs, named: runs.update([module])) for module in watched]
-        try:
-            run_prepared(model, given, trains=trains, before=hooks)
-        except Exception:  # of any kind: the forward is the user's
-            return set()
-        return {norm for norm, layer in folded.items() if runs[modules[norm]] != runs[modules[layer]]}
-
     if not any(tensor.is_floating_point() for tensor in tensors_of(batch)):
         return {}
-    unseen = uneven(batch)  # a layer may run by its weight alone
-    names = set().union(*(uneven(_moved(batch, *other)) for other in OTHER_INPUTS)) - unseen
+    modules = dict(model.named_modules(remove_duplicate=False))
+    folded = {change.name: change.into for change in conversion.changes if change.into is not None}
+    runs = Counter[nn.Module]()
+    watched = {modules[name] for pair in folded.items() for name in pair}
+    hooks = [(module, lambda module, inputs, named: runs.update([module])) for module in watched]
+    uneven = list[set[str]]()
+    with prepare_run(model, batch, trains=trains, before=hooks) as (keeper, given), Writes(keeper):
+        for scale, shift in ((1.0, 0.0), *OTHER_INPUTS):  # as it is, too: a layer may run by its weight alone
+            runs.clear()
+            try:
+                call(model, _moved(given, scale, shift))
+            except Exception:  # of any kind: the forward is the user's
+                uneven.append(set())
+            else:
+                uneven.append({norm for norm, layer in folded.items() if runs[modules[norm]] != runs[modules[layer]]})
+    names = set().union(*uneven[1:]) - uneven[0]
     said = "on other inputs, such as the example scaled or shifted, {} does not run as often as it"
     return {name: said.format(folded[name]) for name in folded if name in names}
 
