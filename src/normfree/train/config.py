@@ -440,7 +440,7 @@ _FOLLOWED: dict[str, tuple[Callable[[str, Path], bool], str]] = {
     "data.cache_folder": _FOLDER,
     "out": _FOLDER,
 }
-"""Settings that a file gives only where what they name is harmless: the test of that, and what is not done otherwise."""
+"""Settings that a file gives only where what they name is harmless: the test, and what is not done otherwise."""
 
 
 def _settings(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
