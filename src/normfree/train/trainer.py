@@ -482,7 +482,7 @@ class Trainer:
             why = "" if chosen.data.holdout else ", for the data have no split to evaluate on"
             yield f"evaluating on {evaluated:,} more, held out by class (--data.holdout {config.data.holdout:g}){why}"
             if absent := self.evaluation_data.absent_classes():
-                yield f"no image of {list_names(absent)} is held out: that takes two different ones"
+                yield f"no image of {list_names(absent)} is held out: that takes two different ones, in no other class"
         elif evaluated is not None:
             yield f"evaluating on {evaluated:,}"
         if config.batch_size != chosen.batch_size:
