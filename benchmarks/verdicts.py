@@ -12,7 +12,8 @@ chance (10 %) to the best net of the family. The data are scikit-learn's digits,
 Weights are drawn with seed 0, the split with 0, batches with 1.
 
 The thresholds were not chosen on these nets, but from the derivations beside them and on others, of other
-depths and gains: ``CALIBRATION.md``.
+depths and gains: ``CALIBRATION.md``. That of likeness alone lies between a net of the one and a net of the other table:
+six and eight layers with biases of 100.
 """
 
 from __future__ import annotations

@@ -261,12 +261,11 @@ def print_signal(console: Terminal, signal: SignalPropagation) -> None:
     if isinstance(note, str):
         console.print(f"[cyan]gradient[/cyan] {escape(note)}", highlight=False)
     print_findings(console, signal.findings)
-    worst = next((each for each in ("error", "warning") if any(f.severity == each for f in signal.findings)), "")
-    colour, verdict = {
-        "error": (COLOURS["error"], "not healthy"),
-        "warning": (COLOURS["warning"], "not quite healthy"),
-        "": ("green", "healthy"),
-    }[worst]
+    colour, verdict = COLOURS["error"], "not healthy"
+    if is_healthy(signal):
+        colour, verdict = COLOURS["warning"], "not quite healthy"
+    if signal.verdict == "healthy":
+        colour, verdict = "green", "healthy"
     console.print(f"[{colour}]{verdict}[/{colour}]: {count_findings(signal.findings)}", highlight=False)
     console.print()
 

@@ -491,10 +491,7 @@ def read(path: str | Path, argument: str = "path") -> Stored:
                 raise refused(
                     argument, path, f"has a note of more than {MOST_NOTE:,} characters", "give an undamaged one"
                 )
-            names = file.keys()
-            if len(names) > MOST_TENSORS:
-                raise refused(argument, path, f"has {len(names):,} tensors, more than {MOST_TENSORS:,}", "give another")
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in _names_in(file, path, argument)}
             return Stored(path, argument, notes, tensors)
     except (SafetensorError, OSError, AttributeError, TypeError) as error:  # the latter: a dtype torch does not have
         if is_of_torch(path):
@@ -502,6 +499,14 @@ def read(path: str | Path, argument: str = "path") -> Stored:
             raise invalid(argument, str(path), rule, MODEL_OF_WEIGHTS) from error
         rule = f"is no sound safetensors file ({all_lines(error)})"
         raise invalid(argument, str(path), rule, "give an undamaged one that normfree.save wrote") from error
+
+
+def _names_in(file: Any, path: str | Path, argument: str) -> list[str]:
+    """The names of the tensors in an open file, unless they are too many."""
+    names = file.keys()
+    if len(names) > MOST_TENSORS:
+        raise refused(argument, path, f"has {len(names):,} tensors, more than {MOST_TENSORS:,}", "give another")
+    return names
 
 
 def sizes(path: str | Path, argument: str = "path") -> tuple[int, int]:
@@ -514,10 +519,7 @@ def sizes(path: str | Path, argument: str = "path") -> tuple[int, int]:
 
     try:
         with safe_open(check_file(path, argument), framework="pt") as file:
-            names = file.keys()
-            if len(names) > MOST_TENSORS:
-                raise refused(argument, path, f"has {len(names):,} tensors, more than {MOST_TENSORS:,}", "give another")
-            shapes = [file.get_slice(name).get_shape() for name in names]
+            shapes = [file.get_slice(name).get_shape() for name in _names_in(file, path, argument)]
     except (SafetensorError, OSError) as error:
         rule = f"is no sound safetensors file ({all_lines(error)})"
         raise invalid(argument, str(path), rule, "give an undamaged one") from error

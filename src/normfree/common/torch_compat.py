@@ -228,7 +228,7 @@ def copy_model(model: Model) -> Model:
 
 @contextmanager
 def _weights_put_back(model: nn.Module) -> Iterator[None]:
-    """Put back parameters and buffers at the end, where a module has code of its own by which it is copied."""
+    """Restore parameters and buffers at the end, if a module defines how it is copied (``__deepcopy__``, …)."""
     ways = ("__getstate__", "__reduce__", "__reduce_ex__")
     own = any(hasattr(one, "__deepcopy__") for one in model.modules())
     own = own or any(getattr(type(one), way) is not getattr(nn.Module, way) for one in model.modules() for way in ways)

@@ -188,10 +188,10 @@ def norms_left_out(model: nn.Module, conversion: Conversion, batch: Batch, *, tr
     What a forward does may depend on the values that it is given. The original runs on the example scaled and shifted;
     a norm's constants belong into its layer if each runs as often as the other. Inputs on which it fails tell nothing.
     """
-    if not any(tensor.is_floating_point() for tensor in tensors_of(batch)):
+    folded = {change.name: change.into for change in conversion.changes if change.into is not None}
+    if not folded or not any(tensor.is_floating_point() for tensor in tensors_of(batch)):
         return {}
     modules = dict(model.named_modules(remove_duplicate=False))
-    folded = {change.name: change.into for change in conversion.changes if change.into is not None}
     runs = Counter[nn.Module]()
     watched = {modules[name] for pair in folded.items() for name in pair}
     hooks = [(module, lambda module, inputs, named: runs.update([module])) for module in watched]

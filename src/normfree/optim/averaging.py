@@ -82,14 +82,14 @@ class WeightAverage:
         Raises:
             ValueError: the model has got or lost parameters since the average was made.
         """
-        counts = [len(list(one.parameters())) for one in (self.module, self.model)]
-        if counts[0] != counts[1]:
-            rule = f"has {counts[1]} parameters, and had {counts[0]} when the average was made"
+        averaged_ones, present_ones = list(self.module.parameters()), list(self.model.parameters())
+        if len(averaged_ones) != len(present_ones):
+            rule = f"has {len(present_ones)} parameters, and had {len(averaged_ones)} when the average was made"
             remedy = "make the average when the model is complete, after InputCentring or another change of its layers"
             raise invalid("model", type(self.model).__name__, rule, remedy)
         average = get_ema_multi_avg_fn(self.next_decay())
         groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
-        for averaged, present in zip(self.module.parameters(), self.model.parameters(), strict=True):
+        for averaged, present in zip(averaged_ones, present_ones, strict=True):
             averages, weights = groups.setdefault((averaged.device, averaged.dtype, type(averaged.data)), ([], []))
             averages.append(averaged)
             weights.append(present.to(averaged.dtype))

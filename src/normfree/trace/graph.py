@@ -364,7 +364,7 @@ def _with_side_input(first: Node, second: Node, *, above: int) -> Residual | Non
         ancestor, weighted, partial = found
         straight = shortcut.path - ancestor.path
         if straight.weighted and meet(ancestor, node).dominator is not None:
-            continue  # what reads one stream at two of its places: of each the layer, and both are equals
+            continue  # two layers that read one stream at different places: parallel paths
         if weighted > straight.weighted and not (partial and straight.partial):
             return _residual_of(ancestor, branch, node, straight)
     return None
