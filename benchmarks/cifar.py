@@ -4,7 +4,7 @@
 ``cifar.json`` and ``README.md``. DIR holds CIFAR-10 as parquet. ``--part`` measures one part anew and keeps what the
 file has of the others, each with the hardware it was measured on.
 
-Five questions, each answered with the recipe's own loop, augmentation and schedule:
+Six questions, each answered with the recipe's own loop, augmentation and schedule:
 
 1. Accuracy at the same epochs: every network at every learning rate of a grid with one seed; then the best rate of
    each with all seeds. The recipe clips the gradient's norm and slows the classifier, which is for networks without
@@ -16,6 +16,7 @@ Five questions, each answered with the recipe's own loop, augmentation and sched
    (``--grid-epochs``, ``--grid-seeds``), then at their best rate (``--epochs``, ``--seeds``), NF also for an epoch
    more; ``--finished`` makes the page of the runs there are.
 5. The first question for the normalizer-free network with centred weights and slow gains and biases.
+6. Training to its end: the fourth question's networks at the rates that were best there, for the recipe's 30 epochs.
 
 The runs are kept in DIR_OUT/runs, and one that is finished is not run again: an interruption costs one run's rest.
 """
@@ -63,6 +64,8 @@ EPOCHS = 4
 BATCHES, BATCHES_SEEDS = (128, 2), (0, 1)
 BATCHES_RATE = 0.4
 """Of a batch of 128 in the small batches' part: the best of the BatchNorm twin."""
+LONG_RATES = {"NF Muon": 0.02, "BN Muon": 0.04}
+LONG_EPOCHS = 30
 SPIKE = 2.0
 TARGET = 0.65
 
@@ -172,6 +175,18 @@ def with_muon(source: str, folder: Path, options: argparse.Namespace, limit: int
     }
 
 
+def to_the_end(source: str, folder: Path, options: argparse.Namespace, limit: int | None) -> dict[str, Any]:
+    """Question 6; of few steps, with one seed."""
+    epochs, shortened = LONG_EPOCHS, {"limit_train_steps": limit, "limit_eval_steps": 1 if limit else None}
+    runs: dict[str, list[dict[str, Any]]] = {twin: [] for twin in LONG_RATES}
+    for seed in range(1 if limit else options.seeds):
+        for twin, rate in LONG_RATES.items():
+            one = config(source, twin, rate, seed, folder / f"muon-{epochs}", epochs=epochs, **shortened)
+            if not options.finished or (one.folder / "metrics.json").exists():
+                runs[twin].append(run(one))
+    return {"epochs": epochs, "rates": LONG_RATES, "seeds": runs}
+
+
 def _mean(runs: list[dict[str, Any]]) -> float:
     return statistics.fmean(one["accuracy"] for one in runs) if runs else -1.0
 
@@ -215,7 +230,7 @@ def table(result: dict[str, Any]) -> str:
         "",
         "29 layers; test accuracy in %, median (least to most) where there are seeds.",
     ]
-    for name, section in {"muon": _muon, "epochs": _epochs, "centred": _centred, "batches": _batches}.items():
+    for name, section in {"muon": _muon, "long": _long, "epochs": _epochs, "centred": _centred, "batches": _batches}.items():
         if name in result:
             lines += ["", *section(result[name])]
     return "\n".join(lines) + "\n"
@@ -245,6 +260,34 @@ def _muon(part: dict[str, Any]) -> list[str]:
     for twin, (_, fields) in part["models"].items():
         rest, final = fields["sgd_learning_rate"], fields["sgd_learning_rate"] * fields["classifier_lr_scale"]
         lines += ["", f"{twin}: gains and biases at {rest:g}, classifier at {final:g}, no clipping."]
+    return lines
+
+
+def _long(part: dict[str, Any]) -> list[str]:
+    marks = [epoch for epoch in (5, 10, 15, 20, 25) if epoch < part["epochs"]]
+    lines = [
+        "## To the end of training, Muon",
+        "",
+        f"{versions(part['hardware'])}. {_epochs_of(part['epochs'])} at the rate that was best above; the columns of "
+        "single epochs are the medians of the seeds on the way, before the rate has come down.",
+        "",
+        f"| network | rate | epoch {' | epoch '.join(map(str, marks))} | last epoch | last loss | seeds | spike |",
+        "|---" * (len(marks) + 6) + "|",
+    ]
+    for twin, runs in part["seeds"].items():
+        curves = [dict(one.get("curve", ())) for one in runs]
+        cells = [f"{part['rates'][twin]:g}"]
+        for epoch in marks:
+            reached = [100 * curve[epoch] for curve in curves if epoch in curve]
+            cells.append(f"{statistics.median(reached):.1f}" if reached else "not run")
+        losses = [one["loss"] for one in runs if one.get("loss") is not None]
+        cells += [
+            _accuracies(runs),
+            f"{statistics.median(losses):.3f}" if losses else "none",
+            ", ".join(str(one["seed"]) for one in runs),
+            f"{_largest_spike(runs):.2f}" if runs else "not run",
+        ]
+        lines.append(f"| {twin} | {' | '.join(cells)} |")
     return lines
 
 
@@ -329,15 +372,15 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with CIFAR-10 as parquet")
     parser.add_argument("--quick", action="store_true", help="four steps, one rate, one seed: does it run?")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the Muon part's best rates")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the Muon and the long part")
     parser.add_argument("--grid-epochs", type=int, help="of the Muon part's grid; those of --epochs by default")
     parser.add_argument("--grid-seeds", type=int, default=1)
     parser.add_argument(
-        "--finished", action="store_true", help="of the Muon part: no new runs, those that are finished"
+        "--finished", action="store_true", help="of these two parts: no new runs, those that are finished"
     )
     parser.add_argument("--threads", type=int, help="of the processor; all by default")
     parser.add_argument(
-        "--part", choices=("epochs", "batches", "muon", "centred"), help="this part alone; all by default"
+        "--part", choices=("epochs", "batches", "muon", "long", "centred"), help="this part alone; all by default"
     )
     parser.add_argument("--out", type=Path, default=Path("results/cifar"))
     options = parser.parse_args()
@@ -351,6 +394,7 @@ def main() -> None:
         },
         "batches": lambda: {"one_epoch": small_batches(options.data, folder, limit)},
         "muon": lambda: with_muon(options.data, folder, options, limit),
+        "long": lambda: to_the_end(options.data, folder, options, limit),
         "centred": lambda: {"compared": tuned(options.data, folder, CENTRED, options.epochs, limit)},
     }
     written = options.out / "cifar.json"
