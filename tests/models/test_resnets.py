@@ -11,7 +11,7 @@ from torch import nn
 from watch import MapMultiplications
 
 from normfree.models import create_model
-from normfree.nn import ScaledConv2d, ScaledWSConv2d
+from normfree.nn import ScaledConv2d, ScaledWSConv2d, fold
 
 FAMILIES = ("nf_resnet50", "resnet50", "resnetv2_50", "skipinit_resnet50", "fixup_resnet50")
 SMALL = {"width": 0.5, "depths": (1, 2, 1, 1), "stochdepth_rate": 0.0, "drop_rate": 0.0}
@@ -233,3 +233,17 @@ def test_stochastic_depth_silences_whole_branches():
     x = torch.randn(200, block.conv0.in_channels, 2, 2)
     same = (block(x) == x).flatten(1).all(dim=1).float().mean().item()
     assert same == pytest.approx(0.36, abs=0.17)  # five standard deviations
+
+
+def test_standardized_weights_beside_a_normalizer():
+    model = small("resnetv2_50", norm="group", conv="scaled_ws").double()
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    expected = model(x)
+    for convolution in convolutions:
+        with torch.no_grad():
+            convolution.weight.mul_(3).add_(0.1)
+    assert convolutions
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(fold(model)(x), expected)
+    assert all(type(module) is not ScaledWSConv2d for module in small("resnetv2_50", norm="group").modules())

@@ -46,13 +46,17 @@ from torch import Tensor, nn
 
 from normfree.common.checks import check_choice, check_number
 from normfree.models.nf_resnet import resnet_places, resnet_stem, resnet_variants
-from normfree.models.registry import Norm, Order, Stem, register
+from normfree.models.registry import ConvolutionName, Norm, Order, Stem, register
 from normfree.models.scaffold import Backbone, BlockPlace
-from normfree.nn import Activation, PaddingStyle, ScaledConv2d, StochasticDepth, build_activation
+from normfree.nn import Activation, PaddingStyle, ScaledConv2d, ScaledWSConv2d, StochasticDepth, build_activation
 from normfree.nn.recompute import with_origin
 
 he_convolution = partial(ScaledConv2d, bias=False, init_scale=math.sqrt(2))
 """A convolution without bias, of He-normal (fan-in) weights."""
+CONVOLUTIONS: dict[ConvolutionName, Callable[..., nn.Module]] = {
+    "scaled": he_convolution,
+    "scaled_ws": partial(ScaledWSConv2d, bias=False),
+}
 
 
 class PostActivationBlock(nn.Module):
@@ -173,14 +177,13 @@ class PreactivationBlock(nn.Module):
     Args:
         place: channels, stride and stochastic depth.
         preactivation: makes the layers before each convolution.
-        padding: "symmetric" or "same".
+        convolution: makes a convolution without bias of (in_channels, out_channels, kernel size, stride).
 
     Source: He et al. 2016.
     """
 
-    def __init__(self, place: BlockPlace, preactivation: Preactivation, padding: PaddingStyle) -> None:
+    def __init__(self, place: BlockPlace, preactivation: Preactivation, convolution: Callable[..., nn.Module]) -> None:
         super().__init__()
-        convolution = partial(he_convolution, padding=padding)
         inner, out = place.branch_channels, place.out_channels
         self.pre0 = preactivation(place.in_channels)
         self.conv0 = convolution(place.in_channels, inner, 1)
@@ -200,19 +203,21 @@ class PreactivationBlock(nn.Module):
 
 @register(resnet_variants("resnetv2_"))
 class ResNetV2(Backbone):
-    """A pre-activation ResNet with He-normal (fan-in) convolutions without bias.
+    """A pre-activation ResNet whose convolutions have no bias.
 
     Args:
         depths, width, widths, activation, stem, in_channels, padding: as ``NFResNet``'s.
         norm: "batch", "group" (32 groups), "layer" (over channels and space), "instance" (affine) or None.
         order: "norm-act" (BN-ReLU-Conv) or "act-norm" (ReLU-BN-Conv).
+        conv: "scaled" (He-normal, fan-in) or "scaled_ws" (standardized weights beside the normalizer).
         stochdepth_rate, drop_rate: 0, as in the paper's unregularised runs, which batch norm does best in.
         num_classes: outputs of the classifier; 0 for none.
 
     Raises:
         ValueError: a value that breaks its rule.
 
-    Source: He et al. 2016; Brock et al. 2021.
+    Source: He et al. 2016; Brock et al. 2021; standardized weights beside group norm: Qiao et al. 2019 (arXiv
+    1903.10520).
     """
 
     def __init__(
@@ -224,6 +229,7 @@ class ResNetV2(Backbone):
         activation: Activation = "relu",
         norm: Norm = "batch",
         order: Order = "norm-act",
+        conv: ConvolutionName = "scaled",
         stochdepth_rate: float = 0.0,
         drop_rate: float = 0.0,
         stem: Stem = "imagenet",
@@ -234,11 +240,14 @@ class ResNetV2(Backbone):
         places = resnet_places(depths, width, widths, in_channels, padding, stochdepth_rate)
         check_choice("norm", norm, Norm)
         check_choice("order", order, Order)
+        convolution = CONVOLUTIONS[check_choice("conv", conv, ConvolutionName)]
         preactivation = Preactivation(norm, order, build_activation(activation)[0])
         super().__init__(
-            **resnet_stem(stem, he_convolution, in_channels, places, padding),
+            **resnet_stem(stem, convolution, in_channels, places, padding),
             places=places,
-            block=partial(PreactivationBlock, preactivation=preactivation, padding=padding),
+            block=partial(
+                PreactivationBlock, preactivation=preactivation, convolution=partial(convolution, padding=padding)
+            ),
             final=preactivation(places[-1][-1].out_channels),
             num_features=places[-1][-1].out_channels,
             num_classes=num_classes,

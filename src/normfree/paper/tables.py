@@ -263,6 +263,7 @@ NORMALIZERS = {
     "NF": METHODS["NF"],
     "BatchNorm": METHODS["BatchNorm"],
     "GroupNorm": ("resnetv2_50", {"norm": "group"}, PLAIN),
+    "GroupNorm, standardized weights": ("resnetv2_50", {"norm": "group", "conv": "scaled_ws"}, PLAIN),
     "LayerNorm": ("resnetv2_50", {"norm": "layer"}, PLAIN),
     "InstanceNorm": ("resnetv2_50", {"norm": "instance"}, PLAIN),
     "none": METHODS["unnormalised"],
@@ -284,7 +285,7 @@ def table2(scale: Scale) -> list[Arm]:
     layout, share = scale.layout(next(iter(scale.depths.values()))), scale.batch_share
     return [
         Arm.of(method, f"batch {batch}", NORMALIZERS[method], layout, batch_size=batch, share=share)
-        for method in ("NF", "BatchNorm", "GroupNorm")
+        for method in ("NF", "BatchNorm", "GroupNorm", "GroupNorm, standardized weights")
         for batch in scale.batches
     ]
 
