@@ -230,7 +230,8 @@ def table(result: dict[str, Any]) -> str:
         "",
         "29 layers; test accuracy in %, median (least to most) where there are seeds.",
     ]
-    for name, section in {"muon": _muon, "long": _long, "epochs": _epochs, "centred": _centred, "batches": _batches}.items():
+    sections = {"muon": _muon, "long": _long, "epochs": _epochs, "centred": _centred, "batches": _batches}
+    for name, section in sections.items():
         if name in result:
             lines += ["", *section(result[name])]
     return "\n".join(lines) + "\n"
