@@ -173,9 +173,11 @@ def _parse(words: list[str]) -> Any:
 
     commands: dict[str, Any] = dict.fromkeys(COMMANDS, _Other)
     if words[0] in COMMANDS:
-        command = commands[words[0]] = command_class(words[0])
+        command = command_class(words[0])
         if hasattr(command, "apply_config_file"):  # a file of settings, which are the defaults then
             commands[words[0]], words = command.apply_config_file(words)
+        else:  # what is not given is None, and nobody needs to type that
+            commands[words[0]] = tyro.conf.DisallowNone[command]
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
