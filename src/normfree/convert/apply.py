@@ -426,6 +426,9 @@ def measure(
     ]
     hooks += [(modules[c.name], _run_reader(c.name, found)) for c in conversion.changes if c.name in watched]
     readers = [(modules[c.name], _size_reader(c, found)) for c in conversion.changes if c.name in checked]
+    measured_apart = torch.no_grad()  # also where the model's own forward asks for gradients
+    hooks = [(module, measured_apart(hook)) for module, hook in hooks]
+    readers = [(module, measured_apart(hook)) for module, hook in readers]
     gains = [m.skip_gain for m in model.modules() if isinstance(m, BranchEnd) and m.skip_gain is not None]
     try:
         run = {"mode": "batch-statistics", "trains": trains, "before": hooks, "after": readers}

@@ -32,7 +32,7 @@ from normfree.trace import operations as op
 from normfree.trace.graph import Node, Residual
 from normfree.trace.inputs import Batch, ModuleStack, call, copy_of, examples_in, run_once, tensors_in, tensors_of
 from normfree.trace.preserve import Mode, Preserved, Writes, preserve_model
-from normfree.trace.recorder import Recorder
+from normfree.trace.recorder import Recorder, differentiates
 from normfree.trace.scaling import Statics
 
 
@@ -423,7 +423,7 @@ class DataflowRecorder(Recorder):
             self.learned[parameter] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        tensors = op.tensors_in(args, kwargs or {})
+        tensors = [] if differentiates() else op.tensors_in(args, kwargs or {})
         for tensor in tensors:
             if (readers := self.flow.parameter_readers.get(_place(tensor))) is not None:
                 readers.add(self.stack.name)

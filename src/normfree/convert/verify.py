@@ -372,7 +372,7 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
         return float("inf")
     if found.numel() == 0 or not found.is_floating_point():
         return 0.0
-    found, wanted = found.double(), wanted.double()
+    found, wanted = found.detach().double(), wanted.detach().double()
     size = float(wanted.abs().max())
     return float((found - wanted).abs().max()) / size if size > 0 else float(found.abs().max())
 

@@ -35,13 +35,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from normfree.common.checks import available_memory
 from normfree.common.torch_compat import (
     base_of_view,
-    current_autograd_node,
     next_sequence_number,
     sequence_number,
     tree_leaves,
@@ -55,7 +53,7 @@ from normfree.signal.remedies import TRACE, UNREACHED
 from normfree.trace.graph import Node, Residual
 from normfree.trace.inputs import Batch, ModuleStack, run_once, tensors_of
 from normfree.trace.preserve import Preserved
-from normfree.trace.recorder import Recorder
+from normfree.trace.recorder import Recorder, running_function
 
 
 @dataclass(frozen=True)
@@ -330,7 +328,7 @@ class PlaceRecorder(Recorder):
 
     def note_point(self, result: Tensor) -> None:
         """Note that ``result`` is a point, whose place is taken at the next operation."""
-        node = _running_function()
+        node = running_function()
         if node is None:
             index = len(self.names)
             self.names.append(self.stack.name)
@@ -363,9 +361,9 @@ class PlaceRecorder(Recorder):
             self.hidden.append((sequence, index))
 
     def before_operation(self) -> bool:
-        """Take the place of the last point; in the backward pass only what a function runs again is recorded."""
+        """Take the place of the last point."""
         self.take()
-        return not _in_backward() or _running_function() is not None
+        return True
 
     def _run(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], active: list[Tensor]) -> Any:
         result = super()._run(name, func, args, kwargs, active)
@@ -389,16 +387,6 @@ class PlaceRecorder(Recorder):
 # The available memory is read (about 50 microseconds) each time this many bytes of results have been made; so many must
 # be free beyond the two gradients of the largest activation that the backward pass holds at once.
 CHECK_EVERY = 2**28
-
-
-def _in_backward() -> bool:
-    return torch._C._current_autograd_node() is not None  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _running_function() -> BackwardCFunction | None:
-    """The autograd function, written in Python, whose backward is running."""
-    node = current_autograd_node()
-    return node if isinstance(node, BackwardCFunction) else None
 
 
 class ResidualPlaces(PlaceRecorder):

@@ -278,6 +278,8 @@ def run_once(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]
             remedy = "give a smaller batch or smaller images"
         if "positional argument" in reason and isinstance(batch, tuple) and not batch[-1].is_floating_point():
             remedy = "if the last of them are labels, give the inputs alone"
+        if "does not require grad" in reason and not torch.is_grad_enabled():
+            remedy = "it is measured without gradients: where it differentiates, write `with torch.enable_grad():` there"
         if "more than 1 value per channel" in reason:
             remedy = 'give a batch of two examples or more, or choose mode="eval"'
         raise ValueError(

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
-from normfree.common.torch_compat import DispatchMode, base_of_view, tree_leaves
+from normfree.common.torch_compat import DispatchMode, base_of_view, current_autograd_node, tree_leaves
 from normfree.trace import operations as op
 from normfree.trace.graph import NO_STEP, Node, Path, Residual, residual
 from normfree.trace.inputs import ModuleStack
@@ -218,6 +219,8 @@ class Recorder(DispatchMode):
         kwargs = kwargs or {}
         if not self.before_operation():
             return func(*args, **kwargs)
+        if differentiates():
+            return self._differentiate(func, args, kwargs)
         while self.begun:
             self.on_module(*self.begun.pop(0))
         name, written = op.name_and_written(func)
@@ -232,6 +235,22 @@ class Recorder(DispatchMode):
         if name == "add" and len(active) == 2 and self.merges_sums and not written and not kwargs:
             return self._add_mergeably(func, args, active)
         return self._follow(name, func, args, kwargs, active)
+
+    def _differentiate(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Execute an operation of a backward pass, which is no layer and no block, whatever it computes.
+
+        One that the forward itself asks for (forces are the derivative of an energy) gives activations all the same.
+        """
+        result = func(*args, **kwargs)
+        if self.stack.running:
+            known = self.nodes.by_id
+            parents = [known[id(tensor)] for tensor in op.tensors_in(args, kwargs) if id(tensor) in known]
+            for tensor in tree_leaves(result) if parents else ():
+                if isinstance(tensor, Tensor) and id(tensor) not in known and tensor.layout not in SPARSE:
+                    note = Note(shape=tuple(tensor.shape), order=self.created, stream=parents[0].note.stream)
+                    self.nodes[tensor] = Node(parents, note=note)
+                    self.created += 1
+        return result
 
     def _follow(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], active: list[Tensor]) -> Any:
         """Execute an operation on activations, which may be a residual addition."""
@@ -504,6 +523,17 @@ class Recorder(DispatchMode):
         names = [name for parent in parents for name in parent.note.woken]
         names += [name for tensor in weights if tensor is not None for name in self.statics.of(tensor).woken]
         return note.with_(woken=tuple(dict.fromkeys(names))) if names else note
+
+
+def running_function() -> BackwardCFunction | None:
+    """The autograd function, written in Python, whose backward is running."""
+    node = current_autograd_node()
+    return node if isinstance(node, BackwardCFunction) else None
+
+
+def differentiates() -> bool:
+    """Whether an operation of a backward pass runs, other than one that a Python function runs again."""
+    return current_autograd_node() is not None and running_function() is None
 
 
 def _without_views(node: Node) -> Node:
