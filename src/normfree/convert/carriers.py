@@ -63,6 +63,10 @@ _AGGREGATING = (
 )
 
 
+_FEATURES = op.NONLINEAR - op.BOUNDED_GATE - {"exp", "where", "clamp", "clamp_min", "clamp_max", "maximum", "minimum"}
+"""Functions whose results are features, and not the weights of an attention."""
+
+
 _PRODUCTS = op.LINEAR | {"mul", "_sparse_mm", "_sparse_addmm"}
 
 
@@ -325,7 +329,8 @@ class SignalPaths:
         self.sources: dict[Node, Source] = {}
         self.sums = {addition.output for addition in self.flow.additions}
         self.weighted: set[Node] = set()
-        self.after_attention: set[Node] = set()
+        self.attending: set[int] = set()
+        self.scores: dict[Node, frozenset[int]] = {}
         self.aggregated: set[Node] = set()
         self._forwards()
 
@@ -356,7 +361,6 @@ class SignalPaths:
         for step in self.flow.steps:
             values = self.carried_values(step)
             source = self._source(step, values)
-            attends = self.attends(step)
             aggregates = step.name in _AGGREGATING or (step.name in _PRODUCTS - {"mul"} and not step.learned)
             if aggregates or any(each in self.aggregated for each in step.inputs):
                 self.aggregated.update(step.outputs)
@@ -364,8 +368,27 @@ class SignalPaths:
                 self.sources[node] = self._at_place(node, source)
                 if step.learned or any(each in self.weighted for each in values):
                     self.weighted.add(node)
-                if attends or any(each in self.after_attention for each in step.inputs):
-                    self.after_attention.add(node)
+            self._find_attention(step)
+
+    def _find_attention(self, step: Step) -> None:
+        """Attention is an operation of that name, or two products: what one makes of two activations weights a third.
+
+        Both activations of a product were made with weights. The first alone (interactions of features, bilinear
+        pooling) is no attention, nor is one whose result an activation function, or a layer, makes into features.
+        """
+        factors = [node for node in step.inputs if node not in self.flow.numbers][-2:]
+        multiplies = step.name in op.LINEAR and sum(map(self._is_weighted, factors)) > 1
+        before = frozenset[int]().union(*(self.scores.get(node, ()) for node in step.inputs))
+        if step.name in op.ATTENTION:
+            self.attending.add(step.number)
+        elif multiplies and before:
+            self.attending |= before | {step.number}
+        if multiplies:
+            before = frozenset({step.number})
+        elif step.learned or step.name in _FEATURES:
+            before = frozenset()
+        if before:
+            self.scores.update(dict.fromkeys(step.outputs, before))
 
     def carried_values(self, step: Step) -> list[Node]:
         """The activations whose values an operation carries on; not its indices, masks, gates and coefficients."""
@@ -415,19 +438,21 @@ class SignalPaths:
             return Source((norm.name,)) if before.past or before.obstacle else before
         return replace(source, settled=True) if node in self.sums else source
 
-    def attends(self, step: Step) -> bool:
-        """Whether an operation is attention, or one of its products: of two activations, both made with weights."""
-        if step.name in op.ATTENTION:
-            return True
-        factors = [node for node in step.inputs if node not in self.flow.numbers]
-        return step.name in op.LINEAR and sum(map(self._is_weighted, factors[-2:])) > 1
+    @cached_property
+    def after_attention(self) -> set[Node]:
+        """The activations that attention leads to."""
+        found: set[Node] = set()
+        for step in self.flow.steps:
+            if step.number in self.attending or any(node in found for node in step.inputs):
+                found.update(step.outputs)
+        return found
 
     @cached_property
     def before_attention(self) -> set[Node]:
         """The activations that lead to attention."""
         found: set[Node] = set()
         for step in reversed(self.flow.steps):
-            if self.attends(step) or any(node in found for node in step.outputs):
+            if step.number in self.attending or any(node in found for node in step.outputs):
                 found.update(step.inputs)
         return found
 

@@ -174,7 +174,7 @@ class _Search:
             return _Ahead(norm=True)
         if (layer := self.structure.layer_of(step)) is not None:
             return _Ahead(layers=frozenset((layer,)))
-        attends = self.ways.attends(step)
+        attends = step.number in self.ways.attending
         if attends or step.name in op.RECURRENT or any(node.step.weighted for node in step.outputs):
             return _Ahead(weight=True, attention=attends)
         found = _Ahead()
