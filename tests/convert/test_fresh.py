@@ -320,3 +320,48 @@ def test_memory_format_and_learning_survive(start):
     assert converted[0].weight.grad is not None
     usual = normfree.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), IMAGES, start=start)
     assert usual[0].weight.is_contiguous()
+
+
+class Teacher(nn.Module):
+    """A student and a frozen copy of it, which gives the targets: BYOL, MoCo, the target network of a DQN."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16))
+        for name in (first, "student" if first == "teacher" else "teacher"):
+            setattr(self, name, copy.deepcopy(layers))
+        self.teacher.requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            target = self.teacher(x)
+        return self.student(x), target
+
+
+@pytest.mark.parametrize("first", ["student", "teacher"])
+def test_a_teacher_stays_a_frozen_copy_of_its_student(first):
+    converted = normfree.convert(Teacher(first), torch.randn(64, 16))
+    found, target = converted(torch.randn(8, 16))
+    torch.testing.assert_close(found, target)
+    assert not any(parameter.requires_grad for parameter in converted.teacher.parameters())
+    assert all(parameter.requires_grad for parameter in converted.student.parameters())
+    assert not converted.conversion.notes
+
+
+def test_layers_that_are_no_copies_are_drawn_each_for_itself():
+    zeros = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU())))
+    for layer in zeros[::3]:
+        nn.init.zeros_(layer.weight)
+        nn.init.uniform_(layer.bias)
+    converted = normfree.convert(zeros, torch.randn(64, 16))
+    assert not torch.equal(converted[0].weight, converted[3].weight)
+
+
+def test_a_frozen_layer_that_is_drawn_anew_learns_and_is_named():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16))
+    model[0].requires_grad_(False)
+    converted = normfree.convert(model, torch.randn(64, 16))
+    assert converted[0].weight.requires_grad
+    assert any("0 was frozen" in note for note in converted.conversion.notes)

@@ -104,6 +104,7 @@ def exchange_modules(model: nn.Module, conversion: Conversion) -> tuple[nn.Modul
             parent, attribute = converted.get_submodule(change.within), change.name.rpartition(".")[2]
             old = parent.get_submodule(attribute)
             parent._modules[attribute] = _make(old, change, options).train(old.training)
+    _draw_copies_alike(model, converted, conversion.changes)
     keep_frozen(model, converted, conversion.changes)
     _mark_state(model, converted)
     converted.conversion = conversion  # type: ignore[assignment]
@@ -300,6 +301,40 @@ def keep_frozen(original: nn.Module, converted: nn.Module, changes: Iterable[Cha
                 if isinstance(module, ChannelAffine):
                     module.weight.requires_grad_(learns(norm, "weight"))
                     module.bias.requires_grad_(learns(norm, "bias"))
+
+
+@torch.no_grad()
+def _draw_copies_alike(original: nn.Module, converted: nn.Module, changes: Iterable[Change]) -> None:
+    """Give layers that were copies of one another, as a teacher's are of its student, one draw.
+
+    A frozen copy of a layer that learns stays frozen: it gets that one's weights, now as before.
+    """
+    groups: dict[tuple[Any, ...], list[list[Change]]] = {}
+    layouts = {change.name: change.weight or WeightLayout() for change in changes}
+
+    def before(change: Change) -> Tensor:
+        return original.get_submodule(change.name).get_parameter(layouts[change.name].weight)
+
+    for change in changes:
+        if not is_layer_change(change) or is_rescaled(change) or change.within is not None:
+            continue
+        weight = before(change)
+        if weight.numel() > 1 and not bool((weight == weight.flatten()[0]).all()):  # one of zeros is nobody's copy
+            key = (change.now, weight.shape, weight.dtype, *weight.flatten()[:4].tolist())
+            alike = next((group for group in groups.setdefault(key, []) if torch.equal(before(group[0]), weight)), None)
+            if alike is None:
+                groups[key].append([change])
+            else:
+                alike.append(change)
+    for copies in (group for each in groups.values() for group in each if len(group) > 1):
+        modules = [converted.get_submodule(change.name) for change in copies]
+        for module in modules[1:]:
+            pairs = zip(module.parameters(recurse=False), modules[0].parameters(recurse=False), strict=True)
+            for parameter, first in pairs:
+                parameter.copy_(first)
+        frozen = [module for change, module in zip(copies, modules, strict=True) if not before(change).requires_grad]
+        for module in frozen if len(frozen) < len(copies) else ():
+            module.requires_grad_(False)
 
 
 def _freeze_layer(new: nn.Module, old: nn.Module, norm: nn.Module) -> None:

@@ -343,8 +343,21 @@ def _measure(
             f"{channels[0]}): they have the scale of the others, for their own is not known; if they vary in the data, "
             "give examples in which they do"
         )
+    if thawed := [change.name for change in changes if _is_thawed(change, structure, converted)]:
+        several = (
+            f"{len(thawed)} layers, the first of them {thawed[0]}, were" if len(thawed) > 1 else f"{thawed[0]} was"
+        )
+        notes.append(f"{several} frozen; drawn anew, they learn: freeze them again where that is not wanted")
     converted.conversion = replace(conversion, changes=tuple(changes), notes=tuple(notes))  # type: ignore[assignment]
     return found
+
+
+def _is_thawed(change: Change, structure: Structure, converted: nn.Module) -> bool:
+    """Whether a layer was frozen, and learns now."""
+    if not is_layer_change(change) or is_rescaled(change) or change.within is not None:
+        return False
+    before, now = structure.layers[change.name][0].module, converted.get_submodule(change.name)
+    return not any(p.requires_grad for p in before.parameters()) and any(p.requires_grad for p in now.parameters())
 
 
 def _notes_on_scales(structure: Structure, changes: list[Change]) -> Iterator[str]:

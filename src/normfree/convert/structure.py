@@ -500,9 +500,9 @@ def layers_of(flow: Dataflow) -> tuple[dict[str, list[Call]], dict[str, Weighted
     maps: dict[str, WeightedMap] = {}
     for name, each in calls.items():
         module = each[0].module
-        problem = f"has {attached_to(module) or 'a weight that is no parameter of its own'}"
-        convolution = is_convolution(module)
-        maps[name] = plain_map(module) or WeightedMap(module=module, problem=problem, convolution=convolution)
+        attached = f"has {attached_to(module) or 'a weight that is no parameter of its own'}"
+        known, problem = (None, _COMPLEX) if _is_complex(module) else (plain_map(module), attached)
+        maps[name] = known or WeightedMap(module=module, problem=problem, convolution=is_convolution(module))
     for name, module in flow.foreign.items():
         found = _Finder(flow, name, module)
         try:
@@ -528,6 +528,13 @@ class _NoMapError(Exception):
     """A module computes no linear map of its own weight, or one that cannot be standardized: why, as a predicate."""
 
 
+_COMPLEX = "has weights of complex numbers"
+
+
+def _is_complex(module: nn.Module) -> bool:
+    return any(parameter.is_complex() for parameter in module.parameters(recurse=False))
+
+
 _BIAS_POSITIONS = {"convolution": 2, "_convolution": 2, "addmm": 0, "addmv": 0, "baddbmm": 0, "linear": 2}
 
 
@@ -548,8 +555,8 @@ class _Finder:
         """
         if attached := attached_to(self.module):
             raise _NoMapError(f"has {attached}")
-        if any(parameter.is_complex() for parameter in self.module.parameters(recurse=False)):
-            raise _NoMapError("has weights of complex numbers")
+        if _is_complex(self.module):
+            raise _NoMapError(_COMPLEX)
         weight = self._weight()
         uses = [use for use in self.uses if use.origin.name == weight]
         self._check_alone(weight, uses)

@@ -279,7 +279,7 @@ def run_once(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]
         if "positional argument" in reason and isinstance(batch, tuple) and not batch[-1].is_floating_point():
             remedy = "if the last of them are labels, give the inputs alone"
         if "does not require grad" in reason and not torch.is_grad_enabled():
-            remedy = "it is measured without gradients: where it differentiates, write `with torch.enable_grad():` there"
+            remedy = "it runs without gradients here: write `with torch.enable_grad():` where it differentiates"
         if "more than 1 value per channel" in reason:
             remedy = 'give a batch of two examples or more, or choose mode="eval"'
         raise ValueError(
