@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from normfree import convert, spp
 
 
 def normed(*sizes: int) -> nn.Sequential:
-    pairs = list(zip(sizes, sizes[1:], strict=False))
+    pairs = list(pairwise(sizes))
     layers = [[nn.Linear(i, o), nn.LayerNorm(o), nn.ReLU()] for i, o in pairs[:-1]]
     return nn.Sequential(*(layer for group in layers for layer in group), nn.Linear(*pairs[-1]))
 

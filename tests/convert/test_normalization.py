@@ -623,3 +623,60 @@ def test_a_norm_of_vectors_that_gives_unit_mean_square_is_one(form):
         assert not converted.conversion.norms_left
         with torch.no_grad():
             assert 0.25 < float(converted(x).var() / model(x).var()) < 4
+
+
+def _by_token(x):
+    scale = x.detach().abs().amax(-1, keepdim=True) / 127
+    return x + ((x / scale).round().clamp(-127, 127) * scale - x).detach()
+
+
+def _by_reciprocal(x):
+    scale = x.abs().max() / 127
+    return (x * scale.reciprocal()).round() * scale
+
+
+def _back_by_division(x):
+    inverse = 127 / x.detach().abs().max()
+    return (x * inverse).round() / inverse
+
+
+def _with_zero_point(x):
+    low, high = x.min(), x.max()
+    scale = (high - low) / 255
+    return ((x - low) / scale).round() * scale + low
+
+
+QUANTIZERS = [_by_token, _by_reciprocal, _back_by_division, _with_zero_point]
+
+
+class Elementwise(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize("quantize", QUANTIZERS)
+def test_a_division_that_is_taken_back_normalizes_nothing(quantize):
+    torch.manual_seed(0)
+    layers = [[Elementwise(quantize), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU()] for _ in range(3)]
+    model = nn.Sequential(*(layer for block in layers for layer in block), nn.Linear(16, 2))
+    converted = normfree.convert(model, torch.randn(32, 16))
+    assert not converted.conversion.norms_left
+    assert {change.was for change in converted.conversion.changes} == {"Linear", "BatchNorm1d"}
+
+
+def test_a_division_that_is_taken_back_behind_a_layer_normalizes_what_the_layer_reads():
+    class Reversible(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+
+        def forward(self, x):
+            deviation = x.std(-1, keepdim=True)
+            return self.layers(x / deviation) * deviation
+
+    with pytest.raises(ValueError, match="standard deviation"):
+        normfree.convert(Reversible(), torch.randn(32, 16))

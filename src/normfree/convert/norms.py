@@ -537,10 +537,14 @@ class Normalizations:
     flow: Dataflow
     found: list[Normalization] = field(default_factory=list)
     relations: dict[Node, Relations] = field(default_factory=dict)
+    by_factor: dict[Node, list[tuple[int, Normalization]]] = field(default_factory=dict)
+    """Those that multiply or divide by an activation, and the power of it that they multiply by."""
 
     def __post_init__(self) -> None:
         for step in self.flow.steps:
             self._enter(step)
+            if step.name in _PRODUCTS:
+                self._take_back(step)
         self.found = [one for one in self.found if not _is_weight(self.flow, one.output)]
 
     @cached_property
@@ -591,6 +595,29 @@ class Normalizations:
             if relations := self._after(step, position):
                 nearest = sorted(relations, key=lambda root: -root.level)[:_MOST_ROOTS]
                 self.relations[node] = {root: relations[root] for root in nearest}
+
+    def _take_back(self, step: Step) -> None:
+        """Forget a division by a statistic that is multiplied by again before a layer reads it, as in a quantizer."""
+        for index, value in enumerate(step.args[:2]):
+            if not isinstance(value, Node):
+                continue
+            factor, power = self._as_power(value)
+            power = -power if index == 1 and step.name != "mul" else power
+            other = step.args[1 - index]
+            for before, one in self.by_factor.get(factor, ()) if isinstance(other, Node) else ():
+                between = self.flow.backwards(other, stop=lambda node: node.step.weighted > 0)
+                if one in self.found and power == -before and one.output in between:
+                    self.found.remove(one)
+            if self.found and self.found[-1].step is step:
+                self.by_factor.setdefault(factor, []).append((power, self.found[-1]))
+
+    def _as_power(self, node: Node) -> tuple[Node, int]:
+        """The activation that one is, or is the reciprocal of, and the power 1 or -1 of it."""
+        power, step = 1, self.flow.made_by.get(node)
+        while step is not None and len(step.inputs) == 1 and (step.name in op.VIEW or step.name == "reciprocal"):
+            power, node = (-power if step.name == "reciprocal" else power), step.inputs[0]
+            step = self.flow.made_by.get(node)
+        return node, power
 
     def _after(self, step: Step, position: int) -> Relations:
         """The relations of what an operation makes, the first or another thing of several."""
