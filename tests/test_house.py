@@ -25,7 +25,6 @@ ALLOWED = {
     "convert": {"convert", "nn", "signal", "trace", "report", "common"},
     "export": {"export", "nn", "trace", "common"},
     "report": {"report", "signal", "common"},
-    "benchmark": {"benchmark", "nn", "export", "sources", "common"},
     "paper": {"paper", "benchmark", "convert", "models", "nn", "signal", "sources", "report", "train", "common"},
     "train": {"train", "convert", "data", "models", "nn", "optim", "signal", "trace", "weights", "report", "common"},
 }
@@ -34,6 +33,7 @@ ALLOWED = {
 ALLOWED_FILES = {
     "interrupt": set(),
     "sources": {"convert", "models", "train", "weights", "common"},
+    "benchmark": {"nn", "export", "sources", "common"},
     "cli": {"commands", "interrupt", "common"},
     "__main__": {"cli"},
 }

@@ -1,4 +1,8 @@
-"""A comparison: models that take turns at a step or at inference, what it costs, and the ratios promised of them."""
+"""Models side by side, and beside their limit: what a training step or inference costs, and the ratios promised of it.
+
+In the order of this file: clocks and counted memory; the machine, which stands beside every number; a comparison, whose
+contenders take turns in one process; the pages of its results.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,26 @@ from normfree.common.checks import (
 from normfree.common.text import first_line, one_line
 from normfree.nn import fold, has_foldable
 from normfree.sources import build
+
+__all__ = [
+    "Clock",
+    "Contender",
+    "Part",
+    "Precision",
+    "Step",
+    "Target",
+    "Task",
+    "hardware",
+    "interleaved",
+    "limit",
+    "machine_name",
+    "markdown",
+    "measure",
+    "ratios",
+    "seconds",
+    "shown",
+    "spread",
+]
 
 MINIMUM_ROUNDS = 3
 """Fewest a median is taken of, also where the time is up."""
