@@ -31,10 +31,10 @@ ALLOWED = {
 
 # Files that belong to no folder.
 ALLOWED_FILES = {
-    "interrupt": set(),
+    "terminal": {"common"},
     "sources": {"convert", "models", "train", "weights", "common"},
     "benchmark": {"nn", "export", "sources", "common"},
-    "cli": {"commands", "interrupt", "common"},
+    "cli": {"commands", "terminal", "common"},
     "__main__": {"cli"},
 }
 
