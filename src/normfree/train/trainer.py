@@ -43,7 +43,7 @@ from normfree.optim import (
 )
 from normfree.report.training_page import write_training_report
 from normfree.signal import SignalMonitor
-from normfree.signal.nonfinite import first_non_finite
+from normfree.signal.measure import first_non_finite
 from normfree.trace.preserve import Writes, check_finite, preserve_model
 from normfree.train.checkpoint import (
     AVERAGED,
