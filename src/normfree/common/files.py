@@ -432,7 +432,7 @@ def bounded_loader(what: str) -> Any:
 
 
 PREPROCESSING = "normfree.preprocessing"
-"""The note of how images are prepared and what the classes are called, see ``normfree.data.preprocessing``."""
+"""The note of how images are prepared and what classes are called: ``normfree.data.config.Preprocessing``."""
 
 FOLDED = "normfree.folded"
 """The note of a model that fold has made plain."""

@@ -30,7 +30,7 @@ from normfree.common.files import kind_of, notes_of, parse_json, read, write_ato
 from normfree.common.text import first_line, quoted, short_repr
 from normfree.common.torch_compat import tree_leaves
 from normfree.data import TooFewExamples, TrainingData, list_names, open_evaluation, open_training, with_holdout
-from normfree.data.preprocessing import Preprocessing
+from normfree.data.config import Preprocessing
 from normfree.models.registry import CENTRED
 from normfree.optim import (
     AdaptiveGradientClipping,
