@@ -66,10 +66,10 @@ from normfree.train.config import OptimizerConfig, TrainConfig, to_dict
 from normfree.train.distributed import FABRIC_PRECISION, ShardedStates, WholeStates, launch, resolve_precision, shard
 from normfree.train.evaluation import Evaluation, evaluate
 from normfree.train.networks import NetworkFactory, build_network, compare_units, compile_network
-from normfree.train.progress import Progress
 from normfree.train.records import (
     EVALUATION,
     Loggers,
+    Progress,
     Records,
     Row,
     check_loggers,
