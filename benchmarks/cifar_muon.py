@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks.cifar import LAYOUT, run
 from normfree.benchmark import hardware, versions
-from normfree.models.nf_resnet import NFBlock
+from normfree.models.resnets import NFBlock
 from normfree.nn.centring import move_input_mean
 from normfree.nn.scaled_ws import ScaledWSConv2d
 from normfree.optim import InputCentring, Muon
