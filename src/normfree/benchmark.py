@@ -32,6 +32,7 @@ from normfree.common.checks import (
     check_memory,
     check_number,
     invalid,
+    processor,
     require,
 )
 from normfree.common.text import first_line, one_line
@@ -195,7 +196,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 def hardware() -> dict[str, Any]:
     """Return the machine and the versions of packages, which stand beside every measured number."""
-    found = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    found = {"cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     found["python"] = platform.python_version()
@@ -224,15 +225,8 @@ def machine_name(device: str | torch.device = "cpu") -> str:
     if torch.device(device).type == "cuda":
         words = torch.cuda.get_device_name(device)
     else:
-        words = re.sub(r"\((R|TM|tm)\)|\bCPU\b|\bProcessor\b|@.*", " ", f"{_cpu()}") + f" {os.cpu_count()}"
+        words = re.sub(r"\((R|TM|tm)\)|\bCPU\b|\bProcessor\b|@.*", " ", f"{processor()}") + f" {os.cpu_count()}"
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-
-
-def _cpu() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 Task = Literal["training", "inference"]

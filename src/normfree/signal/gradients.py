@@ -365,7 +365,7 @@ class PlaceRecorder(Recorder):
     def before_operation(self) -> bool:
         """Take the place of the last point; in the backward pass only what a function runs again is recorded."""
         self.take()
-        return not _in_backward() or _running_function() is not None
+        return current_autograd_node() is None or _running_function() is not None
 
     def _run(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], active: list[Tensor]) -> Any:
         result = super()._run(name, func, args, kwargs, active)
@@ -389,10 +389,6 @@ class PlaceRecorder(Recorder):
 # The available memory is read (about 50 microseconds) each time this many bytes of results have been made; so many must
 # be free beyond the two gradients of the largest activation that the backward pass holds at once.
 CHECK_EVERY = 2**28
-
-
-def _in_backward() -> bool:
-    return torch._C._current_autograd_node() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _running_function() -> BackwardCFunction | None:

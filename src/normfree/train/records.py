@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from normfree.common.checks import require
+from normfree.common.checks import processor, require
 from normfree.common.files import file_error, kind_of, read_bytes, read_json, refused, write_atomically
 from normfree.common.text import first_line, one_line, quoted
 
@@ -185,7 +185,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
         "commit": commit(),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -209,13 +209,6 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 # --- where curves go besides the CSV files: TensorBoard, Weights & Biases, MLflow -------------------------------------
