@@ -548,7 +548,10 @@ def promises(results: Sequence[dict[str, Any]]) -> list[str]:
         for target in result["targets"]:
             measured = target["measured"]
             verdict = {True: "met", False: "**missed**", None: "not measured"}[target["met"]]
-            found = "–" if measured is None else _found(measured, target["quantity"])
+            if measured is None:
+                found = "–"
+            else:  # memory is counted, and has no spread
+                found = shown(measured) if target["quantity"] == "time" else f"{measured['median']:.3f}"
             ratio = f"{target['of']} / {target['over']}, {target['quantity']}"
             cells = [result["title"], ratio, f"≤ {target['at_most']:.2f}", found, verdict, _bound(result, target)]
             lines.append(f"| {' | '.join(cells)} |")
@@ -593,8 +596,3 @@ def comparison(result: dict[str, Any]) -> list[str]:
             cells.append(f"{found['peak_bytes'] / 2**20:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def _found(measured: dict[str, float], quantity: str) -> str:
-    """Return a ratio in words: memory is counted, and has no spread."""
-    return shown(measured) if quantity == "time" else f"{measured['median']:.3f}"

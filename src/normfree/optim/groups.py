@@ -225,7 +225,7 @@ def final_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 def _ends(module: nn.Module, name: str) -> Iterator[str]:
-    children = {_joined(name, key): child for key, child in module.named_children()}
+    children = {f"{name}.{key}" if name else key: child for key, child in module.named_children()}
     heads = {key: child for key, child in children.items() if _is_head(key)}
     if isinstance(module, _SEVERAL) and _is_head(name):
         heads = children
@@ -287,7 +287,3 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
         return layer.in_features, layer.out_features
     assert isinstance(layer, ConvNd)
     return layer.in_channels, layer.out_channels
-
-
-def _joined(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
