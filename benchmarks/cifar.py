@@ -33,8 +33,7 @@ from typing import Any
 
 import torch
 
-from normfree.benchmark import Contender, Part, Target, hardware, measure
-from normfree.benchmark.comparison import versions
+from normfree.benchmark import Contender, Part, Target, hardware, measure, versions
 from normfree.signal import write_atomically
 
 LAYOUT = "depths=(2,2,2,3),widths=(32,64,128,128),stem=cifar,drop_rate=0,stochdepth_rate=0"

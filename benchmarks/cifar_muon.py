@@ -30,9 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cifar import LAYOUT, run
-from normfree.benchmark import hardware
-from normfree.benchmark.comparison import versions
-from normfree.models.nf_resnet import NFBlock
+from normfree.benchmark import hardware, versions
+from normfree.models.resnets import NFBlock
 from normfree.nn.centring import move_input_mean
 from normfree.nn.scaled_ws import ScaledWSConv2d
 from normfree.optim import InputCentring, Muon

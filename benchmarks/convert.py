@@ -36,7 +36,7 @@ from benchmarks.convert_checks import checked, is_trained
 from benchmarks.convert_training import trained
 from benchmarks.pool import at_once
 from benchmarks.rows import page, run_apart, stored_rows, where_measured
-from normfree.benchmark.comparison import hardware, versions
+from normfree.benchmark import hardware, versions
 from normfree.signal import write_atomically
 
 CLASSIFIERS = """

@@ -34,7 +34,7 @@ import torch
 from benchmarks.foreign_case import Case
 from benchmarks.foreign_checks import checked, exported
 from benchmarks.rows import page, run_forked, stored_rows, where_measured
-from normfree.benchmark.comparison import hardware, versions
+from normfree.benchmark import hardware, versions
 from normfree.signal import write_atomically
 
 LIMIT = 600

@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.cifar import TWINS, run
 from benchmarks.pool import at_once
-from normfree.benchmark.comparison import hardware, versions
+from normfree.benchmark import hardware, versions
 from normfree.signal import write_atomically
 from normfree.train.config import cifar
 

@@ -24,8 +24,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from normfree.benchmark import hardware
-from normfree.benchmark.comparison import peak_bytes
+from normfree.benchmark import hardware, peak_bytes
 from normfree.models import create_model
 from normfree.nn import padding, recompute
 from normfree.signal import write_atomically

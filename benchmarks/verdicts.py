@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from benchmarks.digits import digits
 from benchmarks.verdict_nets import CALIBRATION, CLASSES, NETS
 from normfree import spp
-from normfree.benchmark.comparison import hardware, versions
+from normfree.benchmark import hardware, versions
 from normfree.signal import write_atomically
 
 RATES = (3e-3, 1e-3, 1e-2, 3e-4)

@@ -25,16 +25,16 @@ ALLOWED = {
     "convert": {"convert", "nn", "signal", "trace", "report", "common"},
     "export": {"export", "nn", "trace", "common"},
     "report": {"report", "signal", "common"},
-    "benchmark": {"benchmark", "nn", "export", "sources", "common"},
     "paper": {"paper", "benchmark", "convert", "models", "nn", "signal", "sources", "report", "train", "common"},
     "train": {"train", "convert", "data", "models", "nn", "optim", "signal", "trace", "weights", "report", "common"},
 }
 
 # Files that belong to no folder.
 ALLOWED_FILES = {
-    "interrupt": set(),
+    "terminal": {"common"},
     "sources": {"convert", "models", "train", "weights", "common"},
-    "cli": {"commands", "interrupt", "common"},
+    "benchmark": {"nn", "export", "sources", "common"},
+    "cli": {"commands", "terminal", "common"},
     "__main__": {"cli"},
 }
 

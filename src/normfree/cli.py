@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import normfree
-from normfree import interrupt
+from normfree import terminal
 from normfree.commands import COMMANDS, command_class
-from normfree.common.streams import closed_output, drop_output
 from normfree.common.text import LONGEST, all_lines, one_line, shortened
+from normfree.terminal import closed_output, drop_output
 
 WIDTH = 110
 """Columns of what is not read on a terminal."""
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 (or what the command returns: 1 where ``doctor`` finds a model not healthy), or 2 for an error the user
         can mend, stated in one line on standard error; 1 if the output was closed; 3 for our own errors.
     """
-    interrupt.raise_again()
+    terminal.raise_interrupts()
     _open_streams()
     if shutil.get_terminal_size((WIDTH, 0)).columns < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         code = _run(command)
         sys.stdout.flush()
-        return _fail("", code) if interrupt.happened() else code  # a library may have caught the interrupt
+        return _fail("", code) if terminal.was_interrupted() else code  # a library may have caught the interrupt
     except BrokenPipeError:  # `| head` has read enough
         drop_output()
         return 1
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ImportError) as error:
         return _fail(all_lines(error, LONGEST), 2)
     except KeyboardInterrupt:
-        return _fail("interrupted", interrupt.INTERRUPTED)
+        return _fail("interrupted", terminal.INTERRUPTED)
     except Exception as error:
         if os.environ.get("NORMFREE_TRACEBACK"):
             raise
@@ -130,8 +130,8 @@ def _open_streams() -> None:
 
 
 def _fail(said: str, code: int) -> int:
-    if interrupt.happened():  # in an import, say, which then failed in another way
-        said, code = "interrupted", interrupt.INTERRUPTED
+    if terminal.was_interrupted():  # in an import, say, which then failed in another way
+        said, code = "interrupted", terminal.INTERRUPTED
     try:
         sys.stdout.flush()
     except OSError:

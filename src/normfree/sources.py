@@ -639,7 +639,8 @@ class _Siblings(importlib.abc.MetaPathFinder):
         file = Path("" if frame is None else frame.f_code.co_filename)
         if "site-packages" in file.parts:
             return None
-        return max((folder for folder in self.modules if file.is_relative_to(folder)), key=_depth, default=None)
+        holding = (folder for folder in self.modules if file.is_relative_to(folder))
+        return max(holding, key=lambda folder: len(folder.parts), default=None)
 
 
 class _Again(importlib.abc.Loader):
@@ -683,10 +684,6 @@ def importable(folder: Path) -> Iterator[None]:
             file = _file_of(sys.modules[name])
             if file and file.is_relative_to(folder) and "site-packages" not in file.parts:
                 _FINDER.modules[folder][name] = sys.modules.pop(name)
-
-
-def _depth(folder: Path) -> int:
-    return len(folder.parts)
 
 
 def _file_of(module: Any) -> Path | None:

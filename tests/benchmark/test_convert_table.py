@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from normfree.benchmark.comparison import hardware
+from normfree.benchmark import hardware
 
 CHECKED = {
     "changes": 1,

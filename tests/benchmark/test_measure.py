@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from normfree.benchmark import Contender, Part, Target, machine_name, markdown, measure
-from normfree.benchmark.comparison import peak_bytes
+from normfree.benchmark import Contender, Part, Target, machine_name, markdown, measure, peak_bytes
 
 SMALL = "nf_resnet50:width=0.25,depths=(1,1,1,1)"
 

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from rich.table import Table
 import normfree
 from normfree.cli import main
 from normfree.commands.shared import Terminal
-from normfree.interrupt import is_command
+from normfree.terminal import closed_output, is_command
 
 HOSTILE = {
     "colour": "\x1b[31mred\x1b[0m",
@@ -255,7 +257,7 @@ def test_an_interrupt_is_one_line_at_any_time(after):
 
 @pytest.mark.parametrize("words", [["models", "nf_resnet50"], ["models", "no such"], ["no command"]])
 def test_an_interrupt_counts_whatever_became_of_it(words, monkeypatch, capsys):
-    monkeypatch.setattr("normfree.interrupt._raised", [signal.SIGINT])  # a library has caught it, or failed for it
+    monkeypatch.setattr("normfree.terminal._raised", [signal.SIGINT])  # a library has caught it, or failed for it
     assert main(words) == 130
     assert capsys.readouterr().err == "normfree: interrupted\n"
 
@@ -285,3 +287,46 @@ def test_no_file_beside_a_model_is_imported_in_the_place_of_a_package(tmp_path):
             [*COMMAND, "spp", *words, "--batch-size", "2"], cwd=tmp_path, capture_output=True, text=True
         )
         assert run.returncode in (0, 2) and not list(tmp_path.glob("imported_*")), run.stderr
+
+
+@contextmanager
+def unread():
+    """Have a standard output whose reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    before = sys.stdout
+    with os.fdopen(writer, "w") as sys.stdout:
+        try:
+            yield
+        finally:
+            sys.stdout = before
+
+
+def chained(*errors):
+    """Errors, each of which came of the next."""
+    for error, cause in pairwise(errors):
+        error.__cause__ = cause
+    return errors[0]
+
+
+def test_a_broken_pipe_is_found_wherever_it_stands_in_the_chain():
+    handled = ValueError()
+    handled.__context__ = chained(RuntimeError(), BrokenPipeError())
+    with unread():
+        assert closed_output(BrokenPipeError())
+        assert closed_output(chained(ValueError(), RuntimeError(), BrokenPipeError()))
+        assert closed_output(handled)
+        assert not closed_output(chained(ValueError(), RuntimeError()))
+
+
+def test_a_chain_may_be_a_ring():
+    first, second = ValueError(), RuntimeError()
+    first.__cause__, second.__context__ = second, first
+    with unread():
+        assert not closed_output(first)
+        second.__cause__ = BrokenPipeError()
+        assert closed_output(first)
+
+
+def test_an_output_that_is_read_is_open():
+    assert not closed_output(BrokenPipeError())

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, as what they were, and by name where they cannot be."""
+"""Files that are written whole or not at all, as what they were, and by name where they cannot be; and what is read."""
 
 import errno
 import os
@@ -7,9 +7,22 @@ import sys
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
-from normfree.common.files import folders_in, read, remove_stale, sizes, temporary_path, walk, write_atomically
+from normfree.common.files import (
+    DEEPEST,
+    LONGEST_NUMBER,
+    MOST_NODES,
+    bounded_loader,
+    folders_in,
+    read,
+    remove_stale,
+    sizes,
+    temporary_path,
+    walk,
+    write_atomically,
+)
 
 
 @pytest.fixture
@@ -128,3 +141,31 @@ def test_a_folder_that_cannot_be_read_is_named(reading, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "listdir", refuse)
     with pytest.raises(ValueError, match=r"images='.*inner': cannot be read \(Permission denied\); make it readable"):
         list(reading(tmp_path / "inner", "images"))
+
+
+NESTED = "[" * (DEEPEST - 1) + "]" * (DEEPEST - 1)
+
+
+def load_yaml(text):
+    return yaml.load(text, bounded_loader("a test"))
+
+
+def test_plain_values_are_read():
+    text = f"a: {{b: [1, 2.5, yes, null, word, 2020-01-01]}}\nn: {'9' * LONGEST_NUMBER}\nd: {NESTED}\n"
+    assert load_yaml(text) == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [1]\nb: *a", "alias"),
+        (f"[{'1,' * MOST_NODES}]", "100,000 values"),
+        (f"[[{NESTED}]]", "64 in each other"),
+        ("a: 1" + "0" * LONGEST_NUMBER, "a number of 19 characters"),
+        ("a: {1: 2, 0x1: 3}", "1 twice"),
+        ("a: 1\nb: 2\na: 3", "a twice"),
+    ],
+)
+def test_what_may_take_long_or_be_meant_otherwise_is_refused(text, message):
+    with pytest.raises(yaml.YAMLError, match=message):
+        load_yaml(text)

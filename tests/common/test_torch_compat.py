@@ -25,6 +25,7 @@ from normfree.common.torch_compat import (
     preserve_version_counters,
     sequence_number,
     tree_leaves,
+    unwrapped,
     without_gradient_hooks,
     written_positions,
 )
@@ -45,6 +46,11 @@ def test_the_tracer_is_imported():
 def test_base_classes_of_layers():
     assert issubclass(nn.Conv3d, ConvNd) and issubclass(nn.ConvTranspose1d, ConvTransposeNd)
     assert issubclass(nn.BatchNorm2d, NormBase) and not issubclass(nn.Linear, ConvNd)
+
+
+def test_wrappers_are_looked_through():
+    model = nn.Linear(2, 2)
+    assert unwrapped(torch.compile(nn.DataParallel(model))) is model and unwrapped(model) is model
 
 
 def test_workers_end():

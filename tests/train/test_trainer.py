@@ -16,7 +16,7 @@ from tiny_run import MODEL, tiny
 
 import normfree
 from normfree.cli import main
-from normfree.data.preprocessing import Preprocessing
+from normfree.data.config import Preprocessing
 from normfree.export import to_onnx, to_program
 from normfree.train import RECIPES, NonFiniteLossError, train
 from normfree.train.config import from_dict

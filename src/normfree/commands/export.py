@@ -19,8 +19,7 @@ from normfree.commands.signals import precision_of
 from normfree.common.checks import check_memory, invalid
 from normfree.common.torch_compat import import_tracer
 from normfree.data import DataConfig, open_evaluation, with_any_split
-from normfree.data.config import check_statistics, preparation
-from normfree.data.preprocessing import Preprocessing
+from normfree.data.config import Preprocessing, check_statistics, preparation
 from normfree.export import Exported, to_onnx, to_program
 from normfree.export.exported import check_path, is_exported
 from normfree.signal import input_shape

@@ -18,8 +18,8 @@ from rich.segment import Segment
 
 from normfree.common.checks import check_integer, check_seed, invalid
 from normfree.common.files import check_place
-from normfree.common.streams import drop_output
 from normfree.common.text import printable
+from normfree.terminal import drop_output
 
 _MODEL = (
     "A name of `normfree models`, torchvision:NAME or timm:NAME (arguments after a colon: nf_resnet50:width=1, "

@@ -9,6 +9,7 @@ import difflib
 import importlib
 import math
 import os
+import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -205,6 +206,14 @@ def available_memory(root: Path = Path("/")) -> int | None:
     except (OSError, ValueError):  # no container, or "max": no limit
         return free
     return min(free, max(limit - used + cached, 0))
+
+
+def processor() -> str:
+    """Return the name of the machine's processor, as Linux has it, or of its kind elsewhere."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def require(module: str, purpose: str) -> ModuleType:

@@ -49,6 +49,7 @@ __all__ = [
     "sequence_number",
     "tree_leaves",
     "tree_map",
+    "unwrapped",
     "without_gradient_hooks",
     "written_positions",
 ]
@@ -193,6 +194,17 @@ def cpu_multiplies_bf16() -> bool:
     if capabilities:
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module that a compiled, data-parallel or Lightning Fabric wrapper holds; any other is its own."""
+    while True:
+        inner = getattr(model, "_orig_mod", getattr(model, "_original_module", None))  # torch.compile, Fabric
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 Model = TypeVar("Model", bound=nn.Module)

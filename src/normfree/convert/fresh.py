@@ -1,5 +1,7 @@
 """The plan of a fresh start: norms out, standardized layers in, every branch scaled, every input of unit variance.
 
+In the order of this file: the plan, and the changes it is made of; input scales; variances; what begins a stream.
+
 *Input scales.* A layer fed by an elementwise function of a Gaussian activation of variance β² has input scale γ / β.
 Every other input (a pool, a gate's product, a stream that was rectified before) has no closed form and is measured.
 
@@ -7,17 +9,26 @@ Every other input (a pool, a gate's product, a stream that was rectified before)
 a sum with constant factors the sum of its independent operands, a concatenation the mean over its channels. So inside a
 stage the residual stream climbs by alpha² a block and a projection shortcut resets it, as in the variance plan of our
 own networks.
+
+*Streams.* A branch is scaled to alpha², and adds that share to a stream of unit variance: to one of variance 1000 it
+adds nothing, and one of 0.001 it drowns. A layer that is standardized gives unit variance. So does one that keeps its
+weight (of few weights a filter, say) with a constant factor, which is measured: in whatever units its input is, it
+gives the same and learns at the same pace. Its bias takes out what all examples have in common. Where something else
+begins a stream (the input itself, a lookup, weights that are computed) nothing carries such a factor, and what enters
+the first block is measured for a note. In a model without norms the first layers get such a factor where no stream
+follows, too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from normfree.convert.carriers import (
+    INPUT,
     Ending,
     NormGroups,
     Places,
@@ -38,10 +49,10 @@ from normfree.convert.dataflow import (
     passes_unchanged,
 )
 from normfree.convert.functions import Functions
-from normfree.convert.record import BARE, SCALED, UNITS, WITH_ACTIVATION, Beta, Change, Kept
-from normfree.convert.rescaled import find_sources, first_layers, rescaling
+from normfree.convert.record import BARE, RESCALED, SCALED, UNITS, WITH_ACTIVATION, Beta, Change, Kept
 from normfree.convert.structure import Structure, WeightedMap, layers_to_standardize
 from normfree.convert.unnormalized import LAST, Unnormalized, biases_of_rows, find_unnormalized
+from normfree.nn import WeightLayout
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
 
@@ -148,7 +159,7 @@ def fresh_plan(
     scalable = {name for name in bare.scalable if layers_kept[name] != LAST}
     first = set() if bare.beside_norms else first_layers(structure, ways, scalable, gone)
     rescaled = [name for name in structure.layers if name in first | (streams.layers & bare.scalable)]
-    changes += [rescaling(structure, name, layers_kept.pop(name)) for name in rescaled]
+    changes += [_rescaled_change(structure, name, layers_kept.pop(name)) for name in rescaled]
     others = [name for name in structure.layers if name in streams.layers - {*chosen, *rescaled}]
     kept = [Kept(name=n, was=class_name(modules[n]), reason=reason, norm=True) for n, reason in norms.kept.items()]
     kept += [Kept(name=n, was=class_name(modules[n]), reason=reason) for n, reason in layers_kept.items()]
@@ -242,6 +253,15 @@ def _affine_change(structure: Structure, name: str, reason: str) -> Change:
         reason=f"an affine map with the example's mean and variance of each channel: {reason}",
         carried_by=(name,),
     )
+
+
+def _rescaled_change(structure: Structure, name: str, reason: str) -> Change:
+    """The change by which a layer gets a measured input scale, and keeps its weight; ``reason`` it is kept for."""
+    layer = structure.maps[name]
+    kind = class_name(layer.module)
+    why = f"measured, for unit variance of what it gives; it keeps its weight: {reason}"
+    layout = WeightLayout() if layer.layout is None else layer.layout
+    return Change(name=name, was=kind, now=f"{RESCALED} {kind}", reason=why, weight=layout)
 
 
 def _layer_change(
@@ -417,3 +437,67 @@ def _after(step: Step, variance: Mapping[Node, float], flow: Dataflow, *, throug
     for node, factor in zip(step.inputs, factors, strict=True):
         total[node] += factor
     return sum(variance[node] * factor**2 for node, factor in total.items())
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What some activations come from.
+
+    Attributes:
+        layers: the nearest layers on the way back along the shortcuts, by name.
+        others: what else, in words.
+    """
+
+    layers: set[str] = field(default_factory=set)
+    others: dict[str, None] = field(default_factory=dict)
+
+
+def find_sources(
+    structure: Structure, ways: SignalPaths, nodes: Iterable[Node | None], gone: Container[str]
+) -> Sources:
+    """What gives some activations their size; of a residual sum it is what gives it to the shortcut.
+
+    Args:
+        structure: of the model.
+        ways: through it.
+        nodes: the activations.
+        gone: the norms in whose place nothing gives unit variance.
+    """
+    flow, found = structure.flow, Sources()
+    shortcuts = {addition.output: addition.shortcut for addition in flow.additions}
+    waiting = [node for node in nodes if node is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        step, norm = flow.made_by.get(node), structure.norm_at.get(node)
+        before: list[Node] = []
+        if node in structure.layer_at:
+            found.layers.add(structure.layer_at[node].name)
+        elif norm is not None:
+            before = [norm.input] if norm.name in gone and norm.input is not None else []
+        elif node in shortcuts:
+            before = [shortcuts[node]]
+        elif step is None:  # an input, or what was written through a view
+            before = [each for each in node.parents if each.parents]
+            found.others.update({} if before else {INPUT: None})
+        elif step.name in op.EMBEDDING or step.name in op.RECURRENT or node.step.weighted:
+            found.others[step.module or "a weight of the model"] = None
+        else:
+            before = ways.carried_values(step)
+        before = [each for each in before if each not in seen]
+        seen.update(before)
+        waiting += before
+    return found
+
+
+def first_layers(structure: Structure, ways: SignalPaths, scalable: Container[str], gone: Container[str]) -> set[str]:
+    """Those of the layers that take a factor before which there is nothing but the input and such layers."""
+    before = {
+        name: find_sources(structure, ways, [call.input for call in calls], gone)
+        for name, calls in structure.layers.items()
+        if name in scalable
+    }
+    found = set[str]()
+    while new := {n for n, b in before.items() if b.layers <= found and b.others.keys() <= {INPUT}} - found:
+        found |= new
+    return found

@@ -20,9 +20,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol, Self
 
 from normfree.common.checks import invalid, require, suggestion
-from normfree.common.files import check_file, folders_in, kind_of, read_bytes, refused, walk
+from normfree.common.files import bounded_loader, check_file, folders_in, kind_of, read_bytes, refused, walk
 from normfree.common.text import all_lines, first_line, quoted
-from normfree.common.yaml_loader import bounded_loader
 from normfree.data.config import DataConfig
 
 FORMATS = {

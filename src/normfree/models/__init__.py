@@ -1,6 +1,5 @@
 """Networks by name: the paper's normalizer-free families and those it compares them with."""
 
-from normfree.models.nf_resnet import NFResNet
 from normfree.models.nfnet import NFNet
 from normfree.models.pyramid import FeaturePyramidBackbone, PyramidLevel
 from normfree.models.registry import (
@@ -14,7 +13,7 @@ from normfree.models.registry import (
     list_models,
 )
 from normfree.models.regnets import BNRegNet, NFRegNet
-from normfree.models.resnets import FixUpResNet, ResNet, ResNetV2, SkipInitResNet
+from normfree.models.resnets import FixUpResNet, NFResNet, ResNet, ResNetV2, SkipInitResNet
 from normfree.models.scaffold import Backbone, FeatureInfo
 
 __all__ = [

@@ -1,35 +1,49 @@
-"""Batch-normalised ResNets, and those with other normalizers: the paper's main comparisons.
+"""ResNets of bottleneck blocks: normalizer-free, with batch norm or another normalizer, and with neither.
 
-Version 1, post-activation:
+In every equation x_l is what enters block l, f_l its branch, and shortcut the way beside it: x_l itself, or where the
+shape changes a 1x1 convolution, with a norm behind it in version 1, of act(x_l) or pre(x_l) where the branch begins so.
 
-    x_{l+1} = act(shortcut(x_l) + f_l(x_l)),   f = norm conv1x1 . act norm conv3x3 . act norm conv1x1
+alpha   factor of the branches, 0.2: the variance grows by alpha^2 per block
+s       skip gain, learnable, one per block, starts at 0 (FixUp's at 1)
+beta    expected standard deviation of x_l, from the variance plan
+gamma   1 / sqrt(Var[act(z)]): makes an activation variance preserving
+pre     normalizer then activation, or the reverse
+b       scalar biases, start at 0
 
-Version 2, pre-activation, where pre is normalizer then activation, or the reverse, and the shortcut is x_l, or a 1x1
-convolution of pre(x_l) where the shape changes:
+*Normalizer-free*, without a scalar multiplication of any feature map:
+
+    x_{l+1} = shortcut + alpha * s * f_l(act(x_l) / beta_l),   f = conv1x1 . act conv3x3 . act conv1x1
+
+gamma and beta are in the weights of the convolutions that follow them, alpha * s is in those of the branch's last
+convolution (or in the squeeze-excite gate). The final activation's gamma, which no convolution follows, is on the
+pooled features. Source: Brock, De, Smith, *Characterizing signal propagation to close the performance gap in
+unnormalized ResNets*, ICLR 2021, which compares them with the others.
+
+*Batch-normalised, version 1*, post-activation, with the stride in the 3x3 convolution:
+
+    x_{l+1} = act(shortcut + f_l(x_l)),   f = norm conv1x1 . act norm conv3x3 . act norm conv1x1
+
+Source: He et al. 2016 (arXiv 1512.03385).
+
+*Version 2*, pre-activation, of any normalizer or none, in both orders (section 3 of Brock et al. plots them):
 
     x_{l+1} = shortcut + f_l(x_l),   f = conv1x1 pre . conv3x3 pre . conv1x1 pre
 
-Sources: He et al. 2016 (arXiv 1512.03385), with the stride in the 3x3 convolution; He et al. 2016 (arXiv 1603.05027);
-Brock, De, Smith, ICLR 2021, section 3 (both orders are plotted).
+Source: He et al. 2016 (arXiv 1603.05027).
 
-*Neither a normalizer nor standardized weights.* SkipInit, pre-activation, with a learnable scalar that starts each
-branch at zero:
+*SkipInit*, pre-activation, with neither a normalizer nor standardized weights:
 
     x_{l+1} = shortcut + s * f_l(act(x_l)),   f = conv1x1 . act conv3x3 . act conv1x1
 
-s   skip gain, learnable, one per block, starts at 0; it is in the weights of the branch's last convolution
+Source: De, Smith 2020 (arXiv 2002.10444).
 
-FixUp, post-activation, trainable from the initialisation alone:
+*FixUp*, post-activation, trainable from the initialisation alone: of L blocks, the first two convolutions of a branch
+start smaller by L^(-1/4), the last at zero.
 
     x' = x_l + b0
     x_{l+1} = act(shortcut(x') + s * conv1x1(act(conv3x3(act(conv1x1(x') + b1) + b2) + b3) + b4) + b5)
 
-b   scalar biases, start at 0
-s   scalar scale, one per block, starts at 1; it is in the weight of the branch's last convolution
-L   number of blocks: the first two convolutions of a branch start smaller by L^(-1/4), the last at zero
-
-Sources: De, Smith 2020 (arXiv 2002.10444); Zhang, Dauphin, Ma 2019 (arXiv 1901.09321); the comparison of Brock, De,
-Smith, ICLR 2021.
+s of both is in the weights of the branch's last convolution. Source: Zhang, Dauphin, Ma 2019 (arXiv 1901.09321).
 """
 
 from __future__ import annotations
@@ -37,26 +51,231 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normfree.common.checks import check_choice, check_number
-from normfree.models.nf_resnet import resnet_places, resnet_stem, resnet_variants
+from normfree.common.checks import check_choice, check_flag, check_number
 from normfree.models.registry import ConvolutionName, Norm, Order, Stem, register
-from normfree.models.scaffold import Backbone, BlockPlace
-from normfree.nn import Activation, PaddingStyle, ScaledConv2d, ScaledWSConv2d, StochasticDepth, build_activation
+from normfree.models.scaffold import Backbone, BlockPlace, NFBackbone, NFStyle, block_places, stage_channels
+from normfree.nn import (
+    Activation,
+    MaxPool2d,
+    PaddingStyle,
+    ScaledConv2d,
+    ScaledWSConv2d,
+    SqueezeExcite,
+    StochasticDepth,
+    build_activation,
+)
 from normfree.nn.recompute import with_origin
+
+# --- sizes, places of blocks, stems -----------------------------------------------------------------------------------
+
+
+RESNET_DEPTHS: dict[int, tuple[int, int, int, int]] = {
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+    288: (24, 24, 24, 24),
+    600: (50, 50, 50, 50),
+}
+
+
+def resnet_variants(prefix: str) -> dict[str, Mapping[str, Any]]:
+    """Return the registry's entries of a family of ResNets: every depth under ``<prefix><depth>``."""
+    return {f"{prefix}{depth}": {"depths": blocks} for depth, blocks in RESNET_DEPTHS.items()}
+
+
+def resnet_places(
+    depths: Sequence[int],
+    width: float,
+    widths: Sequence[int] | None,
+    in_channels: int,
+    padding: PaddingStyle,
+    stochdepth_rate: float,
+) -> list[list[BlockPlace]]:
+    """Return the places of a ResNet's bottleneck blocks, of 64, 128, 256 and 512 channels times the width multiplier.
+
+    Raises:
+        ValueError: an argument that breaks its rule.
+    """
+    channels = stage_channels(depths, (64, 128, 256, 512), width, widths, in_channels, padding, stochdepth_rate)
+
+    def branch(stage: int, index: int, in_channels: int, out_channels: int) -> tuple[int, int]:
+        return out_channels // 4, 1
+
+    return block_places(branch, depths, channels, channels[0] // 4, (1, 2, 2, 2), stochdepth_rate)
+
+
+def resnet_stem(
+    stem: Stem,
+    convolution: Callable[..., nn.Module],
+    in_channels: int,
+    places: list[list[BlockPlace]],
+    padding: PaddingStyle,
+    **layers: nn.Module,
+) -> dict[str, Any]:
+    """Return a ResNet's stem and its stride, as ``Backbone``'s arguments.
+
+    Args:
+        stem: "imagenet" (7x7 of stride 2 and a 3x3 max-pool of stride 2), or "cifar" (3x3 of stride 1), as in the
+            CIFAR networks of He et al. 2016: images of 32 pixels would be 8 wide after the former.
+        convolution: makes its convolution of channels in and out, kernel size, stride and ``padding``.
+        in_channels: channels of the input.
+        places: of the blocks, the first of which takes what the stem gives.
+        padding: "symmetric" or "same".
+        layers: follow the convolution, by name.
+
+    Raises:
+        ValueError: another stem.
+    """
+    large = check_choice("stem", stem, Stem) == "imagenet"
+    first = convolution(in_channels, places[0][0].in_channels, *((7, 2) if large else (3, 1)), padding=padding)
+    pool = {"pool": MaxPool2d(3, 2, padding=padding)} if large else {}
+    return {"stem": nn.Sequential(OrderedDict(conv=first, **layers, **pool)), "stem_stride": 4 if large else 1}
+
+
+# --- normalizer-free --------------------------------------------------------------------------------------------------
+
+
+NF_CONVOLUTIONS: dict[ConvolutionName, type[ScaledConv2d]] = {"scaled_ws": ScaledWSConv2d, "scaled": ScaledConv2d}
+"""Of normalizer-free networks."""
+
+
+class NFBlock(nn.Module):
+    """A normalizer-free bottleneck block: the equation at the top of this file.
+
+    Args:
+        place: channels, stride and stochastic depth.
+        beta: expected standard deviation of the block's input.
+        style: what it shares with the network's other blocks.
+
+    Source: Brock et al. 2021, section 3.
+    """
+
+    def __init__(self, place: BlockPlace, beta: float, style: NFStyle) -> None:
+        super().__init__()
+        convolution = partial(style.convolution, padding=style.padding)
+        inner, out = place.branch_channels, place.out_channels
+        before, inside = style.gamma / beta, style.gamma
+        self.activation = copy.deepcopy(style.activation)
+        self.conv0 = convolution(place.in_channels, inner, 1, input_scale=before)
+        self.conv1 = convolution(inner, inner, 3, place.stride, input_scale=inside)
+        self.conv2 = convolution(inner, out, 1, input_scale=inside, **style.branch_scale)
+        self.shortcut = (
+            convolution(place.in_channels, out, 1, place.stride, input_scale=before) if place.projects else None
+        )
+        self.stochastic_depth = StochasticDepth(place.drop_rate)
+
+    def branch(self, activated: Tensor) -> Tensor:
+        """Return ``alpha * s * f(activated / beta)``, [N, out_channels, H', W']."""
+        hidden = self.activation(self.conv0(activated))
+        hidden = self.activation(self.conv1(hidden))
+        return self.conv2(hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.activation(x)
+        shortcut = x if self.shortcut is None else self.shortcut(activated)
+        return shortcut + self.stochastic_depth(self.branch(activated))
+
+
+class NFSqueezeExciteBlock(NFBlock):
+    """A normalizer-free bottleneck block whose branch ends in a squeeze-excite gate, which carries alpha * s.
+
+    Args:
+        place, beta, style: as ``NFBlock``'s.
+        se_ratio: hidden units of the gate per output channel.
+
+    Source: Brock et al. 2021, section 3 and appendix.
+    """
+
+    def __init__(self, place: BlockPlace, beta: float, style: NFStyle, se_ratio: float) -> None:
+        super().__init__(place, beta, style.without_branch_scale())
+        self.squeeze_excite = SqueezeExcite(place.out_channels, se_ratio, **style.branch_scale)
+
+    def branch(self, activated: Tensor) -> Tensor:
+        """Return ``alpha * s * f(activated / beta)``, [N, out_channels, H', W']."""
+        hidden = self.activation(self.conv0(activated))  # TorchScript has no super().branch(activated)
+        hidden = self.activation(self.conv1(hidden))
+        return self.squeeze_excite(self.conv2(hidden))
+
+
+@register(resnet_variants("nf_resnet"))
+class NFResNet(NFBackbone):
+    """A normalizer-free ResNet.
+
+    Args:
+        depths: blocks per stage, four.
+        width: multiplies the stages' 64, 128, 256, 512 channels and the stem's 16.
+        widths: the stages' channels themselves, instead of ``width``.
+        alpha: factor of the branches, at least 0: the variance grows by its square per block.
+        activation: a name, or a module, function or factory (its gamma is then integrated).
+        use_se: whether branches end in a squeeze-excite gate.
+        se_ratio: hidden units of the gate per channel.
+        stochdepth_rate: of the last block, nearly; grows linearly from 0. The paper's regularised runs: 0.1.
+        drop_rate: dropout before the classifier. The paper's regularised runs: 0.25.
+        skipinit_gain: initial value of every skip gain; 0 in the paper, 1 to draw its plots.
+        conv: "scaled_ws", or "scaled" for plain LeCun weights with the same gamma and beta (the paper's
+            mean-shift figure).
+        stem: "imagenet" (7x7 of stride 2 and a max-pool), or "cifar" (3x3 of stride 1) for small images.
+        num_classes: outputs of the classifier; 0 for none.
+        in_channels: channels of the input.
+        padding: "symmetric" or "same".
+
+    Raises:
+        ValueError: a value that breaks its rule.
+
+    Source: Brock et al. 2021; sizes and constants of the official definition.
+    """
+
+    def __init__(
+        self,
+        *,
+        depths: Sequence[int],
+        width: float = 4,
+        widths: Sequence[int] | None = None,
+        alpha: float = 0.2,
+        activation: Activation = "relu",
+        use_se: bool = False,
+        se_ratio: float = 0.25,
+        stochdepth_rate: float = 0.1,
+        drop_rate: float = 0.25,
+        skipinit_gain: float = 0.0,
+        conv: ConvolutionName = "scaled_ws",
+        stem: Stem = "imagenet",
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        padding: PaddingStyle = "symmetric",
+    ) -> None:
+        places = resnet_places(depths, width, widths, in_channels, padding, stochdepth_rate)
+        check_choice("conv", conv, ConvolutionName)
+        convolution = NF_CONVOLUTIONS[conv]
+        style = NFStyle.of(activation, alpha, skipinit_gain, padding=padding, convolution=convolution)
+        gated = partial(NFSqueezeExciteBlock, se_ratio=check_number("se_ratio", se_ratio, 0.0, exclusive=True))
+        super().__init__(
+            **resnet_stem(stem, convolution, in_channels, places, padding),
+            places=places,
+            block=gated if check_flag("use_se", use_se) else NFBlock,
+            style=style,
+            final=copy.deepcopy(style.activation),
+            num_features=places[-1][-1].out_channels,
+            num_classes=num_classes,
+            drop_rate=drop_rate,
+            classifier_std=0.01,
+        )
+
+
+# --- with normalizers -------------------------------------------------------------------------------------------------
+
 
 he_convolution = partial(ScaledConv2d, bias=False, init_scale=math.sqrt(2))
 """A convolution without bias, of He-normal (fan-in) weights."""
-CONVOLUTIONS: dict[ConvolutionName, Callable[..., nn.Module]] = {
-    "scaled": he_convolution,
-    "scaled_ws": partial(ScaledWSConv2d, bias=False),
-}
 
 
 class PostActivationBlock(nn.Module):
@@ -138,6 +357,13 @@ class ResNet(Backbone):
             drop_rate=drop_rate,
             classifier_std=0.01,
         )
+
+
+PREACTIVATION_CONVOLUTIONS: dict[ConvolutionName, Callable[..., nn.Module]] = {
+    "scaled": he_convolution,
+    "scaled_ws": partial(ScaledWSConv2d, bias=False),
+}
+"""Of version 2."""
 
 
 def _group_norm(channels: int) -> nn.Module:
@@ -240,7 +466,8 @@ class ResNetV2(Backbone):
         places = resnet_places(depths, width, widths, in_channels, padding, stochdepth_rate)
         check_choice("norm", norm, Norm)
         check_choice("order", order, Order)
-        convolution = CONVOLUTIONS[check_choice("conv", conv, ConvolutionName)]
+        check_choice("conv", conv, ConvolutionName)
+        convolution = PREACTIVATION_CONVOLUTIONS[conv]
         preactivation = Preactivation(norm, order, build_activation(activation)[0])
         super().__init__(
             **resnet_stem(stem, convolution, in_channels, places, padding),
@@ -325,9 +552,8 @@ class SkipInitResNet(Backbone):
         places = resnet_places(depths, width, widths, in_channels, padding, stochdepth_rate)
         act, _ = build_activation(activation)
         gain = check_number("skipinit_gain", skipinit_gain)
-        stem_convolution = partial(ScaledConv2d, bias=False, init_scale=math.sqrt(2))
         super().__init__(
-            **resnet_stem(stem, stem_convolution, in_channels, places, padding),
+            **resnet_stem(stem, he_convolution, in_channels, places, padding),
             places=places,
             block=partial(SkipInitBlock, activation=act, skipinit_gain=gain, padding=padding),
             final=copy.deepcopy(act),

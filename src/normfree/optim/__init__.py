@@ -1,7 +1,7 @@
 """Optimization without normalizers: adaptive gradient clipping, parameter groups, schedule, weight averaging."""
 
+from normfree.nn.centring import InputCentring
 from normfree.optim.averaging import WeightAverage
-from normfree.optim.centring import InputCentring
 from normfree.optim.clipping import AdaptiveGradientClipping, clip_grad_adaptive_
 from normfree.optim.groups import final_layers, nesterov_sgd, parameter_groups, warmup_cosine, warmup_cosine_factor
 from normfree.optim.muon import Muon, Rule, muon_groups, muon_sgd

@@ -19,8 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from normfree.common.checks import check_rate, invalid
 from normfree.common.text import all_lines, first_line
-from normfree.common.torch_compat import copy_model
-from normfree.optim.groups import original
+from normfree.common.torch_compat import copy_model, unwrapped
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -50,9 +49,9 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float = 0.99999, *, module: nn.Module | None = None) -> None:
         self.decay = check_rate("decay", decay)
-        self.model = original(model)
+        self.model = unwrapped(model)
         self.updates = 0
-        copied = _copy(self.model) if module is None else original(module)
+        copied = _copy(self.model) if module is None else unwrapped(module)
         self.module = copied.eval().requires_grad_(False)
         for tensor in self._tensors(self.module):
             tensor.grad = None

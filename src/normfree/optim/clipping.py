@@ -37,10 +37,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from normfree.common.checks import check_number, invalid, suggestion
-from normfree.common.torch_compat import ConvTransposeNd
+from normfree.common.torch_compat import ConvTransposeNd, unwrapped
 from normfree.nn import standardization_of
 from normfree.nn.standardized_module import raw_name
-from normfree.optim.groups import final_layers, original
+from normfree.optim.groups import final_layers
 
 Parameters = nn.Module | Iterable[tuple[str, Tensor]]
 
@@ -311,7 +311,7 @@ def units_of(parameters: Parameters, exclude: Iterable[str] | None = None) -> li
     if isinstance(exclude, str):
         raise invalid("exclude", exclude, "must be a collection of names", f"pass exclude=[{exclude!r}]")
     if isinstance(parameters, nn.Module):
-        model = original(parameters)
+        model = unwrapped(parameters)
         owned = list(owned_parameters(model))
         excluded = _final_weights(model) if exclude is None else _matching_names((n for n, *_ in owned), exclude)
     else:

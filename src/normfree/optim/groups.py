@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from normfree.common.checks import check_integer, check_number, check_rate, invalid
-from normfree.common.torch_compat import ConvNd, NormBase
+from normfree.common.torch_compat import ConvNd, NormBase, unwrapped
 
 # Layers whose weight is a matrix or a stack of filters, also where it has a single row or column.
 _WEIGHTED = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, ConvNd)
@@ -89,7 +89,7 @@ def parameter_groups(
 
 def _classifier(model: nn.Module) -> set[int]:
     """Identities of the final layers' parameters."""
-    network = original(model)
+    network = unwrapped(model)
     layers = final_layers(network)
     if not layers:
         rule = "it does not end in a linear layer or convolution, whose learning rate could be scaled"
@@ -188,17 +188,6 @@ def warmup_cosine(optimizer: Optimizer, *, steps: int, warmup_steps: int = 0, fi
     return LambdaLR(optimizer, factors)
 
 
-def original(model: nn.Module) -> nn.Module:
-    """Return the module that a compiled, data-parallel or Fabric wrapper holds."""
-    while True:
-        inner = getattr(model, "_orig_mod", getattr(model, "_original_module", None))
-        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 HEAD = re.compile(r"(.*_)?(classifier|fc|logits|heads?\d*|predictor)(_.*)?", re.IGNORECASE)
 """What networks call the part, or each of the parts, that ends in a final layer."""
 
@@ -236,7 +225,7 @@ def final_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 def _ends(module: nn.Module, name: str) -> Iterator[str]:
-    children = {_joined(name, key): child for key, child in module.named_children()}
+    children = {f"{name}.{key}" if name else key: child for key, child in module.named_children()}
     heads = {key: child for key, child in children.items() if _is_head(key)}
     if isinstance(module, _SEVERAL) and _is_head(name):
         heads = children
@@ -298,7 +287,3 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
         return layer.in_features, layer.out_features
     assert isinstance(layer, ConvNd)
     return layer.in_channels, layer.out_channels
-
-
-def _joined(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name

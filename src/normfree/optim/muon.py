@@ -31,10 +31,10 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 
 from normfree.common.checks import check_choice, check_integer, check_number, check_rate, invalid
-from normfree.common.torch_compat import ConvNd, ConvTransposeNd
+from normfree.common.torch_compat import ConvNd, ConvTransposeNd, unwrapped
 from normfree.nn.scaled_ws import Standardized
 from normfree.optim.clipping import owned_parameters, placements_of
-from normfree.optim.groups import final_layers, original, parameter_groups
+from normfree.optim.groups import final_layers, parameter_groups
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic a·x + b·x³ + c·x⁵ on the singular values: the steepest at zero that keeps them near one."""
@@ -302,7 +302,7 @@ def muon_groups(
         ValueError: as :func:`parameter_groups`, whose rule tells what is decayed.
     """
     check_number("sgd_lr_scale", sgd_lr_scale, 0.0, exclusive=True)
-    network = original(model)
+    network = unwrapped(model)
     heads = {id(p) for name in final_layers(network) for p in network.get_submodule(name).parameters()}
     layouts = {
         id(parameter): _layout(owner)

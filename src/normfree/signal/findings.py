@@ -23,13 +23,13 @@ from typing import Any
 from normfree.signal import remedies
 from normfree.signal.architecture import Architecture
 from normfree.signal.gradients import gradient_cut_off, gradient_explosion, gradient_vanishing
-from normfree.signal.nonfinite import NonFinite
 from normfree.signal.propagation import (
     BESIDE,
     SEVERITIES,
     BlockSignal,
     Entry,
     Finding,
+    NonFinite,
     Severity,
     SignalPropagation,
     module_title,

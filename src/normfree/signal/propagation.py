@@ -254,6 +254,25 @@ class Finding:
         return short_repr(self, f"{self.severity}: {self.kind}: {self.message}")
 
 
+@dataclass(frozen=True)
+class NonFinite:
+    """The operation whose result was the first not to be finite.
+
+    Attributes:
+        module: the module that ran it.
+        operation: its ATen name.
+        count: values that are not finite.
+        total: values in all.
+        largest: largest finite magnitude among its inputs.
+    """
+
+    module: str
+    operation: str
+    count: int
+    total: int
+    largest: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class SignalPropagation:
     """The signal propagation plot of one model, as measured by :func:`normfree.spp`.

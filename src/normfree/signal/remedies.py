@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from normfree.signal.architecture import Architecture
-from normfree.signal.nonfinite import NonFinite
+from normfree.signal.propagation import NonFinite
 
 DOCS = "docs/signal.md"
 """The page on findings, which has an anchor for each kind."""

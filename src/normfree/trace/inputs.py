@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.data import DataLoader
 
 from normfree.common.text import first_line
-from normfree.common.torch_compat import current_autograd_node, tree_leaves, tree_map
+from normfree.common.torch_compat import current_autograd_node, tree_leaves, tree_map, unwrapped
 
 Batch = Any
 """A tensor (one argument), a tuple (positional arguments) or a mapping (keyword arguments) of tensors."""
@@ -296,14 +296,8 @@ def run_once(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module that a compiled, data-parallel or Lightning Fabric wrapper holds."""
+    """The module that a wrapper holds; a ValueError where there is no module."""
     __tracebackhide__ = True
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: {type(model).__name__} is no torch.nn.Module")
-    while True:
-        inner = getattr(model, "_orig_mod", getattr(model, "_original_module", None))  # torch.compile, Fabric
-        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+    return unwrapped(model)

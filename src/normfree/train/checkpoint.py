@@ -137,8 +137,10 @@ class CheckpointStore:
             buffer = io.BytesIO()
             torch.save(dict(state), buffer)
             write_atomically(place / STATE, buffer.getvalue())
-            files = {file.name: _facts(file) for file in sorted(place.iterdir())}
-            manifest = {"schema": SCHEMA, "step": step, "score": score, "files": files}
+            facts = {
+                file.name: {"bytes": file.stat().st_size, "sha256": _hash(file)} for file in sorted(place.iterdir())
+            }
+            manifest = {"schema": SCHEMA, "step": step, "score": score, "files": facts}
             write_atomically(place / MANIFEST, json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=1))
             _flush(place)
             self._rename(place, target)
@@ -285,10 +287,6 @@ def _score(folder: Path) -> float:
 
 def _damaged(folder: Path, what: str) -> ValueError:
     return ValueError(shortened(f"checkpoint {quoted(str(folder))} is damaged: {what}"))
-
-
-def _facts(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": _hash(file)}
 
 
 def _hash(file: Path) -> str:

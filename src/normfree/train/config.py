@@ -33,9 +33,8 @@ from normfree.common.checks import (
     require,
     suggestion,
 )
-from normfree.common.files import parse_dataclass, read_bytes, read_json, refused
+from normfree.common.files import bounded_loader, parse_dataclass, read_bytes, read_json, refused
 from normfree.common.text import LONGEST, first_line, quoted, shortened
-from normfree.common.yaml_loader import bounded_loader
 from normfree.data import AugmentationConfig, DataConfig
 from normfree.data.config import check_image_size
 from normfree.models.nfnet import NFNET_SIZES

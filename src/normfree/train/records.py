@@ -1,4 +1,4 @@
-"""What a run records: its curves as CSV files and by its loggers, and where it came from."""
+"""What a run records and shows: its curves as CSV files and by loggers, where it came from, and how far it is."""
 
 from __future__ import annotations
 
@@ -6,23 +6,30 @@ import csv
 import importlib.metadata
 import io
 import json
+import math
 import os
 import platform
 import shlex
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from normfree.common.checks import require
+from normfree.common.checks import processor, require
 from normfree.common.files import file_error, kind_of, read_bytes, read_json, refused, write_atomically
 from normfree.common.text import first_line, one_line, quoted
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 TRAINING = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "clip_fraction", "images_per_second", "seconds")
 EVALUATION = ("step", "epoch", "loss", "top1", "top5", "examples", "seconds")
@@ -178,7 +185,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
         "commit": commit(),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -202,13 +209,6 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 # --- where curves go besides the CSV files: TensorBoard, Weights & Biases, MLflow -------------------------------------
@@ -411,3 +411,125 @@ REMEDY = {
     "wandb": "wandb login, or set WANDB_MODE=offline",
     "mlflow": "set MLFLOW_TRACKING_URI to a server, a database or a folder that it can write to",
 }
+
+
+# --- what is shown while it runs: a bar on a terminal; elsewhere a line at least every half minute --------------------
+
+
+INTERVAL = 30.0
+"""Seconds between lines, at most, where there is no terminal."""
+
+
+class Progress:
+    """Where a run is, shown while the context is open.
+
+    The lines come from a thread of their own, so that they also come while a step, an evaluation or a compilation
+    takes long.
+
+    Args:
+        console: to print to; None for silence.
+        step: at which the run goes on; 0 at its beginning.
+        last_step: at which it ends.
+        epochs: of the whole run.
+    """
+
+    def __init__(self, console: Console | None, step: int, last_step: int, epochs: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console, self.step, self.last_step, self.epochs = console, step, last_step, epochs
+        self._first, self._began = step, time.monotonic()
+        self._epoch, self._doing = "", "starting"
+        self._lock, self._ended = threading.RLock(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._begin_stretch()
+        self._bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TextColumn("step {task.completed}/{task.total}  {task.fields[figures]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console or Console(quiet=True),
+            transient=True,
+            disable=console is None or not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=last_step, completed=step, epoch="", figures="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        if self.console is not None and not self.console.is_terminal:
+            self._thread = threading.Thread(target=self._print_lines, name="progress", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self.console is not None:
+            with self._lock:
+                self._printed = time.monotonic()
+                self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def advance(self, step: int, epoch: int, loss: float, images: int) -> None:
+        """Note a step.
+
+        Args:
+            step: its number, from 1.
+            epoch: its number, from 1.
+            loss: of the step, in nats.
+            images: of its batch.
+        """
+        with self._lock:
+            self.step, self._epoch, self._doing = step, f"{epoch}/{self.epochs}", ""
+            self._images += images
+            if math.isfinite(loss):
+                self._losses.append(loss)
+        self._bar.update(self._task, completed=step)
+
+    def show_figures(self, loss: float | None, images_per_second: float) -> None:
+        """Show the figures of a stretch of steps beside the bar."""
+        self._bar.update(self._task, figures=_figures(loss, images_per_second), epoch=self._epoch)
+
+    def evaluating(self) -> None:
+        """Note that no step will be taken for a while."""
+        self._doing = "evaluating"
+
+    def _begin_stretch(self) -> None:
+        self._printed, self._stretch = time.monotonic(), time.monotonic()
+        self._losses: list[float] = []
+        self._images = 0
+
+    def _print_lines(self) -> None:
+        while not self._ended.wait(max(0.0, self._printed + INTERVAL - time.monotonic())):
+            with self._lock:
+                if time.monotonic() >= self._printed + INTERVAL:
+                    self.say(self._line())
+                    self._begin_stretch()
+
+    def _line(self) -> str:
+        """Where the run is; loss and speed are of the steps since the last line."""
+        now, taken = time.monotonic(), self.step - self._first
+        parts = [f"epoch {self._epoch}"] if self._epoch else []
+        parts.append(f"step {self.step}/{self.last_step}")
+        if self._images:
+            loss = sum(self._losses) / len(self._losses) if self._losses else None
+            parts.append(_figures(loss, self._images / max(now - self._stretch, 1e-9)))
+        if taken:
+            parts.append(f"{_time((now - self._began) / taken * (self.last_step - self.step))} left")
+        return "  ".join([*parts, self._doing] if self._doing else parts)
+
+
+def _figures(loss: float | None, images_per_second: float) -> str:
+    return f"loss {math.nan if loss is None else loss:.3f}  {images_per_second:,.0f} images/s"
+
+
+def _time(seconds: float) -> str:
+    """Hours, minutes and seconds: 0:01:05."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"

@@ -16,7 +16,7 @@ from normfree.common.checks import invalid, require
 from normfree.common.files import kind_of, notes_of, parse_dataclass, read_json, refused
 from normfree.common.text import first_line, one_line, quoted
 from normfree.data import DataConfig
-from normfree.data.preprocessing import Preprocessing
+from normfree.data.config import Preprocessing
 from normfree.trace.preserve import check_finite, check_statistics
 from normfree.train.checkpoint import CHECKPOINTS, CONFIG, MANIFEST, MODEL, CheckpointStore, verify_checkpoint
 from normfree.weights import load

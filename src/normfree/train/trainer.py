@@ -30,7 +30,7 @@ from normfree.common.files import kind_of, notes_of, parse_json, read, write_ato
 from normfree.common.text import first_line, quoted, short_repr
 from normfree.common.torch_compat import tree_leaves
 from normfree.data import TooFewExamples, TrainingData, list_names, open_evaluation, open_training, with_holdout
-from normfree.data.preprocessing import Preprocessing
+from normfree.data.config import Preprocessing
 from normfree.models.registry import CENTRED
 from normfree.optim import (
     AdaptiveGradientClipping,
@@ -43,7 +43,7 @@ from normfree.optim import (
 )
 from normfree.report.training_page import write_training_report
 from normfree.signal import SignalMonitor
-from normfree.signal.nonfinite import first_non_finite
+from normfree.signal.measure import first_non_finite
 from normfree.trace.preserve import Writes, check_finite, preserve_model
 from normfree.train.checkpoint import (
     AVERAGED,
@@ -66,10 +66,10 @@ from normfree.train.config import OptimizerConfig, TrainConfig, to_dict
 from normfree.train.distributed import FABRIC_PRECISION, ShardedStates, WholeStates, launch, resolve_precision, shard
 from normfree.train.evaluation import Evaluation, evaluate
 from normfree.train.networks import NetworkFactory, build_network, compare_units, compile_network
-from normfree.train.progress import Progress
 from normfree.train.records import (
     EVALUATION,
     Loggers,
+    Progress,
     Records,
     Row,
     check_loggers,

@@ -1,6 +1,8 @@
-"""The command as a process: Ctrl-C while PyTorch is imported ends it with one line, and no file beside it is imported.
+"""The command at a terminal: Ctrl-C ends it in one line, a reader that has gone in none, and no file beside it is run.
 
-Imported before anything else; ``normfree.cli.main`` takes the handler back.
+Imported before anything else: Ctrl-C is caught while PyTorch is imported, which takes seconds, and no import looks into
+the current folder. So what is needed at the end alone is imported by the function that needs it. ``normfree.cli.main``
+takes the handler back.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a command that Ctrl-C ended."""
@@ -46,8 +48,8 @@ def leave_current_folder() -> None:
         del sys.path[0]
 
 
-def catch_at_start() -> None:
-    """End the process at an interrupt, if it is the command's; until :func:`raise_again`."""
+def catch_interrupts() -> None:
+    """End the process at an interrupt, if it is the command's; until :func:`raise_interrupts`."""
     if is_command(sys.orig_argv) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
@@ -61,16 +63,42 @@ def _raise(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def raise_again() -> None:
+def raise_interrupts() -> None:
     """Have an interrupt raise KeyboardInterrupt, as Python does, and be remembered."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, _raise)
 
 
-def happened() -> bool:
+def was_interrupted() -> bool:
     """Return whether the command was interrupted, whatever became of the KeyboardInterrupt."""
     return bool(_raised)
 
 
-catch_at_start()
+def drop_output(stream: IO[str] | None = None) -> None:
+    """Have what is left in a stream, standard output by default, go nowhere, or Python would complain at its end."""
+    import contextlib
+
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
+
+
+def closed_output(error: BaseException) -> bool:
+    """Whether an error comes of code, of a model say, that printed when nobody read any more, as behind ``| head``."""
+    import select
+
+    from normfree.common.text import causes
+
+    if not any(isinstance(one, BrokenPipeError) for one in causes(error)):
+        return False
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    try:
+        watched = select.poll()
+        watched.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in watched.poll(0))
+    except (OSError, ValueError):  # no file of the system's
+        return False
+
+
+catch_interrupts()
 leave_current_folder()

@@ -1,4 +1,8 @@
-"""A comparison: models that take turns at a step or at inference, what it costs, and the ratios promised of them."""
+"""Models side by side, and beside their limit: what a training step or inference costs, and the ratios promised of it.
+
+In the order of this file: clocks and counted memory; the machine, which stands beside every number; a comparison, whose
+contenders take turns in one process; the pages of its results.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +32,32 @@ from normfree.common.checks import (
     check_memory,
     check_number,
     invalid,
+    processor,
     require,
 )
 from normfree.common.text import first_line, one_line
 from normfree.nn import fold, has_foldable
 from normfree.sources import build
+
+__all__ = [
+    "Clock",
+    "Contender",
+    "Part",
+    "Precision",
+    "Step",
+    "Target",
+    "Task",
+    "hardware",
+    "interleaved",
+    "limit",
+    "machine_name",
+    "markdown",
+    "measure",
+    "ratios",
+    "seconds",
+    "shown",
+    "spread",
+]
 
 MINIMUM_ROUNDS = 3
 """Fewest a median is taken of, also where the time is up."""
@@ -171,7 +196,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 def hardware() -> dict[str, Any]:
     """Return the machine and the versions of packages, which stand beside every measured number."""
-    found = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    found = {"cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     found["python"] = platform.python_version()
@@ -200,15 +225,8 @@ def machine_name(device: str | torch.device = "cpu") -> str:
     if torch.device(device).type == "cuda":
         words = torch.cuda.get_device_name(device)
     else:
-        words = re.sub(r"\((R|TM|tm)\)|\bCPU\b|\bProcessor\b|@.*", " ", f"{_cpu()}") + f" {os.cpu_count()}"
+        words = re.sub(r"\((R|TM|tm)\)|\bCPU\b|\bProcessor\b|@.*", " ", f"{processor()}") + f" {os.cpu_count()}"
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-
-
-def _cpu() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 Task = Literal["training", "inference"]
@@ -530,7 +548,10 @@ def promises(results: Sequence[dict[str, Any]]) -> list[str]:
         for target in result["targets"]:
             measured = target["measured"]
             verdict = {True: "met", False: "**missed**", None: "not measured"}[target["met"]]
-            found = "–" if measured is None else _found(measured, target["quantity"])
+            if measured is None:
+                found = "–"
+            else:  # memory is counted, and has no spread
+                found = shown(measured) if target["quantity"] == "time" else f"{measured['median']:.3f}"
             ratio = f"{target['of']} / {target['over']}, {target['quantity']}"
             cells = [result["title"], ratio, f"≤ {target['at_most']:.2f}", found, verdict, _bound(result, target)]
             lines.append(f"| {' | '.join(cells)} |")
@@ -575,8 +596,3 @@ def comparison(result: dict[str, Any]) -> list[str]:
             cells.append(f"{found['peak_bytes'] / 2**20:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def _found(measured: dict[str, float], quantity: str) -> str:
-    """Return a ratio in words: memory is counted, and has no spread."""
-    return shown(measured) if quantity == "time" else f"{measured['median']:.3f}"
