@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
 import shutil
 import sys
 import textwrap
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +32,9 @@ NARROWEST = 20
 COMPLETION = "--tyro-print-completion"
 Shell = Literal["bash", "zsh", "fish"]
 """Shells that the parser writes completions for."""
+
+_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO}
+"""Where nothing more can be written; of a file, the error names it."""
 
 _PYTHONS_FORMAT = warnings.formatwarning
 
@@ -70,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         return _fail(shortened(_in_options(all_lines(error, LONGEST), words), LONGEST), 2)
     except (OSError, ImportError) as error:
-        return _fail(all_lines(error, LONGEST), 2)
+        full = isinstance(error, OSError) and error.errno in _FULL and error.filename is None
+        return _fail(f"{'what is printed could not be written: ' if full else ''}{all_lines(error, LONGEST)}", 2)
     except KeyboardInterrupt:
         return _fail("interrupted", terminal.INTERRUPTED)
     except Exception as error:
@@ -110,6 +116,8 @@ def _run(command: Any) -> int:
         while cause is not None and "DataLoader worker (pid" not in one_line(cause):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
+            if place := _own_place_of(error):
+                raise ValueError(f"model: {place} failed with {one_line(error)}") from error
             raise
         raise ValueError(
             "workers: a process that decodes images was killed, as the system does where memory runs out; pass "
@@ -117,6 +125,20 @@ def _run(command: Any) -> int:
         ) from error
     except BaseException as error:
         raise ValueError(f"model: its code ended the program with {one_line(error)}; have it raise an error") from error
+
+
+def _own_place_of(error: Exception) -> str | None:
+    """Where in the person's own FILE.py an error was raised that no code of this package has answered for."""
+    from normfree.sources import OWN_FILE
+
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame in reversed(frames):
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.startswith(OWN_FILE):
+            return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}, in {frame.f_code.co_name},"
+        if name.partition(".")[0] == "normfree":
+            return None
+    return None
 
 
 def _open_streams() -> None:

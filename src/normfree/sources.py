@@ -11,6 +11,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import typing
@@ -27,10 +28,13 @@ from torch.overrides import TorchFunctionMode
 
 from normfree.common.checks import LISTED, check_memory, invalid, require, suggestion
 from normfree.common.files import PREPROCESSING, check_file, kind_of, notes_of, read, sizes
+from normfree.common.process import set_default_device
 from normfree.common.text import all_lines, causes, first_line, one_line, quoted
 from normfree.convert import Conversion, stored_conversion
 from normfree.models import create_model, list_models
 from normfree.models.registry import parse_overrides
+from normfree.trace.inputs import unwrap
+from normfree.trace.preserve import check_present
 from normfree.weights import load
 from normfree.weights.checkpoint import built_by, check_depths, load_stored, read_config, read_state_dict
 
@@ -38,6 +42,9 @@ FORMS = (
     "a name of `normfree models`, torchvision:NAME, timm:NAME, FILE.py:FACTORY, a checkpoint of normfree.save, or "
     "the folder of a run or of its checkpoint"
 )
+
+OWN_FILE = "_normfree_source_"
+"""What the name of a module begins with that is the ``FILE.py`` of a person."""
 
 DEEPEST = 100_000
 """Blocks of a network at most: a stage's loop over more would run for hours."""
@@ -104,6 +111,19 @@ def build(source: str, original: str | None = None) -> Built:
     if not pretrained and source.count(":") > source.startswith(("torchvision:", "timm:")):  # arguments
         _check_memory(named, source)
     return Built(named(), random=not pretrained)
+
+
+def place_on(device: torch.device, model: nn.Module) -> nn.Module:
+    """Return a model on a device.
+
+    Raises:
+        ValueError: it is no tree of modules, has tensors without values, or cannot be moved there.
+    """
+    check_present(unwrap(model))
+    try:
+        return model.to(device)
+    except (NotImplementedError, RuntimeError) as error:  # a buffer without values, a device that is full
+        raise ValueError(f"model: {type(model).__name__} cannot be put on {device}: {first_line(error)}") from error
 
 
 def _check_memory(named: Callable[[], nn.Module], source: str) -> None:
@@ -547,7 +567,7 @@ def _from_file(source: str) -> Built:
         has = f"the file defines {has}" if has else "the file defines no function"
         raise ValueError(f"model: {quoted(source)} does not say which function builds the model; {has}; {_FACTORY}")
     try:
-        with importable(file.parent):
+        with importable(file.parent), _keeps_process(source):
             made = _call_factory(file, factory)
     except _Explained:
         raise
@@ -560,6 +580,36 @@ def _from_file(source: str) -> Built:
         returned = type(made).__name__
         raise ValueError(f"model: {quoted(source)} returned {returned}, not a torch.nn.Module or (module, batch)")
     return Built(model, batch, own=True)
+
+
+@contextmanager
+def _keeps_process(source: str) -> Iterator[None]:
+    """Give the process back with the streams, default device and current folder it had, whatever a factory did to them.
+
+    Raises:
+        _Explained: an output was closed; or it is another process, made by a fork, that goes on.
+    """
+    process, folder, device = os.getpid(), os.getcwd(), torch.get_default_device()
+    streams = sys.stdout, sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = (open(os.devnull, "w") if one.closed else one for one in streams)  # noqa: SIM115
+        set_default_device(device)
+        os.chdir(folder)
+    if os.getpid() != process:
+        raise _Explained(f"model: {quoted(source)} forked, and this is the child, which is to end by os._exit there")
+    for name, stream, number in (("output", streams[0], 1), ("error", streams[1], 2)):
+        if stream.closed or not _is_open(number):
+            raise _Explained(f"model: {quoted(source)} closed the standard {name}; leave it open")
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 _FACTORY = (
@@ -583,7 +633,7 @@ class _Explained(ValueError):
 
 
 def _call_factory(file: Path, factory: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"_normfree_source_{file.stem}", file)
+    spec = importlib.util.spec_from_file_location(f"{OWN_FILE}{file.stem}", file)
     assert spec is not None and spec.loader is not None, "check_file has found a file that ends in .py"
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -46,7 +46,7 @@ from normfree.common.files import check_place, notes_of, read_json
 from normfree.convert import ALPHA, BY_HAND, SKIP_GAIN, Beta, Conversion, Start, conversion_of, convert
 from normfree.convert.verify import BatchStatistics, statistics_of_batch
 from normfree.signal import SignalPropagation, spp
-from normfree.sources import build, is_word, load_weights, names_factory, word_of
+from normfree.sources import build, is_word, load_weights, names_factory, place_on, word_of
 from normfree.trace.inputs import tensors_of
 from normfree.train.trained import preprocessing_of
 from normfree.weights import save
@@ -126,7 +126,7 @@ class _Conversion:
             named = {"torchvision": ":weights=DEFAULT", "timm": ":pretrained=True"}.get(self.model.partition(":")[0])
             also = "" if named is None else f" or {self.model}{named}"
             console.say(f"note: the weights of {self.model} are random (seed {self.seed}); give --weights FILE{also}")
-        model = built.model.to(device)
+        model = place_on(device, built.model)
         if built.batch is not None and self.input is None and self.image_size is not None:
             rule = f"{self.model} gives a batch of its own"
             raise invalid("image_size", self.image_size, rule, "leave it out, or give --input too")

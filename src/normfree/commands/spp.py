@@ -38,7 +38,7 @@ from normfree.commands.signals import (
     write_signals,
 )
 from normfree.signal import Mode, Points, SignalPropagation, spp
-from normfree.sources import build, check_sources, takes_original
+from normfree.sources import build, check_sources, place_on, takes_original
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class Spp:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             built = build(source, self.original if takes_original(source) else None)
-        model = built.model.to(device)
+        model = place_on(device, built.model)
         batch, described = inputs.draw(built, source, console, count=self.batches)
         if isinstance(batch, Iterator):
             batch = (one.to(device, precision_of(model)) for one in batch)

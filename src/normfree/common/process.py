@@ -181,7 +181,7 @@ def settings_of_torch() -> Sequence[Kept]:
     return [
         _Setting("the gradient mode", torch.is_grad_enabled, torch.set_grad_enabled),
         _Setting("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
-        _Setting("the default device", torch.get_default_device, _set_default_device),
+        _Setting("the default device", torch.get_default_device, set_default_device),
         _Setting("the number of threads", torch.get_num_threads, torch.set_num_threads),
         _Setting("the mode of determinism", torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
         _Setting("cuDNN's benchmark mode", lambda: cudnn.benchmark, lambda on: setattr(cudnn, "benchmark", on)),
@@ -222,5 +222,6 @@ def _precision_of_products() -> list[Kept]:
         return []
 
 
-def _set_default_device(device: torch.device) -> None:
+def set_default_device(device: torch.device) -> None:
+    """Have torch make tensors on a device where nobody says on which."""
     torch.set_default_device(None if device.type == "cpu" else device)  # None takes torch's mode for devices away

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from normfree.common.checks import check_flag, check_number, invalid, require
-from normfree.common.files import check_metadata, check_place
+from normfree.common.files import check_metadata, check_place, file_error
 from normfree.common.process import one_thread_at_a_time
 from normfree.common.text import one_line
 from normfree.common.torch_compat import copy_model, tree_map
@@ -509,6 +509,7 @@ def write_then_move(path: Path) -> Iterator[Path]:
 
     Raises:
         ValueError: if one of the other files already exists, for two files cannot be replaced at once.
+        OSError: naming the path, such as of a full disk.
     """
     made = [parent for parent in path.absolute().parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -525,8 +526,10 @@ def write_then_move(path: Path) -> Iterator[Path]:
                     os.fsync(written.fileno())
             for file in files:
                 os.replace(file, path.parent / file.name)
-    except BaseException:
+    except BaseException as error:
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+        if isinstance(error, OSError) and error.filename is None:  # a full disk
+            raise file_error(error, path) from error
         raise

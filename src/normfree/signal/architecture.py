@@ -220,7 +220,8 @@ _LAYERS = (
 
 def _standardized(model: nn.Module, names: Collection[str]) -> tuple[str, ...]:
     """The classes of layers with standardized weights for the layers that some weights are of, of whatever subclass."""
-    owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    modules = dict(model.named_modules())  # scripted modules have no get_submodule
+    owners = [modules[name.rpartition(".")[0]] for name in names]
     return tuple(f"ScaledWS{kind.__name__}" for kind in _LAYERS if any(isinstance(owner, kind) for owner in owners))
 
 

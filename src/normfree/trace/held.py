@@ -239,8 +239,9 @@ class Held:
             self.add_tensor(KeptTensor(buffer, name, "")).copy_numbers()
             self.add_object(_Object(buffer, name, ""))
         for name, module in modules:
-            if isinstance(module, torch.jit.ScriptModule):  # its attributes are not Python's
-                self.kept.append(_Content(module, name, "", module.training, torch.jit.ScriptModule.train))
+            if isinstance(module, torch.jit.ScriptModule):  # its attributes are not Python's, and a frozen one has none
+                if hasattr(module, "training"):
+                    self.kept.append(_Content(module, name, "", module.training, torch.jit.ScriptModule.train))
             else:
                 self.add_object(_Object(module, name, ""))
         while self._waiting:

@@ -296,8 +296,36 @@ def run_once(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module that a wrapper holds; a ValueError where there is no module."""
+    """The module that a wrapper holds; a ValueError where there is none, or its modules are no tree."""
     __tracebackhide__ = True
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: {type(model).__name__} is no torch.nn.Module")
+    _check_tree(model, "", {})
     return unwrapped(model)
+
+
+def _check_tree(module: nn.Module, name: str, open_: dict[nn.Module, bool]) -> None:
+    """Refuse a module that was never set up, or that is a part of itself: torch's own walks fail on both.
+
+    Args:
+        module: with all below it.
+        name: its place in the model.
+        open_: the modules met so far, and whether they are above this one.
+    """
+    __tracebackhide__ = True
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    if "_modules" not in vars(module):
+        kind = type(module).__name__
+        raise ValueError(f"model: {name or 'it'} is a {kind} whose __init__ does not call super().__init__() first")
+    open_[module] = True
+    for own, child in module._modules.items():
+        place = f"{name}.{own}" if name else own
+        if child is not None and open_.get(child):
+            raise ValueError(
+                f"model: {place} is the {type(child).__name__} that holds it; keep a module that is above another out "
+                "of its submodules, in a list, say: self.parent = [parent]"
+            )
+        if child is not None and child not in open_:
+            _check_tree(child, place, open_)
+    open_[module] = False

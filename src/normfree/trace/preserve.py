@@ -184,7 +184,13 @@ def preserve_model(model: nn.Module, mode: Mode) -> Iterator[Preserved]:
     with preserve_state(model) as preserved:
         torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer would hide its additions
         with Writes(preserved):
-            model.train(mode == "train")
+            try:
+                model.train(mode == "train")
+            except Exception as error:  # of a class that has a train() of its own, or an exported graph
+                raise ValueError(
+                    f"model: {type(model).__name__} cannot be put into another mode, for its train() fails with "
+                    f"{one_line(error)}; give the module that it was made of, or mend that method"
+                ) from error
         if mode == "batch-statistics":
             for module in model.modules():
                 if _keeps_statistics(module):

@@ -521,7 +521,9 @@ def _check_writable(model: nn.Module, name: str, tensor: Tensor, *, weight: bool
     """Raise for a tensor that a file could not give back."""
     __tracebackhide__ = True
     rule = ""
-    if tensor.is_meta:
+    if not isinstance(tensor, Tensor):  # the packed weights of quantized layers, what get_extra_state gives
+        rule = f"is a {type(tensor).__name__}, no tensor"
+    elif tensor.is_meta:
         rule = "is on the meta device, without values"
     elif tensor.layout != torch.strided or tensor.is_quantized:
         rule = f"is {'quantized' if tensor.is_quantized else 'sparse'}"

@@ -1,0 +1,133 @@
+"""A model from a person's own file, whatever the file does to the process and whatever its model is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from normfree.cli import main
+
+FILE = """
+import os, signal, sys
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)).relu().mean((2, 3)))
+
+
+class NoSetup(Net):
+    def __init__(self):
+        pass
+
+
+class OwnMode(Net):
+    def train(self, mode=True):
+        raise RuntimeError("no mode")
+
+
+def below_itself():
+    net = Net()
+    net.first._modules["up"] = net
+    return net
+
+
+def without_values():
+    return Net().to("meta")
+
+
+def one_buffer_without_values():
+    net = Net()
+    net.norm.running_mean = torch.empty(8, device="meta")
+    return net
+
+
+def exported():
+    return torch.export.export(Net(), (torch.randn(2, 3, 16, 16),)).module()
+
+
+def closes_output():
+    sys.stdout.close()
+    return Net()
+
+
+def raises_later():
+    signal.signal(signal.SIGALRM, alarm)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.02)
+    return Net()
+
+
+def alarm(*_):
+    raise ZeroDivisionError("in a handler of the file")
+
+
+def goes_elsewhere():
+    os.chdir("/")
+    torch.set_default_device("meta")
+    sys.stdout = sys.stderr = None
+    with torch.device("cpu"):
+        return Net()
+"""
+REFUSED = {
+    "NoSetup": "super().__init__()",
+    "OwnMode": "train() fails with RuntimeError: no mode",
+    "below_itself": "first.up is the Net that holds it",
+    "without_values": "meta device",
+    "one_buffer_without_values": "cannot be put on cpu",
+    "exported": "Calling train()",
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(FILE)
+    return tmp_path
+
+
+def run(command: str, factory: str) -> int:
+    place = {"spp": ["--out", "measured"], "convert": ["--out", "converted.safetensors"]}[command]
+    return main([command, f"net.py:{factory}", "--image-size", "16", "--batch-size", "4", *place])
+
+
+@pytest.mark.parametrize("command", ["spp", "convert"])
+@pytest.mark.parametrize("factory", REFUSED)
+def test_a_model_that_cannot_be_measured_is_told_as_what_it_is(file, command, factory, capsys):
+    assert run(command, factory) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if line.startswith("normfree: model: ")]) == 1
+    assert REFUSED[factory] in said[-1]
+
+
+@pytest.mark.parametrize("command", ["spp", "convert"])
+def test_the_process_is_as_it_was_before_the_factory(file, command, capsys):
+    assert run(command, "goes_elsewhere") == 0
+    assert Path.cwd() == file
+    assert sys.stdout is not None
+    assert (file / ("measured" if command == "spp" else "converted.safetensors")).exists()
+
+
+def test_a_factory_that_closes_the_output_is_named(file, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout", (file / "printed").open("w"))
+    assert run("spp", "closes_output") == 2
+    assert "closed the standard output" in capsys.readouterr().err
+
+
+def test_what_the_file_raises_outside_of_any_call_of_its_own_is_named_by_its_line(file, capsys):
+    import signal
+
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        assert run("spp", "raises_later") == 2
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert "ZeroDivisionError: in a handler of the file" in capsys.readouterr().err
