@@ -131,3 +131,24 @@ def test_what_the_file_raises_outside_of_any_call_of_its_own_is_named_by_its_lin
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert "ZeroDivisionError: in a handler of the file" in capsys.readouterr().err
+
+
+def test_half_a_character_in_a_name(file, capsys):
+    (file / "net.py").write_text(
+        "from torch import nn\n\n\ndef net():\n    parts = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)\n"
+        "    model = nn.Sequential()\n    for name, part in zip(('a', '\\ud800', 'c'), parts):\n"
+        "        model.add_module(name, part)\n    return model\n"
+    )
+    assert run("spp", "net") == 0
+    assert (file / "measured" / "report.html").exists()
+    assert run("convert", "net") == 2
+    assert "half a character in its name" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_a_full_output_is_told_as_what_it_is(capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(["models", "nf_resnet50"]) == 2
+        monkeypatch.undo()
+    assert "what is printed could not be written" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
     target = Path(os.path.realpath(path))
     if (kind := kind_of(target)) not in ("file", "nothing"):
         raise refused("path", path, f"is {kind}, no file", "give another path")
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content  # of half a character
     temporary = temporary_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

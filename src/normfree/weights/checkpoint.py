@@ -521,6 +521,9 @@ def _check_writable(model: nn.Module, name: str, tensor: Tensor, *, weight: bool
     """Raise for a tensor that a file could not give back."""
     __tracebackhide__ = True
     rule = ""
+    if not name.isascii() and name.encode(errors="replace").decode() != name:
+        remedy = "give the module another name"
+        raise invalid("model", type(model).__name__, f"{quoted(name)} has half a character in its name", remedy)
     if not isinstance(tensor, Tensor):  # the packed weights of quantized layers, what get_extra_state gives
         rule = f"is a {type(tensor).__name__}, no tensor"
     elif tensor.is_meta:
