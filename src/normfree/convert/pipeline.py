@@ -23,6 +23,7 @@ from normfree.convert.dataflow import (
     Trains,
     activation_in,
     class_name,
+    is_layer,
     passes_unchanged,
     record_all,
 )
@@ -406,6 +407,9 @@ NOT_RUN = {
     "pretrained": "it did not run on the example input; on another it does what it did",
 }
 
+NO_ROWS = "no row of the example came to it; give an example of which every layer has rows"
+"""Why what ran on tensors without values stays, as if it had not run."""
+
 
 def _complete(
     record: Conversion,
@@ -423,8 +427,19 @@ def _complete(
         ValueError: nothing was changed; why, and what to do.
     """
     unseen = [  # auxiliary heads in evaluation mode, for instance
-        Kept(name=name, was=class_name(module), reason=NOT_RUN[record.start], norm=True)
+        Kept(
+            name=name,
+            was=class_name(module),
+            reason=NO_ROWS if name in structure.flow.without_values else NOT_RUN[record.start],
+            norm=True,
+        )
         for name, module in unseen_norms(model, structure).items()
+    ]
+    modules, ran = dict(model.named_modules()), structure.flow.calls_of
+    unseen += [
+        Kept(name=name, was=class_name(modules[name]), reason=NO_ROWS)
+        for name in sorted(structure.flow.without_values - ran.keys())
+        if is_layer(modules[name])
     ]
     left = (*kept, *unseen, *norms_without_module(structure.normalizations, structure.norms))
     made = avoid_overwriting(changes, structure, training)

@@ -309,7 +309,7 @@ def change_by_others(model: nn.Module, batch: Batch) -> float | None:
 def _sample(
     model: nn.Module, places: dict[str, str], batch: Batch, *, trains: Trains
 ) -> tuple[dict[str, Pair], list[Tensor]]:
-    """A sample of what went into each norm's place in its first run, and of what came out; and the model's outputs."""
+    """A sample of what went into each norm's place in its first run that had values, and of what came out; the outputs."""
     modules = dict(model.named_modules(remove_duplicate=False))
     given: dict[str, Tensor] = {}
     made: dict[str, Tensor] = {}
@@ -332,7 +332,7 @@ def _sample(
 
 def _keep(into: dict[str, Tensor], name: str, value: Any) -> None:
     tensor = next((leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)), None)
-    if tensor is not None and name not in into:
+    if tensor is not None and tensor.numel() and name not in into:
         flat = tensor.detach().flatten()
         into[name] = flat[:: max(1, len(flat) // SAMPLE)].clone()
 

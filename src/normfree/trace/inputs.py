@@ -211,6 +211,12 @@ def tensors_in(output: Any) -> list[Tensor]:
     return found
 
 
+def is_without_values(value: Any) -> bool:
+    """Whether there are tensors in what a module takes or gives, and none of them has a value: it ran on no rows."""
+    found = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return bool(found) and all(tensor.layout == torch.strided and tensor.numel() == 0 for tensor in found)
+
+
 def of_this_thread() -> Callable[[], bool]:
     """A test whether what calls it runs in this thread, or in one of autograd's.
 

@@ -3,7 +3,8 @@
 It sits below autograd, so it sees whatever runs, however the model's code looks; it keeps no activation
 alive and leaves nothing on any module. Of every activation it knows its place in the graph (:class:`Node`), and beside
 that what is in its :class:`Note`. Both are made for every operation of a model, also of one with a hundred thousand
-small ones: what runs once an operation is written for speed.
+small ones: what runs once an operation is written for speed. A tensor without values is no activation: what is given no
+row of the batch is as if it had not run.
 """
 
 from __future__ import annotations
@@ -364,7 +365,7 @@ class Recorder(DispatchMode):
         result = func(*args, **kwargs)
         nodes = []
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.layout not in SPARSE:  # a mask or weights, no activation
+            if _is_activation(tensor):
                 made = note.after(name, args, tensor.shape, self.created)
                 if silent and not bool(tensor.any()):
                     made.silent = silent
@@ -504,6 +505,11 @@ class Recorder(DispatchMode):
         names = [name for parent in parents for name in parent.note.woken]
         names += [name for tensor in weights if tensor is not None for name in self.statics.of(tensor).woken]
         return note.with_(woken=tuple(dict.fromkeys(names))) if names else note
+
+
+def _is_activation(made: Any) -> bool:
+    """Whether what an operation made has values, and is no mask or adjacency."""
+    return isinstance(made, Tensor) and made.layout not in SPARSE and made.numel() > 0
 
 
 def _without_views(node: Node) -> Node:
