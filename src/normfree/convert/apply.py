@@ -426,7 +426,9 @@ def measure(
     ]
     hooks += [(modules[c.name], _run_reader(c.name, found)) for c in conversion.changes if c.name in watched]
     hooks = [(module, _where_values(hook)) for module, hook in hooks]
-    readers = [(modules[c.name], _where_values(_size_reader(c, found))) for c in conversion.changes if c.name in checked]
+    readers = [
+        (modules[c.name], _where_values(_size_reader(c, found))) for c in conversion.changes if c.name in checked
+    ]
     gains = [m.skip_gain for m in model.modules() if isinstance(m, BranchEnd) and m.skip_gain is not None]
     try:
         run = {"mode": "batch-statistics", "trains": trains, "before": hooks, "after": readers}
@@ -442,7 +444,7 @@ def measure(
             raise
         raise ValueError(
             "example_input: a norm that stays takes its statistics over the batch, as it will in training, and has one "
-            "value of each channel there; give several examples"
+            "value of each channel there; give several examples, two or more of which come to it"
         ) from error
     if found.constant:
         raise ValueError(
@@ -676,7 +678,7 @@ def _units_setter(name: str, found: Measured) -> Before:
         if channels.shape[1] < 2:
             raise ValueError(
                 f"example_input: one value of each channel at {name} has no variance, which the affine map in the "
-                "place of the norm needs; give several examples"
+                "place of the norm needs; give several examples, two or more of which come to it"
             )
         variance, mean = torch.var_mean(channels, 1, correction=0)
         deviation, same = (variance + EPS).sqrt(), variance <= ROUNDING * mean.square()

@@ -309,7 +309,7 @@ def change_by_others(model: nn.Module, batch: Batch) -> float | None:
 def _sample(
     model: nn.Module, places: dict[str, str], batch: Batch, *, trains: Trains
 ) -> tuple[dict[str, Pair], list[Tensor]]:
-    """A sample of what went into each norm's place in its first run that had values, and of what came out; the outputs."""
+    """A sample of what each norm's place took and gave in its first run that had values; and the model's outputs."""
     modules = dict(model.named_modules(remove_duplicate=False))
     given: dict[str, Tensor] = {}
     made: dict[str, Tensor] = {}

@@ -286,6 +286,9 @@ def run_once(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]
             remedy = "if the last of them are labels, give the inputs alone"
         if "more than 1 value per channel" in reason:
             remedy = 'give a batch of two examples or more, or choose mode="eval"'
+            if max((len(tensor) for tensor in tensors_of(batch) if tensor.dim()), default=1) > 1:
+                rows = "one row, or position, of the batch came to it, and it takes the statistics of what it is given"
+                remedy = f'{rows}; give a batch of which two or more come to it, or choose mode="eval"'
         raise ValueError(
             f"model: {type(model).__name__} failed on an input of shape {shapes}{where}: "
             f"{type(error).__name__}: {reason}; {remedy}"
