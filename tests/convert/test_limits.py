@@ -112,7 +112,6 @@ KEPT_FUNCTIONS = {
     "a copy of the weight read elsewhere": (lambda: Layers(tied_copy), IMAGES),
     "bias read elsewhere": (lambda: Layers(tied_bias), IMAGES),
     "channels expanded in between": (lambda: Layers(expanded, conv=nn.Conv2d(3, 1, 3)), IMAGES),
-    "experts, one without an example": (Experts, IMAGES[:2]),
     "an input checked": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), Checked(4)), IMAGES),
     "arguments by keyword": (lambda: Layers(by_keyword), IMAGES),
     "eps an integer": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1)), IMAGES),
@@ -128,6 +127,16 @@ def test_pretrained_keeps_the_function(name):
     assert not any(is_norm(module) for module in converted.modules())
     with torch.no_grad():
         torch.testing.assert_close(converted(batch), model(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_the_norms_of_experts_without_an_example_stay():
+    torch.manual_seed(0)
+    model, others = randomise(Experts()).eval(), torch.cat([IMAGES.roll(number, 1) for number in range(3)])
+    converted = normfree.convert(model, IMAGES[:2], start="pretrained")
+    left = converted.conversion.norms_left
+    assert len(left) in (2, 3) and all(kept.reason.startswith("no row of the example came to it") for kept in left)
+    with torch.no_grad():
+        torch.testing.assert_close(converted(others), model(others), rtol=1e-4, atol=1e-5)
 
 
 def test_timm_layers_that_standardize_their_weight_keep_it():
@@ -264,7 +273,7 @@ def test_what_takes_another_way_once_converted_is_told():
     model = Layers(sometimes, late=nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)))
     model.norm.weight.data.fill_(0.1)
     normfree.convert(model, IMAGES)
-    model.own = lambda net, x: sometimes(net, x) if is_norm(net.norm) else net.norm(net.conv(x))
+    model.own = lambda net, x: sometimes(net, x) if type(net.conv) is nn.Conv2d else net.norm(net.conv(x))
     with pytest.raises(ValueError, match=r"example_input: late.0 does not run on it in the converted model"):
         normfree.convert(model, IMAGES)
 

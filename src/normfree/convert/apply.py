@@ -49,7 +49,7 @@ from normfree.nn import ChannelAffine, ChannelUnits, KeptMean, Standardization, 
 from normfree.nn.scaled_ws import BranchEnd, ScaledLayer, StandardizedFilters
 from normfree.nn.standardized_module import WeightScale, raw_name, scale_weight, weight_scale_of
 from normfree.trace import operations as op
-from normfree.trace.inputs import Batch, call, copy_of, tensors_in
+from normfree.trace.inputs import Batch, call, copy_of, is_without_values, tensors_in
 from normfree.trace.preserve import Writes
 
 
@@ -460,10 +460,10 @@ def measure(
         for name, hook in _hooks(change, conversion, scaled, found, ran, checked)
     ]
     hooks += [(modules[c.name], _run_reader(c.name, found)) for c in conversion.changes if c.name in watched]
+    apart = torch.no_grad()  # also where the model's own forward asks for gradients
+    hooks = [(module, apart(_where_values(hook))) for module, hook in hooks]
     readers = [(modules[c.name], _size_reader(c, found)) for c in conversion.changes if c.name in checked]
-    measured_apart = torch.no_grad()  # also where the model's own forward asks for gradients
-    hooks = [(module, measured_apart(hook)) for module, hook in hooks]
-    readers = [(module, measured_apart(hook)) for module, hook in readers]
+    readers = [(module, apart(_where_values(hook))) for module, hook in readers]
     gains = [m.skip_gain for m in model.modules() if isinstance(m, BranchEnd) and m.skip_gain is not None]
     try:
         run = {"mode": "batch-statistics", "trains": trains, "before": hooks, "after": readers}
@@ -479,7 +479,7 @@ def measure(
             raise
         raise ValueError(
             "example_input: a norm that stays takes its statistics over the batch, as it will in training, and has one "
-            "value of each channel there; give several examples"
+            "value of each channel there; give several examples, two or more of which come to it"
         ) from error
     if found.constant:
         raise ValueError(
@@ -518,6 +518,16 @@ def _hooks(
     elif change.carried_by:
         size = conversion.alpha if not scaled.isdisjoint(change.carried_by) else 1.0
         yield name, _at_first(_checker(change, size, found, ran))
+
+
+def _where_values(hook: Callable[..., Any]) -> Callable[..., None]:
+    """The hook for runs that are given values: one on no rows of the example is as if there were none."""
+
+    def where_values(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], *output: Any) -> None:
+        if not is_without_values((inputs, named)):
+            hook(module, inputs, named, *output)
+
+    return where_values
 
 
 def _at_first(hook: Callable[[Any, tuple[Any, ...], dict[str, Any]], bool | None]) -> Before:
@@ -703,7 +713,7 @@ def _units_setter(name: str, found: Measured) -> Before:
         if channels.shape[1] < 2:
             raise ValueError(
                 f"example_input: one value of each channel at {name} has no variance, which the affine map in the "
-                "place of the norm needs; give several examples"
+                "place of the norm needs; give several examples, two or more of which come to it"
             )
         variance, mean = torch.var_mean(channels, 1, correction=0)
         deviation, same = (variance + EPS).sqrt(), variance <= ROUNDING * mean.square()

@@ -30,7 +30,17 @@ from normfree.convert.dropout import DropoutNoted
 from normfree.nn.fold import attached_to
 from normfree.trace import operations as op
 from normfree.trace.graph import Node, Residual
-from normfree.trace.inputs import Batch, ModuleStack, call, copy_of, examples_in, run_once, tensors_in, tensors_of
+from normfree.trace.inputs import (
+    Batch,
+    ModuleStack,
+    call,
+    copy_of,
+    examples_in,
+    is_without_values,
+    run_once,
+    tensors_in,
+    tensors_of,
+)
 from normfree.trace.preserve import Mode, Preserved, Writes, preserve_model
 from normfree.trace.recorder import Recorder, differentiates
 from normfree.trace.scaling import Statics
@@ -109,6 +119,7 @@ class Dataflow:
         foreign: by name, the modules with a weight that are neither norms nor layers of torch's.
         weights: what became of their parameters.
         dropped: the activations that dropout acts on in training.
+        without_values: the modules that ran on no rows of the input, whether or not they ran on others as well.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -123,6 +134,7 @@ class Dataflow:
     foreign: dict[str, nn.Module] = field(default_factory=dict)
     weights: FollowedWeights | None = None
     dropped: set[Node] = field(default_factory=set)
+    without_values: set[str] = field(default_factory=set)
 
     def add(self, step: Step) -> None:
         """Enter an operation."""
@@ -485,9 +497,13 @@ class DataflowRecorder(Recorder):
         self.weights.runs[module] = self.weights.runs.get(module, 0) + 1
 
     def leave(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        """A module ends: its call is complete."""
+        """A module ends: its call is complete; one on no rows is none."""
         if self.entered and self.entered[-1][0] is module:
             _, node = self.entered.pop()
+            if is_without_values(output):
+                self.weights.runs[module] -= 1
+                self.flow.without_values.add(self.stack.names[module])
+                return
             if _is_of_interest(module):
                 made = self.node_in(output)
                 name, place, more = self.stack.names[module], self._place_of(module), _gives_more(inputs, output)
@@ -562,6 +578,8 @@ class FollowedWeights(Statics):
         if not read or name in op.FACTORY:
             return result
         made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
+        if is_without_values(made):
+            return result
         found = None if op.mutated_arguments(function) or len(read) > 1 else self._after(name, function, args, kwargs)
         if found is None:
             self.other_reads |= {(origin.owner, origin.name): name for origin in read}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from normfree.common.checks import check_choice, check_integer, check_number, invalid
 from normfree.common.process import one_thread_at_a_time
 from normfree.convert.apply import Measured, exchange_modules, is_layer_change, is_rescaled, keep_pace, measure
+from normfree.convert.asked import norms_asked_about
 from normfree.convert.carriers import SignalPaths, sort_norms
 from normfree.convert.dataflow import (
     Call,
@@ -23,11 +24,13 @@ from normfree.convert.dataflow import (
     Trains,
     activation_in,
     class_name,
+    is_layer,
     passes_unchanged,
     record_all,
 )
 from normfree.convert.fresh import NEAR_UNIT, FreshPlan, fresh_plan
 from normfree.convert.norms import LOOKED_FOR, NOT_FOLLOWED, norms_that_give_more, norms_without_module
+from normfree.convert.outputs import depends_on_values
 from normfree.convert.pretrained import fill_constants, pretrained_plan
 from normfree.convert.record import (
     BARE,
@@ -46,7 +49,14 @@ from normfree.convert.record import (
 )
 from normfree.convert.structure import Structure, directly_followed, training_structure, unseen_norms
 from normfree.convert.unnormalized import GATE, LAST, STANDARDIZED
-from normfree.convert.verify import explain_failures, first_mismatching_norm, norm_asked_for, norms_left_out, note_leak
+from normfree.convert.verify import (
+    check_form_of_outputs,
+    explain_failures,
+    first_mismatching_norm,
+    norm_asked_for,
+    norms_left_out,
+    note_leak,
+)
 from normfree.signal import spp
 from normfree.signal.measure import architecture_in
 from normfree.signal.remedies import by_hand
@@ -128,6 +138,8 @@ def convert(
     flow, trains = record_all(model, batch)
     structure = Structure(flow)
     training = training_structure(model, structure, batch)
+    staying = norms_that_give_more(structure.norms)
+    staying |= norms_asked_about(model, [n for n in structure.norms if n not in staying], batch, trains=trains)
     record = Conversion(
         model=class_name(model),
         start=start,
@@ -140,9 +152,9 @@ def convert(
         original=modules_of(model),
     )
     if start == "fresh":
-        converted = _fresh(model, record, structure, training, batch, trains=trains, skip_gain=skip_gain)
+        converted = _fresh(model, record, structure, training, batch, staying, trains=trains, skip_gain=skip_gain)
     else:
-        converted = _pretrained(model, record, structure, training, batch, trains=trains)
+        converted = _pretrained(model, record, structure, training, batch, staying, trains=trains)
     assert isinstance(converted, Converted), "conversion leaves its record"
     converted.conversion = note_leak(converted, converted.conversion, batch)
     return converted
@@ -184,6 +196,7 @@ def _fresh(
     structure: Structure,
     training: Structure | None,
     batch: Batch,
+    staying: dict[str, str],
     *,
     trains: Trains,
     skip_gain: float,
@@ -195,7 +208,6 @@ def _fresh(
     module runs on its own results, and what it gives grows or fades from run to run, its norms stay.
     """
     uncarried: dict[str, str] = {}
-    staying = norms_that_give_more(structure.norms)
     least, most = NEAR_UNIT
     while True:
         plan = fresh_plan(
@@ -233,6 +245,8 @@ def _fresh(
     gone = [change.name for change in full.changes if change.name in structure.norms]
     keep_pace(model, converted, full.changes, directly_followed(structure, gone))
     assert isinstance(converted, Converted), "conversion leaves its record"
+    if not depends_on_values(structure.flow):
+        check_form_of_outputs(model, converted, replaced, full, batch, trains=trains)
     _note_stream(converted, plan, batch)
     if not plan.unnormalized.beside_norms and (plan.notes or any(one.reason != LAST for one in plan.kept)):
         _check_health(model, converted, plan, batch)
@@ -384,18 +398,20 @@ def _pretrained(
     structure: Structure,
     training: Structure | None,
     batch: Batch,
+    staying: dict[str, str],
     *,
     trains: Trains,
 ) -> nn.Module:
     """The converted model, in which each norm stays that turns out to do more than its constants say."""
-    staying = norms_that_give_more(structure.norms)
     while True:
         changes, kept = pretrained_plan(model, structure, training, staying)
         full = _complete(record, model, batch, structure, training, changes, kept, [])
         converted, replaced = exchange_modules(model, full)
         fill_constants(model, converted, full.changes, structure.constants)
         try:
-            culprit, error = first_mismatching_norm(model, converted, replaced, full, batch, trains=trains)
+            culprit, error = first_mismatching_norm(
+                model, converted, replaced, full, batch, trains=trains, sizes=not depends_on_values(structure.flow)
+            )
         except ValueError as failure:
             if not (asked := norm_asked_for(failure, converted, structure.norms.keys() - staying.keys())):
                 raise
@@ -419,6 +435,9 @@ NOT_RUN = {
     "pretrained": "it did not run on the example input; on another it does what it did",
 }
 
+NO_ROWS = "no row of the example came to it; give an example of which every layer has rows"
+"""Why what ran on tensors without values stays, as if it had not run."""
+
 
 def _complete(
     record: Conversion,
@@ -436,8 +455,19 @@ def _complete(
         ValueError: nothing was changed; why, and what to do.
     """
     unseen = [  # auxiliary heads in evaluation mode, for instance
-        Kept(name=name, was=class_name(module), reason=NOT_RUN[record.start], norm=True)
+        Kept(
+            name=name,
+            was=class_name(module),
+            reason=NO_ROWS if name in structure.flow.without_values else NOT_RUN[record.start],
+            norm=True,
+        )
         for name, module in unseen_norms(model, structure).items()
+    ]
+    modules, ran = dict(model.named_modules()), structure.flow.calls_of
+    unseen += [
+        Kept(name=name, was=class_name(modules[name]), reason=NO_ROWS)
+        for name in sorted(structure.flow.without_values - ran.keys())
+        if is_layer(modules[name])
     ]
     left = (*kept, *unseen, *norms_without_module(structure.normalizations, structure.norms))
     made = avoid_overwriting(changes, structure, training)

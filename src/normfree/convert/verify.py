@@ -29,10 +29,11 @@ from normfree.convert.dataflow import (
     run_prepared,
 )
 from normfree.convert.norms import Normalization, Normalizations, reduced_axes
+from normfree.convert.outputs import difference
 from normfree.convert.record import AFFINE, Conversion, Kept
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
-from normfree.trace.inputs import Batch, call, examples_in, of_this_thread, tensors_of
+from normfree.trace.inputs import Batch, call, examples_in, of_this_thread, tensors_in, tensors_of
 from normfree.trace.preserve import Writes
 
 LEAST_ERROR = (1e-2, 0.1)
@@ -51,7 +52,7 @@ SAMPLE = 4096
 OTHER_INPUTS = ((10.0, 0.0), (0.1, 0.0), (1.0, 2.0), (1.0, -2.0))
 """Factors of an example, and its shifts in standard deviations, on which a model might go another way."""
 
-PRECISE = (torch.float32, torch.float64)
+PRECISE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 """What whole models can be compared in; half precision rounds too much from layer to layer."""
 
 Pair = tuple[Tensor, Tensor]
@@ -125,24 +126,36 @@ def first_mismatching_norm(
     batch: Batch,
     *,
     trains: Trains,
+    sizes: bool = True,
 ) -> tuple[str | None, float]:
     """Compare a converted model with the original, place by place, in evaluation mode.
+
+    Args:
+        original: the model.
+        converted: its conversion.
+        replaced: the modules of the copy in whose place others stand now.
+        conversion: the record.
+        batch: the example.
+        trains: the modules in training mode.
+        sizes: the shapes of the outputs do not depend on values, which rounding changes.
 
     Returns:
         The first norm in whose place the same input gives another output than in the original, by more than rounding,
         None for none; and the largest difference of the model's outputs, over the largest of their values.
 
     Raises:
-        ValueError: every norm's place gives the same, and yet the model does not; it fails or calls what is gone.
+        ValueError: every norm's place gives the same, and yet the model does not, or in another form; it fails or calls
+            what is gone.
     """
     places = {
         change.name: change.into or change.name
         for change in conversion.changes
         if change.into is not None or change.now == AFFINE
     }
-    wanted, outputs = _sample(original, places, batch, trains=trains)
+    wanted, returned = _sample(original, places, batch, trains=trains)
     with explain_failures(conversion, original, converted, replaced):
-        found, now = _sample(converted, places, batch, trains=trains)
+        found, returned_now = _sample(converted, places, batch, trains=trains)
+    outputs, now = tensors_in(returned), tensors_in(returned_now)
     suspects = []
     for name, pair in wanted.items():
         other = found.get(name)
@@ -150,6 +163,8 @@ def first_mismatching_norm(
             continue  # another way through the model, or a place whose input another one has changed
         if _differs(other[1], pair[1]):
             suspects.append(name)
+    if not suspects:
+        check_form(conversion, returned, returned_now, sizes=sizes)
     if all(_is_precise(tensor) for tensor in [*outputs, *(tensor for pair in wanted.values() for tensor in pair)]):
         if not suspects:
             _check_outputs(original, conversion, now, outputs, batch, trains=trains)
@@ -159,6 +174,36 @@ def first_mismatching_norm(
         by_rounding = {name: _relative(moved[name][1], wanted[name][1]) for name in suspects if name in moved}
         suspects = [n for n in suspects if not _relative(found[n][1], wanted[n][1]) <= 3 * by_rounding.get(n, 0.0)]
     return (suspects[0] if suspects else None), _largest(now, outputs)
+
+
+def check_form(conversion: Conversion, was: Any, now: Any, *, sizes: bool) -> None:
+    """Raise ``ValueError`` where a converted model returns something of another form than the original did."""
+    if other := difference(was, now, sizes=sizes):
+        raise ValueError(
+            f"model: {conversion.model} gives something else once converted: {other}; its forward asks what a module "
+            "is that was exchanged, or goes another way for other weights: have it ask something else, or convert a "
+            "part of the model without that"
+        )
+
+
+def check_form_of_outputs(
+    original: nn.Module,
+    converted: nn.Module,
+    replaced: set[nn.Module],
+    conversion: Conversion,
+    batch: Batch,
+    *,
+    trains: Trains,
+) -> None:
+    """Run both models, and refuse a converted one whose outputs have not the form of the original's.
+
+    Raises:
+        ValueError: it is such a model; it fails or calls what is gone.
+    """
+    _, was = _sample(original, {}, batch, trains=trains)
+    with explain_failures(conversion, original, converted, replaced):
+        _, now = _sample(converted, {}, batch, trains=trains)
+    check_form(conversion, was, now, sizes=True)
 
 
 def _check_outputs(
@@ -175,7 +220,7 @@ def _check_outputs(
     if error <= LEAST_ERROR[0]:
         return
     _, moved = _sample(original, {}, _jitter(batch, JITTER), trains=trains)
-    if error > 10 * _largest(moved, outputs):
+    if error > 10 * _largest(tensors_in(moved), outputs):
         raise ValueError(
             f"model: {conversion.model} gives other outputs once converted (relative error {error:.1g}), for something "
             'beside the layers uses what was folded; convert a part of the model without it, or choose start="fresh"'
@@ -306,10 +351,8 @@ def change_by_others(model: nn.Module, batch: Batch) -> float | None:
     return max(changes) if changes else None
 
 
-def _sample(
-    model: nn.Module, places: dict[str, str], batch: Batch, *, trains: Trains
-) -> tuple[dict[str, Pair], list[Tensor]]:
-    """A sample of what went into each norm's place in its first run, and of what came out; and the model's outputs."""
+def _sample(model: nn.Module, places: dict[str, str], batch: Batch, *, trains: Trains) -> tuple[dict[str, Pair], Any]:
+    """A sample of what each norm's place took and gave in its first run that had values; and what the model returns."""
     modules = dict(model.named_modules(remove_duplicate=False))
     given: dict[str, Tensor] = {}
     made: dict[str, Tensor] = {}
@@ -320,19 +363,16 @@ def _sample(
     def after(name: str) -> Any:
         return lambda module, inputs, named, output: _keep(made, name, output)
 
-    outputs = run_prepared(
-        model,
-        batch,
-        trains=trains,
-        before=[(modules[place], before(name)) for name, place in places.items()],
-        after=[(modules[name], after(name)) for name in places],
-    )
-    return {name: (given[name], made[name]) for name in places if name in given and name in made}, outputs
+    hooks = [(modules[place], before(name)) for name, place in places.items()]
+    ends = [(modules[name], after(name)) for name in places]
+    with prepare_run(model, batch, trains=trains, before=hooks, after=ends) as (keeper, taken), Writes(keeper):
+        returned = call(model, taken)
+    return {name: (given[name], made[name]) for name in places if name in given and name in made}, returned
 
 
 def _keep(into: dict[str, Tensor], name: str, value: Any) -> None:
     tensor = next((leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)), None)
-    if tensor is not None and name not in into:
+    if tensor is not None and tensor.numel() and name not in into:
         flat = tensor.detach().flatten()
         into[name] = flat[:: max(1, len(flat) // SAMPLE)].clone()
 
@@ -363,16 +403,19 @@ def _differs(found: Tensor, wanted: Tensor, least: tuple[float, float] = LEAST_E
 
 
 def _is_precise(tensor: Tensor) -> bool:
-    return tensor.dtype in PRECISE or not tensor.is_floating_point()
+    return tensor.dtype in PRECISE or not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference over the largest value: 0 for what is no number, infinite for other sizes."""
+    """The largest difference over the largest value; of integers the share that differs. Infinite for other sizes."""
     if found.shape != wanted.shape:
         return float("inf")
-    if found.numel() == 0 or not found.is_floating_point():
+    if found.numel() == 0:
         return 0.0
-    found, wanted = found.detach().double(), wanted.detach().double()
+    if not (found.is_floating_point() or found.is_complex()):
+        return float((found != wanted).double().mean())
+    exact = torch.complex128 if found.is_complex() or wanted.is_complex() else torch.float64
+    found, wanted = found.detach().to(exact), wanted.detach().to(exact)
     size = float(wanted.abs().max())
     return float((found - wanted).abs().max()) / size if size > 0 else float(found.abs().max())
 

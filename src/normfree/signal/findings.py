@@ -50,7 +50,8 @@ def findings_of(
     Returns:
         Findings, ordered by severity.
     """
-    along = stretches(signal)
+    everywhere = stretches(signal)
+    along = _with_variance(signal, everywhere)
     if made_of is None:
         made_of = Architecture(residual=sum(block.kind == "residual" for block in signal.blocks))
     size = [*_explosion(signal, along, made_of), *_attenuation(along, made_of)]
@@ -63,7 +64,7 @@ def findings_of(
         *_silenced_branch(signal),
         *_dead_channels(signal, along, made_of),
         *_zero_layer(signal),
-        *_single_value(signal, along),
+        *_single_value(signal, everywhere),
         *_variance_plan(signal),
         *_softmax_output(made_of),
         *_correlation_collapse(along, made_of),
@@ -75,6 +76,17 @@ def findings_of(
         found = [replace(each, severity="warning") if _is_of_branches(each, signal) else each for each in found]
     found = [replace(finding, docs=f"{DOCS}#{finding.kind}") for finding in found]
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
+
+
+def has_variance(signal: SignalPropagation, point: Entry | BlockSignal) -> bool:
+    """Whether a point has a variance: over one value per channel there is none, whatever the signal does."""
+    return point.values > 1 or signal.input.get("batches", 1) > 1
+
+
+def _with_variance(signal: SignalPropagation, along: Sequence[Stretch]) -> list[Stretch]:
+    """The stretches without the points that have no variance, which no rule on the size of the signal may read."""
+    found = [replace(each, points=tuple(p for p in each.points if has_variance(signal, p))) for each in along]
+    return [each for each in found if each.points]
 
 
 # What only branches bring into a residual stream: a network whose branches are all silent starts without it.
@@ -342,7 +354,7 @@ def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch], made_of: Ar
             inherited = _ratio(signal.entries[block.entry])
         if block.transition:
             inherited = 0.0
-        if not _positive(block):
+        if not _positive(block) or not has_variance(signal, block):
             continue
         rated.append((_ratio(block), block))
         if over is None and _ratio(block) > max(SHIFTED, 1.5 * inherited):
@@ -374,7 +386,7 @@ BRANCH_FACTOR = 4.0
 
 def _branch_variance(signal: SignalPropagation, made_of: Architecture) -> Iterator[Finding]:
     # What is added alike at all positions is a mean over them, whose variance is cut by their number.
-    blocks = [b for b in signal.blocks if not b.broadcast]
+    blocks = [b for b in signal.blocks if not b.broadcast and has_variance(signal, b)]
     rated = [(b.residual_avg_channel_var, b) for b in blocks if b.residual_avg_channel_var]
     off = [(v, b) for v, b in rated if isfinite(v) and not 1 / BRANCH_FACTOR <= v <= BRANCH_FACTOR]
     if not off:
@@ -406,7 +418,7 @@ OUTWEIGHED = 0.01
 def _outweighed_branches(signal: SignalPropagation, made_of: Architecture) -> Iterator[Finding]:
     """Branches of a usual variance, all of which together are next to nothing beside the stream they are added to."""
     rated = [(b.residual_avg_channel_var, b) for b in signal.blocks if b.kind == "residual" and not b.broadcast]
-    rated = [(v, b) for v, b in rated if v and isfinite(v) and _positive(b)]
+    rated = [(v, b) for v, b in rated if v and isfinite(v) and _positive(b) and has_variance(signal, b)]
     if not rated or median(v for v, _ in rated) < 1 / BRANCH_FACTOR:  # of small ones the rule above tells
         return
     share = sum(v / b.avg_channel_var for v, b in rated)
@@ -430,7 +442,8 @@ def _outweighed_branches(signal: SignalPropagation, made_of: Architecture) -> It
 def _along_identity(signal: SignalPropagation) -> Iterator[tuple[Entry | BlockSignal, BlockSignal]]:
     """Each point after an identity shortcut, and what comes before it."""
     before = [signal.entry, *signal.blocks]
-    return ((a, b) for a, b in zip(before, signal.blocks, strict=False) if not b.transition)
+    pairs = ((a, b) for a, b in zip(before, signal.blocks, strict=False) if not b.transition)
+    return ((a, b) for a, b in pairs if has_variance(signal, a) and has_variance(signal, b))
 
 
 def _changes(before: Entry | BlockSignal, after: BlockSignal) -> bool:
@@ -472,7 +485,7 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
             "plot = normfree.spp(model, batch, wake=True)",
         ),
         (
-            [b for b in silent if not b.zero_gate and b.residual_avg_channel_var == 0],
+            [b for b in silent if not b.zero_gate and b.residual_avg_channel_var == 0 and has_variance(signal, b)],
             "warning",
             "zero for their weights are",
             "Give the last layer of the branch its training initialisation, unless a zero start is meant.",
@@ -555,15 +568,17 @@ def _zero_layer(signal: SignalPropagation) -> Iterator[Finding]:
         )
 
 
-def _single_value(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterator[Finding]:
+def _single_value(signal: SignalPropagation, everywhere: Sequence[Stretch]) -> Iterator[Finding]:
     """Over one value per channel (one vector, or one map of one position) every variance is zero, and judges nothing.
 
-    It is an error where the rules on growth would have had enough points to judge by, or nothing else is left.
+    Of a batch of one example it is an error where the rules on growth would have had enough points to judge by, or
+    nothing else is left. Where several examples are given, and one row of them came to a point (an expert, the last
+    step of the longest sequence), the others are judged; a module that is judged at another of its runs is known.
     """
     if signal.input.get("batches", 1) > 1:
         return
-    known = [point for stretch in along for point in stretch.points]
-    inner = {id(point): (point, stretch) for stretch in along for point in stretch.points if not point.last}
+    known = [point for stretch in everywhere for point in stretch.points]
+    inner = {id(point): (point, stretch) for stretch in everywhere for point in stretch.points if not point.last}
     blind = [
         point
         for point, stretch in inner.values()
@@ -576,13 +591,28 @@ def _single_value(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterat
     everything = len(blind) == len(inner or known)
     told = "each channel has one value" if everything else f"each channel has one value at {len(blind)} of {len(inner)}"
     points = "" if everything else f" {blind[0].unit}s, first {blind[0].place}"
+    several = (signal.input.get("examples") or signal.entry.shape[0]) > 1 and not everything
+    blind_ids = {id(point) for point in blind}
+    judged = {_module_of(point) for point, _ in inner.values() if id(point) not in blind_ids}
+    severity: Severity = "error" if everything or len(blind) > FEWEST_LAYERS else "warning"
+    what = "one vector has no variance, and whether the signal grows or fades is not measured"
+    remedy = "Give 2 or more examples; 8 or more tell the variance better."
+    if several:
+        severity = "info" if all(_module_of(point) in judged for point in blind) else "warning"
+        what = "one vector has no variance, and nothing is said of the signal there; all others are judged"
+        remedy = "Give a batch of which 2 or more rows come to each of them; 8 or more tell the variance better."
     yield Finding(
         kind="single_value",
-        severity="error" if everything or len(blind) > FEWEST_LAYERS else "warning",
+        severity=severity,
         block=blind[0].index_on_plot,
-        message=f"{told}{points}: one vector has no variance, and whether the signal grows or fades is not measured.",
-        remedy="Give 2 or more examples; 8 or more tell the variance better.",
+        message=f"{told}{points}: {what}.",
+        remedy=remedy,
     )
+
+
+def _module_of(point: BlockSignal) -> str:
+    """The module that a point is a run of."""
+    return point.name.partition("#")[0]
 
 
 # Of the networks of this package at initialisation, on noise and on photographs, the variance stays within 0.57 to 1.2
@@ -596,14 +626,15 @@ PLAN_FACTOR, LEAST_PLANNED = 2.0, 4
 
 def _variance_plan(signal: SignalPropagation) -> Iterator[Finding]:
     """Blocks whose variance is another than the model's plan expects; a branch that is silent has no part in it."""
-    if any(block.kind == "residual" and not block.residual_avg_channel_var for block in signal.blocks):
+    sums = (block for block in signal.blocks if block.kind == "residual" and has_variance(signal, block))
+    if any(not block.residual_avg_channel_var for block in sums):
         return
     start = 1.0
     off, gains = list[tuple[float, BlockSignal]](), list[float]()
     before: float | None = None
     for block in signal.blocks:
         padded = block.channel_axis == 1 and min(block.shape[2:], default=LEAST_PLANNED) < LEAST_PLANNED
-        if not block.expected_var or not _positive(block) or block.values == 1 or padded:
+        if not block.expected_var or not _positive(block) or not has_variance(signal, block) or padded:
             before = None
             continue
         share = block.avg_channel_var / block.expected_var

@@ -211,6 +211,12 @@ def tensors_in(output: Any) -> list[Tensor]:
     return found
 
 
+def is_without_values(value: Any) -> bool:
+    """Whether there are tensors in what a module takes or gives, and none of them has a value: it ran on no rows."""
+    found = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return bool(found) and all(tensor.layout == torch.strided and tensor.numel() == 0 for tensor in found)
+
+
 def of_this_thread() -> Callable[[], bool]:
     """A test whether what calls it runs in this thread, or in one of autograd's.
 
@@ -282,6 +288,9 @@ def run_once(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]
             remedy = "it runs without gradients here: write `with torch.enable_grad():` where it differentiates"
         if "more than 1 value per channel" in reason:
             remedy = 'give a batch of two examples or more, or choose mode="eval"'
+            if max((len(tensor) for tensor in tensors_of(batch) if tensor.dim()), default=1) > 1:
+                rows = "one row, or position, of the batch came to it, and it takes the statistics of what it is given"
+                remedy = f'{rows}; give a batch of which two or more come to it, or choose mode="eval"'
         raise ValueError(
             f"model: {type(model).__name__} failed on an input of shape {shapes}{where}: "
             f"{type(error).__name__}: {reason}; {remedy}"

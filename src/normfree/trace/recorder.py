@@ -3,7 +3,8 @@
 It sits below autograd, so it sees whatever runs, however the model's code looks; it keeps no activation
 alive and leaves nothing on any module. Of every activation it knows its place in the graph (:class:`Node`), and beside
 that what is in its :class:`Note`. Both are made for every operation of a model, also of one with a hundred thousand
-small ones: what runs once an operation is written for speed.
+small ones: what runs once an operation is written for speed. A tensor without values is no activation: what is given no
+row of the batch is as if it had not run.
 """
 
 from __future__ import annotations
@@ -246,7 +247,7 @@ class Recorder(DispatchMode):
             known = self.nodes.by_id
             parents = [known[id(tensor)] for tensor in op.tensors_in(args, kwargs) if id(tensor) in known]
             for tensor in tree_leaves(result) if parents else ():
-                if isinstance(tensor, Tensor) and id(tensor) not in known and tensor.layout not in SPARSE:
+                if _is_activation(tensor) and id(tensor) not in known:
                     note = Note(shape=tuple(tensor.shape), order=self.created, stream=parents[0].note.stream)
                     self.nodes[tensor] = Node(parents, note=note)
                     self.created += 1
@@ -383,7 +384,7 @@ class Recorder(DispatchMode):
         result = func(*args, **kwargs)
         nodes = []
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.layout not in SPARSE:  # a mask or weights, no activation
+            if _is_activation(tensor):
                 made = note.after(name, args, tensor.shape, self.created)
                 if silent and not bool(tensor.any()):
                     made.silent = silent
@@ -534,6 +535,11 @@ def running_function() -> BackwardCFunction | None:
 def differentiates() -> bool:
     """Whether an operation of a backward pass runs, other than one that a Python function runs again."""
     return current_autograd_node() is not None and running_function() is None
+
+
+def _is_activation(made: Any) -> bool:
+    """Whether what an operation made has values, and is no mask or adjacency."""
+    return isinstance(made, Tensor) and made.layout not in SPARSE and made.numel() > 0
 
 
 def _without_views(node: Node) -> Node:

@@ -1,0 +1,165 @@
+"""Which norms a model's forward asks what they are, beside running them.
+
+A forward may ask a norm for its class or for an attribute (feature taps behind each ``BatchNorm2d``, a penalty on its
+weight, a block that does something else without a norm), and would do something else with the module that conversion
+puts in its place. So a copy of the model runs with modules of another class there, each of which runs the norm that it
+stands for. All values are what they were; whatever else is not comes of such a question: another operation, another
+output, a failure. Both in evaluation and in training mode, if the model runs in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from normfree.common.torch_compat import copy_model
+from normfree.convert.dataflow import Trains, class_name, prepare_run
+from normfree.convert.outputs import difference
+from normfree.trace import operations as op
+from normfree.trace.inputs import Batch, call
+from normfree.trace.preserve import Mode, Writes
+
+
+def _stand_in(norm: nn.Module) -> nn.Module:
+    """An ``nn.Identity``, as what mostly comes in a norm's place, that runs the norm and has none of its attributes."""
+    made = nn.Identity()
+    made.stands_for = norm
+    made.forward = norm.__call__
+    return made
+
+
+@dataclass
+class _Run:
+    """One run: the names of all operations, what was returned, and how it failed if it did."""
+
+    operations: list[str]
+    output: Any = None
+    failure: Exception | None = None
+
+    def equals(self, other: _Run) -> bool:
+        """Whether the forward has done the same."""
+        failed = self.failure is not None, other.failure is not None
+        same = self.operations == other.operations and failed == (False, False)
+        return same and not difference(self.output, other.output, numbers=True)
+
+
+class _Operations(Writes):
+    """Notes the name of every operation."""
+
+    def __init__(self, preserved: Any) -> None:
+        super().__init__(preserved)
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(op.name_of(func))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class _Disguised:
+    """A copy of a model in which others can stand for some of its norms.
+
+    Args:
+        model: the model; it is left as it is.
+        norms: names of those norms.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(self, model: nn.Module, norms: Iterable[str]) -> None:
+        self.model = copy_model(model)
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        self.norms = {name: modules[name] for name in norms}
+        self.stands = {name: _stand_in(norm) for name, norm in self.norms.items()}
+
+    def run(self, names: Sequence[str], batch: Batch, mode: Mode, trains: Trains) -> _Run:
+        """Run it with others in the places of some norms."""
+        standing: dict[nn.Module, nn.Module] = {self.norms[name]: self.stands[name] for name in names}
+        places = [
+            (parent, attribute, child)
+            for parent in self.model.modules()
+            for attribute, child in parent._modules.items()
+            if child is not None and child in standing
+        ]
+        for parent, attribute, norm in places:
+            parent._modules[attribute] = standing[norm]
+        try:
+            return _run(self.model, batch, mode, trains)
+        finally:
+            for parent, attribute, norm in places:
+                parent._modules[attribute] = norm
+
+
+def _run(model: nn.Module, batch: Batch, mode: Mode, trains: Trains) -> _Run:
+    with prepare_run(model, batch, mode=mode, trains=trains) as (keeper, given), _Operations(keeper) as seen:
+        try:
+            return _Run(seen.names, call(model, given))
+        except Exception as failure:  # of any kind: the forward is the user's
+            return _Run(seen.names, failure=failure)
+
+
+def norms_asked_about(model: nn.Module, norms: Iterable[str], batch: Batch, *, trains: Trains) -> dict[str, str]:
+    """The norms without which, though nothing else changes, a model's forward does something else; and why they stay.
+
+    Args:
+        model: the model.
+        norms: names of the norms that it runs, in their order.
+        batch: its input.
+        trains: the modules in training mode: auxiliary heads run in training alone.
+    """
+    names = set(norms) - {""}
+    outermost = [name for name in norms if name in names and names.isdisjoint(_ancestors(name))]
+    asked: dict[str, str] = {}
+    if not outermost:
+        return asked
+    disguised = _Disguised(model, outermost)
+    modes: tuple[tuple[Mode, Trains], ...] = (("eval", trains), ("train", None))
+    for mode, training in modes:
+        wanted = disguised.run([], batch, mode, training)
+        if wanted.failure is not None:  # training wants something else, such as targets
+            continue
+        left = [name for name in outermost if name not in asked]
+        if disguised.run(left, batch, mode, training).equals(wanted):
+            continue
+        if disguised.run([], batch, mode, training).equals(wanted):  # else it does not do the same twice
+            _, more = _sort(disguised, wanted, [], left, batch, mode, training)
+            asked |= more
+    return asked
+
+
+def _sort(
+    disguised: _Disguised,
+    wanted: _Run,
+    gone: list[str],
+    names: list[str],
+    batch: Batch,
+    mode: Mode,
+    trains: Trains,
+) -> tuple[list[str], dict[str, str]]:
+    """Sort norms into those that may go, with those that do already, and those that may not, and why; by halves."""
+    found = disguised.run([*gone, *names], batch, mode, trains)
+    if found.equals(wanted):
+        return [*gone, *names], {}
+    if len(names) == 1:
+        return gone, {names[0]: _reason(disguised, names[0], found)}
+    half = len(names) // 2
+    gone, first = _sort(disguised, wanted, gone, names[:half], batch, mode, trains)
+    gone, second = _sort(disguised, wanted, gone, names[half:], batch, mode, trains)
+    return gone, first | second
+
+
+def _reason(disguised: _Disguised, name: str, found: _Run) -> str:
+    failure = found.failure
+    if isinstance(failure, AttributeError) and failure.obj is disguised.stands[name]:
+        return f"the model's forward asks for its {failure.name}"
+    was = class_name(disguised.norms[name])
+    return f"the model's forward asks what it is, and does something else where it is no {was}"
+
+
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]

@@ -1,0 +1,130 @@
+"""What no row of a batch comes to is no point, and what one row comes to is no fault of the network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import normfree
+
+
+class Packed(nn.Module):
+    """Sequences of different lengths: the last step is of the longest alone."""
+
+    def __init__(self, cell: type[nn.Module], lengths: torch.Tensor) -> None:
+        super().__init__()
+        self.cell, self.last, self.lengths = cell(8, 32, batch_first=True), nn.Linear(32, 2), lengths
+
+    def forward(self, x):
+        packed = pack_padded_sequence(x, self.lengths, batch_first=True, enforce_sorted=False)
+        hidden = self.cell(packed)[1]
+        return self.last((hidden[0] if isinstance(hidden, tuple) else hidden)[-1])
+
+
+class Heads(nn.Module):
+    """A head for each task, of some layers or residual blocks."""
+
+    def __init__(self, made, norm: type[nn.Module] = nn.Identity) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 32), nn.ReLU())
+        self.heads = nn.ModuleList(nn.Sequential(made(), norm(32), nn.Linear(32, 4)) for _ in range(3))
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight)
+
+    def forward(self, x, task):
+        h = self.body(x)
+        made = h.new_zeros(len(x), 4)
+        for number, head in enumerate(self.heads):
+            made[task == number] = head(h[task == number])
+        return made
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return x + 0.2 * self.second(self.first(x.relu()).relu())
+
+
+def layers(count: int) -> nn.Module:
+    return nn.Sequential(*(part for _ in range(count) for part in (nn.Linear(32, 32), nn.ReLU())))
+
+
+def tasks(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of which so many rows are of the last task."""
+    random = torch.Generator().manual_seed(rows)
+    task = torch.randint(0, 2, (128,), generator=random)
+    task[:rows] = 2
+    return torch.randn(128, 16, generator=random), task
+
+
+def found(plot: normfree.SignalPropagation) -> dict[str, str]:
+    return {each.kind: each.severity for each in plot.findings if each.severity != "info"}
+
+
+HEADS = {
+    "a layer": lambda: layers(1),
+    "layers": lambda: layers(6),
+    "blocks": lambda: nn.Sequential(Block(), Block(), Block(), Block()),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_what_no_row_comes_to_is_no_point(kind: str) -> None:
+    torch.manual_seed(0)
+    plot = normfree.spp(Heads(HEADS[kind]), tasks(0))
+    plot.assert_healthy()
+    assert not any("heads.2" in point.name for point in (*plot.blocks, *plot.layers))
+    assert any("heads.1" in point.name for point in (*plot.blocks, *plot.layers))
+    with normfree.SignalMonitor(Heads(HEADS[kind]), tasks(0)) as monitor:
+        assert len(monitor.history) == 1
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_that_one_row_comes_to_is_not_judged_and_the_others_are(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Heads(HEADS[kind])
+    several, one = (normfree.spp(model, tasks(rows)) for rows in (20, 1))
+    assert found(several) == {}
+    assert found(one) == {"single_value": "warning"}
+    (told,) = [each for each in one.findings if each.kind == "single_value"]
+    assert "heads.2" in told.message and "all others are judged" in told.message
+    assert "2 or more rows" in told.remedy
+
+
+@pytest.mark.parametrize("longer", [1, 6])
+@pytest.mark.parametrize("cell", [nn.GRU, nn.LSTM, nn.RNN])
+def test_packed_sequences_are_judged_where_several_run(cell: type[nn.Module], longer: int) -> None:
+    """At its last steps the longest sequence runs alone; at those before the same cell is judged."""
+    torch.manual_seed(0)
+    lengths = torch.randint(2, 13 - longer, (32,))
+    lengths[:2] = torch.tensor([12, 12 - longer])
+    plot = normfree.spp(Packed(cell, lengths), torch.randn(32, 12, 8))
+    assert "error" not in found(plot).values()
+    assert not {"single_value", "silenced_branch"}.intersection(found(plot))
+    lone = [each for each in plot.findings if each.kind == "single_value"]
+    assert [each.severity for each in lone] == ["info"]
+
+
+def test_a_fault_beside_what_is_not_judged_is_found() -> None:
+    torch.manual_seed(0)
+    model = Heads(lambda: layers(6))
+    for number in range(3):
+        for layer in model.heads[number][0]:
+            if isinstance(layer, nn.Linear):
+                layer.weight.data *= 30
+    assert found(normfree.spp(model, tasks(1)))["explosion"] == "error"
+
+
+def test_a_norm_that_one_row_comes_to_is_named() -> None:
+    model = Heads(lambda: nn.Linear(32, 32), nn.BatchNorm1d)
+    with pytest.raises(ValueError, match=r"in heads\.2\.1: .* one row, or position, of the batch came to it"):
+        normfree.spp(model, tasks(1))
+    normfree.spp(model, tasks(1), mode="eval")
+    with pytest.raises(ValueError, match=r"give a batch of two examples or more"):
+        normfree.spp(nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8)), torch.randn(1, 16))
