@@ -296,3 +296,21 @@ def test_no_value_is_kept_longer_than_the_moments_that_wait_for_it():
     del waiting
     gc.collect()
     assert kept is None or kept() is None
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (3, 5, 4), (20, 2)])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("divisor", [1.0, 0.1])
+def test_a_sparse_tensor_has_the_moments_of_the_dense_one(shape, axis, divisor):
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu() + 0.0
+    layouts = [dense.to_sparse(), dense.to_sparse(1)]
+    layouts += [dense.to_sparse_csr(), dense.to_sparse_csc()] if dense.dim() == 2 else []
+    twice = torch.cat([layouts[0].indices()] * 2, 1), torch.cat([layouts[0].values() / 2] * 2)
+    for sparse in (*layouts, torch.sparse_coo_tensor(*twice, shape)):
+        found, wanted = (channel_moments(x, axis, examples=len(x), divisor=divisor) for x in (sparse, dense))
+        assert found.count == wanted.count
+        for name in ("mean", "deviation"):
+            torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=ROUNDING, atol=ROUNDING)
+        assert found.correlation == (
+            None if wanted.correlation is None else pytest.approx(wanted.correlation, abs=1e-6)
+        )

@@ -32,7 +32,7 @@ from normfree.convert.norms import Normalization, Normalizations, reduced_axes
 from normfree.convert.record import AFFINE, Conversion, Kept
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
-from normfree.trace.inputs import Batch, call, examples_in, of_this_thread, tensors_of
+from normfree.trace.inputs import Batch, call, examples_in, of_this_thread, tensors_of, values_of, with_values
 from normfree.trace.preserve import Writes
 
 LEAST_ERROR = (1e-2, 0.1)
@@ -333,7 +333,7 @@ def _sample(
 def _keep(into: dict[str, Tensor], name: str, value: Any) -> None:
     tensor = next((leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)), None)
     if tensor is not None and name not in into:
-        flat = tensor.detach().flatten()
+        flat = values_of(tensor.detach()).flatten()
         into[name] = flat[:: max(1, len(flat) // SAMPLE)].clone()
 
 
@@ -345,8 +345,11 @@ def _jitter(batch: Batch, size: float) -> Batch:
     def moved(tensor: Any) -> Any:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             return tensor
-        noise = torch.randn(tensor.shape, generator=generator).to(tensor)
-        return tensor + size * tensor.abs().mean() * noise
+        return with_values(tensor, added)
+
+    def added(values: Tensor) -> Tensor:
+        noise = torch.randn(values.shape, generator=generator).to(values)
+        return values + size * values.abs().mean() * noise
 
     return tree_map(moved, batch)
 

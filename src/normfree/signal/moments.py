@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normfree.trace.inputs import SPARSE
+
 PIECE = 1 << 20
 """Elements looked at in one go: 4 MiB of float32, about what the last-level cache of one core holds."""
 
@@ -128,7 +130,7 @@ def channel_moments(x: Tensor, channel_axis: int, *, examples: int | None = None
     """Per-channel moments of ``x / divisor`` over every other axis.
 
     Args:
-        x: a floating-point activation of any shape, layout and precision.
+        x: a floating-point activation of any shape, layout and precision; or a sparse input.
         channel_axis: the axis that holds the channels.
         examples: the number of examples in the batch; given and found as the leading axis, the mean
             cosine similarity between the first few examples' flattened features is taken too.
@@ -137,10 +139,12 @@ def channel_moments(x: Tensor, channel_axis: int, *, examples: int | None = None
     Returns:
         The moments, in float64 on the CPU.
     """
-    x = x.detach()
+    x = x.detach().to_sparse() if x.layout in SPARSE else x.detach()
     if channel_axis == 0:  # one example without a batch axis: the leading axis is the one that is cut
         x, channel_axis = x.unsqueeze(0), 1
     correlated = examples is not None and examples > 1 and x.shape[0] == examples
+    if x.is_sparse:
+        return _of_sparse(x, channel_axis % x.dim(), correlated=correlated).divide(divisor)
     if x.numel() <= SMALL:
         return _of_few(x, channel_axis % x.dim(), correlated=correlated, divisor=divisor)
     moments, sq_length = _fast(x, channel_axis)
@@ -149,6 +153,25 @@ def channel_moments(x: Tensor, channel_axis: int, *, examples: int | None = None
         cosine_sum, pairs = _cosine_sum(x, sq_length)
         moments = Moments(moments.count, moments.mean, moments.deviation, cosine_sum, pairs)
     return moments if divisor == 1 else moments.divide(divisor)
+
+
+def _of_sparse(x: Tensor, axis: int, *, correlated: bool) -> Moments:
+    """The moments of a sparse tensor, from the values that it stores; all others are zeros."""
+    x = x.to_dense().to_sparse() if x.dense_dim() else x.coalesce()  # of rows, or of numbers
+    channels, count = x.shape[axis], x.numel() // x.shape[axis]
+    place, values = x.indices()[axis], x.values().double()
+
+    def sums(of_each: Tensor) -> Tensor:
+        return values.new_zeros(channels).index_add_(0, place, of_each)
+
+    mean = sums(values) / count
+    zeros = count - sums(torch.ones_like(values))
+    deviation = sums((values - mean[place]).square()) + zeros * mean.square()
+    cosine_sum, pairs = 0.0, 0
+    if correlated:
+        first = x.index_select(0, torch.arange(min(EXAMPLES_CORRELATED, x.shape[0]), device=x.device))
+        cosine_sum, pairs = _cosine_sum(first.to_dense(), None)
+    return Moments(count, mean.cpu(), deviation.cpu(), cosine_sum, pairs)
 
 
 def _of_few(x: Tensor, axis: int, *, correlated: bool, divisor: float) -> Moments:

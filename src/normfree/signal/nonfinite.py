@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfree.common.torch_compat import DispatchMode, tree_leaves
 from normfree.trace import operations as op
-from normfree.trace.inputs import Batch, ModuleStack, run_once, tensors_of
+from normfree.trace.inputs import Batch, ModuleStack, run_once, tensors_of, values_of
 from normfree.trace.operations import written_by
 from normfree.trace.preserve import Preserved
 
@@ -57,17 +57,19 @@ class _Watch(DispatchMode):
         for target in written_by(func, args, kwargs):
             self.preserved.before_writing(target)
         inputs = _floating((args, kwargs))
-        had_nan = any(bool(t.isnan().any()) for t in inputs)
-        sound = all(bool(torch.isfinite(t).all()) for t in inputs)
-        largest = max((t.abs().nan_to_num(0, 0, 0).max().item() for t in inputs if t.numel()), default=0.0)
+        given = [values_of(tensor) for tensor in inputs]
+        had_nan = any(bool(t.isnan().any()) for t in given)
+        sound = all(bool(torch.isfinite(t).all()) for t in given)
+        largest = max((t.abs().nan_to_num(0, 0, 0).max().item() for t in given if t.numel()), default=0.0)
         inherited = min((self.origins[t] for t in inputs if t in self.origins), default=None)
         result = func(*args, **kwargs)
         name = op.name_of(func)
         for tensor in _floating(result) if name not in op.FACTORY and not name.startswith("empty") else ():
-            bad = int((~torch.isfinite(tensor)).sum())
+            made = values_of(tensor)
+            bad = int((~torch.isfinite(made)).sum())
             if not bad:
                 self.origins.pop(tensor, None)
-            elif sound or (not had_nan and bool(tensor.isnan().any())):
+            elif sound or (not had_nan and bool(made.isnan().any())):
                 self.origins[tensor] = len(self.found)
                 self.found.append(NonFinite(self.stack.name, name, bad, tensor.numel(), largest))
             elif inherited is not None:

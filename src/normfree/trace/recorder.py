@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from normfree.common.torch_compat import DispatchMode, base_of_view, tree_leaves
 from normfree.trace import operations as op
 from normfree.trace.graph import NO_STEP, Node, Path, Residual, residual
-from normfree.trace.inputs import ModuleStack
+from normfree.trace.inputs import SPARSE, ModuleStack
 from normfree.trace.scaling import (
     Factor,
     Statics,
@@ -29,9 +29,6 @@ from normfree.trace.scaling import (
     varying_axis,
     vector_factor,
 )
-
-SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
-"""Layouts of tensors that hold some of their values: adjacencies, masks."""
 
 
 @dataclass(kw_only=True)
@@ -364,7 +361,8 @@ class Recorder(DispatchMode):
         result = func(*args, **kwargs)
         nodes = []
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.layout not in SPARSE:  # a mask or weights, no activation
+            # What is sparse and made of activations holds weights, and is none; of sparse inputs alone it is one still.
+            if isinstance(tensor, Tensor) and (tensor.layout not in SPARSE or all(t.layout in SPARSE for t in active)):
                 made = note.after(name, args, tensor.shape, self.created)
                 if silent and not bool(tensor.any()):
                     made.silent = silent
