@@ -34,7 +34,7 @@ from normfree.signal.propagation import (
     SignalPropagation,
     module_title,
 )
-from normfree.signal.remedies import DOCS, FILL
+from normfree.signal.remedies import DOCS, FILL, RESET
 
 
 def findings_of(
@@ -453,7 +453,7 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
             code=remedies.wake(names),
         )
     blocks = [b for b in signal.blocks if b.kind == "residual" and not b.broadcast]
-    silent = [b for b in blocks if b.residual_avg_channel_var in (0.0, None)]
+    silent = [b for b in blocks if b.residual_avg_channel_var in (0.0, None) and b.avg_channel_var > 0]
     told = "the plot says nothing about the branch"
     causes: tuple[tuple[list[BlockSignal], Severity, str, str, str], ...] = (
         (
@@ -505,23 +505,33 @@ a layer of zeros stays dead."""
 
 
 def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch], made_of: Architecture) -> Iterator[Finding]:
+    """Channels that no input moves; of what a table gives none is, for each of its rows learns, whatever it is."""
     points = [*comparable(signal), *_inner_layers(along)]  # a class token starts the same for all
+    points = [p for p in points if not p.looked_up]
     dead = [p for p in points if p.dead_channels > DEAD and p.weight_gain != 0]
     if not dead:
         return
     worst = max(dead, key=lambda b: b.dead_channels)
     fades = bool(_fadings(along))
     remedy = remedies.dead_channels(made_of, fades=fades, residual=worst.kind == "residual")
-    zero = next((p for p in points if p.weight_gain == 0 and p.number == worst.after is not None), None)
+    zero = next((p for p in _giving_the_same(signal) if p.number == worst.after is not None), None)
     severity: Severity = (
         "error" if worst.dead_channels == 1 else "warning" if worst.dead_channels > MANY_DEAD else "info"
     )
     cause = ""
     if zero is not None:
-        cause = f" What it reads is {zero.place}, whose weights are all zero."
-        if made_of.activations and not RECTIFIERS.intersection(made_of.activations):
-            severity, cause = "info", f"{cause} They move with the first step: no ReLU takes their gradient at zero."
-            remedy = remedies.Remedy("Nothing, if the zero start is intended.", FILL)
+        told = "weights are all zero" if zero.weight_gain == 0 else "rows are all the same"
+        cause = f" What it reads is {zero.place}, whose {told}."
+        reached = worst if worst.kind == "residual" and zero.avg_sq_gradient is None else zero
+        bent = made_of.activations and not RECTIFIERS.intersection(made_of.activations)
+        if bent or reached.avg_sq_gradient:
+            why = "no ReLU takes their gradient at zero" if bent else "a gradient reaches them"
+            severity, cause = "info", f"{cause} They move with the first step: {why}."
+            remedy = remedies.Remedy(
+                "Nothing, if the zero start is intended.", FILL if zero.weight_gain == 0 else RESET
+            )
+        elif zero.looked_up and reached.avg_sq_gradient is None:
+            severity = "warning"
     where = "there" if worst is dead[0] else f"at {worst.place}"
     yield Finding(
         kind="dead_channels",
@@ -534,6 +544,12 @@ def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch], made_of:
         remedy=remedy.text,
         code=remedy.code,
     )
+
+
+def _giving_the_same(signal: SignalPropagation) -> list[BlockSignal]:
+    """The layers that give the same for every input, for their weights are zero, or all rows of their table alike."""
+    points = [*signal.blocks, *(replace(layer, index=BESIDE) for layer in signal.layers)]
+    return [p for p in points if p.weight_gain == 0 or (p.looked_up and p.dead_channels == 1)]
 
 
 def _zero_layer(signal: SignalPropagation) -> Iterator[Finding]:
@@ -563,11 +579,16 @@ def _single_value(signal: SignalPropagation, along: Sequence[Stretch]) -> Iterat
     if signal.input.get("batches", 1) > 1:
         return
     known = [point for stretch in along for point in stretch.points]
+    tables = {point.number for point in (*signal.blocks, *signal.layers) if point.looked_up}
     inner = {id(point): (point, stretch) for stretch in along for point in stretch.points if not point.last}
     blind = [
         point
         for point, stretch in inner.values()
-        if point.values == 1 or (stretch.start == 0 and stretch.entry is not None and stretch.entry.values == 1)
+        if point.values == 1
+        or (
+            (stretch.start == 0 and stretch.entry is not None and stretch.entry.values == 1)
+            and stretch.points[0].after not in tables
+        )  # a table of one value throughout
     ]
     if not inner:
         blind = [point for point in known if point.values == 1]

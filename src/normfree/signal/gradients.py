@@ -132,7 +132,8 @@ def sq_gradients(
             )
         if at_last:
             return Gradients(found, "of the last point that varies, for the output does not change with it")
-        if any(value for value, variance in zip(found, variances, strict=True) if variance != 0):
+        varying = [value for value, variance in zip(found, variances, strict=True) if variance != 0]
+        if any(varying) or not varying:  # where nothing varies, what each point does to the output is all there is
             return Gradients(found)
         if whole:  # the points are in a second run, and not known when the backward pass begins
             return Gradients(None, "not measured: the output does not change with any point that varies")

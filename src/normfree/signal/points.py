@@ -258,7 +258,7 @@ class PointRecorder(Recorder):
         """Keep which weights a layer has."""
         name, args = self.operation if self.operation is not None else ("", ())
         node, weight = self.nodes[result], op.weight_and_bias(name, args)[0]
-        gain = None if weight is None else self._weight_gain(name, args)
+        gain = self._weight_gain(name, args)
         channels = max(1, result.shape[node.note.channel_axis])
         fan_in = None if weight is None or weight.dim() < 2 else weight.numel() // channels
         looked_up = node.step.nonlinear > 0 and not x.is_floating_point()
@@ -328,12 +328,14 @@ class PointRecorder(Recorder):
         return name.removeprefix(self.stack.names[module]).removeprefix(".")
 
     def _weight_gain(self, name: str, args: Sequence[Any]) -> float | None:
-        """:func:`weight_gain`, once for each weight of a cell that runs many times.
+        """:func:`weight_gain`, once for each weight of a cell that runs many times; of a table whether it is zero.
 
         A weight is known again by its memory, so only a parameter's, which lasts: that of a weight computed in the
         forward is the next one's as soon as it is freed.
         """
         weight, _ = op.weight_and_bias(name, args)
+        if (name in op.EMBEDDING or name in op.PARTIAL) and isinstance(args[0], Tensor):
+            weight = args[0]
         if weight is None or weight.layout != torch.strided or not self.weights.is_parameter(weight):
             return weight_gain(name, args)
         key = weight.data_ptr(), weight._version, weight.shape, weight.stride(), name
@@ -542,7 +544,12 @@ def before_gains(moments: Moments, gains: Sequence[Tensor]) -> Moments | None:
 
 
 def weight_gain(name: str, args: Sequence[Any]) -> float | None:
-    """Root mean square of an operation's weight times the root of its fan-in; He's initialisation has √2."""
+    """Root mean square of an operation's weight times the root of its fan-in; He's initialisation has √2.
+
+    The rows of a table are not added up: of it there is 0 if all of it is zero, and None otherwise.
+    """
+    if name in op.EMBEDDING or name in op.PARTIAL:
+        return None if not isinstance(args[0], Tensor) or args[0].any() else 0.0
     weight, _ = op.weight_and_bias(name, args)
     if weight is None or weight.dim() < 2 or not weight.is_floating_point():
         return None

@@ -127,7 +127,7 @@ class Position:
         joined: a sum that goes on, but not as the first operand of what joins it with another signal.
         gate: only gates and the weights of attention are computed from it.
         weight_gain: root mean square of the layer's weight times the root of its fan-in (He's initialisation: √2);
-            None where there is no such weight.
+            None where there is no such weight; of a table 0 where all of it is zero.
         broadcast: the branch has one value for many positions of the sum, as a global context.
         zero_gate: the branch is zero, for a layer with weights of zero computes the gate that multiplies it.
     """

@@ -390,7 +390,8 @@ class Recorder(DispatchMode):
                 if written and base_of_view(tensor) is not None:
                     self._note_write(name, args, tensor, node)
         self.on_made(nodes)
-        output = result[0] if name in op.RECURRENT and isinstance(result, (tuple, list)) else result
+        first = isinstance(result, (tuple, list)) and (name in op.RECURRENT or name in op.EMBEDDING)
+        output = result[0] if first else result
         if nodes and nodes[0].step.weighted and isinstance(output, Tensor) and id(output) in known:
             self.on_weighted(active[0], output)
         return result
