@@ -119,6 +119,13 @@ def test_all_dead_is_an_error():
     assert severity("dead_channels", changed("dead_channels")(1.0)) == "error"
 
 
+@pytest.mark.parametrize(("last", "expected"), [(0.0, "error"), (1e-300, None), (math.nan, None)])
+def test_an_output_of_which_no_gradient_arrives_anywhere_is_dead(last, expected):
+    points = [replace(BLOCK, avg_sq_gradient=gradient) for gradient in (None, 0.0, last)]
+    assert severity("dead_channels", points) == expected
+    assert severity("dead_channels", [replace(point, avg_sq_gradient=None) for point in points]) is None
+
+
 @pytest.mark.parametrize(
     ("threshold", "expected"),
     [(rules.WEAK_LAYERS, ("warning", None)), (rules.FADED, ("error", "warning"))],

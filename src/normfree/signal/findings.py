@@ -62,6 +62,7 @@ def findings_of(
         *_outweighed_branches(signal, made_of),
         *_silenced_branch(signal),
         *_dead_channels(signal, along, made_of),
+        *_dead_output(signal, made_of),
         *_zero_layer(signal),
         *_single_value(signal, along),
         *_variance_plan(signal),
@@ -540,6 +541,26 @@ def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch], made_of:
         message=(
             f"channels are constant whatever the input at {len(dead)} of {len(points)} points, first "
             f"{dead[0].place}; {worst.dead_channels:.0%} of them {where}.{cause}"
+        ),
+        remedy=remedy.text,
+        code=remedy.code,
+    )
+
+
+def _dead_output(signal: SignalPropagation, made_of: Architecture) -> Iterator[Finding]:
+    """An output that is the same for every input, and of which no gradient arrives anywhere (a last ReLU at zero)."""
+    gradients = [block.avg_sq_gradient for block in signal.blocks]
+    if 0 not in gradients or any(gradients) or any(output.dead_channels < 1 for output in signal.outputs):
+        return
+    activation = f"its last {made_of.last_activation}" if made_of.last_activation else "what acts on it last"
+    remedy = remedies.dead_output(made_of)
+    yield Finding(
+        kind="dead_channels",
+        severity="error",
+        block=None,
+        message=(
+            f"the model's output is the same for every input, and no gradient of it reaches any layer: {activation} is "
+            "dead for the whole batch, and the loss does not move."
         ),
         remedy=remedy.text,
         code=remedy.code,

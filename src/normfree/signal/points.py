@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.signal.architecture import Architecture, Layer, Seen, Weights, ancestors, architecture_of
+from normfree.signal.architecture import Architecture, Layer, Seen, Weights, ancestors, architecture_of, title_of
 from normfree.signal.moments import Moments, channel_moments
 from normfree.signal.propagation import Position
 from normfree.trace import operations as op
@@ -146,6 +146,8 @@ class PointRecorder(Recorder):
         self.branches_seen: dict[int, tuple[Node, Node]] = {}
         self.linear_sums: dict[int, tuple[Node, Sequence[Node]]] = {}
         self.operations = Counter[str]()
+        self.last_bent: tuple[Node, str] | None = None
+        self.bent_in = Counter[str]()
 
     # Before the first addition: what may turn out to be the input of the first block.
 
@@ -278,6 +280,9 @@ class PointRecorder(Recorder):
         sum_ = self.summed.get(self.nodes[active[0]]) if name in op.ACTIVATION and len(active) == 1 else None
         result = super()._run(name, func, args, kwargs, active)
         self.operation = None  # its arguments are activations, and none outlives its use
+        if name in op.NONLINEAR and isinstance(result, Tensor) and result in self.nodes:
+            self.last_bent = self.nodes[result], self.stack.name
+            self.bent_in[self.stack.name] += 1
         if sum_ is not None and sum_.point is not None and self._is_read_once(sum_.number - 1):
             self.activated[sum_.number] = channel_moments(result, sum_.point.channel_axis)
         return result
@@ -448,7 +453,10 @@ class PointRecorder(Recorder):
             self.recording.outputs = [self._output(t, i) for i, t in enumerate(outputs) if self._is_output(t)]
             self._settle(carried)
             architecture = self._architecture(carried, refused, attends=bool(logits))
-            self.recording.architecture = replace(architecture, softmax=self._is_softmax(outputs))
+            activation, module = self._last_activation(ends)
+            self.recording.architecture = replace(
+                architecture, softmax=self._is_softmax(outputs), last_activation=activation, last_module=module
+            )
         return result
 
     def _architecture(self, carried: Collection[Node], refused: Collection[int], *, attends: bool) -> Architecture:
@@ -523,6 +531,19 @@ class PointRecorder(Recorder):
             return False
         total = outputs[0].detach().float().sum(note.channel_axis)
         return bool(((total - 1).abs() < 0.01).all())
+
+    def _last_activation(self, ends: Sequence[Node]) -> tuple[str, str]:
+        """What bends the one output last, behind all layers, and the module of torch's that does nothing else."""
+        if len(ends) != 1 or self.last_bent is None:
+            return "", ""
+        (node,), (bent, name) = ends, self.last_bent
+        while node is not bent:
+            if node.step.weighted or len(set(node.parents)) != 1:
+                return "", ""
+            node = node.parents[0]
+        module = self.model.get_submodule(name)
+        alone = type(module).__module__ == nn.ReLU.__module__ and self.bent_in[name] == 1 and name != ""
+        return title_of(bent.note.operation), name if alone else ""
 
     def _output(self, tensor: Tensor, index: int) -> Point:
         return self._point(tensor, "output", name=f"output {index}", after=self.nodes[tensor].note.point)
