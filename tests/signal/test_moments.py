@@ -314,3 +314,26 @@ def test_a_sparse_tensor_has_the_moments_of_the_dense_one(shape, axis, divisor):
         assert found.correlation == (
             None if wanted.correlation is None else pytest.approx(wanted.correlation, abs=1e-6)
         )
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((12, 6), 1), ((12, 5, 4, 3), 1), ((12, 5, 6), 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_similarity_without_a_bias_is_that_of_the_values_without_it(shape, axis, dtype):
+    """Where there is much of it with the bias; else both are one number, and nothing left is None."""
+    generator = torch.Generator().manual_seed(0)
+    values, bias = torch.randn(shape, generator=generator).to(dtype), torch.full((shape[axis],), 8.0, dtype=dtype)
+    along = [-1 if other == axis else 1 for other in range(len(shape))]
+    given = values + bias.reshape(along)
+    found = channel_moments(given, axis, examples=12, bias=bias)
+    wanted = channel_moments(given - bias.reshape(along), axis, examples=12)
+    assert found.correlation > 0.9 and abs(wanted.correlation) < 0.5
+    assert found.own_correlation == pytest.approx(wanted.correlation, abs=1e-3)
+    assert channel_moments(given, axis, examples=12).own_correlation == found.correlation
+    small = channel_moments(values, axis, examples=12, bias=0.01 * bias)
+    assert small.own_correlation == small.correlation
+    nothing = channel_moments(bias.reshape(along).expand(shape), axis, examples=12, bias=bias)
+    assert nothing.correlation == pytest.approx(1) and nothing.own_correlation is None
+    merged = found.merge(small)
+    sums = found.without_bias[0] + small.cosine_sum, found.without_bias[1] + small.pairs
+    assert merged.own_correlation == pytest.approx(sums[0] / sums[1])
+    assert found.divide(2.0).own_correlation == found.own_correlation

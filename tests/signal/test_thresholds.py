@@ -83,6 +83,11 @@ def alike(difference: float) -> list[BlockSignal]:
     return changed("input_correlation")(1 - difference)
 
 
+def alike_by_a_bias(own: float) -> list[BlockSignal]:
+    """Layers whose bias is what examples have in common, and their similarity without it."""
+    return [replace(BLOCK, kind="layer", input_correlation=0.999, own_correlation=own) for _ in range(2)]
+
+
 # kind: (points by a value, the threshold, the severities below and above)
 SIDES = {
     "growth per block": ("explosion", lambda v: geometric(v, 40), rules.GROWTH_PER_BLOCK, (None, "error")),
@@ -104,6 +109,7 @@ SIDES = {
     "dead": ("dead_channels", changed("dead_channels"), rules.DEAD, (None, "info")),
     "many dead": ("dead_channels", changed("dead_channels"), rules.MANY_DEAD, ("info", "warning")),
     "collapsed": ("correlation_collapse", changed("input_correlation"), rules.COLLAPSED, (None, "warning")),
+    "collapsed without the bias": ("correlation_collapse", alike_by_a_bias, rules.COLLAPSED, (None, "warning")),
     "difference lost": ("correlation_collapse", alike, rules.LOST_DIFFERENCE, ("error", "warning")),
 }
 

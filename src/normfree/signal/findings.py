@@ -729,18 +729,26 @@ def _find_collapse(stretch: Stretch) -> Iterator[tuple[float, list[BlockSignal]]
 
     A token of a class, or a learned query, starts the same for all: so its stream is not compared, and of layers beside
     blocks a single one that reads it is not. Nor is a small head, which starts as its bias. Nothing has collapsed where
-    a normalizer takes off what the examples have in common (a bias above an input of small units), and leaves the rest.
+    a normalizer takes off what the examples have in common (a bias above an input of small units), and leaves the rest;
+    nor in a layer whose bias alone is what they have in common, be it that its weights are small or zero.
     """
     start = None if stretch.entry is None else stretch.entry.input_correlation
     if start is None or start > STILL_APART or stretch.pooled or stretch.apart_again:
         return
     points = [p for p in stretch.points if not p.last]
-    many = [p for p in points if p.input_correlation is not None and prod(p.shape[1:]) >= FEW_FEATURES]
-    runs = groupby(many, key=lambda point: (point.input_correlation or 0.0) > COLLAPSED)
+    many = [p for p in points if _likeness(p) is not None and prod(p.shape[1:]) >= FEW_FEATURES]
+    runs = groupby(many, key=lambda point: (_likeness(point) or 0.0) > COLLAPSED)
     for is_alike, run in runs:
         alike = list(run)
         if is_alike and (len(alike) > 1 or alike[0].index != BESIDE):
             yield start, alike
+
+
+def _likeness(point: BlockSignal) -> float | None:
+    """The mean cosine similarity at a point, with or without a layer's bias; None where nothing is left without it."""
+    if point.kind != "layer" or point.input_correlation is None:
+        return point.input_correlation
+    return None if point.own_correlation is None else min(point.input_correlation, point.own_correlation)
 
 
 def _inner_layers(along: Sequence[Stretch]) -> list[BlockSignal]:
@@ -857,8 +865,8 @@ def _cut(signal: SignalPropagation, chain: Sequence[BlockSignal]) -> list[Stretc
     before_apart, apart = set[int](), False
     for point in reversed(chain):
         before_apart |= {id(point)} if apart else set()
-        alike = 1.0 if point.last or point.input_correlation is None else point.input_correlation
-        apart = (apart or alike < STILL_APART) and not point.mixed
+        alike = None if point.last else _likeness(point)
+        apart = (apart or (alike is not None and alike < STILL_APART)) and not point.mixed
 
     def close(ends: bool) -> None:
         if points:

@@ -199,6 +199,7 @@ def _signals(
                 residual_avg_channel_var=None if point.branch is None else point.branch.avg_channel_var,
                 expected_var=None if expected is None else expected[index],
                 input_correlation=point.output.correlation,
+                own_correlation=point.output.own_correlation,
                 avg_sq_gradient=None if gradients is None else gradients[index],
                 dead_channels=point.output.dead_fraction,
                 activated_avg_channel_sq_mean=point.activated.avg_channel_sq_mean if point.activated else None,

@@ -250,11 +250,19 @@ class PointRecorder(Recorder):
             point = self._point(
                 result,
                 "layer",
+                bias=self._bias(result),
                 entry=self._begin_of_layers(x),
                 weight_gain=None if self.operation is None else self._weight_gain(*self.operation),
                 looked_up=self.nodes[result].step.nonlinear > 0 and not x.is_floating_point(),
             )
         self._visit(self.nodes[result], source, point, layer=number)
+
+    def _bias(self, result: Tensor) -> Tensor | None:
+        """What the layer that is running has added to each channel of its result, whatever the input."""
+        bias = None if self.operation is None else op.weight_and_bias(*self.operation)[1]
+        if bias is None or bias in self.nodes or bias.shape != (result.shape[self.nodes[result].note.channel_axis],):
+            return None
+        return bias
 
     def _see(self, x: Tensor, result: Tensor) -> None:
         """Keep which weights a layer has."""
@@ -348,10 +356,11 @@ class PointRecorder(Recorder):
             self.gains[key] = weight_gain(name, args)
         return self.gains[key]
 
-    def _point(self, x: Tensor, kind: str, **position: Any) -> Point:
+    def _point(self, x: Tensor, kind: str, *, bias: Tensor | None = None, **position: Any) -> Point:
         note: Note = self.nodes[x].note
         axis = note.channel_axis
-        moments = channel_moments(x.float() if not x.is_floating_point() else x, axis, examples=self.examples)
+        values = x if x.is_floating_point() else x.float()
+        moments = channel_moments(values, axis, examples=self.examples, bias=bias)
         position = {"name": self.stack.name, "woken": note.woken, **position}
         return Point(kind=kind, shape=tuple(x.shape), channel_axis=axis, output=moments, **position)
 

@@ -50,6 +50,7 @@ Curve = Literal[
     "residual_avg_channel_var",
     "expected_var",
     "input_correlation",
+    "own_correlation",
     "avg_sq_gradient",
     "dead_channels",
     "activated_avg_channel_sq_mean",
@@ -171,6 +172,7 @@ class BlockSignal(Position):
             None for a layer, or where the scale is zero and was not woken.
         expected_var: the variance the model's own plan predicts for ``avg_channel_var``, if it has one.
         input_correlation: mean cosine similarity between different examples' features, if there are two.
+        own_correlation: the same number; if it is above 0.9, without the layer's bias, None where that leaves nothing.
         avg_sq_gradient: mean squared gradient of a random projection of the output, if it was measured.
         dead_channels: fraction of channels that are constant over the whole input.
         activated_avg_channel_sq_mean: the squared mean after the activation function that alone reads the sum; None
@@ -184,6 +186,7 @@ class BlockSignal(Position):
     residual_avg_channel_var: float | None
     expected_var: float | None = None
     input_correlation: float | None = None
+    own_correlation: float | None = None
     avg_sq_gradient: float | None = None
     dead_channels: float = 0.0
     activated_avg_channel_sq_mean: float | None = None
