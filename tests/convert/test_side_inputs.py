@@ -247,3 +247,48 @@ def test_complex_weights_are_told_as_what_they_are():
 
     with pytest.raises(ValueError, match="0 before it has weights of complex numbers"):
         normfree.convert(nn.Sequential(Spectral(), nn.Conv1d(8, 2, 3)), rows(4, 8, 12))
+
+
+class Convolved(nn.Module):
+    """Layers over a graph (GCN)."""
+
+    def __init__(self, matrix_first):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.norms, self.matrix_first = nn.ModuleList(nn.BatchNorm1d(WIDTH) for _ in range(3)), matrix_first
+
+    def forward(self, *given):
+        matrix, x = given if self.matrix_first else given[::-1]
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = norm(torch.sparse.mm(matrix, layer(x))).relu()
+        return x
+
+
+def words():
+    return nn.Sequential(nn.Linear(64, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, 2))
+
+
+@pytest.mark.parametrize("start", ["fresh", "pretrained"])
+@pytest.mark.parametrize("sparse", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr], ids=["COO", "CSR"])
+@pytest.mark.parametrize(
+    ("build", "given"),
+    [
+        (lambda: Convolved(False), lambda matrix: (rows(64, WIDTH), matrix)),
+        (lambda: Convolved(True), lambda matrix: (matrix, rows(64, WIDTH))),
+        (words, lambda matrix: matrix),
+    ],
+    ids=["an adjacency", "an adjacency first", "words"],
+)
+def test_a_sparse_input_is_converted_as_a_dense_one(build, given, sparse, start):
+    torch.manual_seed(0)
+    model, matrix = build().eval(), (rows(64, 64) > 1.3).float() + torch.eye(64)
+    found, wanted = (normfree.convert(model, given(x), start=start).conversion for x in (sparse(matrix), matrix))
+    assert [(c.name, c.was, c.now) for c in found.changes] == [(c.name, c.was, c.now) for c in wanted.changes]
+    for one, other in zip(found.changes, wanted.changes, strict=True):
+        assert one.input_scale == (None if other.input_scale is None else pytest.approx(other.input_scale, 1e-4))
+
+
+def test_a_nested_input_is_refused_in_one_line():
+    nested = torch.nested.nested_tensor([rows(3, 64), rows(2, 64)], layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"^example_input: a tensor is nested, .* give tensor.to_padded_tensor"):
+        normfree.convert(words(), nested)

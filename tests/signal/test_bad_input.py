@@ -100,6 +100,14 @@ CASES = {
         lambda: spp(linear(), torch.empty(0, 3)),
         "batch: a tensor of shape (0, 3) is empty; give at least one example",
     ),
+    "a nested batch": (
+        lambda: spp(linear(), torch.nested.nested_tensor([X, X[:1]])),
+        "batch: a tensor is nested, but the examples of a batch must be of one shape; give tensor.to_padded_tensor",
+    ),
+    "a ragged batch": (
+        lambda: spp(linear(), torch.nested.nested_tensor([X, X[:1]], layout=torch.jagged)),
+        "batch: a tensor is nested, but the examples of a batch must be of one shape; give tensor.to_padded_tensor",
+    ),
     "no batches": (lambda: spp(linear(), []), "batch: the iterable gave no batch; give at least one"),
     "empty loader": (
         lambda: spp(linear(), DataLoader(TensorDataset(X), batch_size=4, drop_last=True)),
@@ -180,7 +188,7 @@ CASES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("case", CASES)
 def test_one_line_says_what_is_wrong(case):
     act, message = CASES[case]

@@ -281,6 +281,79 @@ def test_correlation_collapse():
     assert "correlation_collapse" not in kinds(nn.Sequential(Flattens()), alike)  # alike to begin with
 
 
+class Coupling(nn.Module):
+    """A layer of a flow, whose scale and shift are of a network that ends in weights of some size, and a bias."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 48))
+        nn.init.normal_(self.net[2].weight, std=size)
+
+    def forward(self, x):
+        first, second = x.chunk(2, 1)
+        scale, shift = self.net(first).chunk(2, 1)
+        return torch.cat([second * scale.tanh().exp() + shift, first], 1)
+
+
+class Modulated(nn.Module):
+    """Features that get a scale and a shift of a condition, at first one and zero for all (FiLM)."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(48, 48) for _ in range(3))
+        self.conditions = nn.ModuleList(nn.Linear(48, 96) for _ in range(3))
+        for layer, condition in zip(self.layers, self.conditions, strict=True):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.normal_(condition.weight, std=size)
+            condition.bias.data = torch.cat([torch.ones(48), torch.zeros(48)])
+
+    def forward(self, x, given):
+        for layer, condition in zip(self.layers, self.conditions, strict=True):
+            scale, shift = condition(given).chunk(2, 1)
+            x = (layer(x) * scale + shift).relu()
+        return x
+
+
+def small_weights(size: float, norm) -> nn.Module:
+    """Layers whose biases are far above what their weights make, each behind which a norm takes them off again."""
+    layers = []
+    for _ in range(5):
+        layers += [nn.Linear(48, 48), norm(48), nn.ReLU()]
+        nn.init.normal_(layers[-3].weight, std=size)
+    return nn.Sequential(*layers, nn.Linear(48, 3))
+
+
+BIASED = {
+    "couplings": lambda size: nn.Sequential(*(Coupling(size) for _ in range(6))),
+    "modulation": Modulated,
+    "before a batch norm": lambda size: small_weights(size, nn.BatchNorm1d),
+    "one layer": lambda size: nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4)).apply(
+        lambda layer: isinstance(layer, nn.Linear) and nn.init.constant_(layer.bias, 0.1 / max(size, 1e-3))
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1e-3])
+@pytest.mark.parametrize("name", BIASED)
+def test_what_a_bias_alone_has_in_common_is_no_collapse(name, size):
+    """The first step takes the weights to where the inputs are told apart."""
+    if size or name != "before a batch norm":  # behind layers of zeros nothing varies
+        torch.manual_seed(0)
+        plot = spp(BIASED[name](size), (X, X.flip(0)) if name == "modulation" else X)
+        assert "correlation_collapse" not in {finding.kind for finding in plot.findings}
+        assert any((point.input_correlation or 0) > COLLAPSED for point in plot.blocks)
+
+
+@pytest.mark.parametrize("bias", [0.5, 5.0, 100.0])
+def test_what_a_second_layer_makes_of_a_bias_is_a_collapse(bias):
+    """No norm takes off what the first has added: all that follows is made of what the examples have in common."""
+    torch.manual_seed(0)
+    layers = [part for _ in range(8) for part in (nn.Linear(48, 48), nn.ReLU())]
+    for layer in layers[::2]:
+        nn.init.constant_(layer.bias, bias)
+    assert "correlation_collapse" in kinds(nn.Sequential(*layers, nn.Linear(48, 4)))
+
+
 class Breaks(nn.Module):
     def __init__(self, operation) -> None:
         super().__init__()

@@ -296,3 +296,44 @@ def test_no_value_is_kept_longer_than_the_moments_that_wait_for_it():
     del waiting
     gc.collect()
     assert kept is None or kept() is None
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (3, 5, 4), (20, 2)])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("divisor", [1.0, 0.1])
+def test_a_sparse_tensor_has_the_moments_of_the_dense_one(shape, axis, divisor):
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu() + 0.0
+    layouts = [dense.to_sparse(), dense.to_sparse(1)]
+    layouts += [dense.to_sparse_csr(), dense.to_sparse_csc()] if dense.dim() == 2 else []
+    twice = torch.cat([layouts[0].indices()] * 2, 1), torch.cat([layouts[0].values() / 2] * 2)
+    for sparse in (*layouts, torch.sparse_coo_tensor(*twice, shape)):
+        found, wanted = (channel_moments(x, axis, examples=len(x), divisor=divisor) for x in (sparse, dense))
+        assert found.count == wanted.count
+        for name in ("mean", "deviation"):
+            torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=ROUNDING, atol=ROUNDING)
+        assert found.correlation == (
+            None if wanted.correlation is None else pytest.approx(wanted.correlation, abs=1e-6)
+        )
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((12, 6), 1), ((12, 5, 4, 3), 1), ((12, 5, 6), 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_similarity_without_a_bias_is_that_of_the_values_without_it(shape, axis, dtype):
+    """Where there is much of it with the bias; else both are one number, and nothing left is None."""
+    generator = torch.Generator().manual_seed(0)
+    values, bias = torch.randn(shape, generator=generator).to(dtype), torch.full((shape[axis],), 8.0, dtype=dtype)
+    along = [-1 if other == axis else 1 for other in range(len(shape))]
+    given = values + bias.reshape(along)
+    found = channel_moments(given, axis, examples=12, bias=bias)
+    wanted = channel_moments(given - bias.reshape(along), axis, examples=12)
+    assert found.correlation > 0.9 and abs(wanted.correlation) < 0.5
+    assert found.own_correlation == pytest.approx(wanted.correlation, abs=1e-3)
+    assert channel_moments(given, axis, examples=12).own_correlation == found.correlation
+    small = channel_moments(values, axis, examples=12, bias=0.01 * bias)
+    assert small.own_correlation == small.correlation
+    nothing = channel_moments(bias.reshape(along).expand(shape), axis, examples=12, bias=bias)
+    assert nothing.correlation == pytest.approx(1) and nothing.own_correlation is None
+    merged = found.merge(small)
+    sums = found.without_bias[0] + small.cosine_sum, found.without_bias[1] + small.pairs
+    assert merged.own_correlation == pytest.approx(sums[0] / sums[1])
+    assert found.divide(2.0).own_correlation == found.own_correlation

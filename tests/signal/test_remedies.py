@@ -175,6 +175,8 @@ SICK = {
     "dead_channels": [
         lambda: (changed(dense(3, gain=1.5), lambda m: m[2].weight[:8].zero_()), X),
         lambda: (changed(dense(3), lambda m: m[0].bias.fill_(-50.0)), X),
+        lambda: (nn.Sequential(*changed(dense(3), lambda m: m[-1].bias.fill_(-50.0)), nn.ReLU()), X),
+        lambda: (nn.Sequential(*changed(dense(3), lambda m: m[-1].bias.fill_(50.0)), nn.Hardtanh(), nn.Flatten(0)), X),
     ],
     "zero_layer": [lambda: (changed(dense(3), lambda m: m[-1].weight.zero_()), X)],
     "correlation_collapse": [lambda: (changed(dense(20), lambda m: [p.mul_(1.5) for p in m.parameters()]), X)],

@@ -124,3 +124,72 @@ def test_gradients_pass_what_makes_sparse_tensors(sparse):
 
     adjacency = (rows(24, 24) > 1).float() + torch.eye(24)
     assert spp(Graph(), (rows(24, 16), adjacency)).configuration["gradient"] is True
+
+
+SPARSE = {
+    "COO": torch.Tensor.to_sparse,
+    "CSR": torch.Tensor.to_sparse_csr,
+    "CSC": torch.Tensor.to_sparse_csc,
+}
+
+
+class Convolved(nn.Module):
+    """Layers over a graph (GCN)."""
+
+    def __init__(self, operation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.norms, self.operation = nn.ModuleList(nn.BatchNorm1d(16) for _ in range(3)), operation or nn.Identity()
+
+    def forward(self, x, adjacency):
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = norm(adjacency @ layer(x)).relu()
+        return self.operation(x)
+
+
+class Doubled(nn.Module):
+    """A layer that reads twice what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last(self.first(2.0 * x).relu())
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+@pytest.mark.parametrize(
+    ("build", "given"),
+    [
+        (Convolved, lambda sparse: (rows(24, 16), sparse)),
+        (lambda: nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2)), lambda sparse: sparse),
+        (Doubled, lambda sparse: {"x": sparse}),
+    ],
+    ids=["an adjacency", "words", "words that are scaled"],
+)
+def test_a_sparse_input_is_measured_as_a_dense_one(layout, build, given):
+    torch.manual_seed(0)
+    model = build()
+    matrix = (rows(24, 24) > 1).float() + torch.eye(24)
+    matrix = matrix if build is Convolved else matrix[:, :16]
+    found, wanted = (spp(model, given(x)) for x in (SPARSE[layout](matrix), matrix))
+    assert found.configuration["gradient"] is True
+    for name in ("avg_channel_sq_mean", "avg_channel_var", "input_correlation", "avg_sq_gradient"):
+        assert found.curve(name) == [
+            None if value is None else pytest.approx(value, 1e-4) for value in wanted.curve(name)
+        ]
+    assert [(f.kind, f.severity) for f in found.findings] == [(f.kind, f.severity) for f in wanted.findings]
+
+
+@pytest.mark.parametrize("sparse", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+def test_what_is_not_finite_is_found_beside_a_sparse_input(sparse):
+    class Log(nn.Module):
+        def forward(self, x):
+            return torch.log(x - 1)
+
+    torch.manual_seed(0)
+    adjacency = (rows(24, 24) > 1).float() + torch.eye(24)
+    signal = spp(Convolved(nn.Sequential(Log(), nn.Linear(16, 2))), (rows(24, 16), sparse(adjacency)))
+    found = {finding.kind: finding for finding in signal.findings}
+    assert "begin in log of module operation.0" in found["non_finite"].message

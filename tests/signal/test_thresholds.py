@@ -83,6 +83,11 @@ def alike(difference: float) -> list[BlockSignal]:
     return changed("input_correlation")(1 - difference)
 
 
+def alike_by_a_bias(own: float) -> list[BlockSignal]:
+    """Layers whose bias is what examples have in common, and their similarity without it."""
+    return [replace(BLOCK, kind="layer", input_correlation=0.999, own_correlation=own) for _ in range(2)]
+
+
 # kind: (points by a value, the threshold, the severities below and above)
 SIDES = {
     "growth per block": ("explosion", lambda v: geometric(v, 40), rules.GROWTH_PER_BLOCK, (None, "error")),
@@ -104,6 +109,7 @@ SIDES = {
     "dead": ("dead_channels", changed("dead_channels"), rules.DEAD, (None, "info")),
     "many dead": ("dead_channels", changed("dead_channels"), rules.MANY_DEAD, ("info", "warning")),
     "collapsed": ("correlation_collapse", changed("input_correlation"), rules.COLLAPSED, (None, "warning")),
+    "collapsed without the bias": ("correlation_collapse", alike_by_a_bias, rules.COLLAPSED, (None, "warning")),
     "difference lost": ("correlation_collapse", alike, rules.LOST_DIFFERENCE, ("error", "warning")),
 }
 
@@ -117,6 +123,13 @@ def test_just_below_and_just_above(name):
 def test_all_dead_is_an_error():
     assert severity("dead_channels", changed("dead_channels")(0.999)) == "warning"
     assert severity("dead_channels", changed("dead_channels")(1.0)) == "error"
+
+
+@pytest.mark.parametrize(("last", "expected"), [(0.0, "error"), (1e-300, None), (math.nan, None)])
+def test_an_output_of_which_no_gradient_arrives_anywhere_is_dead(last, expected):
+    points = [replace(BLOCK, avg_sq_gradient=gradient) for gradient in (None, 0.0, last)]
+    assert severity("dead_channels", points) == expected
+    assert severity("dead_channels", [replace(point, avg_sq_gradient=None) for point in points]) is None
 
 
 @pytest.mark.parametrize(

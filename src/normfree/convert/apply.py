@@ -49,7 +49,7 @@ from normfree.nn import ChannelAffine, ChannelUnits, KeptMean, Standardization, 
 from normfree.nn.scaled_ws import BranchEnd, ScaledLayer, StandardizedFilters
 from normfree.nn.standardized_module import WeightScale, raw_name, scale_weight, weight_scale_of
 from normfree.trace import operations as op
-from normfree.trace.inputs import Batch, call, copy_of, is_without_values, tensors_in
+from normfree.trace.inputs import SPARSE, Batch, call, copy_of, is_without_values, tensors_in
 from normfree.trace.preserve import Writes
 
 
@@ -755,7 +755,8 @@ def _checker(change: Change, size: float, found: Measured, ran: set[str]) -> Bef
 
 
 def _tensor_in(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    return tensors_in((inputs, named))[0]
+    first = tensors_in((inputs, named))[0]
+    return first.to_dense() if first.layout in SPARSE else first
 
 
 SMALLEST_FILTER = 0.1

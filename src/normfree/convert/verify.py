@@ -33,7 +33,16 @@ from normfree.convert.outputs import difference
 from normfree.convert.record import AFFINE, Conversion, Kept
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
-from normfree.trace.inputs import Batch, call, examples_in, of_this_thread, tensors_in, tensors_of
+from normfree.trace.inputs import (
+    Batch,
+    call,
+    examples_in,
+    of_this_thread,
+    tensors_in,
+    tensors_of,
+    values_of,
+    with_values,
+)
 from normfree.trace.preserve import Writes
 
 LEAST_ERROR = (1e-2, 0.1)
@@ -373,7 +382,7 @@ def _sample(model: nn.Module, places: dict[str, str], batch: Batch, *, trains: T
 def _keep(into: dict[str, Tensor], name: str, value: Any) -> None:
     tensor = next((leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)), None)
     if tensor is not None and tensor.numel() and name not in into:
-        flat = tensor.detach().flatten()
+        flat = values_of(tensor.detach()).flatten()
         into[name] = flat[:: max(1, len(flat) // SAMPLE)].clone()
 
 
@@ -385,8 +394,11 @@ def _jitter(batch: Batch, size: float) -> Batch:
     def moved(tensor: Any) -> Any:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             return tensor
-        noise = torch.randn(tensor.shape, generator=generator).to(tensor)
-        return tensor + size * tensor.abs().mean() * noise
+        return with_values(tensor, added)
+
+    def added(values: Tensor) -> Tensor:
+        noise = torch.randn(values.shape, generator=generator).to(values)
+        return values + size * values.abs().mean() * noise
 
     return tree_map(moved, batch)
 

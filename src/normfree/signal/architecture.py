@@ -67,6 +67,8 @@ class Architecture:
         others: names of all its other weights.
         standardized: the classes of layers with standardized weights that take the place of those it has.
         softmax: its output is a softmax.
+        last_activation: what bends its one output last, behind all layers; "" where nothing does.
+        last_module: name of the module of torch's that does nothing else, and runs once; "" where there is none.
     """
 
     residual: int = 0
@@ -85,6 +87,8 @@ class Architecture:
     others: tuple[str, ...] = ()
     standardized: tuple[str, ...] = ()
     softmax: bool = False
+    last_activation: str = ""
+    last_module: str = ""
 
 
 class Weights:
@@ -205,6 +209,11 @@ def architecture_of(model: nn.Module, weights: Weights, seen: Seen) -> Architect
         others=tuple(sorted(set(weights.names) - branches - chain)),
         standardized=_standardized(model, chain | branches),
     )
+
+
+def title_of(operation: str) -> str:
+    """An activation's name as people know it."""
+    return _TITLES.get(operation, op.plain_name(operation))
 
 
 _LAYERS = (

@@ -34,7 +34,7 @@ from normfree.signal.propagation import (
     SignalPropagation,
     module_title,
 )
-from normfree.signal.remedies import DOCS, FILL
+from normfree.signal.remedies import DOCS, FILL, RESET
 
 
 def findings_of(
@@ -63,6 +63,7 @@ def findings_of(
         *_outweighed_branches(signal, made_of),
         *_silenced_branch(signal),
         *_dead_channels(signal, along, made_of),
+        *_dead_output(signal, made_of),
         *_zero_layer(signal),
         *_single_value(signal, everywhere),
         *_variance_plan(signal),
@@ -466,7 +467,7 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
             code=remedies.wake(names),
         )
     blocks = [b for b in signal.blocks if b.kind == "residual" and not b.broadcast]
-    silent = [b for b in blocks if b.residual_avg_channel_var in (0.0, None)]
+    silent = [b for b in blocks if b.residual_avg_channel_var in (0.0, None) and b.avg_channel_var > 0]
     told = "the plot says nothing about the branch"
     causes: tuple[tuple[list[BlockSignal], Severity, str, str, str], ...] = (
         (
@@ -518,23 +519,33 @@ a layer of zeros stays dead."""
 
 
 def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch], made_of: Architecture) -> Iterator[Finding]:
+    """Channels that no input moves; of what a table gives none is, for each of its rows learns, whatever it is."""
     points = [*comparable(signal), *_inner_layers(along)]  # a class token starts the same for all
+    points = [p for p in points if not p.looked_up]
     dead = [p for p in points if p.dead_channels > DEAD and p.weight_gain != 0]
     if not dead:
         return
     worst = max(dead, key=lambda b: b.dead_channels)
     fades = bool(_fadings(along))
     remedy = remedies.dead_channels(made_of, fades=fades, residual=worst.kind == "residual")
-    zero = next((p for p in points if p.weight_gain == 0 and p.number == worst.after is not None), None)
+    zero = next((p for p in _giving_the_same(signal) if p.number == worst.after is not None), None)
     severity: Severity = (
         "error" if worst.dead_channels == 1 else "warning" if worst.dead_channels > MANY_DEAD else "info"
     )
     cause = ""
     if zero is not None:
-        cause = f" What it reads is {zero.place}, whose weights are all zero."
-        if made_of.activations and not RECTIFIERS.intersection(made_of.activations):
-            severity, cause = "info", f"{cause} They move with the first step: no ReLU takes their gradient at zero."
-            remedy = remedies.Remedy("Nothing, if the zero start is intended.", FILL)
+        told = "weights are all zero" if zero.weight_gain == 0 else "rows are all the same"
+        cause = f" What it reads is {zero.place}, whose {told}."
+        reached = worst if worst.kind == "residual" and zero.avg_sq_gradient is None else zero
+        bent = made_of.activations and not RECTIFIERS.intersection(made_of.activations)
+        if bent or reached.avg_sq_gradient:
+            why = "no ReLU takes their gradient at zero" if bent else "a gradient reaches them"
+            severity, cause = "info", f"{cause} They move with the first step: {why}."
+            remedy = remedies.Remedy(
+                "Nothing, if the zero start is intended.", FILL if zero.weight_gain == 0 else RESET
+            )
+        elif zero.looked_up and reached.avg_sq_gradient is None:
+            severity = "warning"
     where = "there" if worst is dead[0] else f"at {worst.place}"
     yield Finding(
         kind="dead_channels",
@@ -547,6 +558,32 @@ def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch], made_of:
         remedy=remedy.text,
         code=remedy.code,
     )
+
+
+def _dead_output(signal: SignalPropagation, made_of: Architecture) -> Iterator[Finding]:
+    """An output that is the same for every input, and of which no gradient arrives anywhere (a last ReLU at zero)."""
+    gradients = [block.avg_sq_gradient for block in signal.blocks]
+    if 0 not in gradients or any(gradients) or any(output.dead_channels < 1 for output in signal.outputs):
+        return
+    activation = f"its last {made_of.last_activation}" if made_of.last_activation else "what acts on it last"
+    remedy = remedies.dead_output(made_of)
+    yield Finding(
+        kind="dead_channels",
+        severity="error",
+        block=None,
+        message=(
+            f"the model's output is the same for every input, and no gradient of it reaches any layer: {activation} is "
+            "dead for the whole batch, and the loss does not move."
+        ),
+        remedy=remedy.text,
+        code=remedy.code,
+    )
+
+
+def _giving_the_same(signal: SignalPropagation) -> list[BlockSignal]:
+    """The layers that give the same for every input, for their weights are zero, or all rows of their table alike."""
+    points = [*signal.blocks, *(replace(layer, index=BESIDE) for layer in signal.layers)]
+    return [p for p in points if p.weight_gain == 0 or (p.looked_up and p.dead_channels == 1)]
 
 
 def _zero_layer(signal: SignalPropagation) -> Iterator[Finding]:
@@ -579,10 +616,15 @@ def _single_value(signal: SignalPropagation, everywhere: Sequence[Stretch]) -> I
         return
     known = [point for stretch in everywhere for point in stretch.points]
     inner = {id(point): (point, stretch) for stretch in everywhere for point in stretch.points if not point.last}
+    tables = {point.number for point in (*signal.blocks, *signal.layers) if point.looked_up}
     blind = [
         point
         for point, stretch in inner.values()
-        if point.values == 1 or (stretch.start == 0 and stretch.entry is not None and stretch.entry.values == 1)
+        if point.values == 1
+        or (
+            (stretch.start == 0 and stretch.entry is not None and stretch.entry.values == 1)
+            and stretch.points[0].after not in tables
+        )  # a table of one value throughout
     ]
     if not inner:
         blind = [point for point in known if point.values == 1]
@@ -718,18 +760,26 @@ def _find_collapse(stretch: Stretch) -> Iterator[tuple[float, list[BlockSignal]]
 
     A token of a class, or a learned query, starts the same for all: so its stream is not compared, and of layers beside
     blocks a single one that reads it is not. Nor is a small head, which starts as its bias. Nothing has collapsed where
-    a normalizer takes off what the examples have in common (a bias above an input of small units), and leaves the rest.
+    a normalizer takes off what the examples have in common (a bias above an input of small units), and leaves the rest;
+    nor in a layer whose bias alone is what they have in common, be it that its weights are small or zero.
     """
     start = None if stretch.entry is None else stretch.entry.input_correlation
     if start is None or start > STILL_APART or stretch.pooled or stretch.apart_again:
         return
     points = [p for p in stretch.points if not p.last]
-    many = [p for p in points if p.input_correlation is not None and prod(p.shape[1:]) >= FEW_FEATURES]
-    runs = groupby(many, key=lambda point: (point.input_correlation or 0.0) > COLLAPSED)
+    many = [p for p in points if _likeness(p) is not None and prod(p.shape[1:]) >= FEW_FEATURES]
+    runs = groupby(many, key=lambda point: (_likeness(point) or 0.0) > COLLAPSED)
     for is_alike, run in runs:
         alike = list(run)
         if is_alike and (len(alike) > 1 or alike[0].index != BESIDE):
             yield start, alike
+
+
+def _likeness(point: BlockSignal) -> float | None:
+    """The mean cosine similarity at a point, with or without a layer's bias; None where nothing is left without it."""
+    if point.kind != "layer" or point.input_correlation is None:
+        return point.input_correlation
+    return None if point.own_correlation is None else min(point.input_correlation, point.own_correlation)
 
 
 def _inner_layers(along: Sequence[Stretch]) -> list[BlockSignal]:
@@ -846,8 +896,8 @@ def _cut(signal: SignalPropagation, chain: Sequence[BlockSignal]) -> list[Stretc
     before_apart, apart = set[int](), False
     for point in reversed(chain):
         before_apart |= {id(point)} if apart else set()
-        alike = 1.0 if point.last or point.input_correlation is None else point.input_correlation
-        apart = (apart or alike < STILL_APART) and not point.mixed
+        alike = None if point.last else _likeness(point)
+        apart = (apart or (alike is not None and alike < STILL_APART)) and not point.mixed
 
     def close(ends: bool) -> None:
         if points:

@@ -82,9 +82,10 @@ def sq_gradients(
     """Mean squared gradient at every point, of ``Σ r·output`` with one draw r ~ N(0, 1), from one backward pass.
 
     Of a complex output the real and the imaginary part are projected; of several outputs each as a whole has the weight
-    of the first. Where the output does not change with any point
-    that varies (a head that starts at zero), the last of these is projected in its place. A point within an autograd
-    function whose backward is written out has no gradient of its own: None.
+    of the first. Where the output does not change with any point that varies (a head that starts at zero), the last of
+    these is projected in its place; unless the output is the same for all examples and no parameter gets a gradient of
+    it, either: then zeros are what there is. A point within an autograd function whose backward is written out has no
+    gradient of its own: None.
 
     Args:
         model: the model, in its measuring mode, its silenced branches woken by the pass before.
@@ -102,7 +103,7 @@ def sq_gradients(
     for whole, at_last in ways:
         try:
             with torch.inference_mode(False):
-                found = _measure(
+                measured = _measure(
                     model, batch, preserved, points=points, seed=seed, variances=variances, refused=refused,
                     whole=whole, at_last=at_last,
                 )  # fmt: skip
@@ -115,8 +116,9 @@ def sq_gradients(
             what = f"{type(error).__name__}: {_line(error)}"
             reason = reason or f"not measured: the model cannot be differentiated ({what})"
             continue
-        if found is None:  # points in a part of the graph that a whole backward pass alone makes
+        if measured is None:  # points in a part of the graph that a whole backward pass alone makes
             continue
+        found, dead = measured
         if len(found) != len(variances):
             return Gradients(
                 None,
@@ -130,9 +132,12 @@ def sq_gradients(
             )
         if at_last:
             return Gradients(found, "of the last point that varies, for the output does not change with it")
-        if any(value for value, variance in zip(found, variances, strict=True) if variance != 0):
+        varying = [value for value, variance in zip(found, variances, strict=True) if variance != 0]
+        if (
+            dead or any(varying) or (not varying and any(found))
+        ):  # where nothing varies, no point is better than another
             return Gradients(found)
-        if whole:  # the points are in a second run, and not known when the backward pass begins
+        if whole or not varying:  # the points are in a second run, and not known when the backward pass begins
             return Gradients(None, "not measured: the output does not change with any point that varies")
         ways.insert(1, (False, True))
     return Gradients(None, reason)
@@ -149,8 +154,11 @@ def _measure(
     refused: Collection[int],
     whole: bool,
     at_last: bool,
-) -> list[float | None] | None:
-    """The gradients; None if points ran with gradients switched off, and only a whole pass can find them."""
+) -> tuple[list[float | None], bool] | None:
+    """The gradients, and whether the output is the same for all examples and moves no parameter.
+
+    None if points ran with gradients switched off, and only a whole pass can find them.
+    """
     places: dict[int, list[Place]] = {}
     arriving = _Arriving(places)
 
@@ -178,7 +186,9 @@ def _measure(
     leaves = [tensor for tensor in preserved.tensors if tensor.is_leaf and tensor.requires_grad]
     with torch.enable_grad(), without_gradient_hooks(leaves):  # a backward pass leaves no gradient on them
         with stack.follow_modules(), recorder:
-            outputs: list[Any] = [t for t in run_once(model, batch, stack) if t.requires_grad]
+            returned = run_once(model, batch, stack)
+            outputs: list[Any] = [t for t in returned if t.requires_grad]
+            learning = leaves if not at_last and all(map(_is_same_for_all, returned)) else []
             recorder.take()
             if at_last:
                 numbers = [number for number in range(len(recorder.names)) if number not in refused]
@@ -193,11 +203,21 @@ def _measure(
             return None
         if not whole and outputs and places:
             ends = [(index, place) for index, all_of_point in places.items() for place in all_of_point]
-            edges = [place.edge for _, place in ends]
+            edges = [*(place.edge for _, place in ends), *map(get_gradient_edge, learning)]
             gradients = torch.autograd.grad(outputs, edges, projection, allow_unused=True)
-            for (index, place), gradient in zip(ends, gradients, strict=True):
+            for (index, place), gradient in zip(ends, gradients[: len(ends)], strict=True):
                 arriving.add(index, place, gradient)
-    return [arriving.sq_mean(index) for index in range(len(recorder.names)) if index not in refused]
+            moved = gradients[len(ends) :]
+        else:
+            moved = [leaf.grad for leaf in learning]
+        found = [arriving.sq_mean(index) for index in range(len(recorder.names)) if index not in refused]
+        dead = bool(learning) and 0 in found and not any(found) and not any(g is not None and g.any() for g in moved)
+    return found, dead
+
+
+def _is_same_for_all(output: Tensor) -> bool:
+    """Whether an output is the same for several examples."""
+    return output.dim() > 0 and len(output) > 1 and bool((output == output[:1]).all())
 
 
 def _drawn(shape: torch.Size, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:

@@ -31,6 +31,7 @@ from normfree.trace.inputs import (
     run_once,
     tensors_of,
     unwrap,
+    values_of,
 )
 from normfree.trace.preserve import Mode, Preserved, check_finite, check_present, preserve_model
 
@@ -201,6 +202,7 @@ def _signals(
                 residual_avg_channel_var=None if point.branch is None else point.branch.avg_channel_var,
                 expected_var=None if expected is None else expected[index],
                 input_correlation=point.output.correlation,
+                own_correlation=point.output.own_correlation,
                 avg_sq_gradient=None if gradients is None else gradients[index],
                 dead_channels=point.output.dead_fraction,
                 activated_avg_channel_sq_mean=point.activated.avg_channel_sq_mean if point.activated else None,
@@ -404,17 +406,19 @@ class _Watch(DispatchMode):
         for target in op.written_by(func, args, kwargs):
             self.preserved.before_writing(target)
         inputs = _floating((args, kwargs))
-        had_nan = any(bool(t.isnan().any()) for t in inputs)
-        sound = all(bool(torch.isfinite(t).all()) for t in inputs)
-        largest = max((t.abs().nan_to_num(0, 0, 0).max().item() for t in inputs if t.numel()), default=0.0)
+        given = [values_of(tensor) for tensor in inputs]
+        had_nan = any(bool(t.isnan().any()) for t in given)
+        sound = all(bool(torch.isfinite(t).all()) for t in given)
+        largest = max((t.abs().nan_to_num(0, 0, 0).max().item() for t in given if t.numel()), default=0.0)
         inherited = min((self.origins[t] for t in inputs if t in self.origins), default=None)
         result = func(*args, **kwargs)
         name = op.name_of(func)
         for tensor in _floating(result) if name not in op.FACTORY and not name.startswith("empty") else ():
-            bad = int((~torch.isfinite(tensor)).sum())
+            made = values_of(tensor)
+            bad = int((~torch.isfinite(made)).sum())
             if not bad:
                 self.origins.pop(tensor, None)
-            elif sound or (not had_nan and bool(tensor.isnan().any())):
+            elif sound or (not had_nan and bool(made.isnan().any())):
                 self.origins[tensor] = len(self.found)
                 self.found.append(NonFinite(self.stack.name, name, bad, tensor.numel(), largest))
             elif inherited is not None:

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normfree.trace.inputs import SPARSE
+
 PIECE = 1 << 20
 """Elements looked at in one go: 4 MiB of float32, about what the last-level cache of one core holds."""
 
@@ -44,6 +46,9 @@ SMALLEST_VAR_TO_SQ = 1e-4
 DEAD = 1e-10
 """A channel whose variance is below this share of its mean square is constant."""
 
+LIKE = 0.9
+"""Mean cosine similarity up to which it does not matter what a bias has to do with it."""
+
 EXAMPLES_CORRELATED = 8
 """Examples whose pairwise similarity is taken: 28 pairs, at half the cost of a batch of sixteen."""
 
@@ -58,6 +63,7 @@ class Moments:
         deviation: sum of squared deviations from the mean, [C].
         cosine_sum: sum of cosine similarities over pairs of different examples.
         pairs: how many pairs that sum has.
+        without_bias: both without the bias of the layer that made the values, where the mean is above LIKE with it.
     """
 
     count: int
@@ -65,6 +71,7 @@ class Moments:
     deviation: Tensor
     cosine_sum: float = field(default_factory=float)
     pairs: int = field(default_factory=int)
+    without_bias: tuple[float, int] | None = field(default_factory=lambda: None)
 
     @property
     def var(self) -> Tensor:
@@ -85,6 +92,12 @@ class Moments:
     def correlation(self) -> float | None:
         """Mean cosine similarity of different examples, None without a pair; what rounding adds above 1 is cut off."""
         return min(self.cosine_sum / self.pairs, 1.0) if self.pairs else None
+
+    @property
+    def own_correlation(self) -> float | None:
+        """The same without the bias of the layer that made the values; None where nothing is left without it."""
+        cosine_sum, pairs = self.without_bias or (self.cosine_sum, self.pairs)
+        return min(cosine_sum / pairs, 1.0) if pairs else None
 
     @cached_property
     def dead_fraction(self) -> float:
@@ -112,46 +125,83 @@ class Moments:
             self.deviation + other.deviation + delta.square() * (self.count * other.count / count),
             self.cosine_sum + other.cosine_sum,
             self.pairs + other.pairs,
+            self._and_without_bias(other),
         )
+
+    def _and_without_bias(self, other: Moments) -> tuple[float, int] | None:
+        if self.without_bias is other.without_bias is None:
+            return None
+        own, others = (each.without_bias or (each.cosine_sum, each.pairs) for each in (self, other))
+        return own[0] + others[0], own[1] + others[1]
 
     def divide(self, factor: Tensor | float) -> Moments:
         """The moments of the values divided by ``factor`` (a number, or one per channel [C])."""
-        cosine_sum, pairs = (0.0, 0) if isinstance(factor, Tensor) else (self.cosine_sum, self.pairs)
-        return Moments(self.count, self.mean / factor, self.deviation / factor**2, cosine_sum, pairs)
+        mean, deviation = self.mean / factor, self.deviation / factor**2
+        if isinstance(factor, Tensor):
+            return Moments(self.count, mean, deviation)
+        return Moments(self.count, mean, deviation, self.cosine_sum, self.pairs, self.without_bias)
 
     def channels(self, kept: Tensor) -> Moments:
         """The moments of some channels alone (a mask [C])."""
         return Moments(self.count, self.mean[kept], self.deviation[kept])
 
 
-def channel_moments(x: Tensor, channel_axis: int, *, examples: int | None = None, divisor: float = 1.0) -> Moments:
+def channel_moments(
+    x: Tensor, channel_axis: int, *, examples: int | None = None, divisor: float = 1.0, bias: Tensor | None = None
+) -> Moments:
     """Per-channel moments of ``x / divisor`` over every other axis.
 
     Args:
-        x: a floating-point activation of any shape, layout and precision.
+        x: a floating-point activation of any shape, layout and precision; or a sparse input.
         channel_axis: the axis that holds the channels.
         examples: the number of examples in the batch; given and found as the leading axis, the mean
             cosine similarity between the first few examples' flattened features is taken too.
         divisor: a number that the values are divided by.
+        bias: what the layer that made the values has added to each channel [C]; the similarity is also taken without.
 
     Returns:
         The moments, in float64 on the CPU.
     """
-    x = x.detach()
+    x = x.detach().to_sparse() if x.layout in SPARSE else x.detach()
     if channel_axis == 0:  # one example without a batch axis: the leading axis is the one that is cut
         x, channel_axis = x.unsqueeze(0), 1
     correlated = examples is not None and examples > 1 and x.shape[0] == examples
+    if x.is_sparse:
+        return _of_sparse(x, channel_axis % x.dim(), correlated=correlated).divide(divisor)
     if x.numel() <= SMALL:
-        return _of_few(x, channel_axis % x.dim(), correlated=correlated, divisor=divisor)
+        return _of_few(x, channel_axis % x.dim(), correlated=correlated, divisor=divisor, bias=bias)
     moments, sq_length = _fast(x, channel_axis)
     moments = _refined(moments, x, channel_axis) if _trustworthy(moments) else _exact(x, channel_axis)
     if correlated:
         cosine_sum, pairs = _cosine_sum(x, sq_length)
-        moments = Moments(moments.count, moments.mean, moments.deviation, cosine_sum, pairs)
+        without_bias = None
+        if bias is not None and cosine_sum > LIKE * pairs:
+            along = [-1 if axis == channel_axis % x.dim() else 1 for axis in range(x.dim())]
+            without_bias = _cosine_sum(x[:EXAMPLES_CORRELATED] - bias.detach().to(x).reshape(along), None)
+        moments = Moments(moments.count, moments.mean, moments.deviation, cosine_sum, pairs, without_bias)
     return moments if divisor == 1 else moments.divide(divisor)
 
 
-def _of_few(x: Tensor, axis: int, *, correlated: bool, divisor: float) -> Moments:
+def _of_sparse(x: Tensor, axis: int, *, correlated: bool) -> Moments:
+    """The moments of a sparse tensor, from the values that it stores; all others are zeros."""
+    x = x.to_dense().to_sparse() if x.dense_dim() else x.coalesce()  # of rows, or of numbers
+    channels, count = x.shape[axis], x.numel() // x.shape[axis]
+    place, values = x.indices()[axis], x.values().double()
+
+    def sums(of_each: Tensor) -> Tensor:
+        return values.new_zeros(channels).index_add_(0, place, of_each)
+
+    mean = sums(values) / count
+    zeros = count - sums(torch.ones_like(values))
+    deviation = sums((values - mean[place]).square()) + zeros * mean.square()
+    cosine_sum, pairs = 0.0, 0
+    if correlated:
+        first = x.index_select(0, torch.arange(min(EXAMPLES_CORRELATED, x.shape[0]), device=x.device))
+        cosine_sum, pairs = _cosine_sum(first.to_dense(), None)
+    return Moments(count, mean.cpu(), deviation.cpu(), cosine_sum, pairs)
+
+
+def _of_few(x: Tensor, axis: int, *, correlated: bool, divisor: float, bias: Tensor | None) -> Moments:
     """Moments that are computed later, with those of other small activations in the same calls.
 
     A call costs more than the few values it computes on: twenty calls for each of the thousands of activations of an
@@ -162,7 +212,7 @@ def _of_few(x: Tensor, axis: int, *, correlated: bool, divisor: float) -> Moment
     if together is None or together.size + x.numel() > PIECE:
         together = _Together()
         _OPEN.together = ref(together)
-    return together.enter(x, axis, correlated=correlated, divisor=divisor)
+    return together.enter(x, axis, correlated=correlated, divisor=divisor, bias=bias if correlated else None)
 
 
 _OPEN = threading.local()
@@ -197,31 +247,50 @@ class _Together:
 
     def __init__(self) -> None:
         self.size = 0
-        self.entries: dict[tuple[torch.Size, int, bool], list[tuple[ref[_Later], Tensor]]] = {}
+        self.entries: dict[tuple[torch.Size, int, bool, bool], list[tuple[ref[_Later], Tensor, Tensor | None]]] = {}
 
-    def enter(self, x: Tensor, axis: int, *, correlated: bool, divisor: float) -> Moments:
+    def enter(self, x: Tensor, axis: int, *, correlated: bool, divisor: float, bias: Tensor | None) -> Moments:
         """The moments of an activation, of whose values a copy is kept until they are computed."""
         moments = _Later(x.numel() // x.shape[axis], self)
         values = x.clone() if x.dtype == torch.float64 else x.double()
         if divisor != 1:
             values /= divisor
-        self.entries.setdefault((x.shape, axis, correlated), []).append((ref(moments), values))
+        bias = None if bias is None else bias.detach().clone()
+        self.entries.setdefault((x.shape, axis, correlated, bias is not None), []).append((ref(moments), values, bias))
         self.size += x.numel()
         return moments
 
     def compute(self) -> None:
         """Compute the moments of all that was entered."""
         entries, self.entries, self.size = self.entries, {}, 0
-        for (_, axis, correlated), items in entries.items():
-            values = torch.stack([value for _, value in items]).resolve_neg().cpu().numpy()
-            _fill_in([moments() for moments, _ in items], values, axis + 1, correlated=correlated)
+        for (_, axis, correlated, _), items in entries.items():
+            values = torch.stack([value for _, value, _ in items]).resolve_neg().cpu().numpy()
+            added = [bias for _, _, bias in items if bias is not None]
+            biases = torch.stack(added).double().cpu().numpy() if added else None
+            _fill_in([moments() for moments, _, _ in items], values, axis + 1, correlated=correlated, biases=biases)
 
 
-def _fill_in(waiting: Sequence[_Later | None], values: np.ndarray[Any, Any], axis: int, *, correlated: bool) -> None:
-    """Compute the moments of several activations of one shape, [K, …], in float64, and enter them."""
+def _fill_in(
+    waiting: Sequence[_Later | None],
+    values: np.ndarray[Any, Any],
+    axis: int,
+    *,
+    correlated: bool,
+    biases: np.ndarray[Any, Any] | None,
+) -> None:
+    """Compute the moments of several activations of one shape, [K, …], in float64, and enter them.
+
+    Args:
+        waiting: the moments.
+        values: the activations.
+        axis: that of the channels.
+        correlated: whether to take the similarity of examples.
+        biases: what the layers that made them have added, [K, C].
+    """
     others = tuple(other for other in range(1, values.ndim) if other != axis)
     count = values[0].size // values.shape[axis]
     cosine_sum, pairs = np.zeros(len(values)), np.zeros(len(values), dtype=int)
+    without_bias: list[tuple[float, int] | None] = [None] * len(values)
     with np.errstate(all="ignore"):  # what is not finite stays so
         mean = values.sum(others, keepdims=True) / count
         deviation = np.square(values - mean).sum(others)
@@ -230,23 +299,34 @@ def _fill_in(waiting: Sequence[_Later | None], values: np.ndarray[Any, Any], axi
         dead = (var <= DEAD * (var + sq_mean)).mean(1) if count > 1 else np.zeros(len(values))
         if correlated:
             features = values[:, :EXAMPLES_CORRELATED]
-            features = features.reshape(*features.shape[:2], -1)
-            sq_length = np.einsum("kij,kij->ki", features, features)
-            number = np.count_nonzero(sq_length, axis=1)
-            total = np.einsum("ki,kij->kj", np.where(sq_length == 0, 0, 1 / np.sqrt(sq_length)), features)
-            cosine_sum, pairs = (np.einsum("kj,kj->k", total, total) - number) / 2, number * (number - 1) // 2
+            cosine_sum, pairs = _cosine_sums(features)
+            if biases is not None:
+                along = (len(values), *(-1 if other == axis else 1 for other in range(1, values.ndim)))
+                own_sum, own_pairs = _cosine_sums(features - biases.reshape(along))
+                for index in (cosine_sum > LIKE * pairs).nonzero()[0]:
+                    without_bias[index] = float(own_sum[index]), int(own_pairs[index])
     numbers = {
         "avg_channel_sq_mean": sq_mean.mean(1).tolist(),
         "avg_channel_var": var.mean(1).tolist(),
         "dead_fraction": dead.tolist(),
         "cosine_sum": cosine_sum.tolist(),
         "pairs": pairs.tolist(),
+        "without_bias": without_bias,
     }
     for index, moments in enumerate(waiting):
         if moments is not None:
             del moments.__dict__["together"]
             moments.__dict__.update(mean_row=mean[index], deviation_row=deviation[index])
             moments.__dict__.update({name: each[index] for name, each in numbers.items()})
+
+
+def _cosine_sums(features: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """As :func:`_cosine_sum`, of several activations of one shape, [K, N, …]."""
+    features = features.reshape(*features.shape[:2], -1)
+    sq_length = np.einsum("kij,kij->ki", features, features)
+    number = np.count_nonzero(sq_length, axis=1)
+    total = np.einsum("ki,kij->kj", np.where(sq_length == 0, 0, 1 / np.sqrt(sq_length)), features)
+    return (np.einsum("kj,kj->k", total, total) - number) / 2, number * (number - 1) // 2
 
 
 def _trustworthy(moments: Moments) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.signal.architecture import Architecture, Layer, Seen, Weights, ancestors, architecture_of
+from normfree.signal.architecture import Architecture, Layer, Seen, Weights, ancestors, architecture_of, title_of
 from normfree.signal.moments import Moments, channel_moments
 from normfree.signal.propagation import Position
 from normfree.trace import operations as op
@@ -146,6 +146,8 @@ class PointRecorder(Recorder):
         self.branches_seen: dict[int, tuple[Node, Node]] = {}
         self.linear_sums: dict[int, tuple[Node, Sequence[Node]]] = {}
         self.operations = Counter[str]()
+        self.last_bent: tuple[Node, str] | None = None
+        self.bent_in = Counter[str]()
 
     # Before the first addition: what may turn out to be the input of the first block.
 
@@ -248,17 +250,25 @@ class PointRecorder(Recorder):
             point = self._point(
                 result,
                 "layer",
+                bias=self._bias(result),
                 entry=self._begin_of_layers(x),
                 weight_gain=None if self.operation is None else self._weight_gain(*self.operation),
                 looked_up=self.nodes[result].step.nonlinear > 0 and not x.is_floating_point(),
             )
         self._visit(self.nodes[result], source, point, layer=number)
 
+    def _bias(self, result: Tensor) -> Tensor | None:
+        """What the layer that is running has added to each channel of its result, whatever the input."""
+        bias = None if self.operation is None else op.weight_and_bias(*self.operation)[1]
+        if bias is None or bias in self.nodes or bias.shape != (result.shape[self.nodes[result].note.channel_axis],):
+            return None
+        return bias
+
     def _see(self, x: Tensor, result: Tensor) -> None:
         """Keep which weights a layer has."""
         name, args = self.operation if self.operation is not None else ("", ())
         node, weight = self.nodes[result], op.weight_and_bias(name, args)[0]
-        gain = None if weight is None else self._weight_gain(name, args)
+        gain = self._weight_gain(name, args)
         channels = max(1, result.shape[node.note.channel_axis])
         fan_in = None if weight is None or weight.dim() < 2 else weight.numel() // channels
         looked_up = node.step.nonlinear > 0 and not x.is_floating_point()
@@ -278,6 +288,9 @@ class PointRecorder(Recorder):
         sum_ = self.summed.get(self.nodes[active[0]]) if name in op.ACTIVATION and len(active) == 1 else None
         result = super()._run(name, func, args, kwargs, active)
         self.operation = None  # its arguments are activations, and none outlives its use
+        if name in op.NONLINEAR and isinstance(result, Tensor) and result in self.nodes:
+            self.last_bent = self.nodes[result], self.stack.name
+            self.bent_in[self.stack.name] += 1
         if sum_ is not None and sum_.point is not None and self._is_read_once(sum_.number - 1):
             self.activated[sum_.number] = channel_moments(result, sum_.point.channel_axis)
         return result
@@ -328,12 +341,14 @@ class PointRecorder(Recorder):
         return name.removeprefix(self.stack.names[module]).removeprefix(".")
 
     def _weight_gain(self, name: str, args: Sequence[Any]) -> float | None:
-        """:func:`weight_gain`, once for each weight of a cell that runs many times.
+        """:func:`weight_gain`, once for each weight of a cell that runs many times; of a table whether it is zero.
 
         A weight is known again by its memory, so only a parameter's, which lasts: that of a weight computed in the
         forward is the next one's as soon as it is freed.
         """
         weight, _ = op.weight_and_bias(name, args)
+        if (name in op.EMBEDDING or name in op.PARTIAL) and isinstance(args[0], Tensor):
+            weight = args[0]
         if weight is None or weight.layout != torch.strided or not self.weights.is_parameter(weight):
             return weight_gain(name, args)
         key = weight.data_ptr(), weight._version, weight.shape, weight.stride(), name
@@ -341,10 +356,11 @@ class PointRecorder(Recorder):
             self.gains[key] = weight_gain(name, args)
         return self.gains[key]
 
-    def _point(self, x: Tensor, kind: str, **position: Any) -> Point:
+    def _point(self, x: Tensor, kind: str, *, bias: Tensor | None = None, **position: Any) -> Point:
         note: Note = self.nodes[x].note
         axis = note.channel_axis
-        moments = channel_moments(x.float() if not x.is_floating_point() else x, axis, examples=self.examples)
+        values = x if x.is_floating_point() else x.float()
+        moments = channel_moments(values, axis, examples=self.examples, bias=bias)
         position = {"name": self.stack.name, "woken": note.woken, **position}
         return Point(kind=kind, shape=tuple(x.shape), channel_axis=axis, output=moments, **position)
 
@@ -446,7 +462,10 @@ class PointRecorder(Recorder):
             self.recording.outputs = [self._output(t, i) for i, t in enumerate(outputs) if self._is_output(t)]
             self._settle(carried)
             architecture = self._architecture(carried, refused, attends=bool(logits))
-            self.recording.architecture = replace(architecture, softmax=self._is_softmax(outputs))
+            activation, module = self._last_activation(ends)
+            self.recording.architecture = replace(
+                architecture, softmax=self._is_softmax(outputs), last_activation=activation, last_module=module
+            )
         return result
 
     def _architecture(self, carried: Collection[Node], refused: Collection[int], *, attends: bool) -> Architecture:
@@ -522,6 +541,19 @@ class PointRecorder(Recorder):
         total = outputs[0].detach().float().sum(note.channel_axis)
         return bool(((total - 1).abs() < 0.01).all())
 
+    def _last_activation(self, ends: Sequence[Node]) -> tuple[str, str]:
+        """What bends the one output last, behind all layers, and the module of torch's that does nothing else."""
+        if len(ends) != 1 or self.last_bent is None:
+            return "", ""
+        (node,), (bent, name) = ends, self.last_bent
+        while node is not bent:
+            if node.step.weighted or len(set(node.parents)) != 1:
+                return "", ""
+            node = node.parents[0]
+        module = self.model.get_submodule(name)
+        alone = type(module).__module__ == nn.ReLU.__module__ and self.bent_in[name] == 1 and name != ""
+        return title_of(bent.note.operation), name if alone else ""
+
     def _output(self, tensor: Tensor, index: int) -> Point:
         return self._point(tensor, "output", name=f"output {index}", after=self.nodes[tensor].note.point)
 
@@ -542,7 +574,12 @@ def before_gains(moments: Moments, gains: Sequence[Tensor]) -> Moments | None:
 
 
 def weight_gain(name: str, args: Sequence[Any]) -> float | None:
-    """Root mean square of an operation's weight times the root of its fan-in; He's initialisation has √2."""
+    """Root mean square of an operation's weight times the root of its fan-in; He's initialisation has √2.
+
+    The rows of a table are not added up: of it there is 0 if all of it is zero, and None otherwise.
+    """
+    if name in op.EMBEDDING or name in op.PARTIAL:
+        return None if not isinstance(args[0], Tensor) or args[0].any() else 0.0
     weight, _ = op.weight_and_bias(name, args)
     if weight is None or weight.dim() < 2 or not weight.is_floating_point():
         return None

@@ -50,6 +50,7 @@ Curve = Literal[
     "residual_avg_channel_var",
     "expected_var",
     "input_correlation",
+    "own_correlation",
     "avg_sq_gradient",
     "dead_channels",
     "activated_avg_channel_sq_mean",
@@ -127,7 +128,7 @@ class Position:
         joined: a sum that goes on, but not as the first operand of what joins it with another signal.
         gate: only gates and the weights of attention are computed from it.
         weight_gain: root mean square of the layer's weight times the root of its fan-in (He's initialisation: √2);
-            None where there is no such weight.
+            None where there is no such weight; of a table 0 where all of it is zero.
         broadcast: the branch has one value for many positions of the sum, as a global context.
         zero_gate: the branch is zero, for a layer with weights of zero computes the gate that multiplies it.
     """
@@ -171,6 +172,7 @@ class BlockSignal(Position):
             None for a layer, or where the scale is zero and was not woken.
         expected_var: the variance the model's own plan predicts for ``avg_channel_var``, if it has one.
         input_correlation: mean cosine similarity between different examples' features, if there are two.
+        own_correlation: the same number; if it is above 0.9, without the layer's bias, None where that leaves nothing.
         avg_sq_gradient: mean squared gradient of a random projection of the output, if it was measured.
         dead_channels: fraction of channels that are constant over the whole input.
         activated_avg_channel_sq_mean: the squared mean after the activation function that alone reads the sum; None
@@ -184,6 +186,7 @@ class BlockSignal(Position):
     residual_avg_channel_var: float | None
     expected_var: float | None = None
     input_correlation: float | None = None
+    own_correlation: float | None = None
     avg_sq_gradient: float | None = None
     dead_channels: float = 0.0
     activated_avg_channel_sq_mean: float | None = None

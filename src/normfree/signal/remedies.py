@@ -105,6 +105,12 @@ for name, gain in model.named_parameters():
         nn.init.ones_(gain)
 """
 
+_WITHOUT_ACTIVATION = """\
+from torch import nn
+
+model.set_submodule({module!r}, nn.Identity())  # or nn.Softplus(), where the output has to be positive
+"""
+
 _HOLD = """\
 import torch
 
@@ -343,6 +349,18 @@ def dead_channels(made_of: Architecture, *, fades: bool, residual: bool) -> Reme
         return Remedy(f"{look} The lines draw all layers anew.", RESET)
     cured = attenuation(made_of, residual=residual, averaged=False)
     return Remedy(f"What fades into rounding is constant, too: cure the attenuation first. {cured.text}", cured.code)
+
+
+def dead_output(made_of: Architecture) -> Remedy:
+    """Of an output that is the same for every input, and moves nothing."""
+    if not made_of.last_activation:
+        last = "a factor of zero, a clamp, a softmax of one class"
+        return Remedy(f"Look at what acts on the output last ({last}): no gradient passes it.", "")
+    text = (
+        f"Leave out the last {made_of.last_activation}, which has no derivative there; where the output has to be "
+        "positive, nn.Softplus has one everywhere."
+    )
+    return Remedy(text, _WITHOUT_ACTIVATION.format(module=made_of.last_module) if made_of.last_module else "")
 
 
 def gradient_explosion(made_of: Architecture) -> Remedy:

@@ -19,6 +19,9 @@ from normfree.common.torch_compat import current_autograd_node, tree_leaves, tre
 Batch = Any
 """A tensor (one argument), a tuple (positional arguments) or a mapping (keyword arguments) of tensors."""
 
+SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
+"""Layouts of tensors that hold some of their values: adjacencies, masks, bags of words."""
+
 
 def batches_of(batch: Batch | Iterable[Batch]) -> Iterator[Batch]:
     """One batch, or the batches of an iterable, each a tensor, a tuple of arguments or a mapping of them.
@@ -69,7 +72,7 @@ def _inputs_of(loaded: tuple[Any, ...]) -> Batch:
 
 
 def check_batch(batch: Batch, argument: str = "batch") -> None:
-    """Refuse a batch that holds no tensor, an empty one, or values that are not finite.
+    """Refuse a batch that holds no tensor, an empty or nested one, or values that are not finite.
 
     Args:
         batch: the batch.
@@ -85,6 +88,11 @@ def check_batch(batch: Batch, argument: str = "batch") -> None:
             f"{argument}: it holds no tensor; give a tensor, a tuple or a dict of tensors{_if_numpy(batch)}"
         )
     for tensor in tensors:
+        if tensor.is_nested:
+            raise ValueError(
+                f"{argument}: a tensor is nested, but the examples of a batch must be of one shape; give "
+                "tensor.to_padded_tensor(0.0), or a batch of examples of one length"
+            )
         if tensor.numel() == 0:
             raise ValueError(f"{argument}: a tensor of shape {tuple(tensor.shape)} is empty; give at least one example")
         if tensor.is_meta:
@@ -99,9 +107,19 @@ def check_batch(batch: Batch, argument: str = "batch") -> None:
 
 def values_of(tensor: Tensor) -> Tensor:
     """The values that a tensor stores: of a sparse one those beside its zeros."""
-    if tensor.layout == torch.strided:
+    if tensor.layout not in SPARSE:
         return tensor
     return tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.values()
+
+
+def with_values(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A copy of a tensor whose stored values are changed; the zeros of a sparse one stay."""
+    if tensor.layout not in SPARSE:
+        return change(tensor)
+    copy = tensor.coalesce().clone() if tensor.layout == torch.sparse_coo else tensor.clone()
+    values = copy.values()
+    values.copy_(change(values))
+    return copy
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:

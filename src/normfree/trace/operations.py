@@ -32,7 +32,7 @@ CONVOLUTION = _names("""
     _conv_depthwise2d deform_conv2d conv2d
 """)
 
-EMBEDDING = frozenset({"embedding", "_embedding_bag", "embedding_bag"})
+EMBEDDING = frozenset({"embedding", "_embedding_bag", "_embedding_bag_forward_only", "embedding_bag"})
 
 RECURRENT = frozenset(
     {"lstm", "gru", "rnn_tanh", "rnn_relu", "mkldnn_rnn_layer", "_cudnn_rnn", "_thnn_fused_lstm_cell"}

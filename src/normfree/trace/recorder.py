@@ -21,7 +21,7 @@ from torch.autograd.function import BackwardCFunction
 from normfree.common.torch_compat import DispatchMode, base_of_view, current_autograd_node, tree_leaves
 from normfree.trace import operations as op
 from normfree.trace.graph import NO_STEP, Node, Path, Residual, residual
-from normfree.trace.inputs import ModuleStack
+from normfree.trace.inputs import SPARSE, ModuleStack
 from normfree.trace.scaling import (
     Factor,
     Statics,
@@ -31,9 +31,6 @@ from normfree.trace.scaling import (
     varying_axis,
     vector_factor,
 )
-
-SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
-"""Layouts of tensors that hold some of their values: adjacencies, masks."""
 
 
 @dataclass(kw_only=True)
@@ -245,9 +242,10 @@ class Recorder(DispatchMode):
         result = func(*args, **kwargs)
         if self.stack.running:
             known = self.nodes.by_id
-            parents = [known[id(tensor)] for tensor in op.tensors_in(args, kwargs) if id(tensor) in known]
+            active = [tensor for tensor in op.tensors_in(args, kwargs) if id(tensor) in known]
+            parents = [known[id(tensor)] for tensor in active]
             for tensor in tree_leaves(result) if parents else ():
-                if _is_activation(tensor) and id(tensor) not in known:
+                if _is_activation(tensor, active) and id(tensor) not in known:
                     note = Note(shape=tuple(tensor.shape), order=self.created, stream=parents[0].note.stream)
                     self.nodes[tensor] = Node(parents, note=note)
                     self.created += 1
@@ -384,7 +382,7 @@ class Recorder(DispatchMode):
         result = func(*args, **kwargs)
         nodes = []
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            if _is_activation(tensor):
+            if _is_activation(tensor, active):
                 made = note.after(name, args, tensor.shape, self.created)
                 if silent and not bool(tensor.any()):
                     made.silent = silent
@@ -412,7 +410,8 @@ class Recorder(DispatchMode):
                 if written and base_of_view(tensor) is not None:
                     self._note_write(name, args, tensor, node)
         self.on_made(nodes)
-        output = result[0] if name in op.RECURRENT and isinstance(result, (tuple, list)) else result
+        first = isinstance(result, (tuple, list)) and (name in op.RECURRENT or name in op.EMBEDDING)
+        output = result[0] if first else result
         if nodes and nodes[0].step.weighted and isinstance(output, Tensor) and id(output) in known:
             self.on_weighted(active[0], output)
         return result
@@ -537,9 +536,14 @@ def differentiates() -> bool:
     return current_autograd_node() is not None and running_function() is None
 
 
-def _is_activation(made: Any) -> bool:
-    """Whether what an operation made has values, and is no mask or adjacency."""
-    return isinstance(made, Tensor) and made.layout not in SPARSE and made.numel() > 0
+def _is_activation(made: Any, active: Sequence[Tensor]) -> bool:
+    """Whether what an operation made of activations has values, and is an activation.
+
+    What is sparse and made of dense ones holds weights, and is none; of sparse inputs alone it is one still.
+    """
+    if not isinstance(made, Tensor) or made.numel() == 0:
+        return False
+    return made.layout not in SPARSE or all(tensor.layout in SPARSE for tensor in active)
 
 
 def _without_views(node: Node) -> Node:
