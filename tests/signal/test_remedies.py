@@ -190,7 +190,7 @@ SICK = {
         lambda: (dense(150, gain=4.0), X),
     ],
 }
-BY_HAND = {"single_value", "variance_plan", "softmax_output"}
+BY_HAND = {"single_value", "variance_plan", "softmax_output", "uneven_inputs"}
 """Whose remedy is in the batch or in the model's own lines, so that there are none to be pasted."""
 
 CASES = [(kind, number) for kind, made in SICK.items() for number in range(len(made))]

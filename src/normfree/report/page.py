@@ -135,6 +135,8 @@ MEANINGS: dict[Kind, str] = {
     "by alpha. A factor that is forgotten, or another alpha than the plan's, takes the measured variance off it.",
     "softmax_output": "A loss that takes logits applies its own softmax: of a softmax once more the gradient is small, "
     "and training slow.",
+    "uneven_inputs": "A step has one size for all weights: where one feature is a hundred times the others, what is "
+    "right for its weights leaves theirs as they were.",
     "non_finite": "From one operation on there are infinities, or what is not a number: after large magnitudes by "
     "overflow, after usual ones by a logarithm or root of what is negative, or a division by zero.",
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from normfree.signal.moments import Sizes
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
 
@@ -69,6 +70,7 @@ class Architecture:
         softmax: its output is a softmax.
         last_activation: what bends its one output last, behind all layers; "" where nothing does.
         last_module: name of the module of torch's that does nothing else, and runs once; "" where there is none.
+        inputs: of each layer that reads an input as it is, its name, and how large the channels are.
     """
 
     residual: int = 0
@@ -89,6 +91,7 @@ class Architecture:
     softmax: bool = False
     last_activation: str = ""
     last_module: str = ""
+    inputs: tuple[tuple[str, Sizes], ...] = ()
 
 
 class Weights:

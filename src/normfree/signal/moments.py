@@ -201,6 +201,54 @@ def _of_sparse(x: Tensor, axis: int, *, correlated: bool) -> Moments:
     return Moments(count, mean.cpu(), deviation.cpu(), cosine_sum, pairs)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How large the channels of an input are: root mean squares over examples and positions.
+
+    Attributes:
+        channel: index of the largest.
+        largest: its size.
+        typical: the median of the others'.
+        others: how many they are.
+    """
+
+    channel: int
+    largest: float
+    typical: float
+    others: int
+
+
+MOST_ROWS = 4096
+
+
+def channel_sizes(x: Tensor, channel_axis: int) -> Sizes | None:
+    """The sizes of an activation's channels, of its first few thousand positions.
+
+    Channels that are constant, or have two values alone (categories, one channel each), are none of the others: their
+    size is how often they are on.
+
+    Args:
+        x: a floating-point activation.
+        channel_axis: the axis that holds the channels.
+
+    Returns:
+        The sizes; None where there are not three channels to compare.
+    """
+    rows = x.detach().movedim(channel_axis, -1)
+    if rows.shape[-1] < 3:
+        return None
+    values = rows[: max(1, MOST_ROWS * len(rows) // max(1, rows[..., 0].numel()))].flatten(0, -2)[:MOST_ROWS].double()
+    low, high = values.amin(0), values.amax(0)
+    size = values.square().mean(0).sqrt()
+    channel = int(size.argmax())
+    measured = ((values != low) & (values != high)).any(0)
+    measured[channel] = False
+    if int(measured.sum()) < 2 or not bool(size.isfinite().all()):
+        return None
+    typical = float(size[measured].median())
+    return Sizes(channel, float(size[channel]), typical, int(measured.sum()))
+
+
 def _of_few(x: Tensor, axis: int, *, correlated: bool, divisor: float, bias: Tensor | None) -> Moments:
     """Moments that are computed later, with those of other small activations in the same calls.
 

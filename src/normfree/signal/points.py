@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.signal.architecture import Architecture, Layer, Seen, Weights, ancestors, architecture_of, title_of
-from normfree.signal.moments import Moments, channel_moments
+from normfree.signal.moments import Moments, Sizes, channel_moments, channel_sizes
 from normfree.signal.propagation import Position
 from normfree.trace import operations as op
 from normfree.trace.graph import Additions, Node, Path, Residual
@@ -143,6 +143,7 @@ class PointRecorder(Recorder):
         self.gains: dict[tuple[Any, ...], float | None] = {}
         self.model, self.weights = model, Weights(model)
         self.layers_seen: list[Layer] = []
+        self.inputs_seen: dict[str, Sizes] = {}
         self.branches_seen: dict[int, tuple[Node, Node]] = {}
         self.linear_sums: dict[int, tuple[Node, Sequence[Node]]] = {}
         self.operations = Counter[str]()
@@ -243,6 +244,9 @@ class PointRecorder(Recorder):
         if result.dim() < 2 or not result.is_floating_point():
             return
         source: Note = self.nodes[x].note
+        if not self.nodes[x].path.weighted and x.is_floating_point() and x.layout == torch.strided:
+            sizes = channel_sizes(x, source.channel_axis)
+            self.inputs_seen |= {} if sizes is None else {self.stack.name: sizes}
         number = self.layers
         self.layers += 1
         point = None
@@ -464,7 +468,11 @@ class PointRecorder(Recorder):
             architecture = self._architecture(carried, refused, attends=bool(logits))
             activation, module = self._last_activation(ends)
             self.recording.architecture = replace(
-                architecture, softmax=self._is_softmax(outputs), last_activation=activation, last_module=module
+                architecture,
+                softmax=self._is_softmax(outputs),
+                last_activation=activation,
+                last_module=module,
+                inputs=tuple(self.inputs_seen.items()),
             )
         return result
 

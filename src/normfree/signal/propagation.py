@@ -39,6 +39,7 @@ Kind = Literal[
     "single_value",
     "variance_plan",
     "softmax_output",
+    "uneven_inputs",
 ]
 """Of findings."""
 
