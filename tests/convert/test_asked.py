@@ -139,7 +139,7 @@ def test_what_is_asked_of_other_modules_and_what_has_one_answer_keeps_no_norm(st
                     taps.append(x)
             return [*taps, self.last(x) + torch.rand(1)]
 
-    converted = normfree.convert(Harmless().eval(), X)
+    converted = normfree.convert(Harmless().eval(), X, start=start)
     assert converted.conversion.norms_left == ()
 
 
