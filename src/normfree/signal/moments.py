@@ -157,7 +157,7 @@ def channel_moments(
         examples: the number of examples in the batch; given and found as the leading axis, the mean
             cosine similarity between the first few examples' flattened features is taken too.
         divisor: a number that the values are divided by.
-        bias: what the layer that made the values has added to each channel [C]; the similarity is taken without it, too.
+        bias: what the layer that made the values has added to each channel [C]; the similarity is taken without it too.
 
     Returns:
         The moments, in float64 on the CPU.
