@@ -115,6 +115,13 @@ def test_a_number_of_a_class_is_read_whole(tmp_path):
         next(iter(open_evaluation(DataConfig(source=str(path), evaluation_split="train", batch_size=1))))
 
 
+@pytest.mark.parametrize("content", [b"0_1", b"0x1", b"1.0", b"", "\u0661".encode()])
+def test_only_digits_are_the_number_of_a_class(tmp_path, content):
+    path = shard_with(tmp_path, "001.cls", content)
+    with pytest.raises(ValueError, match=r"001\.cls.* holds no number"):
+        next(iter(open_evaluation(DataConfig(source=str(path), evaluation_split="train", batch_size=1))))
+
+
 @pytest.mark.parametrize("names", [[1, 2, 3], {"0": "a"}, "abc", [None, "a"]])
 def test_names_of_classes_that_are_no_words(tmp_path, names):
     from pyarrow import parquet, table

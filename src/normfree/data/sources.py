@@ -633,6 +633,8 @@ def scan_shards(files: Sequence[str]) -> tuple[int, int | None]:
                             raise ValueError(
                                 f"{quoted(member.name)} is no number of {LONGEST_NUMBER} characters at most"
                             )
+                        if not re.fullmatch(rb"\s*-?[0-9]+\s*", number):  # Python reads 0_1 as 1
+                            raise ValueError(f"{quoted(member.name)} holds no number")
                         largest = max(largest, int(number))
         except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
             raise invalid("source", file, f"is no whole shard ({first_line(error)})", "write it anew") from error

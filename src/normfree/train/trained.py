@@ -107,7 +107,7 @@ def open_trained(
         return Trained(network, False, found.data, found.classes, found.training_data)
     if (kind := kind_of(path)) not in ("file", "a folder", "nothing"):
         raise refused("model", path, f"is {kind}, no file", f"give {FORMS}")
-    if path.suffix == ".pt2" and path.exists() and not trust_code:
+    if path.suffix == ".pt2" and path.is_file() and not trust_code:
         rule = "PyTorch's loader of .pt2 files runs code that the file holds"
         remedy = "give an .onnx or .safetensors file, or --trust-code (trust_code=True) if you made it yourself"
         raise invalid("model", str(path), rule, remedy)
@@ -115,7 +115,7 @@ def open_trained(
         raise ValueError(f"model: there is no {quoted(str(path))}; give {FORMS}")
     found = find_run(path if run is None else Path(run), required=run is not None)
     data, names, images = (None, None, {}) if found is None else (found.data, found.classes, found.training_data)
-    opener = {".onnx": OnnxNetwork, ".pt2": ProgramNetwork}.get(path.suffix)
+    opener = None if path.is_dir() else {".onnx": OnnxNetwork, ".pt2": ProgramNetwork}.get(path.suffix)
     if opener is None:
         weights = weights_of(path)
         network, metadata = _usable(opened(weights), weights), notes_of(weights) or {}
