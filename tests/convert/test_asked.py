@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 import normfree
 from normfree.convert import pipeline
+from normfree.convert.asked import _may_ask
 from normfree.convert.outputs import difference
 
 X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -231,3 +234,68 @@ def test_numbers_and_sizes_count_where_they_are_asked_for() -> None:
     assert difference([1], [2]) == "" and difference([1], [2], numbers=True)
     assert difference([float("nan")], [float("nan")], numbers=True) == ""
     assert difference(ONE, ONE.T, sizes=False) == "" and difference(ONE, ONE[0], sizes=False)
+
+
+class Computes(nn.Module):
+    """A forward that only computes, by a method and torch's functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear, self.twice = nn.BatchNorm1d(8), nn.Linear(8, 8), True
+
+    def part(self, x):
+        return F.relu(self.norm(x)) if self.training or self.twice else torch.tanh(self.norm(x))
+
+    def forward(self, x):
+        return sum([self.part(self.linear(x))]).add(0)
+
+
+def _by_type(self, x):
+    return self.norm(x) if type(self.norm) is nn.BatchNorm1d else x
+
+
+def _by_class(self, x):
+    return self.norm(x) if self.norm.__class__ is nn.BatchNorm1d else x
+
+
+def _by_attribute(self, x):
+    return self.norm(x) + self.norm.weight
+
+
+def _by_name(self, x):
+    return self.norm(x) if getattr(self.norm, "affine", False) else x
+
+
+def _by_walking(self, x):
+    for module in self.children():
+        x = module(x)
+    return x
+
+
+def _by_a_function_of_its_own(self, x):
+    return _ask(self.norm, x)
+
+
+def _ask(norm, x):
+    return norm(x) if isinstance(norm, nn.BatchNorm1d) else x
+
+
+def test_what_only_computes_is_not_run_again(monkeypatch):
+    assert not _may_ask(nn.Sequential(Computes(), torchvision.models.resnet18()))
+    monkeypatch.setattr("normfree.convert.asked._Disguised", None)  # it would fail
+    normfree.convert(nn.Sequential(Computes(), nn.ReLU(), nn.Linear(8, 2)), torch.randn(32, 8))
+
+
+@pytest.mark.parametrize(
+    "forward", [_by_type, _by_class, _by_attribute, _by_name, _by_walking, _by_a_function_of_its_own]
+)
+def test_whatever_could_ask_is_run(forward):
+    kind = type("Asks", (Computes,), {"forward": forward})
+    assert _may_ask(nn.Sequential(kind()))
+
+
+def test_hooks_and_forwards_of_one_module_could_ask():
+    hooked, replaced = Computes(), Computes()
+    hooked.register_forward_hook(lambda module, inputs, output: output)
+    replaced.forward = lambda x: x
+    assert _may_ask(nn.Sequential(hooked)) and _may_ask(nn.Sequential(replaced))

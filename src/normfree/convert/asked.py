@@ -4,16 +4,19 @@ A forward may ask a norm for its class or for an attribute (feature taps behind 
 weight, a block that does something else without a norm), and would do something else with the module that conversion
 puts in its place. So a copy of the model runs with modules of another class there, each of which runs the norm that it
 stands for. All values are what they were; whatever else is not comes of such a question: another operation, another
-output, a failure. Both in evaluation and in training mode, if the model runs in it.
+output, a failure. Both in evaluation and in training mode, if the model runs in it. Where all forwards name nothing but
+what computes, there is nothing to find, and nothing runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from normfree.common.torch_compat import copy_model
@@ -102,6 +105,55 @@ def _run(model: nn.Module, batch: Batch, mode: Mode, trains: Trains) -> _Run:
             return _Run(seen.names, failure=failure)
 
 
+_PLAIN = (bool, int, float, str, tuple, torch.Size, torch.dtype, torch.device, type(None))
+_BUILTINS = frozenset(
+    {"abs", "all", "any", "bool", "dict", "enumerate", "float", "int", "len", "list", "max", "min", "range", "reversed"}
+    | {"round", "sorted", "sum", "super", "tuple", "zip"}
+)
+
+
+def _may_ask(model: nn.Module) -> bool:
+    """Whether the code of any module's forward names what could tell one class of module from another."""
+    seen: set[tuple[type, frozenset[str]]] = set()
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return True
+        kind = type(module)
+        if kind.__module__.startswith("torch.nn.modules."):
+            continue
+        plain = {name for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+        own = frozenset({*plain, *module._modules, *module._parameters, *module._buffers})
+        if (kind, own) not in seen and not _computes(kind, "forward", own, set()):
+            return True
+        seen.add((kind, own))
+    return False
+
+
+def _computes(kind: type, method: str, own: frozenset[str], checked: set[str]) -> bool:
+    """Whether a method names only methods of tensors, functions of torch, and what its module has or itself computes."""
+    function = getattr(kind, method)
+    if not isinstance(function, FunctionType):
+        return False
+    checked.add(method)
+    for name in _names_in(function.__code__):
+        of_tensors = hasattr(torch.Tensor, name) and name != "type" and not name.startswith("__")
+        if of_tensors or name in own or name in _BUILTINS or name in checked:
+            continue
+        found = function.__globals__.get(name)
+        if found in (torch, F, nn) or hasattr(F, name) or (hasattr(torch, name) and found is None):
+            continue
+        if not hasattr(kind, name) or not _computes(kind, name, own, checked):
+            return False
+    return True
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
 def norms_asked_about(model: nn.Module, norms: Iterable[str], batch: Batch, *, trains: Trains) -> dict[str, str]:
     """The norms without which, though nothing else changes, a model's forward does something else; and why they stay.
 
@@ -114,7 +166,7 @@ def norms_asked_about(model: nn.Module, norms: Iterable[str], batch: Batch, *, t
     names = set(norms) - {""}
     outermost = [name for name in norms if name in names and names.isdisjoint(_ancestors(name))]
     asked: dict[str, str] = {}
-    if not outermost:
+    if not outermost or not _may_ask(model):
         return asked
     disguised = _Disguised(model, outermost)
     modes: tuple[tuple[Mode, Trains], ...] = (("eval", trains), ("train", None))
