@@ -8,7 +8,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from normfree import terminal  # noqa: F401 - first: what follows takes seconds to import
+from normfree import terminal  # noqa: F401 - first: Ctrl-C is caught before anything imports torch
 
 if TYPE_CHECKING:
     from normfree import data as data

@@ -1,5 +1,7 @@
 """Models from anywhere, by one word: ours, torchvision's, timm's, a function in a file, a checkpoint.
 
+(Where images come from is in ``data/sources.py``.)
+
 A file of weights is data. What a converted one says about its original is followed only where that is a name of this
 package, torchvision or timm; code is run only from a ``FILE.py`` that the person names.
 """
@@ -316,7 +318,8 @@ def _from_checkpoint(path: str, original: str | None) -> Built:
         raise ValueError(
             f"original: is missing: {rule}; pass --original FILE.py:FACTORY, or whatever builds that model"
         )
-    _check_size(named, source or "", path, numbers)
+    was = "it was converted from" if trained is None else "was trained"
+    _check_size(named, f"{quoted(source or '')}, which {was},", path, numbers)
     return Built(load(path, original=named()), shape=example_shape(conversion))
 
 
@@ -533,8 +536,8 @@ class _LargeOnMeta(TorchFunctionMode):
         return func(*args, **options)
 
 
-def _check_size(build_it: Callable[[], nn.Module], source: str, path: str, numbers: int) -> None:
-    """Raise if an original is larger than its converted model can be, before memory is taken for it.
+def _check_size(build_it: Callable[[], nn.Module], which: str, path: str, numbers: int) -> None:
+    """Raise if a file's original, or network, is larger than the file can be of, before memory is taken for it.
 
     Conversion removes norms, whose parameters are fewer than the weights'; so an original has at most twice as many
     numbers as the converted model's file (and 2**20 in any case).
@@ -545,12 +548,12 @@ def _check_size(build_it: Callable[[], nn.Module], source: str, path: str, numbe
             with mode():
                 model = build_it()
         except Exception as error:  # a constructor that reads values of its tensors, or forged overrides
-            rule = f"{quoted(source)}, of which it was converted, cannot be built ({first_line(error)})"
+            rule = f"{which} cannot be built ({first_line(error)})"
             continue
         needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
         if needed <= 2 * numbers + 2**20:
             return
-        rule = f"has {numbers:,} numbers, and {quoted(source)}, of which it was converted, {needed:,}"
+        rule = f"has {numbers:,} numbers, and {which} has {needed:,}"
         break
     raise invalid("path", path, rule, "give an undamaged file, or pass --original")
 
@@ -569,9 +572,7 @@ def _from_file(source: str) -> Built:
     try:
         with importable(file.parent), _keeps_process(source):
             made = _call_factory(file, factory)
-    except _Explained:
-        raise
-    except KeyboardInterrupt:
+    except (_Explained, KeyboardInterrupt):
         raise
     except BaseException as error:  # a program that exits, too
         raise ValueError(f"model: {quoted(source)} failed with {one_line(error)}") from error

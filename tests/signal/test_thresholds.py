@@ -106,7 +106,7 @@ SIDES = {
     "shifted": ("mean_shift", shifted, rules.SHIFTED, (None, "warning")),
     "lost": ("mean_shift", shifted, rules.LOST, ("warning", "error")),
     "fed": ("mean_shift", lambda v: shifted(2.0, v), rules.FED, ("warning", "error")),
-    "dead": ("dead_channels", changed("dead_channels"), rules.DEAD, (None, "info")),
+    "dead": ("dead_channels", changed("dead_channels"), rules.FEW_DEAD, (None, "info")),
     "many dead": ("dead_channels", changed("dead_channels"), rules.MANY_DEAD, ("info", "warning")),
     "collapsed": ("correlation_collapse", changed("input_correlation"), rules.COLLAPSED, (None, "warning")),
     "collapsed without the bias": ("correlation_collapse", alike_by_a_bias, rules.COLLAPSED, (None, "warning")),

@@ -45,9 +45,9 @@ class _Run:
 
     def equals(self, other: _Run) -> bool:
         """Whether the forward has done the same."""
-        failed = self.failure is not None, other.failure is not None
-        same = self.operations == other.operations and failed == (False, False)
-        return same and not difference(self.output, other.output, numbers=True)
+        if self.failure is not None or other.failure is not None or self.operations != other.operations:
+            return False
+        return not difference(self.output, other.output, numbers=True)
 
 
 class _Operations(Writes):
@@ -72,7 +72,7 @@ class _Disguised:
         norms: names of those norms.
     """
 
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # parameters copied inside of it would be of another kind
     def __init__(self, model: nn.Module, norms: Iterable[str]) -> None:
         self.model = copy_model(model)
         modules = dict(self.model.named_modules(remove_duplicate=False))
@@ -130,7 +130,7 @@ def _may_ask(model: nn.Module) -> bool:
 
 
 def _computes(kind: type, method: str, own: frozenset[str], checked: set[str]) -> bool:
-    """Whether a method names only methods of tensors, functions of torch, and what its module has or itself computes."""
+    """Whether a method names only tensors' methods, torch's functions, and what its module has or itself computes."""
     function = getattr(kind, method)
     if not isinstance(function, FunctionType):
         return False
@@ -163,7 +163,7 @@ def norms_asked_about(model: nn.Module, norms: Iterable[str], batch: Batch, *, t
         batch: its input.
         trains: the modules in training mode: auxiliary heads run in training alone.
     """
-    names = set(norms) - {""}
+    names = set(norms) - {""}  # the model itself has no place in which another could stand
     outermost = [name for name in norms if name in names and names.isdisjoint(_ancestors(name))]
     asked: dict[str, str] = {}
     if not outermost or not _may_ask(model):
@@ -178,12 +178,12 @@ def norms_asked_about(model: nn.Module, norms: Iterable[str], batch: Batch, *, t
         if disguised.run(left, batch, mode, training).equals(wanted):
             continue
         if disguised.run([], batch, mode, training).equals(wanted):  # else it does not do the same twice
-            _, more = _sort(disguised, wanted, [], left, batch, mode, training)
+            _, more = _bisect(disguised, wanted, [], left, batch, mode, training)
             asked |= more
     return asked
 
 
-def _sort(
+def _bisect(
     disguised: _Disguised,
     wanted: _Run,
     gone: list[str],
@@ -199,8 +199,8 @@ def _sort(
     if len(names) == 1:
         return gone, {names[0]: _reason(disguised, names[0], found)}
     half = len(names) // 2
-    gone, first = _sort(disguised, wanted, gone, names[:half], batch, mode, trains)
-    gone, second = _sort(disguised, wanted, gone, names[half:], batch, mode, trains)
+    gone, first = _bisect(disguised, wanted, gone, names[:half], batch, mode, trains)
+    gone, second = _bisect(disguised, wanted, gone, names[half:], batch, mode, trains)
     return gone, first | second
 
 

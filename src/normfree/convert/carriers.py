@@ -75,8 +75,8 @@ class Source:
     """What gives an activation its size.
 
     Attributes:
-        names: the nearest layers (or norms) after it, :data:`MOST_NAMED` of them at most.
-        obstacle: why one of the weights after it cannot be standardized; "" where all can.
+        names: the nearest layers (or norms) on the ways back from it, :data:`MOST_NAMED` of them at most.
+        obstacle: why one of the weights on those ways cannot be standardized; "" where all can.
         past: what it comes from past any layer: the input, a lookup, a recurrence; "" where every path has a layer.
         settled: its layers are standardized, whatever answers a norm: convolutions, and those of a residual stream.
     """
@@ -99,13 +99,13 @@ class Source:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class NormGroups:
     """The norms of a model, by what a fresh start makes of them.
 
     Attributes:
-        removed: those it can do without, and the layers that answer each.
-        between: those among them that layers before them answer past other operations.
+        removed: those it can do without, and the layers that carry each.
+        between: those among them that layers before them carry past other operations.
         aggregated: those among them after an aggregation over nodes or positions: a layer may then give them a mean
             square of 1, and little of it as variance within channels, for aggregation makes nodes alike.
         affine: those an affine map stands for, and why.
@@ -150,11 +150,11 @@ def sort_norms(structure: Structure, ways: SignalPaths, staying: Mapping[str, st
                 norms.between.add(name)
             if any(call.input in ways.aggregated for call in calls):
                 norms.aggregated.add(name)
-    _keep_unanswered(structure, ways, norms)
+    _keep_uncarried(structure, ways, norms)
     return norms
 
 
-def loops(structure: Structure, norms: NormGroups) -> dict[str, frozenset[str]]:
+def find_loops(structure: Structure, norms: NormGroups) -> dict[str, frozenset[str]]:
     """The modules that run on what came of their own output, and the removed norms that are or are answered by each.
 
     Whatever such a module gives is what it takes, so that a size that is off by a little is off by its power: it is
@@ -188,12 +188,12 @@ def _feeds_itself(flow: Dataflow, calls: list[Call]) -> bool:
     return False
 
 
-def _keep_unanswered(structure: Structure, ways: SignalPaths, norms: NormGroups) -> None:
+def _keep_uncarried(structure: Structure, ways: SignalPaths, norms: NormGroups) -> None:
     """Have layers, or norms that stay, answer each removed norm; keep the first of those that answer one another alone.
 
     A norm may be answered by another: by what answers that one, if it is removed.
     """
-    answers = _answers_past_norms(norms.removed)
+    answers = _carriers_past_norms(norms.removed)
     while unanswered := [name for name in norms.removed if not answers[name]]:
         name = unanswered[0]
         past = next(
@@ -204,11 +204,11 @@ def _keep_unanswered(structure: Structure, ways: SignalPaths, norms: NormGroups)
         norms.between.discard(name)
         norms.aggregated.discard(name)
         del norms.removed[name]
-        answers = _answers_past_norms(norms.removed)
+        answers = _carriers_past_norms(norms.removed)
     norms.removed.update({name: layers[:MOST_NAMED] for name, layers in answers.items()})
 
 
-def _answers_past_norms(removed: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+def _carriers_past_norms(removed: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """What answers each removed norm, none of it a removed norm; nothing for those that answer one another alone."""
     found: dict[str, tuple[str, ...]] = {}
     for name in removed:
@@ -251,7 +251,7 @@ def _carrier_of(structure: Structure, ways: SignalPaths, call: Call) -> _Carrier
         return _Carrier(consumers)
     if carried:
         return _Carrier(source.names, between=True)
-    reason = f"it takes {source.past}" if source.past else f"{source.obstacle}"
+    reason = f"it takes {source.past}" if source.past else source.obstacle
     if is_batch_norm(call.module):
         return _Carrier(affine=reason)
     if source.past == INPUT and not source.names and not source.obstacle:
@@ -327,6 +327,7 @@ class SignalPaths:
         able = {name for name, obstacle in structure.obstacles.items() if not obstacle}
         self.layers: Container[str] = able if layers is None else layers
         self.sources: dict[Node, Source] = {}
+        self.outputs = set(self.flow.outputs)
         self.sums = {addition.output for addition in self.flow.additions}
         self.weighted: set[Node] = set()
         self.attending: set[int] = set()
@@ -459,8 +460,9 @@ class SignalPaths:
     @cached_property
     def _last(self) -> set[str]:
         """The layers whose output is the model's."""
-        outputs = set(self.flow.outputs)
-        return {name for name, calls in self.structure.layers.items() if any(call.output in outputs for call in calls)}
+        return {
+            name for name, calls in self.structure.layers.items() if any(call.output in self.outputs for call in calls)
+        }
 
     @cached_property
     def absorbing(self) -> dict[Node, tuple[str, ...]]:
@@ -470,12 +472,11 @@ class SignalPaths:
         function that is not homogeneous, is not among them.
         """
         found: dict[Node, tuple[str, ...]] = {}
-        outputs = set(self.flow.outputs)
         for step in reversed(self.flow.steps):
             for node in step.outputs:
                 readers = self.flow.readers(node)
                 reached = [self._absorbed_by(each, node, found) for each in readers]
-                if reached and node not in outputs and all(each is not None for each in reached):
+                if reached and node not in self.outputs and all(each is not None for each in reached):
                     names = dict.fromkeys(name for each in reached if each for name in each)
                     found[node] = tuple(names)[:MOST_NAMED]
         return found
@@ -493,8 +494,7 @@ class SignalPaths:
             return ()
         if step.name in _BENDING or _is_unknown_weight(step):
             return None
-        outputs = set(self.flow.outputs)
-        used = [made for made in step.outputs if self.flow.readers(made) or made in outputs]
+        used = [made for made in step.outputs if self.flow.readers(made) or made in self.outputs]
         if not used or any(made not in found for made in used):
             return None
         return tuple(name for made in used for name in found[made])

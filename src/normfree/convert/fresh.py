@@ -34,7 +34,7 @@ from normfree.convert.carriers import (
     Places,
     SignalPaths,
     find_endings,
-    loops,
+    find_loops,
     sort_norms,
     uncarried_norms,
 )
@@ -55,8 +55,6 @@ from normfree.convert.unnormalized import LAST, Unnormalized, biases_of_rows, fi
 from normfree.nn import WeightLayout
 from normfree.trace import operations as op
 from normfree.trace.graph import Node
-
-WITH_DROPOUT = "measured, with dropout on"
 
 NEAR_UNIT = 0.25, 4.0
 """Planned variances at a removed norm's place that need nothing to restore 1 there."""
@@ -116,46 +114,48 @@ def fresh_plan(
     """
     ways = SignalPaths(structure)
     norms = sort_norms(structure, ways, staying)
-    answering, layers_kept = layers_to_standardize(structure, norms.removed)
-    bare = find_unnormalized(structure, ways, answering)
-    chosen = [name for name in structure.layers if name in bare.layers or name in answering]
+    carrying, layers_kept = layers_to_standardize(structure, norms.removed)
+    bare = find_unnormalized(structure, ways, carrying)
+    chosen = [name for name in structure.layers if name in bare.layers or name in carrying]
     layers_kept = {n: reason for n, reason in {**layers_kept, **bare.kept}.items() if n not in bare.layers}
     removed = set(norms.removed)
-    found = find_endings(structure, model, removed, chosen, bare.branches)
-    variance = plan_variances(structure, set(chosen), removed, found, alpha)
-    restored = _restore_variance(structure, norms, set(chosen), found, variance)
+    endings = find_endings(structure, model, removed, chosen, bare.branches)
+    variance = plan_variances(structure, set(chosen), removed, endings, alpha)
+    restored = _restore_variance(structure, norms, set(chosen), endings, variance)
     restored |= {name: _affine_change(structure, name, reason) for name, reason in uncarried.items()}
     gone = removed - set(restored)
-    made_by = structure.flow.made_by  # a multiple of what is Gaussian is a function of it, as any other
-    variance = plan_variances(structure, set(chosen), gone, found, alpha)
+    made_by = structure.flow.made_by
+    variance = plan_variances(structure, set(chosen), gone, endings, alpha)  # again: what restores one passes none on
+    # A multiple of what is Gaussian is a function of it, as any other.
     other = structure.flow.dropped | {node for node in variance if _is_multiple(made_by.get(node))}
     planned = {node: value for node, value in variance.items() if node not in other}
     functions = Functions(structure, gone, planned)
     biases = biases_of_rows(structure, functions, chosen)
     scales = input_scales(structure, chosen, functions, biases)
-    for name in {name for ending in found for name in ending.absorbing}:
+    dropped = [name for name in chosen if scales[name].with_dropout]
+    for name in {name for ending in endings for name in ending.absorbing}:
         scales[name] = InputScale(None, "measured, for what it reads is scaled by the end of a branch, too")
     if beta == "measured":
         scales = {name: InputScale(None, "measured, as asked for") for name in scales}
     factors = _Factors(alpha=alpha, skip_gain=skip_gain)
-    carriers = {name: ending for ending in found for name in ending.modules}
+    ending_of = {name: ending for ending in endings for name in ending.modules}
     modules, places = dict(model.named_modules(remove_duplicate=False)), Places(structure.flow, model)
     changes = []
     for name, layers in norms.removed.items():
-        if name in carriers:
-            changes.append(_scale_change(modules[name], name, carriers[name], factors, carried_by=layers))
+        if name in ending_of:
+            changes.append(_scale_change(modules[name], name, ending_of[name], factors, carried_by=layers))
         else:
             changes.append(restored.get(name) or _removal(structure, name, layers))
     changes += [_affine_change(structure, name, reason) for name, reason in norms.affine.items()]
     changes += [_factor_change(structure, name, reason) for name, reason in norms.factored.items()]
-    changes += [_layer_change(structure.maps[n], n, scales[n], carriers, factors, biases.get(n)) for n in chosen]
-    for name, ending in carriers.items():
+    changes += [_layer_change(structure.maps[n], n, scales[n], ending_of, factors, biases.get(n)) for n in chosen]
+    for name, ending in ending_of.items():
         if name not in scales and name not in norms.removed:
             is_shared = places.calls[name][0].name in places.shared
             within = name.rpartition(".")[0] if is_shared else None
             changes.append(_scale_change(modules[name], name, ending, factors, within=within))
-    ends = [node for ending in found for node in (ending.addition.ancestor, ending.addition.shortcut)]
-    streams = find_sources(structure, ways, ends, gone)
+    ends = [node for ending in endings for node in (ending.addition.ancestor, ending.addition.shortcut)]
+    streams = find_stream_starts(structure, ways, ends, gone)
     scalable = {name for name in bare.scalable if layers_kept[name] != LAST}
     first = set() if bare.beside_norms else first_layers(structure, ways, scalable, gone)
     rescaled = [name for name in structure.layers if name in first | (streams.layers & bare.scalable)]
@@ -164,9 +164,9 @@ def fresh_plan(
     kept = [Kept(name=n, was=class_name(modules[n]), reason=reason, norm=True) for n, reason in norms.kept.items()]
     kept += [Kept(name=n, was=class_name(modules[n]), reason=reason) for n, reason in layers_kept.items()]
     notes = [
-        f"branch added in {e.addition.name or 'the model'} keeps its size: {e.problem}" for e in found if e.problem
+        f"branch added in {e.addition.name or 'the model'} keeps its size: {e.problem}" for e in endings if e.problem
     ]
-    if dropped := [name for name in chosen if scales[name].reason == WITH_DROPOUT]:
+    if dropped:
         notes.append(
             f"dropout acts in front of {dropped[0]}"
             + (f" and {len(dropped) - 1} more layers" if len(dropped) > 1 else "")
@@ -174,7 +174,7 @@ def fresh_plan(
         )
     without = uncarried_norms(structure, norms, {change.name for change in changes if change.name not in removed})
     assert not without, f"nothing carries the variance of {without}"
-    passed = {name for ending in found if ending.modules for name in ending.passed}
+    passed = {name for ending in endings if ending.modules for name in ending.passed}
     replaceable = {
         name
         for name in norms.aggregated - passed - set(restored)
@@ -187,7 +187,7 @@ def fresh_plan(
         replaceable=frozenset(replaceable),
         unnormalized=bare,
         unscaled=(*others, *streams.others),
-        loops=loops(structure, norms),
+        loops=find_loops(structure, norms),
     )
 
 
@@ -340,10 +340,12 @@ class InputScale:
     Attributes:
         value: the factor; None if it has to be measured.
         reason: where it comes from, in words.
+        with_dropout: it is measured with dropout on.
     """
 
     value: float | None
     reason: str
+    with_dropout: bool = False
 
 
 def input_scales(
@@ -374,7 +376,7 @@ def _scale_of(call: Call, functions: Functions, biases: Mapping[str, float]) -> 
     constant = None if function is None else functions.gamma(function, bias)
     if function is None or constant is None:
         if call.input in functions.after_dropout:
-            return InputScale(None, WITH_DROPOUT)
+            return InputScale(None, "measured, with dropout on", with_dropout=True)
         return InputScale(None, "measured: no closed form for what feeds it")
     beta = math.sqrt(functions.planned[function.base])
     of_beta = "" if beta == 1 else f" / β, β = {beta:.4g} by the plan"
@@ -439,8 +441,8 @@ def _after(step: Step, variance: Mapping[Node, float], flow: Dataflow, *, throug
     return sum(variance[node] * factor**2 for node, factor in total.items())
 
 
-@dataclass(frozen=True)
-class Sources:
+@dataclass
+class StreamStarts:
     """What some activations come from.
 
     Attributes:
@@ -452,9 +454,9 @@ class Sources:
     others: dict[str, None] = field(default_factory=dict)
 
 
-def find_sources(
+def find_stream_starts(
     structure: Structure, ways: SignalPaths, nodes: Iterable[Node | None], gone: Container[str]
-) -> Sources:
+) -> StreamStarts:
     """What gives some activations their size; of a residual sum it is what gives it to the shortcut.
 
     Args:
@@ -463,7 +465,7 @@ def find_sources(
         nodes: the activations.
         gone: the norms in whose place nothing gives unit variance.
     """
-    flow, found = structure.flow, Sources()
+    flow, found = structure.flow, StreamStarts()
     shortcuts = {addition.output: addition.shortcut for addition in flow.additions}
     waiting = [node for node in nodes if node is not None]
     seen = set(waiting)
@@ -493,7 +495,7 @@ def find_sources(
 def first_layers(structure: Structure, ways: SignalPaths, scalable: Container[str], gone: Container[str]) -> set[str]:
     """Those of the layers that take a factor before which there is nothing but the input and such layers."""
     before = {
-        name: find_sources(structure, ways, [call.input for call in calls], gone)
+        name: find_stream_starts(structure, ways, [call.input for call in calls], gone)
         for name, calls in structure.layers.items()
         if name in scalable
     }

@@ -1,4 +1,4 @@
-"""What two models return, compared in form: containers, lengths, kinds of numbers, shapes."""
+"""What models return: its form (containers, lengths, kinds of numbers, shapes), and whether values decide it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 from normfree.convert.dataflow import Dataflow
 from normfree.trace.graph import Node
 
+WHOLE = "what it returns"
 
-def difference(was: Any, now: Any, *, sizes: bool = True, numbers: bool = False, place: str = "what it returns") -> str:
+
+def difference(was: Any, now: Any, *, sizes: bool = True, numbers: bool = False, place: str = WHOLE) -> str:
     """Where the form of an output is another, in words; "" where it is the same.
 
     Args:
@@ -38,11 +40,9 @@ def difference(was: Any, now: Any, *, sizes: bool = True, numbers: bool = False,
     else:
         tensors = {name: value for name, value in getattr(was, "__dict__", {}).items() if isinstance(value, Tensor)}
         pairs = {f".{name}": (value, getattr(now, name, None)) for name, value in tensors.items()}
+    joint = " " if place == WHOLE else ""
     found = (
-        difference(
-            *pair, sizes=sizes, numbers=numbers, place=f"{place}{part}" if place[-1] in "])" else f"{place} {part}"
-        )
-        for part, pair in pairs.items()
+        difference(*pair, sizes=sizes, numbers=numbers, place=f"{place}{joint}{part}") for part, pair in pairs.items()
     )
     return next(filter(None, found), "")
 
@@ -55,15 +55,16 @@ def _told(value: Any, sizes: bool) -> str:
     return f"a {kind} tensor of " + (f"shape {list(value.shape)}" if sizes else f"{value.dim()} axes")
 
 
-_READS = frozenset(
+_OF_VALUES = frozenset(
     {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "nms", "bincount", "histc"}
     | {"_unique", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"}
 )
+"""Operations that give Python a value, or a tensor whose shape the values decide."""
 
 
 def depends_on_values(flow: Dataflow) -> bool:
     """Whether what a model returns, or the way it goes, may have another form for other values."""
     return any(
-        step.name in _READS or (step.name == "index" and any(isinstance(each, Node) for each in step.args[1]))
+        step.name in _OF_VALUES or (step.name == "index" and any(isinstance(each, Node) for each in step.args[1]))
         for step in flow.steps
     )

@@ -674,8 +674,7 @@ class FixUpResNet(Backbone):
             drop_rate=drop_rate,
             classifier_std=0.0,
         )
-        if num_classes > 0:
-            self.classifier_bias = ScalarBias()
+        self.classifier_bias: nn.Module = ScalarBias() if num_classes > 0 else nn.Identity()
 
     def forward_head(self, pooled: Tensor) -> Tensor:
         """Return the logits [N, num_classes] of pooled features [N, num_features]."""

@@ -3,12 +3,7 @@
 Each rule is a function of the whole measurement, with its thresholds above it and the reason for each: they separate
 the networks that train from those that do not in the plots of the paper. The rules on gradients are in
 :mod:`normfree.signal.gradients`.
-
-Variances are compared along *stretches* of the signal without a normalizer in between. Every point follows the one that
-its signal came through last: an addition the one on its shortcut, a layer the one on its input. That makes chains, one
-for each end of the network (a head, an output) and each of its streams. A chain is cut where its numbers begin anew: at
-an entry, after a normalizer, which brings any signal to unit variance, after a table that numbers are looked up in,
-and after a global pool.
+Variances are compared along *stretches* of the signal (:mod:`normfree.signal.stretches`).
 """
 
 from __future__ import annotations
@@ -18,7 +13,6 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise, takewhile
 from math import isfinite, prod, sqrt
 from statistics import median
-from typing import Any
 
 from normfree.signal import remedies
 from normfree.signal.architecture import Architecture
@@ -35,6 +29,15 @@ from normfree.signal.propagation import (
     module_title,
 )
 from normfree.signal.remedies import DOCS, FILL, RESET
+from normfree.signal.stretches import (
+    STILL_APART,
+    Stretch,
+    all_points,
+    chains,
+    comparable,
+    likeness,
+    stretches,
+)
 
 
 def findings_of(
@@ -134,15 +137,14 @@ def _non_finite(signal: SignalPropagation, found: NonFinite | None, made_of: Arc
 # a signal without normalisation doubles per block. A factor of 100 at 1.2 a block is neither luck nor linear.
 EXPLODED, GROWTH_PER_BLOCK = 100.0, 1.2
 
-# Growth that a normalizer takes back before the signal ends leaves the early blocks a share of the last sum: 1 % of its
-# deviation at ten thousand times the variance (CoaT, which trains), 0.1 % at FAR_BURST, where it is an error.
-
 # Two layers may be tuned to each other (a wide one after a narrow one); three that all grow are a habit.
 FEWEST_LAYERS = 3
 
 # A few layers can do the same at once. A signal that comes back (a normalizer follows) has not exploded; one that
 # ends at ten thousand times the variance has outputs a hundred times as large, at a million times, a thousand. What
 # the model returns may have units of its own (boxes in pixels of a large image: 1e5), and the latter decides.
+# Growth that a normalizer takes back before the signal ends leaves the early blocks a share of the last sum: 1 % of its
+# deviation at ten thousand times the variance (CoaT, which trains), 0.1 % at FAR_BURST, where it is an error.
 BURST, FAR_BURST = 1e4, 1e6
 
 
@@ -189,9 +191,8 @@ def _growth(stretch: Stretch) -> _Change | None:
     points = [p for p in stretch.points if isfinite(p.avg_channel_var) and not p.last]
     runs = [list(run) for _, run in groupby(points, key=lambda point: point.kind)]
     starts = list(accumulate(map(len, runs), initial=0))
-    for first, run in (
-        [(0, points), *zip(starts, runs, strict=False)] if len(runs) > 1 else zip(starts, runs, strict=False)
-    ):
+    whole = [(0, points)] if len(runs) > 1 else []
+    for first, run in [*whole, *zip(starts, runs, strict=False)]:  # there is one start more, the end
         before = points[first - 1] if first else None
         base = max(stretch.start, before.avg_channel_var) if before else stretch.start
         over = next((p for p in run if p.avg_channel_var > EXPLODED * base > 0), None)
@@ -231,7 +232,8 @@ def _output_burst(signal: SignalPropagation, output: BlockSignal) -> _Change | N
     start = max(signal.entry.avg_channel_var, 1.0)
     if not isfinite(output.avg_channel_var) or output.avg_channel_var <= FAR_BURST * start:
         return None
-    return _Change("of what the model returns is large", start, "at the entry", output, output, True, "")
+    at = "at the entry" if start == signal.entry.avg_channel_var else "(unit variance)"
+    return _Change("of what the model returns is large", start, at, output, output, True, "")
 
 
 # The gradient fades with the signal. At a hundredth of the variance layers learn slower than the rest, and gradient
@@ -304,6 +306,11 @@ STEP = 1.1
 OFF_GAIN = 1.1
 
 
+def _is_off(point: BlockSignal, sign: int) -> bool:
+    """Whether a layer's weights are off He's gain in the direction of a rise (or fall)."""
+    return bool(point.weight_gain) and ((point.weight_gain or 0.0) / sqrt(2)) ** sign > OFF_GAIN
+
+
 def _cause(stretch: Stretch, point: BlockSignal, sign: int, *, jump: bool = False) -> str:
     """Where the rise (or fall) that leads to a point takes its first step (or its largest), and what that is."""
     points = list(stretch.points)
@@ -356,7 +363,7 @@ def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch], made_of: Ar
             inherited = _ratio(signal.entries[block.entry])
         if block.transition:
             inherited = 0.0
-        if not _positive(block) or not has_variance(signal, block):
+        if not _is_measurable(block) or not has_variance(signal, block):
             continue
         rated.append((_ratio(block), block))
         if over is None and _ratio(block) > max(SHIFTED, 1.5 * inherited):
@@ -420,7 +427,7 @@ OUTWEIGHED = 0.01
 def _outweighed_branches(signal: SignalPropagation, made_of: Architecture) -> Iterator[Finding]:
     """Branches of a usual variance, all of which together are next to nothing beside the stream they are added to."""
     rated = [(b.residual_avg_channel_var, b) for b in signal.blocks if b.kind == "residual" and not b.broadcast]
-    rated = [(v, b) for v, b in rated if v and isfinite(v) and _positive(b) and has_variance(signal, b)]
+    rated = [(v, b) for v, b in rated if v and isfinite(v) and _is_measurable(b) and has_variance(signal, b)]
     if not rated or median(v for v, _ in rated) < 1 / BRANCH_FACTOR:  # of small ones the rule above tells
         return
     share = sum(v / b.avg_channel_var for v, b in rated)
@@ -506,13 +513,8 @@ def _silenced_branch(signal: SignalPropagation) -> Iterator[Finding]:
             )
 
 
-def _is_off(point: BlockSignal, sign: int) -> bool:
-    """Whether a layer's weights are off He's gain in the direction of a rise (or fall)."""
-    return bool(point.weight_gain) and ((point.weight_gain or 0.0) / sqrt(2)) ** sign > OFF_GAIN
-
-
 # One dead channel in a hundred costs nothing; a tenth is capacity gone from the start.
-DEAD, MANY_DEAD = 0.01, 0.1
+FEW_DEAD, MANY_DEAD = 0.01, 0.1
 
 RECTIFIERS = {"ReLU", "ReLU6", "hard tanh"}
 """Activations whose gradient is zero where their input is (torch runs ReLU6 as a hard tanh from 0 to 6): what is behind
@@ -523,13 +525,13 @@ def _dead_channels(signal: SignalPropagation, along: Sequence[Stretch], made_of:
     """Channels that no input moves; of what a table gives none is, for each of its rows learns, whatever it is."""
     points = [*comparable(signal), *_inner_layers(along)]  # a class token starts the same for all
     points = [p for p in points if not p.looked_up]
-    dead = [p for p in points if p.dead_channels > DEAD and p.weight_gain != 0]
+    dead = [p for p in points if p.dead_channels > FEW_DEAD and p.weight_gain != 0]
     if not dead:
         return
     worst = max(dead, key=lambda b: b.dead_channels)
     fades = bool(_fadings(along))
     remedy = remedies.dead_channels(made_of, fades=fades, residual=worst.kind == "residual")
-    zero = next((p for p in _giving_the_same(signal) if p.number == worst.after is not None), None)
+    zero = next((p for p in _giving_the_same(signal) if worst.after is not None and p.number == worst.after), None)
     severity: Severity = (
         "error" if worst.dead_channels == 1 else "warning" if worst.dead_channels > MANY_DEAD else "info"
     )
@@ -583,13 +585,13 @@ def _dead_output(signal: SignalPropagation, made_of: Architecture) -> Iterator[F
 
 def _giving_the_same(signal: SignalPropagation) -> list[BlockSignal]:
     """The layers that give the same for every input, for their weights are zero, or all rows of their table alike."""
-    points = [*signal.blocks, *(replace(layer, index=BESIDE) for layer in signal.layers)]
+    points = all_points(signal)
     return [p for p in points if p.weight_gain == 0 or (p.looked_up and p.dead_channels == 1)]
 
 
 def _zero_layer(signal: SignalPropagation) -> Iterator[Finding]:
     """A layer that starts at zero (a flow's, a value head's, a box regression's) is a choice, and no fault."""
-    layers = [*signal.blocks, *(replace(layer, index=BESIDE) for layer in signal.layers)]
+    layers = all_points(signal)
     zero = [p for p in layers if p.kind == "layer" and p.weight_gain == 0]
     if zero:
         yield Finding(
@@ -677,7 +679,7 @@ def _variance_plan(signal: SignalPropagation) -> Iterator[Finding]:
     before: float | None = None
     for block in signal.blocks:
         padded = block.channel_axis == 1 and min(block.shape[2:], default=LEAST_PLANNED) < LEAST_PLANNED
-        if not block.expected_var or not _positive(block) or not has_variance(signal, block) or padded:
+        if not block.expected_var or not _is_measurable(block) or not has_variance(signal, block) or padded:
             before = None
             continue
         share = block.avg_channel_var / block.expected_var
@@ -753,7 +755,7 @@ def _softmax_output(made_of: Architecture) -> Iterator[Finding]:
 # Different examples that have become one direction are hard to tell apart by what follows; what was alike to begin
 # with is not the network's doing. Six layers of ReLU with biases of 100 are alike to 1e-5, and still learn; eight to
 # 3e-6, and do not. Where the signal has faded, it is the biases that are alike, and how far it has decides.
-COLLAPSED, STILL_APART, LOST_DIFFERENCE = 0.99, 0.9, 5e-6
+COLLAPSED, LOST_DIFFERENCE = 0.99, 5e-6
 
 # Of one feature the cosine is the sign.
 FEW_FEATURES = 4
@@ -795,19 +797,12 @@ def _find_collapse(stretch: Stretch) -> Iterator[tuple[float, list[BlockSignal]]
     if start is None or start > STILL_APART or stretch.pooled or stretch.apart_again:
         return
     points = [p for p in stretch.points if not p.last]
-    many = [p for p in points if _likeness(p) is not None and prod(p.shape[1:]) >= FEW_FEATURES]
-    runs = groupby(many, key=lambda point: (_likeness(point) or 0.0) > COLLAPSED)
+    many = [p for p in points if likeness(p) is not None and prod(p.shape[1:]) >= FEW_FEATURES]
+    runs = groupby(many, key=lambda point: (likeness(point) or 0.0) > COLLAPSED)
     for is_alike, run in runs:
         alike = list(run)
         if is_alike and (len(alike) > 1 or alike[0].index != BESIDE):
             yield start, alike
-
-
-def _likeness(point: BlockSignal) -> float | None:
-    """The mean cosine similarity at a point, with or without a layer's bias; None where nothing is left without it."""
-    if point.kind != "layer" or point.input_correlation is None:
-        return point.input_correlation
-    return None if point.own_correlation is None else min(point.input_correlation, point.own_correlation)
 
 
 def _inner_layers(along: Sequence[Stretch]) -> list[BlockSignal]:
@@ -845,151 +840,10 @@ def _ratio(point: Entry | BlockSignal) -> float:
     return point.avg_channel_sq_mean / point.avg_channel_var if point.avg_channel_var > 0 else 0.0
 
 
-def _positive(block: BlockSignal) -> bool:
+def _is_measurable(block: BlockSignal) -> bool:
     return isfinite(block.avg_channel_var) and isfinite(block.avg_channel_sq_mean) and block.avg_channel_var > 0
 
 
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:2])
     return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
-
-
-# Of unit variance are images standardized, or of half and twice the contrast.
-USUAL = 4.0
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Points one after the other, whose variances compare.
-
-    Attributes:
-        start: the variance the stretch begins with.
-        at: where that is, in words.
-        points: those of the plot with their index, layers beside the blocks with the index BESIDE.
-        ends: no normalizer follows, but outputs, a global pool or what cannot be followed.
-        pooled: its points have one position each, and follow maps.
-        entry: where its stream begins, if that is known.
-        apart_again: different examples are far apart further along, where nothing has been put beside the signal yet.
-    """
-
-    start: float
-    at: str
-    points: tuple[BlockSignal, ...]
-    ends: bool
-    pooled: bool
-    entry: Entry | None
-    apart_again: bool
-
-
-def stretches(signal: SignalPropagation) -> list[Stretch]:
-    """All stretches of a measurement, those of its first chain first; what several chains share is one."""
-    found = dict[tuple[Any, ...], Stretch]()
-    for chain in chains(signal):
-        for stretch in _cut(signal, chain):
-            key = (*map(id, stretch.points), stretch.start, stretch.at, stretch.ends, stretch.pooled)
-            found.setdefault(key, stretch)
-    return list(found.values())
-
-
-def chains(signal: SignalPropagation) -> list[tuple[BlockSignal, ...]]:
-    """The points of every path from an entry to an end; what only gates are made of is left out."""
-    points = [*signal.blocks, *(replace(layer, index=BESIDE) for layer in signal.layers)]
-    if any(point.number is None for point in points):  # written by hand, or by an earlier version
-        return [tuple(signal.blocks)]
-    points.sort(key=_number)
-    by_number = {point.number: point for point in points}
-    followed = {point.after for point in points if not point.gate}
-    ends = [point for point in points if point.number not in followed and not point.gate]
-    found = []
-    for point in ends:
-        chain = [point]
-        while (after := chain[-1].after) is not None and after in by_number:
-            chain.append(by_number[after])
-        found.append(tuple(reversed(chain)))
-    return found
-
-
-def _number(point: BlockSignal) -> int:
-    assert point.number is not None, "points without a number make one chain"
-    return point.number
-
-
-def _cut(signal: SignalPropagation, chain: Sequence[BlockSignal]) -> list[Stretch]:
-    """A chain cut where its numbers begin anew."""
-    found = list[Stretch]()
-    entry: Entry | None = None
-    start, at = 0.0, ""
-    points = list[BlockSignal]()
-    has_positions = pooled = False
-    before_apart, apart = set[int](), False
-    for point in reversed(chain):
-        before_apart |= {id(point)} if apart else set()
-        alike = None if point.last else _likeness(point)
-        apart = (apart or (alike is not None and alike < STILL_APART)) and not point.mixed
-
-    def close(ends: bool) -> None:
-        if points:
-            goes_on = points[-1].renewed or points[-1].joined
-            apart = id(points[-1]) in before_apart
-            found.append(Stretch(start, at, tuple(points), ends and not goes_on, pooled, entry, apart))
-            points.clear()
-
-    before: BlockSignal | None = None
-    for point in chain:
-        known = point.entry is not None and point.entry < len(signal.entries)
-        began = known or before is None
-        if began:
-            entry = signal.entries[point.entry or 0] if known else signal.entry
-            has_positions = has_positions or positions(entry) > 1
-        anew: tuple[float, str] | None = None
-        if positions(point) == 1 and has_positions and not pooled:
-            anew = point.avg_channel_var, f"at {point.place}"
-        elif point.normalized and not (began and point.kind == "residual"):
-            anew = 1.0, "after a normalizer"
-        elif began and entry is not None:
-            anew = beginning(entry.avg_channel_var, point)
-        elif before is not None and before.looked_up:
-            anew = beginning(before.avg_channel_var, point)
-        if anew is not None:
-            close(ends=not point.normalized)
-            start, at = anew
-        pooled = has_positions and positions(point) == 1
-        has_positions = has_positions or positions(point) > 1
-        if not point.looked_up:
-            points.append(point)
-        before = point
-    close(ends=True)
-    return found
-
-
-def beginning(variance: float, first: BlockSignal) -> tuple[float, str]:
-    """The variance that a stream begins with, and where that is.
-
-    What comes first brings an input in units of its own (pixels of 0 to 255, numbers of tokens) to one, or nearer to
-    it; that is no change of the signal. So it is the entry's, the first point's or one, whichever lies between.
-    """
-    start = sorted((variance, first.avg_channel_var, 1.0))[1] if variance > 0 else 0.0
-    if start == variance or 1 / USUAL <= variance <= USUAL:
-        return variance, "at the entry"
-    if start == first.avg_channel_var:
-        return start, f"at {first.place}"
-    return start, f"(the entry, {variance:.3g}, has units of its own)"
-
-
-def comparable(signal: SignalPropagation) -> list[BlockSignal]:
-    """The points of the plot whose numbers compare with the entry's: not those after a global pool or of class tokens.
-
-    A mean over all positions cuts the variance by their number, and tells nothing of how the signal fares.
-    """
-    found, pooled = list[BlockSignal](), positions(signal.entry) > 1
-    for block in signal.blocks:
-        is_map = positions(block) > 1
-        pooled = pooled or is_map  # from here on, what has one position
-        if is_map or not pooled:
-            found.append(block)
-    return found
-
-
-def positions(point: Entry | BlockSignal) -> int:
-    """How many positions an activation has per example."""
-    return point.values // point.shape[0]

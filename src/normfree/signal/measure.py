@@ -356,16 +356,14 @@ def _merge(first: Recording, second: Recording) -> Recording:
     assert first.entry is not None
     assert second.entry is not None
     widths = [[len(point.output.mean) for point in recording.outputs] for recording in (first, second)]
-    return Recording(
-        _merge_points(first.entry, second.entry),
-        *(
-            [_merge_points(a, b) for a, b in zip(getattr(first, name), getattr(second, name), strict=True)]
-            if name != "outputs" or widths[0] == widths[1]
-            else []
-            for name in ("points", "layers", "outputs", "entries")
-        ),
-        architecture=first.architecture,
-    )
+    merged = {
+        name: [_merge_points(a, b) for a, b in zip(getattr(first, name), getattr(second, name), strict=True)]
+        for name in ("points", "layers", "entries")
+    }
+    same = widths[0] == widths[1]
+    outputs = [_merge_points(a, b) for a, b in zip(first.outputs, second.outputs, strict=True)] if same else []
+    entry = _merge_points(first.entry, second.entry)
+    return Recording(entry=entry, outputs=outputs, architecture=first.architecture, **merged)
 
 
 def _merge_points(first: Point, second: Point) -> Point:

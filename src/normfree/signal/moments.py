@@ -29,7 +29,7 @@ SMALL = 1 << 15
 """Up to so many elements the calls cost more than what they compute: all is taken in float64, in as few as will do."""
 
 LARGEST_SQ_MEAN_TO_VAR = 300.0
-"""Above this ratio E[x²] − E[x]² in float32 loses more than five digits' worth of variance (6e-8 · 300)."""
+"""Above this ratio E[x²] − E[x]² in float32 leaves the variance fewer than five digits (6e-8 · 300 = 1.8e-5)."""
 
 LONGEST_RUN = {"row": 4096, "column": 2048, "features": 1 << 18}
 """Values added up one after the other in float32: along a row (in eight lanes or more), down a column, and of an
@@ -69,6 +69,7 @@ class Moments:
     count: int
     mean: Tensor
     deviation: Tensor
+    # Factories: a default on the class would be found before _Later.__getattr__.
     cosine_sum: float = field(default_factory=float)
     pairs: int = field(default_factory=int)
     without_bias: tuple[float, int] | None = field(default_factory=lambda: None)
@@ -219,6 +220,7 @@ class Sizes:
 
 
 MOST_ROWS = 4096
+"""Positions, over all examples, by which the sizes of an input's channels are judged."""
 
 
 def channel_sizes(x: Tensor, channel_axis: int) -> Sizes | None:
@@ -268,7 +270,11 @@ _OPEN = threading.local()
 
 
 class _Later(Moments):
-    """Moments of a small activation; computed when they, or those of any other entered together, are asked for."""
+    """Moments of a small activation; computed when they, or those of any other entered together, are asked for.
+
+    All but the count is filled in then; ``mean_row`` and ``deviation_row`` are NumPy's, which become tensors when asked
+    for.
+    """
 
     def __init__(self, count: int, together: _Together) -> None:
         self.__dict__.update(count=count, together=together)

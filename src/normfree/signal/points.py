@@ -119,6 +119,19 @@ class PointRecorder(Recorder):
         points: "residual", or "layers" for all weighted layers and no residual addition.
         earlier: what the pass before found; None for the first.
         args, options: of :class:`Recorder`.
+
+    Attributes:
+        recording: what is measured.
+        received: until the first addition, what each container was given.
+        inside_of: of each kind of module, where in it layers lie that are inside blocks.
+        visits: the additions and layers that were come by, in their order.
+        summed, layer_at: those of them by their activation.
+        entry_of: of each stream and kind of point, the number of its entry.
+        activated: of an addition that an activation alone reads, its moments after that.
+        made, layers_seen, branches_seen, operations, renewals: what the architecture, and chains, are made of.
+        inputs_seen: of layers that read an input, how large its channels are.
+        operation: the one that is running, with its arguments.
+        last_bent, bent_in: the last activation function, and how many each module ran.
     """
 
     def __init__(self, model: nn.Module, *args: Any, points: str, earlier: PassResult | None, **options: Any) -> None:
@@ -129,7 +142,7 @@ class PointRecorder(Recorder):
         self.additions = Additions()
         self.received: dict[nn.Module, Node] = {}
         self.visits: list[_Visit] = []
-        self.layers = 0
+        self.layers_so_far = 0
         self.made: list[Sequence[Node]] = []
         self.renewals: list[Node] = []
         self.operation: tuple[str, Sequence[Any]] | None = None
@@ -247,8 +260,8 @@ class PointRecorder(Recorder):
         if not self.nodes[x].path.weighted and x.is_floating_point() and x.layout == torch.strided:
             sizes = channel_sizes(x, source.channel_axis)
             self.inputs_seen |= {} if sizes is None else {self.stack.name: sizes}
-        number = self.layers
-        self.layers += 1
+        number = self.layers_so_far
+        self.layers_so_far += 1
         point = None
         if self._is_wanted(number):
             point = self._point(
