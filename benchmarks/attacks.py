@@ -373,6 +373,49 @@ for title, settings in {
     attack("code", f"settings name {title}", settings_with(**settings), "own.json")
 
 
+def linked(name: str) -> Callable[[Path], list[str]]:
+    """Going on with a run in whose folder a link leads out of it; what is written by it marks what was followed."""
+
+    def act(folder: Path) -> list[str]:
+        place = unfinished_in(folder) / name
+        if place.is_dir():
+            shutil.move(place, folder / "elsewhere")
+            place.symlink_to("../elsewhere")
+        else:
+            place.unlink(missing_ok=True)
+            place.symlink_to(f"../{CANARY}")
+        return train_words(Path("run"))
+
+    return act
+
+
+for name in ("model.safetensors", "metrics.json", "train.csv", "report.html", ".lock", "checkpoints", "tensorboard"):
+    attack("code", f"a run's {name} is a link out of its folder", linked(name), name)
+
+
+def behind_a_link(folder: Path) -> list[str]:
+    """Settings that name a folder below the current one, by a link that lies beside them and leads out of it."""
+    (folder / "here").mkdir()
+    (folder / "here/link").symlink_to("..")
+    words = settings_with(out=f"link/{CANARY}")(folder / "here")
+    os.chdir(folder / "here")
+    return words
+
+
+attack("code", "settings name a folder behind a link", behind_a_link, "own.json")
+
+
+def file_of_checkpoints(folder: Path) -> list[str]:
+    """Going on with a run whose folder of checkpoints is a file."""
+    run = unfinished_in(folder)
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").write_text("")
+    return train_words(Path("run"))
+
+
+attack("hang", "train: a file as run/checkpoints", file_of_checkpoints, "checkpoints")
+
+
 def command_on(*words: str) -> Callable[[Path], list[str]]:
     """A command on a converted checkpoint whose factory lies beside it."""
 

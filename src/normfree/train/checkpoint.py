@@ -41,7 +41,7 @@ from normfree.common.pickles import check_torch_file
 from normfree.common.text import first_line, printable, quoted, shortened
 from normfree.common.torch_compat import tree_leaves
 from normfree.train.config import FREE, TrainConfig, flatten, to_dict
-from normfree.train.records import Metrics
+from normfree.train.records import EVALUATION_CSV, KEYS, TENSORBOARD, TRAINING_CSV, Metrics
 
 CONFIG, METRICS, CHECKPOINTS, MODEL, SIGNAL, REPORT = (
     "config.json",
@@ -52,6 +52,12 @@ CONFIG, METRICS, CHECKPOINTS, MODEL, SIGNAL, REPORT = (
     "report.html",
 )
 """Files of a run."""
+
+WRITTEN: Mapping[str, str] = {
+    **dict.fromkeys((".lock", CONFIG, METRICS, MODEL, SIGNAL, REPORT, TRAINING_CSV, EVALUATION_CSV, KEYS), "file"),
+    **dict.fromkeys((CHECKPOINTS, TENSORBOARD, "wandb"), "folder"),
+}
+"""All that a training writes to directly in its folder, and what each is."""
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -318,8 +324,8 @@ class RunFolder:
         folder: its folder, made if it is missing.
 
     Raises:
-        ValueError: on entering, if another process or thread has the folder, which the message names; or if it holds
-            another run.
+        ValueError: on entering, if another process or thread has the folder, which the message names; if it holds
+            another run; or as of :func:`check_written`.
     """
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
@@ -328,6 +334,8 @@ class RunFolder:
         self._file: int | None = None
 
     def __enter__(self) -> Self:
+        __tracebackhide__ = True
+        check_written(self.folder)
         self._made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / ".lock"
@@ -390,6 +398,23 @@ class RunFolder:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def check_written(folder: Path) -> None:
+    """Raise unless all that a training writes or removes lies in the run's folder itself; the folder may be a link.
+
+    Raises:
+        ValueError: naming a link in the place of a file or folder of the run, or anything else that is there instead.
+    """
+    __tracebackhide__ = True
+    for name, wanted in WRITTEN.items():
+        place = folder / name
+        if place.is_symlink():
+            rule = "is a link, and a run writes to its own folder alone"
+            raise refused("out", place, rule, "remove the link")
+        if (kind := kind_of(place).removeprefix("a ")) not in (wanted, "nothing"):
+            kind = f"a {kind}" if kind != "no regular file" else kind
+            raise refused("out", place, f"is {kind}, and a run has a {wanted} there", "move it elsewhere")
 
 
 def _leads_to(path: Path, file: int) -> bool:

@@ -425,9 +425,13 @@ def read_config(
 
 
 def _is_place(word: str, path: Path) -> bool:
-    """Whether a folder that a settings file names may be written to: one below the current folder, or a run's own."""
+    """Whether a folder that a settings file names may be written to: one below the current folder, or a run's own.
+
+    A link on the way, which may be of who wrote the file, is followed: where it ends counts.
+    """
     folder = Path(word)
-    return not (folder.is_absolute() or ".." in folder.parts) or folder.resolve() == path.parent.resolve()
+    below = not (folder.is_absolute() or ".." in folder.parts) and folder.resolve().is_relative_to(Path.cwd())
+    return below or folder.resolve() == path.parent.resolve()
 
 
 _CODE = (lambda word, path: ".py" not in word, "no code is run")

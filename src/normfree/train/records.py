@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 TRAINING = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "clip_fraction", "images_per_second", "seconds")
 EVALUATION = ("step", "epoch", "loss", "top1", "top5", "examples", "seconds")
 
+TRAINING_CSV, EVALUATION_CSV, TENSORBOARD = "train.csv", "eval.csv", "tensorboard"
+"""Where they go in a run's folder."""
+
 Row = dict[str, float | None]
 
 
@@ -51,8 +54,8 @@ class Records:
     """
 
     def __init__(self, folder: Path, step: int, loggers: Loggers) -> None:
-        self.training = Curve(folder / "train.csv", TRAINING, step)
-        self.evaluation = Curve(folder / "eval.csv", EVALUATION, step)
+        self.training = Curve(folder / TRAINING_CSV, TRAINING, step)
+        self.evaluation = Curve(folder / EVALUATION_CSV, EVALUATION, step)
         self.loggers = loggers
 
     def __enter__(self) -> Self:
@@ -276,7 +279,7 @@ class Loggers:
         self._loggers: list[Logger] = []
         for name in names:
             if name == "tensorboard":
-                self._loggers.append(TensorBoard(folder / "tensorboard", step))
+                self._loggers.append(TensorBoard(folder / TENSORBOARD, step))
             else:
                 logger = Tracker(name, folder, keys.get(name), settings)
                 self._loggers.append(logger)
