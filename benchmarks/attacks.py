@@ -1336,6 +1336,34 @@ def halfway(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], list[st
     return act
 
 
+def under_other_settings(*keys: str, value: Any) -> Callable[[Path], list[str]]:
+    """Going on with a run whose config.json has another setting than its checkpoints were made with."""
+
+    def act(folder: Path) -> list[str]:
+        run = unfinished_in(folder)
+        shutil.rmtree(max((run / "checkpoints").iterdir()))
+        change = edited("config", *keys, value=value)
+        (run / "config.json").write_bytes(
+            edited("config", "out", value="run")(change((run / "config.json").read_bytes()))
+        )
+        return ["train", "--config", "run/config.json"]
+
+    return act
+
+
+for keys, value in (
+    (("epochs",), 3),
+    (("label_smoothing",), 0.5),
+    (("channels_last",), False),
+    (("model",), f"{RUN_MODEL},activation=silu"),
+    (("optimizer", "learning_rate"), 0.3),
+    (("optimizer", "clip_norm"), 0.01),
+    (("data", "augmentation", "shift"), 3),
+):
+    title = f"going on by a config.json with another {'.'.join(keys)}"
+    attack("wrong", title, under_other_settings(*keys, value=value), f"{'.'.join(keys)} ")
+
+
 def with_momenta(change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], Any]:
     """A training state with other momenta."""
 

@@ -1,14 +1,16 @@
 """A run's folder that somebody else may have made: a training writes to it alone, and takes its files for one run's."""
 
+import dataclasses
+import json
 import os
 import shutil
 
 import pytest
 import torch
-from tiny_run import tiny
+from tiny_run import MODEL, tiny
 
 from normfree.train import read_config, train
-from normfree.train.checkpoint import WRITTEN
+from normfree.train.checkpoint import MANIFEST, WRITTEN, CheckpointStore, _own_hash
 
 FILES, FOLDERS = (sorted(name for name, kind in WRITTEN.items() if kind == wanted) for wanted in ("file", "folder"))
 QUICK = {"average_decay": None, "checkpoint_every": 1, "limit_eval_steps": 1, "signal_every": 1}
@@ -98,3 +100,86 @@ def test_a_settings_file_names_no_folder_behind_a_link(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=rf"its {setting} is 'link/run', and no folder outside the current one"):
             read_config(here / "own.yaml")
         assert read_config(here / "own.yaml", code=[f"--{setting.replace('_', '-')}", "link/run"])
+
+
+def edit(path, *keys, value):
+    """Another value in a JSON file; without it for ``...``."""
+    document = json.loads(path.read_text())
+    place = document
+    for key in keys[:-1]:
+        place = place[key]
+    if value is ...:
+        del place[keys[-1]]
+    else:
+        place[keys[-1]] = value
+    path.write_text(json.dumps(document))
+
+
+SETTINGS = {
+    "epochs": (3, "3 instead of 2"),
+    "label_smoothing": (0.5, "0.5 instead of 0.0"),
+    "channels_last": (False, "False instead of True"),
+    "optimizer.final_learning_rate": (0.01, "0.01 instead of 0.0"),
+    "optimizer.learning_rate": (0.3, "0.3 instead of 0.02"),
+    "optimizer.clip_norm": (0.01, "0.01 instead of None"),
+    "optimizer.warmup_epochs": (0.0, "0.0 instead of 0.5"),
+    "data.crop_ratio": (0.5, "0.5 instead of 0.875"),
+    "data.augmentation.shift": (3, "3 instead of 1"),
+    "model": (MODEL.replace("alpha=0.5", "alpha=0.9"), "….*alpha=0.9,.* instead of ….*alpha=0.5,.*"),
+    "model (activation)": (f"{MODEL},activation=silu", "….*,activation=silu instead of ….*=0.1"),
+}
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_checkpoint_knows_the_settings_that_made_it(name, steps, copy):
+    """Whatever config.json says by now, and also where the run has ended."""
+    value, told = SETTINGS[name]
+    setting = name.partition(" ")[0]
+    edit(copy / "config.json", "config", *setting.split("."), value=value)
+    edit(copy / "config.json", "config", "out", value=str(copy))
+    config = dataclasses.replace(read_config(copy, going_on(copy))[0], limit_train_steps=steps)
+    before = contents(copy)
+    rule = rf"its step_0000000002 was made with other settings, .*other bits \({setting} {told}\); restore them, or"
+    with pytest.raises(ValueError, match=rf"^out='.*': {rule} pass --on-changed continue"):
+        train(config)
+    assert contents(copy) == before
+    again = train(dataclasses.replace(config, on_changed="continue"))
+    assert again.metrics["step"] == steps
+    if steps == 3:
+        assert train(config).repeated  # its newest checkpoint was made with these
+
+
+def test_what_does_not_make_the_bits_may_change(copy):
+    changes = {"checkpoint_every": None, "log_every": 3, "evaluate_every": 2, "keep": 5, "name": "other"}
+    assert train(going_on(copy, **changes)).metrics["step"] == 3
+
+
+CONDITIONS = {"torch": "1.0", "precision": "bf16-mixed", "device": "cuda", "threads": 64, "images": "0" * 64}
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_a_checkpoint_knows_the_conditions_that_made_it(name, copy):
+    forge(copy, name, CONDITIONS[name])
+    with pytest.raises(ValueError, match=rf"^out='.*other conditions .*other bits \({name}.*--on-changed continue"):
+        train(going_on(copy))
+    assert train(going_on(copy, on_changed="continue")).metrics["step"] == 3
+
+
+def forge(folder, condition, value):
+    """Another condition in a checkpoint's manifest, all of it without a value."""
+    path = CheckpointStore(folder / "checkpoints").newest().folder / MANIFEST
+    document = json.loads(path.read_text())
+    del document["sha256"]
+    if value is ...:
+        del document["made_by"]
+    else:
+        document["made_by"]["conditions"][condition] = value
+    path.write_text(json.dumps({**document, "sha256": _own_hash(document)}))
+
+
+def test_a_checkpoint_that_does_not_say_it_is_taken_up(copy):
+    """As one of an earlier version."""
+    forge(copy, "", ...)
+    edit(copy / "config.json", "config", "label_smoothing", value=0.5)
+    assert train(going_on(copy, label_smoothing=0.5)).metrics["step"] == 3

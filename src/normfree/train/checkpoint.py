@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``step_0000001234``: ``model.safetensors``, with ``averaged.safetensors`` where weights
 are averaged (each a file of :func:`normfree.save`), ``state.pt`` (optimizer, schedule, data, counters; read with
-``weights_only``) and ``manifest.json`` with the SHA-256 of each file and of itself. It is written under another
-name, flushed to disk and renamed.
+``weights_only``) and ``manifest.json`` with the SHA-256 of each file and of itself, and what makes the run's bits: its
+settings and conditions. It is written under another name, flushed to disk and renamed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shutil
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -69,6 +69,19 @@ _STEP, _DAMAGED = "step_", "damaged_"
 
 
 @dataclass(frozen=True)
+class MadeBy:
+    """What makes the bits of a run, as each of its checkpoints says.
+
+    Attributes:
+        settings: by their dotted names, those that may not change when the run goes on.
+        conditions: of ``CONDITIONS``, lists and mappings as a SHA-256.
+    """
+
+    settings: Mapping[str, Any]
+    conditions: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """One checkpoint that was found sound.
 
@@ -76,11 +89,13 @@ class Checkpoint:
         folder: where it is.
         step: optimizer steps taken.
         score: accuracy at that step; None where there was no evaluation.
+        made_by: what makes the bits of its run; None of an earlier version's.
     """
 
     folder: Path
     step: int
     score: float | None
+    made_by: MadeBy | None = None
 
     @property
     def weights(self) -> Path:
@@ -116,7 +131,12 @@ class CheckpointStore:
         self.keep = keep
 
     def write(
-        self, step: int, state: Mapping[str, Any], weights: Mapping[str, Callable[[Path], Any]], score: float | None
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        weights: Mapping[str, Callable[[Path], Any]],
+        score: float | None,
+        made_by: MadeBy | None = None,
     ) -> Checkpoint:
         """Write a checkpoint, then remove those no longer kept.
 
@@ -125,6 +145,7 @@ class CheckpointStore:
             state: tensors and plain values.
             weights: for each file name a function that writes it to a path.
             score: accuracy, if it was measured.
+            made_by: what makes the bits of the run.
 
         Returns:
             The checkpoint.
@@ -143,10 +164,9 @@ class CheckpointStore:
             buffer = io.BytesIO()
             torch.save(dict(state), buffer)
             write_atomically(place / STATE, buffer.getvalue())
-            facts = {
-                file.name: {"bytes": file.stat().st_size, "sha256": _hash(file)} for file in sorted(place.iterdir())
-            }
+            facts = {file.name: _facts(file) for file in sorted(place.iterdir())}
             manifest = {"schema": SCHEMA, "step": step, "score": score, "files": facts}
+            manifest |= {} if made_by is None else {"made_by": asdict(made_by)}
             write_atomically(place / MANIFEST, json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=1))
             _flush(place)
             self._rename(place, target)
@@ -156,7 +176,7 @@ class CheckpointStore:
                 raise file_error(error, target) from error
             raise
         self._prune()
-        return Checkpoint(target, step, score)
+        return Checkpoint(target, step, score, made_by)
 
     def newest(self, *, set_aside: bool = False) -> Checkpoint | None:
         """Return the newest sound checkpoint, with a warning for each newer one that is damaged.
@@ -248,7 +268,7 @@ def verify_checkpoint(folder: str | Path) -> Checkpoint:
             raise _damaged(folder, f"{name} has {file.stat().st_size} bytes instead of {facts.bytes}")
         if _hash(file) != facts.sha256:
             raise _damaged(folder, f"{name} has another checksum than when it was written")
-    return Checkpoint(folder, manifest.step, manifest.score)
+    return Checkpoint(folder, manifest.step, manifest.score, manifest.made_by)
 
 
 @dataclass(frozen=True)
@@ -267,6 +287,7 @@ class _Manifest:
     step: int
     score: float | None
     files: Mapping[str, _Facts]
+    made_by: MadeBy | None = None
 
 
 def _manifest(folder: Path) -> _Manifest:
@@ -298,6 +319,11 @@ def _damaged(folder: Path, what: str) -> ValueError:
 def _hash(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": file.stat().st_size, "sha256": _hash(file)}
 
 
 def _own_hash(manifest: Mapping[str, Any]) -> str:
@@ -496,25 +522,81 @@ def differences(config: TrainConfig, folder: Path) -> list[str]:
     return [name for name in sorted({*before, *now} - FREE) if before.get(name, ...) != now.get(name, ...)]
 
 
-def check_conditions(folder: Path, now: Mapping[str, Any]) -> None:
-    """Raise if what makes the bits of a run is not what ``config.json`` says it was.
+def made_by(config: TrainConfig, description: Mapping[str, Any]) -> MadeBy:
+    """Return what makes the bits of a run.
 
     Args:
+        config: of the run, as it was given.
+        description: what ``config.json`` holds.
+    """
+    settings = flatten(json.loads(json.dumps(to_dict(config))))
+    conditions: dict[str, Any] = dict(zip(CONDITIONS, map(_digest, _conditions(description)), strict=True))
+    return MadeBy({name: value for name, value in settings.items() if name not in FREE}, conditions)
+
+
+def check_settings(checkpoint: Checkpoint, folder: Path, now: MadeBy) -> None:
+    """Raise if a run has other settings than its checkpoint was made with, whatever ``config.json`` says.
+
+    Args:
+        checkpoint: of the run; what an earlier version did not write to it is not compared.
         folder: of the run.
-        now: what ``config.json`` would hold; what an earlier version did not write to it is not compared.
+        now: of the run that would go on.
+
+    Raises:
+        ValueError: naming what differs, both values, and how to go on all the same.
+    """
+    __tracebackhide__ = True
+    before = {} if checkpoint.made_by is None else checkpoint.made_by.settings
+    changes = [
+        name + _instead(now.settings[name], before[name])
+        for name in sorted(before.keys() & now.settings.keys())
+        if before[name] != now.settings[name]
+    ]
+    if changes:
+        listed = shortened(", ".join(changes), 200)
+        rule = f"its {checkpoint.folder.name} was made with other settings, and would go on to other bits ({listed})"
+        raise refused("out", folder, rule, "restore them, or pass --on-changed continue to go on all the same")
+
+
+def check_conditions(checkpoint: Checkpoint, folder: Path, now: Mapping[str, Any]) -> None:
+    """Raise if what makes the bits of a run is not what ``config.json``, or its checkpoint, says it was.
+
+    Args:
+        checkpoint: of the run.
+        folder: of the run.
+        now: what ``config.json`` would hold; what an earlier version did not write is not compared.
 
     Raises:
         ValueError: naming what differs, and how to go on all the same.
     """
     __tracebackhide__ = True
-    before, changes = read_json(folder / CONFIG, "run"), []
-    for name, was, is_now in zip(CONDITIONS, _conditions(before), _conditions(now), strict=True):
-        if was is not None and was != is_now:
-            values = "" if isinstance(is_now, (list, dict)) else f" {is_now} instead of {shortened(str(was), 40)}"
-            changes.append(f"{name}{values}")
+    began = _conditions(read_json(folder / CONFIG, "run"))
+    made = {} if checkpoint.made_by is None else checkpoint.made_by.conditions
+    changes = []
+    for name, said, is_now in zip(CONDITIONS, began, _conditions(now), strict=True):
+        for was, here in ((said, is_now), (made.get(name), _digest(is_now))):
+            if was is not None and was != here:
+                changes.append(name + ("" if isinstance(is_now, (list, dict)) else _instead(is_now, was)))
+                break
     if changes:
         rule = f"the run began with other conditions and would go on to other bits ({', '.join(changes)})"
         raise refused("out", folder, rule, "restore them, or pass --on-changed continue to go on all the same")
+
+
+def _instead(now: object, was: object) -> str:
+    """Two values in words; of long ones that begin alike what differs."""
+    words = [printable(str(now)), printable(str(was))]
+    alike = next((at for at, (one, other) in enumerate(zip(*words, strict=False)) if one != other), len(min(words)))
+    if max(map(len, words)) > 40 and alike > 12:
+        words = [f"…{word[alike - 12 :]}" for word in words]
+    return " {} instead of {}".format(*(shortened(word, 40) for word in words))
+
+
+def _digest(value: Any) -> Any:
+    """A list or mapping as its SHA-256, anything else as it is: class names and files can be many."""
+    if not isinstance(value, (list, dict)):
+        return value
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 CONDITIONS = ("torch", "precision", "device", "compiled", "threads", "images", "classes")

@@ -167,7 +167,8 @@ class TrainConfig:
     """What a loss that is not finite does: stop the run and name the module it began in, or skip that step."""
     on_changed: Literal["error", "continue"] = "error"
     """What a run does that would go on with another torch, precision, device, number of threads, other images or
-    classes than it began with: stop and name them, or go on, to other bits than without the interruption."""
+    classes than it began with, or other settings than its checkpoint was made with: stop and name them, or go on, to
+    other bits than without the interruption."""
     signal_every: int | None = None
     """Steps between signal propagation plots of the network in training; None: as often as a hundredth of the
     time allows; 0: none."""
