@@ -1254,6 +1254,46 @@ for keys, value in (
     act = changed("config.json", edited(*keys, value=value), evaluated)
     attack("bomb", f"a run's {keys[-1]} of {str(value)[:20]!r}", act, "source" if "source" in keys else "config.json")
 
+
+def with_notes(change: Callable[[dict[str, str]], Any]) -> Callable[[bytes], bytes]:
+    """A safetensors file with other notes, and the same tensors."""
+    from safetensors.torch import load, save
+
+    def changed_notes(content: bytes) -> bytes:
+        notes = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        change(notes)
+        return save(load(content), notes)
+
+    return changed_notes
+
+
+def predicted(run: Path) -> list[str]:
+    """Predict by a run."""
+    image_in(run.parent)
+    return ["predict", str(run), "image.png"]
+
+
+for command in (evaluated, predicted, train_words):
+    title = command.__name__.partition("_")[0]
+    for how, change in {
+        "other weights": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+        "no preparation of images": with_notes(lambda notes: notes.pop("normfree.preprocessing")),
+        "another activation": with_notes(
+            lambda notes: notes.update(normfree=json.dumps({**json.loads(notes["normfree"]), "activation": "silu"}))
+        ),
+    }.items():
+        act = changed("model.safetensors", change, command)
+        attack("wrong", f"{title}: a run's weights with {how}", act, "model.safetensors")
+    act = changed("metrics.json", edited("model_sha256", value="0" * 64), command)
+    attack("wrong", f"{title}: metrics.json of other weights", act, "model.safetensors")
+for keys, value in (
+    (("derived", "data", "image_size"), 16),
+    (("derived", "data", "crop_ratio"), 0.5),
+    (("config", "model"), f"{RUN_MODEL},activation=silu"),
+):
+    act = changed("config.json", edited(*keys, value=value), evaluated)
+    attack("wrong", f"a run's config.json with another {keys[-1]} than its weights", act, "model.safetensors")
+
 for keys, value in (
     (("evaluation", "top1"), "high"),
     (("evaluation", "top1"), None),

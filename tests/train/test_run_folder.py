@@ -3,14 +3,20 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_run import MODEL, tiny
 
+from normfree.cli import main
+from normfree.data.config import Preprocessing
 from normfree.train import read_config, train
-from normfree.train.checkpoint import MANIFEST, WRITTEN, CheckpointStore, _own_hash
+from normfree.train.checkpoint import MANIFEST, WRITTEN, CheckpointStore, _own_hash, hash_of
 
 FILES, FOLDERS = (sorted(name for name, kind in WRITTEN.items() if kind == wanted) for wanted in ("file", "folder"))
 QUICK = {"average_decay": None, "checkpoint_every": 1, "limit_eval_steps": 1, "signal_every": 1}
@@ -183,3 +189,112 @@ def test_a_checkpoint_that_does_not_say_it_is_taken_up(copy):
     forge(copy, "", ...)
     edit(copy / "config.json", "config", "label_smoothing", value=0.5)
     assert train(going_on(copy, label_smoothing=0.5)).metrics["step"] == 3
+
+
+def other_notes(path, **changes):
+    """The same tensors with other notes."""
+    with safe_open(path, "pt") as file:
+        notes, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    said = json.loads(notes[Preprocessing.METADATA])
+    built = json.loads(notes["normfree"])
+    if removed := changes.pop("removed", None):
+        del notes[removed]
+    else:
+        notes[Preprocessing.METADATA] = json.dumps(said | {key: value for key, value in changes.items() if key in said})
+        notes["normfree"] = json.dumps(built | {key: value for key, value in changes.items() if key in built})
+    save_file(tensors, path, notes)
+
+
+@pytest.fixture(scope="module")
+def other_run(tmp_path_factory):
+    """The folder of a run from another seed."""
+    config = tiny(tmp_path_factory.mktemp("other") / "run", limit_train_steps=2, seed=1, **QUICK)
+    return train(config).folder
+
+
+COMMANDS = {
+    "evaluate": ["evaluate", "RUN", "--limit-eval-steps", "1"],
+    "predict": ["predict", "RUN", "IMAGE"],
+    "export": ["export", "RUN", "--out", "OUT/m.onnx"],
+    "spp": ["spp", "RUN", "--out", "OUT/spp"],
+}
+
+
+def run_command(name, folder, tmp_path):
+    """The exit code of a command on a run."""
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
+    places = {"RUN": folder, "IMAGE": tmp_path / "image.png", "OUT": tmp_path / "out"}
+    words = COMMANDS[name]
+    return main([re.sub("RUN|IMAGE|OUT", lambda match: str(places[match[0]]), word) for word in words])
+
+
+EXCHANGED = {
+    "weights of another run": lambda run, other: shutil.copy(other / "model.safetensors", run),
+    "metrics of another run": lambda run, other: shutil.copy(other / "metrics.json", run),
+    "weights without their classes": lambda run, _: other_notes(
+        run / "model.safetensors", removed=Preprocessing.METADATA
+    ),
+    "weights with another alpha": lambda run, _: other_notes(run / "model.safetensors", alpha=0.9),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("exchange", EXCHANGED)
+def test_weights_that_a_run_has_not_written_are_refused(exchange, command, copy, other_run, tmp_path, capsys):
+    EXCHANGED[exchange](copy, other_run)
+    assert run_command(command, copy, tmp_path) == 2
+    error = capsys.readouterr().err
+    rule = (
+        r"is not the file that this run wrote, by the SHA-256 in its metrics\.json; restore both .*, or name the file"
+    )
+    assert error.count("\n") == 1 and re.search(rf"model\.safetensors'?: {rule}", error), error
+
+
+@pytest.mark.parametrize("exchange", EXCHANGED)
+def test_a_finished_run_with_other_weights_is_not_told(exchange, copy, other_run):
+    EXCHANGED[exchange](copy, other_run)
+    config = going_on(copy, limit_train_steps=2)
+    with pytest.raises(ValueError, match=r"model.safetensors': is not the file that this run wrote.*remove metrics"):
+        train(config)
+    (copy / "metrics.json").unlink()
+    summary = train(config)
+    assert not summary.repeated and summary.metrics["model_sha256"] == hash_of(copy / "model.safetensors")
+    assert train(config).repeated
+
+
+def test_a_file_is_used_where_it_is_named_itself(copy, other_run, tmp_path):
+    shutil.copy(other_run / "model.safetensors", copy)
+    words = ["--run", str(copy), "--limit-eval-steps", "1"]
+    assert main(["evaluate", str(copy / "model.safetensors"), *words]) == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", ["image_size", "crop_ratio", "classes", "mean", "model"])
+def test_a_run_and_its_weights_say_the_same(name, command, copy, tmp_path, capsys):
+    """Also where metrics.json does not know the weights, as an earlier version's."""
+    edit(copy / "metrics.json", "model_sha256", value=...)
+    assert run_command(command, copy, tmp_path) == 0
+    keys, value, rule = {
+        "image_size": (("derived", "data", "image_size"), 16, r"its run.* does not \(image_size\)"),
+        "crop_ratio": (("derived", "data", "crop_ratio"), 0.5, r"its run.* does not \(crop_ratio\)"),
+        "classes": (("derived", "classes"), list("9876543210"), r"its run.* does not \(classes\)"),
+        "mean": (("derived", "data", "mean"), [0.9], r"its run.* does not \(mean\)"),
+        "model": (
+            ("config", "model"),
+            MODEL.replace("alpha=0.5", "alpha=0.9"),
+            r"another network than its run's config",
+        ),
+    }[name]
+    edit(copy / "config.json", *keys, value=value)
+    capsys.readouterr()
+    assert run_command(command, copy, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(rf"model\.safetensors'?: .*{rule}", error), error
+
+
+def test_a_checkpoint_and_its_run_say_the_same(copy, tmp_path, capsys):
+    checkpoint = CheckpointStore(copy / "checkpoints").newest().folder
+    assert run_command("evaluate", checkpoint, tmp_path) == 0
+    edit(copy / "config.json", "config", "model", value="nf_resnet101")
+    assert run_command("evaluate", checkpoint, tmp_path) == 2
+    assert "another network than its run's config.json says (nf_resnet101)" in capsys.readouterr().err

@@ -59,6 +59,9 @@ WRITTEN: Mapping[str, str] = {
 }
 """All that a training writes to directly in its folder, and what each is."""
 
+WEIGHTS_HASH = "model_sha256"
+"""What ``metrics.json`` says of ``model.safetensors``."""
+
 SCHEMA = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -266,7 +269,7 @@ def verify_checkpoint(folder: str | Path) -> Checkpoint:
             raise _damaged(folder, f"{shortened(name, 80)} is missing")
         if file.stat().st_size != facts.bytes:
             raise _damaged(folder, f"{name} has {file.stat().st_size} bytes instead of {facts.bytes}")
-        if _hash(file) != facts.sha256:
+        if hash_of(file) != facts.sha256:
             raise _damaged(folder, f"{name} has another checksum than when it was written")
     return Checkpoint(folder, manifest.step, manifest.score, manifest.made_by)
 
@@ -316,14 +319,15 @@ def _damaged(folder: Path, what: str) -> ValueError:
     return ValueError(shortened(f"checkpoint {quoted(str(folder))} is damaged: {what}"))
 
 
-def _hash(file: Path) -> str:
+def hash_of(file: Path) -> str:
+    """Return the SHA-256 of a file."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _facts(file: Path) -> dict[str, Any]:
     """What a manifest says of a file."""
-    return {"bytes": file.stat().st_size, "sha256": _hash(file)}
+    return {"bytes": file.stat().st_size, "sha256": hash_of(file)}
 
 
 def _own_hash(manifest: Mapping[str, Any]) -> str:
@@ -497,6 +501,26 @@ def read_metrics(folder: Path, step: int) -> dict[str, Any] | None:
         rule = f"is damaged ({first_line(error)})"
         raise refused("run", path, rule, "remove it, and it is written again") from error
     return metrics
+
+
+def check_weights(folder: Path, argument: str, remedy: str) -> None:
+    """Raise if a run's weights are not the file that its metrics say it wrote; those of earlier versions do not say it.
+
+    Args:
+        folder: of the run, which has both.
+        argument: what named it, for messages.
+        remedy: ends the message.
+
+    Raises:
+        ValueError: they are not, or the metrics are damaged.
+    """
+    __tracebackhide__ = True
+    if kind_of(folder / METRICS) == "nothing":
+        return
+    said = read_json(folder / METRICS, argument).get(WEIGHTS_HASH)
+    if said is not None and said != hash_of(folder / MODEL):
+        rule = f"is not the file that this run wrote, by the SHA-256 in its {METRICS}"
+        raise refused(argument, folder / MODEL, rule, remedy)
 
 
 def differences(config: TrainConfig, folder: Path) -> list[str]:

@@ -54,14 +54,17 @@ from normfree.train.checkpoint import (
     REPORT,
     SIGNAL,
     WEIGHTS,
+    WEIGHTS_HASH,
     Checkpoint,
     CheckpointStore,
     MadeBy,
     RunFolder,
     check_conditions,
     check_settings,
+    check_weights,
     differences,
     find_folder,
+    hash_of,
     made_by,
     read_metrics,
 )
@@ -450,11 +453,19 @@ class Trainer:
             return self._summarize(self.fit(), description)
 
     def _read_metrics(self, step: int) -> dict[str, Any] | None:
-        """Return the metrics of a run that came to its end before, and whose weights are there."""
+        """Return the metrics of a run that came to its end before, and whose weights are there.
+
+        Raises:
+            ValueError: the weights are another file than the metrics say, or the metrics are damaged.
+        """
         weights = self.folder / MODEL
         if step < self.last_step or kind_of(weights) != "file" or notes_of(weights) is None:
             return None  # goes on from its last checkpoint, and writes them again
-        return read_metrics(self.folder, step)
+        metrics = read_metrics(self.folder, step)
+        if metrics is not None:
+            remedy = f"restore both from a copy, or remove {METRICS}, and the same command writes both again"
+            check_weights(self.folder, "out", remedy)
+        return metrics
 
     def describe(self) -> dict[str, Any]:
         """Return what was chosen, what followed from it, and where it ran, as ``config.json`` has it."""
@@ -856,7 +867,9 @@ class Trainer:
             training, evaluation = self.records.training.rows, self.records.evaluation.rows
             metrics["best_top1"] = max((row["top1"] or 0 for row in evaluation), default=None)
             if finished:
+                (self.folder / METRICS).unlink(missing_ok=True)  # an earlier end's, of other weights
                 self._save(network, self.folder / MODEL)
+                metrics[WEIGHTS_HASH] = hash_of(self.folder / MODEL)
                 history = metrics["signal"] = None
                 if self.monitor is not None:
                     self.monitor.stop()  # records the last step
