@@ -1315,6 +1315,15 @@ attack(
 for title, header in {"a column of escapes": ESCAPES.encode() + b",step\n", "a column twice": b"step,step\n"}.items():
     change = changed("train.csv", lambda content, header=header: header + b"1,2\n")
     attack("damage", f"train.csv with {title}", change, "", WORKS)
+for title, change in {
+    "rows twice": lambda content: content + content.partition(b"\n")[2],
+    "rows in another order": lambda content: b"\n".join([(lines := content.split(b"\n"))[0], *lines[-2:0:-1], b""]),
+}.items():
+    attack("wrong", f"train.csv with {title}", changed("train.csv", change), "train.csv")
+for command in (train_words, evaluated):
+    title = f"{command.__name__.partition('_')[0]}: config.json with a key twice"
+    change = changed("config.json", lambda content: content.replace(b'"epochs"', b'"epochs": 1, "epochs"', 1), command)
+    attack("damage", title, change, "config.json")
 
 
 def rewritten_state(
