@@ -373,6 +373,49 @@ for title, settings in {
     attack("code", f"settings name {title}", settings_with(**settings), "own.json")
 
 
+def linked(name: str) -> Callable[[Path], list[str]]:
+    """Going on with a run in whose folder a link leads out of it; what is written by it marks what was followed."""
+
+    def act(folder: Path) -> list[str]:
+        place = unfinished_in(folder) / name
+        if place.is_dir():
+            shutil.move(place, folder / "elsewhere")
+            place.symlink_to("../elsewhere")
+        else:
+            place.unlink(missing_ok=True)
+            place.symlink_to(f"../{CANARY}")
+        return train_words(Path("run"))
+
+    return act
+
+
+for name in ("model.safetensors", "metrics.json", "train.csv", "report.html", ".lock", "checkpoints", "tensorboard"):
+    attack("code", f"a run's {name} is a link out of its folder", linked(name), name)
+
+
+def behind_a_link(folder: Path) -> list[str]:
+    """Settings that name a folder below the current one, by a link that lies beside them and leads out of it."""
+    (folder / "here").mkdir()
+    (folder / "here/link").symlink_to("..")
+    words = settings_with(out=f"link/{CANARY}")(folder / "here")
+    os.chdir(folder / "here")
+    return words
+
+
+attack("code", "settings name a folder behind a link", behind_a_link, "own.json")
+
+
+def file_of_checkpoints(folder: Path) -> list[str]:
+    """Going on with a run whose folder of checkpoints is a file."""
+    run = unfinished_in(folder)
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").write_text("")
+    return train_words(Path("run"))
+
+
+attack("hang", "train: a file as run/checkpoints", file_of_checkpoints, "checkpoints")
+
+
 def command_on(*words: str) -> Callable[[Path], list[str]]:
     """A command on a converted checkpoint whose factory lies beside it."""
 
@@ -1211,6 +1254,46 @@ for keys, value in (
     act = changed("config.json", edited(*keys, value=value), evaluated)
     attack("bomb", f"a run's {keys[-1]} of {str(value)[:20]!r}", act, "source" if "source" in keys else "config.json")
 
+
+def with_notes(change: Callable[[dict[str, str]], Any]) -> Callable[[bytes], bytes]:
+    """A safetensors file with other notes, and the same tensors."""
+    from safetensors.torch import load, save
+
+    def changed_notes(content: bytes) -> bytes:
+        notes = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        change(notes)
+        return save(load(content), notes)
+
+    return changed_notes
+
+
+def predicted(run: Path) -> list[str]:
+    """Predict by a run."""
+    image_in(run.parent)
+    return ["predict", str(run), "image.png"]
+
+
+for command in (evaluated, predicted, train_words):
+    title = command.__name__.partition("_")[0]
+    for how, change in {
+        "other weights": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+        "no preparation of images": with_notes(lambda notes: notes.pop("normfree.preprocessing")),
+        "another activation": with_notes(
+            lambda notes: notes.update(normfree=json.dumps({**json.loads(notes["normfree"]), "activation": "silu"}))
+        ),
+    }.items():
+        act = changed("model.safetensors", change, command)
+        attack("wrong", f"{title}: a run's weights with {how}", act, "model.safetensors")
+    act = changed("metrics.json", edited("model_sha256", value="0" * 64), command)
+    attack("wrong", f"{title}: metrics.json of other weights", act, "model.safetensors")
+for keys, value in (
+    (("derived", "data", "image_size"), 16),
+    (("derived", "data", "crop_ratio"), 0.5),
+    (("config", "model"), f"{RUN_MODEL},activation=silu"),
+):
+    act = changed("config.json", edited(*keys, value=value), evaluated)
+    attack("wrong", f"a run's config.json with another {keys[-1]} than its weights", act, "model.safetensors")
+
 for keys, value in (
     (("evaluation", "top1"), "high"),
     (("evaluation", "top1"), None),
@@ -1232,6 +1315,15 @@ attack(
 for title, header in {"a column of escapes": ESCAPES.encode() + b",step\n", "a column twice": b"step,step\n"}.items():
     change = changed("train.csv", lambda content, header=header: header + b"1,2\n")
     attack("damage", f"train.csv with {title}", change, "", WORKS)
+for title, change in {
+    "rows twice": lambda content: content + content.partition(b"\n")[2],
+    "rows in another order": lambda content: b"\n".join([(lines := content.split(b"\n"))[0], *lines[-2:0:-1], b""]),
+}.items():
+    attack("wrong", f"train.csv with {title}", changed("train.csv", change), "train.csv")
+for command in (train_words, evaluated):
+    title = f"{command.__name__.partition('_')[0]}: config.json with a key twice"
+    change = changed("config.json", lambda content: content.replace(b'"epochs"', b'"epochs": 1, "epochs"', 1), command)
+    attack("damage", title, change, "config.json")
 
 
 def rewritten_state(
@@ -1291,6 +1383,34 @@ def halfway(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], list[st
         return train_words(run)
 
     return act
+
+
+def under_other_settings(*keys: str, value: Any) -> Callable[[Path], list[str]]:
+    """Going on with a run whose config.json has another setting than its checkpoints were made with."""
+
+    def act(folder: Path) -> list[str]:
+        run = unfinished_in(folder)
+        shutil.rmtree(max((run / "checkpoints").iterdir()))
+        change = edited("config", *keys, value=value)
+        (run / "config.json").write_bytes(
+            edited("config", "out", value="run")(change((run / "config.json").read_bytes()))
+        )
+        return ["train", "--config", "run/config.json"]
+
+    return act
+
+
+for keys, value in (
+    (("epochs",), 3),
+    (("label_smoothing",), 0.5),
+    (("channels_last",), False),
+    (("model",), f"{RUN_MODEL},activation=silu"),
+    (("optimizer", "learning_rate"), 0.3),
+    (("optimizer", "clip_norm"), 0.01),
+    (("data", "augmentation", "shift"), 3),
+):
+    title = f"going on by a config.json with another {'.'.join(keys)}"
+    attack("wrong", title, under_other_settings(*keys, value=value), f"{'.'.join(keys)} ")
 
 
 def with_momenta(change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], Any]:

@@ -15,8 +15,11 @@ from normfree.common.files import (
     LONGEST_NUMBER,
     MOST_NODES,
     bounded_loader,
+    file_error,
     folders_in,
+    parse_json,
     read,
+    read_json,
     remove_stale,
     sizes,
     temporary_path,
@@ -68,6 +71,21 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "file"))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_file_in_a_folder_that_cannot_be_written_is_told_once():
+    error = OSError(errno.ENOSPC, "No space left on device")
+    told = file_error(file_error(error, "folder/file"), "folder")
+    assert str(told) == "[Errno 28] could not be written: No space left on device: 'folder'"
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"b": {"a": 1, "c": 0, "a": 1}}', '{"b": [{"a": {}, "a": 1}]}'])
+def test_a_key_that_comes_twice_is_no_sound_json(text, tmp_path):
+    with pytest.raises(ValueError, match="it has 'a' twice"):
+        parse_json(text)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json': is no sound JSON file \(it has 'a' twice\); give"):
+        read_json(tmp_path / "config.json")
 
 
 KILLED = """

@@ -152,7 +152,7 @@ def test_a_full_disk_names_the_checkpoint_and_spares_those_before(store, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(OSError, match=r"No space left on device: '.*/step_0000000002'"):
+        with pytest.raises(OSError, match=r"\] could not be written: No space left on device: '.*/step_0000000002'"):
             write(store, 2)
     assert [path.name for path in store.folder.iterdir()] == ["step_0000000001"]
     assert store.newest().step == 1

@@ -31,6 +31,40 @@ def test_a_row_that_was_cut_off_is_left_out(cut, tmp_path):
     assert read_rows(tmp_path / "c.csv") == [{"step": 3, "loss": 0.5}]
 
 
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        ("1 2 2", "step 2 follows step 2"),
+        ("1 3 2", "step 2 follows step 3"),
+        ("1 2 1 2", "step 1 follows step 2"),
+        ("2 1", "step 1 follows step 2"),
+        ("-1 2", "its first step is -1"),
+        ("1.5 2", "its first step is 1.5"),
+        ("1 nan", "step nan follows step 1"),
+    ],
+)
+def test_steps_that_do_not_rise_are_damage(steps, told, tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("step,loss\n" + "".join(f"{step},0.5\n" for step in steps.split()))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"run='.*train\.csv': is no sound file of a run's curve \({told}\); restore"):
+        Curve(path, ("step", "loss"), 9)
+    assert path.read_bytes() == before
+
+
+def test_a_step_that_is_evaluated_again_is_there_once(tmp_path):
+    """Earlier versions left both rows."""
+    path = tmp_path / "eval.csv"
+    path.write_text("step,top1\n1,0.25\n1,0.5\n2,0.5\n2,0.75\n")
+    curve = Curve(path, ("step", "top1"), 2)
+    assert curve.rows == [{"step": 1, "top1": 0.5}, {"step": 2, "top1": 0.75}]
+    curve.add({"step": 2, "top1": 1.0})
+    assert curve.rows == read_rows(path) == [{"step": 1, "top1": 0.5}, {"step": 2, "top1": 1.0}]
+    path.write_text("step,top1\n2,0.25\n1,0.5\n")
+    with pytest.raises(ValueError, match="step 1 follows step 2"):
+        read_rows(path)
+
+
 def test_a_full_disk_names_the_curve(tmp_path):
     curve = Curve(tmp_path / "train.csv", ("step", "loss"), 0)
     (tmp_path / "train.csv").unlink()

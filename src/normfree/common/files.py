@@ -101,8 +101,9 @@ def check_place(argument: str, path: str | Path, *, folder: bool = False) -> Non
 
 
 def file_error(error: OSError, path: str | Path) -> OSError:
-    """Return an error of writing as one that names the file that was to be written."""
-    return type(error)(error.errno, f"could not be written: {error.strerror or first_line(error)}", str(path))
+    """Return an error of writing as one that names the file that was to be written, in place of a part of it."""
+    rule = "could not be written: "
+    return type(error)(error.errno, rule + (error.strerror or first_line(error)).removeprefix(rule), str(path))
 
 
 def temporary_path(path: Path) -> Path:
@@ -284,12 +285,20 @@ def parse_json(text: str | bytes) -> Any:
     """Return what JSON says.
 
     Raises:
-        ValueError: it is none, or nested deeper than Python follows.
+        ValueError: it is none, has a key twice in one object, or is nested deeper than Python follows.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_of_different_keys)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def _of_different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a key that comes twice, readers take one value or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"it has {quoted(Counter(key for key, _ in pairs).most_common(1)[0][0])} twice")
+    return found
 
 
 def read_json(path: str | Path, argument: str = "path", *, most: int = JSON_BYTES) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``step_0000001234``: ``model.safetensors``, with ``averaged.safetensors`` where weights
 are averaged (each a file of :func:`normfree.save`), ``state.pt`` (optimizer, schedule, data, counters; read with
-``weights_only``) and ``manifest.json`` with the SHA-256 of each file and of itself. It is written under another
-name, flushed to disk and renamed.
+``weights_only``) and ``manifest.json`` with the SHA-256 of each file and of itself, and what makes the run's bits: its
+settings and conditions. It is written under another name, flushed to disk and renamed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shutil
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -41,7 +41,7 @@ from normfree.common.pickles import check_torch_file
 from normfree.common.text import first_line, printable, quoted, shortened
 from normfree.common.torch_compat import tree_leaves
 from normfree.train.config import FREE, TrainConfig, flatten, to_dict
-from normfree.train.records import Metrics
+from normfree.train.records import EVALUATION_CSV, KEYS, TENSORBOARD, TRAINING_CSV, Metrics
 
 CONFIG, METRICS, CHECKPOINTS, MODEL, SIGNAL, REPORT = (
     "config.json",
@@ -53,6 +53,15 @@ CONFIG, METRICS, CHECKPOINTS, MODEL, SIGNAL, REPORT = (
 )
 """Files of a run."""
 
+WRITTEN: Mapping[str, str] = {
+    **dict.fromkeys((".lock", CONFIG, METRICS, MODEL, SIGNAL, REPORT, TRAINING_CSV, EVALUATION_CSV, KEYS), "file"),
+    **dict.fromkeys((CHECKPOINTS, TENSORBOARD, "wandb"), "folder"),
+}
+"""All that a training writes to directly in its folder, and what each is."""
+
+WEIGHTS_HASH = "model_sha256"
+"""What ``metrics.json`` says of ``model.safetensors``."""
+
 SCHEMA = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -63,6 +72,19 @@ _STEP, _DAMAGED = "step_", "damaged_"
 
 
 @dataclass(frozen=True)
+class MadeBy:
+    """What makes the bits of a run, as each of its checkpoints says.
+
+    Attributes:
+        settings: by their dotted names, those that may not change when the run goes on.
+        conditions: of ``CONDITIONS``, lists and mappings as a SHA-256.
+    """
+
+    settings: Mapping[str, Any]
+    conditions: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """One checkpoint that was found sound.
 
@@ -70,11 +92,13 @@ class Checkpoint:
         folder: where it is.
         step: optimizer steps taken.
         score: accuracy at that step; None where there was no evaluation.
+        made_by: what makes the bits of its run; None of an earlier version's.
     """
 
     folder: Path
     step: int
     score: float | None
+    made_by: MadeBy | None = None
 
     @property
     def weights(self) -> Path:
@@ -110,7 +134,12 @@ class CheckpointStore:
         self.keep = keep
 
     def write(
-        self, step: int, state: Mapping[str, Any], weights: Mapping[str, Callable[[Path], Any]], score: float | None
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        weights: Mapping[str, Callable[[Path], Any]],
+        score: float | None,
+        made_by: MadeBy | None = None,
     ) -> Checkpoint:
         """Write a checkpoint, then remove those no longer kept.
 
@@ -119,6 +148,7 @@ class CheckpointStore:
             state: tensors and plain values.
             weights: for each file name a function that writes it to a path.
             score: accuracy, if it was measured.
+            made_by: what makes the bits of the run.
 
         Returns:
             The checkpoint.
@@ -137,10 +167,9 @@ class CheckpointStore:
             buffer = io.BytesIO()
             torch.save(dict(state), buffer)
             write_atomically(place / STATE, buffer.getvalue())
-            facts = {
-                file.name: {"bytes": file.stat().st_size, "sha256": _hash(file)} for file in sorted(place.iterdir())
-            }
+            facts = {file.name: _facts(file) for file in sorted(place.iterdir())}
             manifest = {"schema": SCHEMA, "step": step, "score": score, "files": facts}
+            manifest |= {} if made_by is None else {"made_by": asdict(made_by)}
             write_atomically(place / MANIFEST, json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=1))
             _flush(place)
             self._rename(place, target)
@@ -150,7 +179,7 @@ class CheckpointStore:
                 raise file_error(error, target) from error
             raise
         self._prune()
-        return Checkpoint(target, step, score)
+        return Checkpoint(target, step, score, made_by)
 
     def newest(self, *, set_aside: bool = False) -> Checkpoint | None:
         """Return the newest sound checkpoint, with a warning for each newer one that is damaged.
@@ -240,9 +269,9 @@ def verify_checkpoint(folder: str | Path) -> Checkpoint:
             raise _damaged(folder, f"{shortened(name, 80)} is missing")
         if file.stat().st_size != facts.bytes:
             raise _damaged(folder, f"{name} has {file.stat().st_size} bytes instead of {facts.bytes}")
-        if _hash(file) != facts.sha256:
+        if hash_of(file) != facts.sha256:
             raise _damaged(folder, f"{name} has another checksum than when it was written")
-    return Checkpoint(folder, manifest.step, manifest.score)
+    return Checkpoint(folder, manifest.step, manifest.score, manifest.made_by)
 
 
 @dataclass(frozen=True)
@@ -261,6 +290,7 @@ class _Manifest:
     step: int
     score: float | None
     files: Mapping[str, _Facts]
+    made_by: MadeBy | None = None
 
 
 def _manifest(folder: Path) -> _Manifest:
@@ -289,9 +319,15 @@ def _damaged(folder: Path, what: str) -> ValueError:
     return ValueError(shortened(f"checkpoint {quoted(str(folder))} is damaged: {what}"))
 
 
-def _hash(file: Path) -> str:
+def hash_of(file: Path) -> str:
+    """Return the SHA-256 of a file."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": file.stat().st_size, "sha256": hash_of(file)}
 
 
 def _own_hash(manifest: Mapping[str, Any]) -> str:
@@ -318,8 +354,8 @@ class RunFolder:
         folder: its folder, made if it is missing.
 
     Raises:
-        ValueError: on entering, if another process or thread has the folder, which the message names; or if it holds
-            another run.
+        ValueError: on entering, if another process or thread has the folder, which the message names; if it holds
+            another run; or as of :func:`check_written`.
     """
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
@@ -328,6 +364,8 @@ class RunFolder:
         self._file: int | None = None
 
     def __enter__(self) -> Self:
+        __tracebackhide__ = True
+        check_written(self.folder)
         self._made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / ".lock"
@@ -392,6 +430,23 @@ class RunFolder:
             self._file = None
 
 
+def check_written(folder: Path) -> None:
+    """Raise unless all that a training writes or removes lies in the run's folder itself; the folder may be a link.
+
+    Raises:
+        ValueError: naming a link in the place of a file or folder of the run, or anything else that is there instead.
+    """
+    __tracebackhide__ = True
+    for name, wanted in WRITTEN.items():
+        place = folder / name
+        if place.is_symlink():
+            rule = "is a link, and a run writes to its own folder alone"
+            raise refused("out", place, rule, "remove the link")
+        if (kind := kind_of(place).removeprefix("a ")) not in (wanted, "nothing"):
+            kind = f"a {kind}" if kind != "no regular file" else kind
+            raise refused("out", place, f"is {kind}, and a run has a {wanted} there", "move it elsewhere")
+
+
 def _leads_to(path: Path, file: int) -> bool:
     """Tell whether a path leads to an open file."""
     try:
@@ -448,6 +503,26 @@ def read_metrics(folder: Path, step: int) -> dict[str, Any] | None:
     return metrics
 
 
+def check_weights(folder: Path, argument: str, remedy: str) -> None:
+    """Raise if a run's weights are not the file that its metrics say it wrote; those of earlier versions do not say it.
+
+    Args:
+        folder: of the run, which has both.
+        argument: what named it, for messages.
+        remedy: ends the message.
+
+    Raises:
+        ValueError: they are not, or the metrics are damaged.
+    """
+    __tracebackhide__ = True
+    if kind_of(folder / METRICS) == "nothing":
+        return
+    said = read_json(folder / METRICS, argument).get(WEIGHTS_HASH)
+    if said is not None and said != hash_of(folder / MODEL):
+        rule = f"is not the file that this run wrote, by the SHA-256 in its {METRICS}"
+        raise refused(argument, folder / MODEL, rule, remedy)
+
+
 def differences(config: TrainConfig, folder: Path) -> list[str]:
     """Return the fields in which a run in a folder differs from a config, none where there is no run.
 
@@ -471,25 +546,81 @@ def differences(config: TrainConfig, folder: Path) -> list[str]:
     return [name for name in sorted({*before, *now} - FREE) if before.get(name, ...) != now.get(name, ...)]
 
 
-def check_conditions(folder: Path, now: Mapping[str, Any]) -> None:
-    """Raise if what makes the bits of a run is not what ``config.json`` says it was.
+def made_by(config: TrainConfig, description: Mapping[str, Any]) -> MadeBy:
+    """Return what makes the bits of a run.
 
     Args:
+        config: of the run, as it was given.
+        description: what ``config.json`` holds.
+    """
+    settings = flatten(json.loads(json.dumps(to_dict(config))))
+    conditions: dict[str, Any] = dict(zip(CONDITIONS, map(_digest, _conditions(description)), strict=True))
+    return MadeBy({name: value for name, value in settings.items() if name not in FREE}, conditions)
+
+
+def check_settings(checkpoint: Checkpoint, folder: Path, now: MadeBy) -> None:
+    """Raise if a run has other settings than its checkpoint was made with, whatever ``config.json`` says.
+
+    Args:
+        checkpoint: of the run; what an earlier version did not write to it is not compared.
         folder: of the run.
-        now: what ``config.json`` would hold; what an earlier version did not write to it is not compared.
+        now: of the run that would go on.
+
+    Raises:
+        ValueError: naming what differs, both values, and how to go on all the same.
+    """
+    __tracebackhide__ = True
+    before = {} if checkpoint.made_by is None else checkpoint.made_by.settings
+    changes = [
+        name + _instead(now.settings[name], before[name])
+        for name in sorted(before.keys() & now.settings.keys())
+        if before[name] != now.settings[name]
+    ]
+    if changes:
+        listed = shortened(", ".join(changes), 200)
+        rule = f"its {checkpoint.folder.name} was made with other settings, and would go on to other bits ({listed})"
+        raise refused("out", folder, rule, "restore them, or pass --on-changed continue to go on all the same")
+
+
+def check_conditions(checkpoint: Checkpoint, folder: Path, now: Mapping[str, Any]) -> None:
+    """Raise if what makes the bits of a run is not what ``config.json``, or its checkpoint, says it was.
+
+    Args:
+        checkpoint: of the run.
+        folder: of the run.
+        now: what ``config.json`` would hold; what an earlier version did not write is not compared.
 
     Raises:
         ValueError: naming what differs, and how to go on all the same.
     """
     __tracebackhide__ = True
-    before, changes = read_json(folder / CONFIG, "run"), []
-    for name, was, is_now in zip(CONDITIONS, _conditions(before), _conditions(now), strict=True):
-        if was is not None and was != is_now:
-            values = "" if isinstance(is_now, (list, dict)) else f" {is_now} instead of {shortened(str(was), 40)}"
-            changes.append(f"{name}{values}")
+    began = _conditions(read_json(folder / CONFIG, "run"))
+    made = {} if checkpoint.made_by is None else checkpoint.made_by.conditions
+    changes = []
+    for name, said, is_now in zip(CONDITIONS, began, _conditions(now), strict=True):
+        for was, here in ((said, is_now), (made.get(name), _digest(is_now))):
+            if was is not None and was != here:
+                changes.append(name + ("" if isinstance(is_now, (list, dict)) else _instead(is_now, was)))
+                break
     if changes:
         rule = f"the run began with other conditions and would go on to other bits ({', '.join(changes)})"
         raise refused("out", folder, rule, "restore them, or pass --on-changed continue to go on all the same")
+
+
+def _instead(now: object, was: object) -> str:
+    """Two values in words; of long ones that begin alike what differs."""
+    words = [printable(str(now)), printable(str(was))]
+    alike = next((at for at, (one, other) in enumerate(zip(*words, strict=False)) if one != other), len(min(words)))
+    if max(map(len, words)) > 40 and alike > 12:
+        words = [f"…{word[alike - 12 :]}" for word in words]
+    return " {} instead of {}".format(*(shortened(word, 40) for word in words))
+
+
+def _digest(value: Any) -> Any:
+    """A list or mapping as its SHA-256, anything else as it is: class names and files can be many."""
+    if not isinstance(value, (list, dict)):
+        return value
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 CONDITIONS = ("torch", "precision", "device", "compiled", "threads", "images", "classes")

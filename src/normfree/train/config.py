@@ -167,7 +167,8 @@ class TrainConfig:
     """What a loss that is not finite does: stop the run and name the module it began in, or skip that step."""
     on_changed: Literal["error", "continue"] = "error"
     """What a run does that would go on with another torch, precision, device, number of threads, other images or
-    classes than it began with: stop and name them, or go on, to other bits than without the interruption."""
+    classes than it began with, or other settings than its checkpoint was made with: stop and name them, or go on, to
+    other bits than without the interruption."""
     signal_every: int | None = None
     """Steps between signal propagation plots of the network in training; None: as often as a hundredth of the
     time allows; 0: none."""
@@ -425,9 +426,13 @@ def read_config(
 
 
 def _is_place(word: str, path: Path) -> bool:
-    """Whether a folder that a settings file names may be written to: one below the current folder, or a run's own."""
+    """Whether a folder that a settings file names may be written to: one below the current folder, or a run's own.
+
+    A link on the way, which may be of who wrote the file, is followed: where it ends counts.
+    """
     folder = Path(word)
-    return not (folder.is_absolute() or ".." in folder.parts) or folder.resolve() == path.parent.resolve()
+    below = not (folder.is_absolute() or ".." in folder.parts) and folder.resolve().is_relative_to(Path.cwd())
+    return below or folder.resolve() == path.parent.resolve()
 
 
 _CODE = (lambda word, path: ".py" not in word, "no code is run")

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 TRAINING = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "clip_fraction", "images_per_second", "seconds")
 EVALUATION = ("step", "epoch", "loss", "top1", "top5", "examples", "seconds")
 
+TRAINING_CSV, EVALUATION_CSV, TENSORBOARD = "train.csv", "eval.csv", "tensorboard"
+"""Where they go in a run's folder."""
+
 Row = dict[str, float | None]
 
 
@@ -51,8 +54,8 @@ class Records:
     """
 
     def __init__(self, folder: Path, step: int, loggers: Loggers) -> None:
-        self.training = Curve(folder / "train.csv", TRAINING, step)
-        self.evaluation = Curve(folder / "eval.csv", EVALUATION, step)
+        self.training = Curve(folder / TRAINING_CSV, TRAINING, step)
+        self.evaluation = Curve(folder / EVALUATION_CSV, EVALUATION, step)
         self.loggers = loggers
 
     def __enter__(self) -> Self:
@@ -92,8 +95,12 @@ class Curve:
         write_atomically(path, self._text(self.rows, header=True))
 
     def add(self, row: Mapping[str, float | None]) -> None:
-        """Append a row; it is in the file when this returns."""
+        """Append a row; it is in the file when this returns. A second one of the last step takes the first's place."""
         kept = {name: row.get(name) for name in self.columns}
+        if self.rows and self.rows[-1]["step"] == kept["step"]:  # a run that had ended is evaluated again
+            self.rows[-1] = kept
+            write_atomically(self.path, self._text(self.rows, header=True))
+            return
         self.rows.append(kept)
         try:
             with self.path.open("a", newline="") as file:
@@ -114,7 +121,7 @@ def read_rows(path: Path) -> list[Row]:
     """Return the rows of a curve's file, none if there is no file; a row that was cut off is left out.
 
     Raises:
-        ValueError: it is no file of a curve: no text, or without a column of steps.
+        ValueError: it is no file of a curve: no text, without a column of steps, or with steps that do not rise.
     """
     if kind_of(path) == "nothing":
         return []
@@ -125,10 +132,33 @@ def read_rows(path: Path) -> list[Row]:
         reader = csv.DictReader(io.StringIO(text, newline=""))
         if content and "step" not in (reader.fieldnames or ()):
             raise ValueError("its first line names no column 'step'")
-        return [row for cells in reader if (row := _numbers(cells)) is not None]
+        rows = [row for cells in reader if (row := _numbers(cells)) is not None]
+        return _rising(rows, repeats=path.name == EVALUATION_CSV)
     except (ValueError, csv.Error) as error:
         rule = f"is no sound file of a run's curve ({first_line(error)})"
         raise refused("run", path, rule, "restore it from a copy, or remove it") from error
+
+
+def _rising(rows: list[Row], *, repeats: bool) -> list[Row]:
+    """The rows of a curve, whose steps are counts that rise.
+
+    Args:
+        rows: as they were read.
+        repeats: whether of rows of one step the last counts: earlier versions evaluated a run that had ended again.
+
+    Raises:
+        ValueError: naming a step that does not rise.
+    """
+    kept: list[Row] = []
+    for row in rows:
+        step, last = row["step"], kept[-1]["step"] if kept else -1
+        if repeats and kept and step == last:
+            kept[-1] = row
+            continue
+        if not isinstance(step, int) or not isinstance(last, int) or step <= last:
+            raise ValueError(f"step {step} follows step {last}" if kept else f"its first step is {step}")
+        kept.append(row)
+    return kept
 
 
 def _numbers(cells: Mapping[str | None, Any]) -> Row | None:
@@ -276,7 +306,7 @@ class Loggers:
         self._loggers: list[Logger] = []
         for name in names:
             if name == "tensorboard":
-                self._loggers.append(TensorBoard(folder / "tensorboard", step))
+                self._loggers.append(TensorBoard(folder / TENSORBOARD, step))
             else:
                 logger = Tracker(name, folder, keys.get(name), settings)
                 self._loggers.append(logger)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from normfree.common.checks import invalid, require
-from normfree.common.files import kind_of, notes_of, parse_dataclass, read_json, refused
-from normfree.common.text import first_line, one_line, quoted
+from normfree.common.files import kind_of, notes_of, parse_dataclass, parse_json, read_json, refused
+from normfree.common.text import first_line, one_line, quoted, shortened
+from normfree.convert.record import NOTE as CONVERTED
 from normfree.data import DataConfig
 from normfree.data.config import Preprocessing
+from normfree.models.registry import list_models, parse_overrides
 from normfree.trace.preserve import check_finite, check_statistics
-from normfree.train.checkpoint import CHECKPOINTS, CONFIG, MANIFEST, MODEL, CheckpointStore, verify_checkpoint
+from normfree.train.checkpoint import (
+    CHECKPOINTS,
+    CONFIG,
+    MANIFEST,
+    MODEL,
+    CheckpointStore,
+    check_weights,
+    verify_checkpoint,
+)
 from normfree.weights import load
+from normfree.weights.checkpoint import BUILT_BY, NAMED
 
 REMEDY = "export the network again"
 
@@ -124,9 +136,7 @@ def open_trained(
         metadata = network.metadata
     preprocessing, note = Preprocessing.read(metadata, path), ""
     if preprocessing is not None and found is not None:
-        if (preprocessing.classes, preprocessing.statistics) != (found.classes, found.data.statistics):
-            rule = "says of its images or classes what its run, the one it lies in or that of --run, does not"
-            raise refused("model", path, rule, "give the run it comes from, or move the file out of this one")
+        _check_prepared(preprocessing, found, path, exported=opener is not None)
     elif preprocessing is not None:
         names = preprocessing.classes
     if isinstance(network, FixedBatch) and data is not None and network.size not in (None, data.image_size):
@@ -143,12 +153,53 @@ def preprocessing_of(path: Path) -> Preprocessing | None:
         path: of the run, a checkpoint, or a file of weights.
 
     Raises:
-        ValueError: what says it is damaged.
+        ValueError: what says it is damaged, or the two say different things.
     """
     run = find_run(path)
-    if run is not None:
+    if run is not None and path.is_dir():
         return Preprocessing.of(run.data, run.classes)
-    return Preprocessing.read(notes_of(weights_of(path)) or {}, path)
+    said = Preprocessing.read(notes_of(weights_of(path)) or {}, path)
+    if said is not None and run is not None:
+        _check_prepared(said, run, path)
+    return said if run is None else Preprocessing.of(run.data, run.classes)
+
+
+def _check_prepared(said: Preprocessing, run: RunData, path: Path, *, exported: bool = False) -> None:
+    """Raise if a file and its run do not say the same of images and classes; an exported file may have its own size."""
+    __tracebackhide__ = True
+    names = [one.name for one in dataclasses.fields(said) if not (exported and one.name == "image_size")]
+    other = [n for n in names if getattr(said, n) != (run.classes if n == "classes" else getattr(run.data, n))]
+    if other:
+        rule = "says of its images or classes what its run, the one it lies in or that of --run, does not"
+        remedy = "give the run it comes from, or move the file out of this one"
+        raise refused("model", path, f"{rule} ({', '.join(other)})", remedy)
+
+
+def _check_own(folder: Path, weights: Path) -> None:
+    """Raise if weights that a folder stands for are of other images, classes or another network than its run's.
+
+    What the weights do not note is not compared, nor is a network that the run took from a file or a function.
+    """
+    __tracebackhide__ = True
+    run, notes = find_run(folder), notes_of(weights) or {}
+    if run is None:
+        return
+    if (said := Preprocessing.read(notes, weights)) is not None:
+        _check_prepared(said, run, weights)
+    name, _, overrides = (run.model or "").partition(":")
+    own = name in list_models()
+    if run.model is None or not {BUILT_BY, *([NAMED, CONVERTED] if own else [])} & notes.keys():
+        return
+    try:
+        wanted = {"name": name, **parse_overrides(overrides)} if own else {"model": run.model}
+        noted = parse_json(notes[NAMED if own else BUILT_BY])
+        of_data = ("num_classes", "in_channels", "padding")
+        same = {key: value for key, value in noted.items() if key not in of_data} == json.loads(json.dumps(wanted))
+    except (KeyError, ValueError, TypeError, AttributeError):  # no such note, or a forged one
+        same = False
+    if not same:
+        rule = f"is of another network than its run's {CONFIG} says ({shortened(run.model, 120)})"
+        raise refused("model", weights, rule, "restore both from a copy, or move the file out of this run")
 
 
 def _usable(network: nn.Module, path: Path) -> nn.Module:
@@ -178,14 +229,19 @@ def weights_of(path: str | Path) -> Path:
         path: of a run, of a checkpoint, or of a file.
 
     Raises:
-        ValueError: if the folder is neither, or the checkpoint is damaged.
+        ValueError: if the folder is neither, the checkpoint is damaged, or the run's files do not belong together.
     """
     path = Path(path)
     if not path.is_dir():
         return path
     if (path / MANIFEST).is_file():
-        return verify_checkpoint(path).weights
+        weights = verify_checkpoint(path).weights
+        _check_own(path, weights)
+        return weights
     if (path / CONFIG).is_file() and (path / MODEL).is_file():
+        remedy = f"restore both from a copy, or name the file itself: {shortened(str(path / MODEL), 80)}"
+        check_weights(path, "model", remedy)
+        _check_own(path, path / MODEL)
         return path / MODEL
     store = CheckpointStore(path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path)
     best = store.best()
@@ -199,6 +255,7 @@ def weights_of(path: str | Path) -> Path:
             UserWarning,
             stacklevel=2,
         )
+        _check_own(path, best.weights)
     return best.weights
 
 
@@ -211,12 +268,14 @@ class RunData:
         classes: names of the logits.
         training_data: what tells the images it was trained on from others.
         steps: of the whole run; None where an older one does not say.
+        model: the word for its network.
     """
 
     data: DataConfig
     classes: tuple[str, ...]
     training_data: Mapping[str, Any] = field(default_factory=dict)
     steps: int | None = None
+    model: str | None = None
 
 
 @overload
@@ -238,13 +297,14 @@ def find_run(path: Path, *, required: bool = False) -> RunData | None:
         if not isinstance(config, dict) or not isinstance(described.get("derived"), dict):
             continue  # a file of that name of something else
         try:
-            names = {one.name for one in dataclasses.fields(RunData)}
+            names = {one.name for one in dataclasses.fields(RunData)} - {"model"}
             known = {name: value for name, value in described["derived"].items() if name in names}
             derived = parse_dataclass(RunData, known)
             if len(set(derived.classes)) < len(derived.classes):
                 raise ValueError("RunData.classes: a class is there twice")
             size = config.get("evaluation_size") or derived.data.image_size
-            return dataclasses.replace(derived, data=dataclasses.replace(derived.data, image_size=size))
+            word = word if isinstance(word := config.get("model"), str) else None
+            return dataclasses.replace(derived, data=dataclasses.replace(derived.data, image_size=size), model=word)
         except ValueError as error:
             raise refused("run", file, f"is damaged ({first_line(error)})", "restore it from a copy") from error
     if required:

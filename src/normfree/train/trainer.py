@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -54,12 +54,18 @@ from normfree.train.checkpoint import (
     REPORT,
     SIGNAL,
     WEIGHTS,
+    WEIGHTS_HASH,
     Checkpoint,
     CheckpointStore,
+    MadeBy,
     RunFolder,
     check_conditions,
+    check_settings,
+    check_weights,
     differences,
     find_folder,
+    hash_of,
+    made_by,
     read_metrics,
 )
 from normfree.train.config import OptimizerConfig, TrainConfig, to_dict
@@ -112,8 +118,8 @@ def train(config: TrainConfig, console: Console | None = None, *, network: Netwo
     Raises:
         ValueError: if ``config.out`` holds a run of another config, or another process is writing to it; if data,
             network and batch do not fit together; if the loss is no longer finite; if all checkpoints are damaged; if
-            the run would go on to other bits, for another torch, precision, device, number of threads or other images,
-            unless ``config.on_changed`` is "continue".
+            the run would go on to other bits, for other settings than its checkpoint was made with, another torch,
+            precision, device, number of threads or other images, unless ``config.on_changed`` is "continue".
         OSError: naming a file that could not be written.
         ImportError: a package that training needs is not installed.
     """
@@ -427,13 +433,16 @@ class Trainer:
                 f"{self.chosen.folder} holds a run with other settings ({others}): this one's folder is {self.folder}"
             )
         checkpoint = on_rank_zero(self.fabric, lambda: self.store.newest(set_aside=True))
+        before = checkpoint if self.config.on_changed == "error" else None
+        if before is not None:
+            on_rank_zero(self.fabric, lambda: check_settings(before, self.folder, self.made_by))
         metrics = on_rank_zero(self.fabric, lambda: None if checkpoint is None else self._read_metrics(checkpoint.step))
         if metrics is not None:
             return Summary(self.folder, metrics, repeated=True)
         description = on_rank_zero(self.fabric, self.describe)
+        if before is not None:
+            on_rank_zero(self.fabric, lambda: check_conditions(before, self.folder, description))
         if checkpoint is not None:
-            if self.config.on_changed == "error":
-                on_rank_zero(self.fabric, lambda: check_conditions(self.folder, description))
             self.resume(checkpoint)
         if not self.fabric.is_global_zero:
             return self._summarize(self.fit(), description)
@@ -444,11 +453,19 @@ class Trainer:
             return self._summarize(self.fit(), description)
 
     def _read_metrics(self, step: int) -> dict[str, Any] | None:
-        """Return the metrics of a run that came to its end before, and whose weights are there."""
+        """Return the metrics of a run that came to its end before, and whose weights are there.
+
+        Raises:
+            ValueError: the weights are another file than the metrics say, or the metrics are damaged.
+        """
         weights = self.folder / MODEL
         if step < self.last_step or kind_of(weights) != "file" or notes_of(weights) is None:
             return None  # goes on from its last checkpoint, and writes them again
-        return read_metrics(self.folder, step)
+        metrics = read_metrics(self.folder, step)
+        if metrics is not None:
+            remedy = f"restore both from a copy, or remove {METRICS}, and the same command writes both again"
+            check_weights(self.folder, "out", remedy)
+        return metrics
 
     def describe(self) -> dict[str, Any]:
         """Return what was chosen, what followed from it, and where it ran, as ``config.json`` has it."""
@@ -470,6 +487,11 @@ class Trainer:
             "training_data": self.data.identity(),
         }
         return {"config": to_dict(self.chosen), "derived": derived, **provenance()}
+
+    @cached_property
+    def made_by(self) -> MadeBy:
+        """What makes the bits of the run, for its checkpoints to say."""
+        return made_by(self.chosen, self.describe())
 
     def _opening_lines(self) -> Iterator[str]:
         """Say on what the run trains and evaluates, for how long, and what differs from what was chosen."""
@@ -666,7 +688,7 @@ class Trainer:
         state, weights = self.state_dict(), self.weights()
         if self.fabric.is_global_zero:
             score = None if self.evaluation is None else self.evaluation.top1
-            self.store.write(self.step, state, weights, score)
+            self.store.write(self.step, state, weights, score, self.made_by)
         self.fabric.barrier()
 
     def state_dict(self) -> dict[str, Any]:
@@ -845,7 +867,9 @@ class Trainer:
             training, evaluation = self.records.training.rows, self.records.evaluation.rows
             metrics["best_top1"] = max((row["top1"] or 0 for row in evaluation), default=None)
             if finished:
+                (self.folder / METRICS).unlink(missing_ok=True)  # an earlier end's, of other weights
                 self._save(network, self.folder / MODEL)
+                metrics[WEIGHTS_HASH] = hash_of(self.folder / MODEL)
                 history = metrics["signal"] = None
                 if self.monitor is not None:
                     self.monitor.stop()  # records the last step
