@@ -32,7 +32,7 @@ ALLOWED = {
 # Files that belong to no folder.
 ALLOWED_FILES = {
     "terminal": {"common"},
-    "sources": {"convert", "models", "train", "weights", "common"},
+    "sources": {"convert", "models", "train", "weights", "trace", "common"},
     "benchmark": {"nn", "export", "sources", "common"},
     "cli": {"commands", "terminal", "common"},
     "__main__": {"cli"},

@@ -129,7 +129,7 @@ def _run(command: Any) -> int:
 
 def _own_place_of(error: Exception) -> str | None:
     """Where in the person's own FILE.py an error was raised that no code of this package has answered for."""
-    from normfree.sources import OWN_FILE
+    from normfree.common.process import OWN_FILE
 
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     for frame in reversed(frames):

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from normfree.common.checks import LISTED, check_memory, invalid, require, suggestion
 from normfree.common.files import PREPROCESSING, check_file, kind_of, notes_of, read, sizes
-from normfree.common.process import set_default_device
+from normfree.common.process import OWN_FILE, set_default_device
 from normfree.common.text import all_lines, causes, first_line, one_line, quoted
 from normfree.convert import Conversion, stored_conversion
 from normfree.models import create_model, list_models
@@ -44,9 +44,6 @@ FORMS = (
     "a name of `normfree models`, torchvision:NAME, timm:NAME, FILE.py:FACTORY, a checkpoint of normfree.save, or "
     "the folder of a run or of its checkpoint"
 )
-
-OWN_FILE = "_normfree_source_"
-"""What the name of a module begins with that is the ``FILE.py`` of a person."""
 
 DEEPEST = 100_000
 """Blocks of a network at most: a stage's loop over more would run for hours."""

@@ -28,6 +28,9 @@ LONGEST_TURN = 600.0
 POLL = 0.005
 """Seconds between two looks at whose turn it is; a turn is a forward pass or more."""
 
+OWN_FILE = "_normfree_source_"
+"""What the name of a module begins with that is the ``FILE.py`` of a person."""
+
 
 class _Turn:
     """Whose turn it is. The lock is held for moments only: no thread waits, and no code of others runs, in it.
