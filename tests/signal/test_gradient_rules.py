@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import normfree
 from normfree.signal import KINDS, BlockSignal, Entry, SignalPropagation, spp
 from normfree.signal import gradients as rules
 
@@ -204,3 +205,14 @@ def test_emptiness_that_the_variance_hides():
     points = rated(nn.Sequential(*layers), torch.randn(16, 1, 8, 8))
     assert points[-1].block.avg_channel_var > 1e-3
     assert rules._loss([p.sensitivity for p in points])[2] > -math.log10(rules.TOO_FAINT)
+
+
+@pytest.mark.parametrize("units", [1.0, 1e4, 1e5])
+def test_a_model_in_other_units_than_its_data_is_rough(units):
+    """Scales that were measured on large inputs make small ones a ripple on an offset, which no rate can train."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(24) for layer in (nn.Linear(24, 24), nn.ReLU())]
+    x = torch.randn(128, 24)
+    converted = normfree.convert(nn.Sequential(*layers, nn.Linear(24, 3)), x * units)
+    errors = {finding.kind for finding in normfree.spp(converted, x).findings if finding.severity == "error"}
+    assert ("gradient_explosion" in errors) == bool(errors) == (units > 1)

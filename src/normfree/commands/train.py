@@ -116,7 +116,12 @@ class Train:
         if _is_at_chance(found["confusion"]):
             words = ["normfree", "spp", self.recipe.model, "--input", self.recipe.data.source]
             words += ["--original", self.recipe.original] if self.recipe.original else []
-            console.say(f"no better than naming one class always; {shlex.join(words)} shows the signal it starts with")
+            if (size := self.recipe.data.image_size) is not None:
+                words += ["--image-size", str(size)]
+            console.say(
+                f"no better than naming one class always, after {metrics['step']} steps; {shlex.join(words)} shows the "
+                "signal it starts with; if it is healthy: more epochs, another --optimizer.learning-rate, other images"
+            )
         if summary.repeated:
             console.say(f"{summary.folder} holds this run already: nothing was trained; another --out trains it again")
         else:

@@ -357,6 +357,9 @@ def _final_weights(model: nn.Module) -> set[str]:
 def _matching_names(names: Iterable[str], exclude: Iterable[str]) -> set[str]:
     known, excluded = list(names), set[str]()
     for wanted in exclude:
+        if not isinstance(wanted, str):
+            rule, remedy = "is no name", "give names of parameters or modules, as model.named_parameters() has them"
+            raise invalid("exclude", type(wanted).__name__, rule, remedy)
         matching = {name for name in known if name == wanted or name.startswith(f"{wanted}.")}
         if not matching:
             raise invalid("exclude", wanted, "no parameter or module has this name", suggestion(wanted, known))

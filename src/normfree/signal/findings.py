@@ -60,6 +60,7 @@ def findings_of(
     size = [*_explosion(signal, along, made_of), *_attenuation(along, made_of)]
     found = [
         *_non_finite(signal, non_finite, made_of),
+        *_uneven_inputs(made_of),  # first: all else is to be measured on data that are standardized
         *size,
         *_mean_shift(signal, along, made_of),
         *_branch_variance(signal, made_of),
@@ -70,7 +71,6 @@ def findings_of(
         *_zero_layer(signal),
         *_single_value(signal, everywhere),
         *_variance_plan(signal),
-        *_uneven_inputs(made_of),
         *_softmax_output(made_of),
         *_correlation_collapse(along, made_of),
         *gradient_explosion(signal, made_of, size),
@@ -725,19 +725,22 @@ def _uneven_inputs(made_of: Architecture) -> Iterator[Finding]:
     for layer, sizes in made_of.inputs:
         if sizes.largest < UNEVEN * sizes.typical:
             continue
+        large = [
+            index for index, size in sizes.all.items() if size >= UNEVEN * sizes.typical and index != sizes.channel
+        ]
+        also = f" (and {len(large)} more are as much larger, first {large[0]})" if large else ""
+        remedy = remedies.uneven_inputs(sizes.axis)
         yield Finding(
             kind="uneven_inputs",
             severity="error" if sizes.largest >= TOO_UNEVEN * sizes.typical else "warning",
             block=None,
             message=(
                 f"layer {module_title(layer)} reads channels of very different sizes: the root mean square of channel "
-                f"{sizes.channel} is {sizes.largest:.3g}, the median of {sizes.others} others {sizes.typical:.3g}; "
-                "steps that are small enough for that one hardly move what is learned of the others."
+                f"{sizes.channel} is {sizes.largest:.3g}, the median of {len(sizes.all) - 1} others {sizes.typical:.3g}"
+                f"{also}; steps that are small enough for the large ones hardly move what is learned of the others."
             ),
-            remedy=(
-                "Standardize the data: from each channel take its mean, and divide by its deviation, both over the "
-                "training set (a logarithm first where values span powers of ten)."
-            ),
+            remedy=remedy.text,
+            code=remedy.code,
         )
 
 

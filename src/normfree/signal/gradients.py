@@ -433,11 +433,15 @@ class LayerPlaces(PlaceRecorder):
 
 @dataclass(frozen=True)
 class _Rated:
-    """A point, and the decimal logarithms of its S and G."""
+    """A point, and the decimal logarithms of its S and G, and of S by all of the signal, what all inputs share with it.
+
+    A step of a layer's weights acts on all that it reads, a constant offset included.
+    """
 
     block: BlockSignal
     sensitivity: float
     power: float
+    roughness: float
 
 
 # Layers that are to move by their own size take √S steps if none may leave the range of the linear approximation:
@@ -485,9 +489,9 @@ def gradient_explosion(
     if len(points) < 2:
         return
     end = points[-OUTPUTS:]
-    sensitivity, power = max(p.sensitivity for p in end), max(p.power for p in end)
-    growth, first = max((min(p.sensitivity - sensitivity, p.power - power), -i) for i, p in enumerate(points))
-    steady = min(_steady_growth([p.sensitivity for p in points]), _steady_growth([p.power for p in points]))
+    roughness, power = max(p.roughness for p in end), max(p.power for p in end)
+    growth, first = max((min(p.roughness - roughness, p.power - power), -i) for i, p in enumerate(points))
+    steady = min(_steady_growth([p.roughness for p in points]), _steady_growth([p.power for p in points]))
     if steady > growth:
         growth, first = steady, 0
     if growth < log10(ROUGH):
@@ -611,7 +615,8 @@ def _rate(signal: SignalPropagation) -> list[_Rated]:
         if gradient == 0 and block.number is not None and block.number < last_zero:
             continue
         power = _log(gradient * prod(block.shape) / block.shape[0])
-        rated.append(_Rated(block, power + log10(variance), power))
+        size = variance + block.avg_channel_sq_mean
+        rated.append(_Rated(block, power + log10(variance), power, power + log10(size)))
     return rated if any(isfinite(p.power) for p in rated) else []
 
 

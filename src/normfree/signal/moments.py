@@ -10,7 +10,7 @@ computed again in float64.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -210,13 +210,15 @@ class Sizes:
         channel: index of the largest.
         largest: its size.
         typical: the median of the others'.
-        others: how many they are.
+        all: those of all channels that are compared, the largest included, by index.
+        axis: of the channels.
     """
 
     channel: int
     largest: float
     typical: float
-    others: int
+    all: Mapping[int, float]
+    axis: int
 
 
 MOST_ROWS = 4096
@@ -248,7 +250,9 @@ def channel_sizes(x: Tensor, channel_axis: int) -> Sizes | None:
     if int(measured.sum()) < 2 or not bool(size.isfinite().all()):
         return None
     typical = float(size[measured].median())
-    return Sizes(channel, float(size[channel]), typical, int(measured.sum()))
+    measured[channel] = True
+    compared = {int(index): float(size[index]) for index in measured.nonzero().flatten()}
+    return Sizes(channel, float(size[channel]), typical, compared, channel_axis % x.dim())
 
 
 def _of_few(x: Tensor, axis: int, *, correlated: bool, divisor: float, bias: Tensor | None) -> Moments:

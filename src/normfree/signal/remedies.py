@@ -431,3 +431,21 @@ def _list(names: Sequence[str]) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def uneven_inputs(axis: int) -> Remedy:
+    """Channels of an input that have very different sizes.
+
+    Args:
+        axis: of the channels.
+    """
+    return Remedy(
+        "Standardize the data before all else: from each channel take its mean, and divide by its deviation, both over "
+        "the training set (a logarithm first where values span powers of ten).",
+        f"""\
+import torch
+
+axes = [axis for axis in range(batch.dim()) if axis != {axis}]  # all but the channels'
+mean, deviation = (of(batch, axes, keepdim=True) for of in (torch.mean, torch.std))  # better: of the training set
+batch = (batch - mean) / deviation.clamp_min(1e-6)""",
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,6 +84,8 @@ def check_batch(batch: Batch, argument: str = "batch") -> None:
     __tracebackhide__ = True
     tensors = tensors_of(batch)
     if not tensors:
+        if isinstance(batch, Iterable) and not isinstance(batch, (str, bytes, Mapping, Sequence)):
+            raise ValueError(f"{argument}: it is a {type(batch).__name__}; give one batch of it: next(iter(...))")
         raise ValueError(
             f"{argument}: it holds no tensor; give a tensor, a tuple or a dict of tensors{_if_numpy(batch)}"
         )
