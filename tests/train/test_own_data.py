@@ -40,6 +40,14 @@ def told(capsys, *words):
     return captured.out
 
 
+def test_an_epoch_of_few_steps_says_how_many_images_it_leaves_out(at_home, capsys):
+    text = told(capsys, "train", "cifar", "--data.source", "pets", "--epochs", "1", "--batch-size", "32", *WORDS)
+    said = "an epoch is 1 step of 32 images and leaves out 22, others each time; --batch-size 8 makes it 4 or more"
+    assert said in text.splitlines()
+    text = told(capsys, "train", "cifar", "--data.source", "pets", "--epochs", "1", "--batch-size", "12", *WORDS)
+    assert "leaves out" not in text
+
+
 def test_a_folder_of_class_folders_trains_as_it_is(at_home, capsys):
     text = told(capsys, "train", "cifar", "--data.source", "pets", "--epochs", "1", *WORDS)
     assert text.splitlines()[:5] == [
@@ -49,6 +57,7 @@ def test_a_folder_of_class_folders_trains_as_it_is(at_home, capsys):
         "--optimizer.clip-norm 4 instead of 1, for a smaller batch has more noise",
         "--optimizer.warmup-epochs 0.25 instead of 1, a quarter of the run's 1",
     ]
+    assert "leaves out" not in text
     described = json.loads((at_home / "runs/cifar/config.json").read_text())
     assert described["config"]["data"]["holdout"] is None and described["config"]["batch_size"] == 128
     assert described["derived"]["data"]["holdout"] == 0.1

@@ -68,7 +68,7 @@ from normfree.train.checkpoint import (
     made_by,
     read_metrics,
 )
-from normfree.train.config import OptimizerConfig, TrainConfig, to_dict
+from normfree.train.config import STEPS, OptimizerConfig, TrainConfig, to_dict
 from normfree.train.distributed import FABRIC_PRECISION, ShardedStates, WholeStates, launch, resolve_precision, shard
 from normfree.train.evaluation import Evaluation, evaluate
 from normfree.train.networks import NetworkFactory, build_network, compare_units, compile_network
@@ -509,6 +509,13 @@ class Trainer:
             yield f"evaluating on {evaluated:,}"
         if config.batch_size != chosen.batch_size:
             yield f"--batch-size {config.batch_size} instead of {chosen.batch_size}, for there are too few images"
+        steps, left_out = divmod(data.examples, config.batch_size)
+        if steps < STEPS and left_out:
+            several, better = "s" * (steps != 1), 2 ** int(math.log2(max(data.examples // STEPS, 1)))
+            yield (
+                f"an epoch is {steps} step{several} of {config.batch_size} images and leaves out {left_out}, others "
+                f"each time; --batch-size {better} makes it {STEPS} or more"
+            )
         if (now := config.optimizer.clip_norm) != (before := chosen.optimizer.clip_norm):
             yield f"--optimizer.clip-norm {now:g} instead of {before:g}, for a smaller batch has more noise"
         if (now := config.optimizer.warmup_epochs) != (before := chosen.optimizer.warmup_epochs):
