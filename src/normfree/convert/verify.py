@@ -187,6 +187,7 @@ def first_mismatching_norm(
 
 def check_form(conversion: Conversion, was: Any, now: Any, *, sizes: bool) -> None:
     """Raise ``ValueError`` where a converted model returns something of another form than the original did."""
+    __tracebackhide__ = True
     if other := difference(was, now, sizes=sizes):
         raise ValueError(
             f"model: {conversion.model} gives something else once converted: {other}; its forward asks what a module "
@@ -209,6 +210,7 @@ def check_form_of_outputs(
     Raises:
         ValueError: it is such a model; it fails or calls what is gone.
     """
+    __tracebackhide__ = True
     _, was = _sample(original, {}, batch, trains=trains)
     with explain_failures(conversion, original, converted, replaced):
         _, now = _sample(converted, {}, batch, trains=trains)

@@ -435,7 +435,7 @@ class LayerPlaces(PlaceRecorder):
 class _Rated:
     """A point, and the decimal logarithms of its S and G, and of S by all of the signal, what all inputs share with it.
 
-    A step of a layer's weights acts on all that it reads, a constant offset included.
+    A step of a layer's weights acts on all that it reads, a constant offset included, unless a normalizer takes it off.
     """
 
     block: BlockSignal
@@ -615,7 +615,7 @@ def _rate(signal: SignalPropagation) -> list[_Rated]:
         if gradient == 0 and block.number is not None and block.number < last_zero:
             continue
         power = _log(gradient * prod(block.shape) / block.shape[0])
-        size = variance + block.avg_channel_sq_mean
+        size = variance if block.renewed else variance + block.avg_channel_sq_mean
         rated.append(_Rated(block, power + log10(variance), power, power + log10(size)))
     return rated if any(isfinite(p.power) for p in rated) else []
 

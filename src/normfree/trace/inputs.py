@@ -84,7 +84,7 @@ def check_batch(batch: Batch, argument: str = "batch") -> None:
     __tracebackhide__ = True
     tensors = tensors_of(batch)
     if not tensors:
-        if isinstance(batch, Iterable) and not isinstance(batch, (str, bytes, Mapping, Sequence)):
+        if isinstance(batch, Iterable) and not (isinstance(batch, (Mapping, Sequence)) or hasattr(batch, "__array__")):
             raise ValueError(f"{argument}: it is a {type(batch).__name__}; give one batch of it: next(iter(...))")
         raise ValueError(
             f"{argument}: it holds no tensor; give a tensor, a tuple or a dict of tensors{_if_numpy(batch)}"
