@@ -198,7 +198,7 @@ def _parse(words: list[str]) -> Any:
         command = command_class(words[0])
         if hasattr(command, "apply_config_file"):  # a file of settings, which are the defaults then
             commands[words[0]], words = command.apply_config_file(words)
-        else:  # what is not given is None, and nobody needs to type that
+        else:  # an option that is left out is None, which is no value to type
             commands[words[0]] = tyro.conf.DisallowNone[command]
     told = io.StringIO()
     try:

@@ -588,21 +588,25 @@ def _keeps_process(source: str) -> Iterator[None]:
         _Explained: an output was closed; or it is another process, made by a fork, that goes on.
     """
     process, folder, device = os.getpid(), os.getcwd(), torch.get_default_device()
-    streams = sys.stdout, sys.stderr
+    streams = sys.stdout, sys.stderr  # None in a process without a terminal
+    opened = [_is_open(stream, number) for stream, number in zip(streams, (1, 2), strict=True)]
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = (open(os.devnull, "w") if one.closed else one for one in streams)  # noqa: SIM115
+        sys.stdout, sys.stderr = (open(os.devnull, "w") if one and one.closed else one for one in streams)  # noqa: SIM115
         set_default_device(device)
         os.chdir(folder)
     if os.getpid() != process:
         raise _Explained(f"model: {quoted(source)} forked, and this is the child, which is to end by os._exit there")
-    for name, stream, number in (("output", streams[0], 1), ("error", streams[1], 2)):
-        if stream.closed or not _is_open(number):
+    for name, stream, number, was_open in zip(("output", "error"), streams, (1, 2), opened, strict=True):
+        if was_open and not _is_open(stream, number):
             raise _Explained(f"model: {quoted(source)} closed the standard {name}; leave it open")
 
 
-def _is_open(number: int) -> bool:
+def _is_open(stream: Any, number: int) -> bool:
+    """Whether a standard stream, and the file of the system's below it, is open."""
+    if stream is None or stream.closed:
+        return False
     try:
         os.fstat(number)
     except OSError:

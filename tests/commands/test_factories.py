@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from normfree.cli import main
+from normfree.sources import build
 
 FILE = """
 import os, signal, sys
@@ -152,3 +154,11 @@ def test_a_full_output_is_told_as_what_it_is(capsys, monkeypatch):
         assert main(["models", "nf_resnet50"]) == 2
         monkeypatch.undo()
     assert "what is printed could not be written" in capsys.readouterr().err
+
+
+def test_a_factory_is_not_blamed_for_an_output_that_was_closed_before(file, monkeypatch):
+    closed = (file / "printed").open("w")
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr("sys.stdout", stream)
+        assert isinstance(build("net.py:Net").model, nn.Module)

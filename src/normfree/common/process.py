@@ -226,5 +226,5 @@ def _precision_of_products() -> list[Kept]:
 
 
 def set_default_device(device: torch.device) -> None:
-    """Have torch make tensors on a device where nobody says on which."""
+    """Set the device on which torch makes tensors by default."""
     torch.set_default_device(None if device.type == "cpu" else device)  # None takes torch's mode for devices away

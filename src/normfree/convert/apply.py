@@ -319,7 +319,9 @@ def _draw_copies_alike(original: nn.Module, converted: nn.Module, changes: Itera
         if not is_layer_change(change) or is_rescaled(change) or change.within is not None:
             continue
         weight = before(change)
-        if weight.numel() > 1 and not bool((weight == weight.flatten()[0]).all()):  # one of zeros is nobody's copy
+        if weight.numel() > 1 and not bool(
+            (weight == weight.flatten()[0]).all()
+        ):  # constants (zeros) are equal without being copies
             key = (change.now, weight.shape, weight.dtype, *weight.flatten()[:4].tolist())
             alike = next((group for group in groups.setdefault(key, []) if torch.equal(before(group[0]), weight)), None)
             if alike is None:
