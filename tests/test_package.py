@@ -80,6 +80,7 @@ def test_the_wheel_has_what_the_package_reads_and_no_more(built):
         "RECORD",
         "WHEEL",
         "entry_points.txt",
+        "docs/signal.md",
         "licenses/LICENSE",
         "licenses/src/normfree/report/plotly-cartesian.LICENSE.txt",
     }
@@ -110,6 +111,9 @@ def test_the_command_is_installed(bare):
     assert run(command, "--version", **alone) == f"normfree {PROJECT['version']}\n"
     assert "doctor" in run(command, "--help", **alone)
     assert "nf_resnet50" in run(command, "models", "nf_resnet*", **alone)
+    page = (ROOT / "docs" / "signal.md").read_text(encoding="utf-8")
+    told = run(command, "explain", "mean shift", **alone).strip()
+    assert told.startswith("### mean_shift\n") and told in page
 
 
 def test_the_core_measures_converts_folds_and_keeps_models(alone):

@@ -119,7 +119,7 @@ def test_it_says_first_what_it_will_do_and_then_what_it_found(run):
         "The model stays as it is. The report goes to doctor.",
         "What was found",
         "error: explosion",
-        "    See docs/signal.md#explosion\n",
+        "    See normfree explain explosion\n",
         "What conversion changes",
         "Sequential converted (fresh): 21 ScaledWSConv2d; it had no normalizer that is recognised",
         "What was found in the converted model",
@@ -179,14 +179,14 @@ def test_what_stays_wrong_after_conversion_is_not_told_to_convert(run):
     before, after = told.split("What was found in the converted model")
     assert "normfree.convert(" in before and "normfree.convert(" not in after
     assert "warning: correlation collapse" in after and "not quite healthy: no error, " in after
-    assert "See docs/signal.md#correlation_collapse\n" in after
+    assert "See normfree explain correlation_collapse\n" in after
 
 
 def test_spp_shows_each_remedy_once(run):
     _, told = run("spp", "nets.py:exploding")
     assert told.count("model = normfree.convert(model, batch)  # new weights, standardized, with gamma") == 1
     assert told.count("In Python: the same lines") == 2
-    assert told.count("See docs/signal.md#") == len(re.findall(r"^(?:error|warning|info): ", told, re.MULTILINE))
+    assert told.count("See normfree explain ") == len(re.findall(r"^(?:error|warning|info): ", told, re.MULTILINE))
 
 
 def test_a_pretrained_start_names_the_option(run):

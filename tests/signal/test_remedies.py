@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 import normfree
+from normfree.cli import main
+from normfree.commands.explain import read_sections
 from normfree.signal import KINDS
 
 DOCS = Path(__file__).parents[2]
@@ -241,12 +243,28 @@ def test_every_kind_is_tried_and_has_its_place_in_the_documentation():
     assert all(f"\n### {kind}\n" in page and f"[`{kind}`](#{kind})" in page for kind in KINDS)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_finding_is_explained_wherever_the_package_is(kind, capsys):
+    assert main(["explain", *kind.split("_")]) == 0
+    told = capsys.readouterr().out.strip()
+    assert told.startswith(f"### {kind}\n\n") and "\n## " not in told and told.count("### ") == 1
+    links = re.findall(r"\]\(#([a-z_-]+)\)", told)
+    assert all(link.replace("-", "_") in read_sections() for link in links)
+
+
+def test_a_finding_that_there_is_not_is_an_error_that_names_the_nearest(capsys):
+    assert main(["explain", "explosoin"]) == 2
+    assert "did you mean explosion" in capsys.readouterr().err
+    assert main(["explain"]) == 0
+    assert set(KINDS) <= set(capsys.readouterr().out.split())
+
+
 def test_a_failed_assertion_shows_the_remedy():
     torch.manual_seed(0)
     plot = normfree.spp(dense(30), X)
     errors = [finding for finding in plot.findings if finding.severity == "error"]
     assert len(errors) > 1 and len({error.code for error in errors}) == 1
-    with pytest.raises(AssertionError, match=r"See docs/signal\.md#attenuation") as raised:
+    with pytest.raises(AssertionError, match=r"See normfree explain attenuation") as raised:
         plot.assert_healthy()
     told = str(raised.value)
     assert told.count("normfree.convert(model, batch)") == 1, "the lines that all have in common, once"

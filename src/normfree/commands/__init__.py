@@ -13,6 +13,7 @@ COMMANDS = {
     "predict": "Name the most probable classes of images.",
     "convert": "Take the normalizers out of a model, and write it as a checkpoint with the record of every change.",
     "doctor": "Examine a model: its signal, what is wrong with it, and the same model converted.",
+    "explain": "Print what the documentation says of a kind of finding, or list what it has sections of.",
     "export": "Fold a model into plain convolutions and write it as an ONNX file or a torch.export program.",
     "benchmark": (
         "Time models side by side, in turns in one process: a training step with its peak memory, and inference."

@@ -278,7 +278,7 @@ def print_findings(console: Terminal, findings: Sequence[Finding]) -> None:
         kind = finding.kind.replace("_", " ")
         console.print(f"[{colour}]{finding.severity}: {kind}[/{colour}] — {escape(finding.message)}", highlight=False)
         console.print(f"    [dim]{escape(finding.remedy)}[/dim]", highlight=False)
-        console.say(f"    See {finding.docs}")
+        console.say(f"    See normfree explain {finding.kind}")
         if finding.code in shown:
             console.say("    In Python: the same lines")
         elif finding.code:

@@ -243,7 +243,7 @@ class Finding:
         message: what was seen and where, with the numbers.
         remedy: what to do about it.
         code: the remedy in Python, to be pasted where ``model`` is the model and ``batch`` its input.
-        docs: the place in this project's documentation, page and anchor.
+        docs: the place in this project's documentation, page and anchor; `normfree explain KIND` prints it.
     """
 
     kind: Kind
@@ -375,7 +375,7 @@ class SignalPropagation:
         errors = [f for f in self.findings if f.severity == "error" and f.kind not in ignored]
         if errors:
             lines = [f"the signal of {self.model} is not healthy at initialisation:"]
-            lines += [f"  {e.kind}: {e.message} Remedy: {e.remedy} See {e.docs}." for e in errors]
+            lines += [f"  {e.kind}: {e.message} Remedy: {e.remedy} See normfree explain {e.kind}." for e in errors]
             for code in dict.fromkeys(error.code for error in errors if error.code):
                 kinds = ", ".join(dict.fromkeys(error.kind for error in errors if error.code == code))
                 lines += [f"In Python ({kinds}), with your model and its batch:", "", indent(code, "    ")]
