@@ -77,6 +77,39 @@ def test_training_is_bit_identical_with_and_without():
         assert torch.equal(one, other), name
 
 
+@pytest.mark.parametrize(("clipped", "excluded"), [(False, False), (True, False), (True, True)])
+def test_gains_that_clipping_keeps_at_zero_are_found_and_the_remedy_moves_them(clipped, excluded, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"depths": (1, 1, 1, 1), "widths": (16, 16, 32, 32), "stem": "cifar", "drop_rate": 0, "stochdepth_rate": 0}
+    model = normfree.create_model("nf_resnet50", num_classes=4, **sizes)
+    gains = [name for name, _ in model.named_parameters() if name.endswith("skip_gain")]
+    optimizer = normfree.optim.nesterov_sgd(model, lr=0.1)
+    if clipped:
+        exclude = [*(gains if excluded else ()), *normfree.optim.final_layers(model)]
+        optimizer = normfree.optim.AdaptiveGradientClipping(optimizer, model, clip_factor=0.01, exclude=exclude)
+    images = torch.randn(32, 3, 8, 8)
+    labels = (images[:, 0].mean((1, 2)) > 0).long() + 2 * (images[:, 1].mean((1, 2)) > 0).long()
+    with SignalMonitor(model, images[:8], every=50) as watched:
+        for step in range(120):
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            watched.step()
+            if step == 60:  # an interrupted run goes on
+                state = json.loads(json.dumps(watched.state_dict()))
+                watched.load_state_dict(state)
+    found = [(one.first, one.ongoing, one.finding) for one in watched.history.episodes()]
+    if clipped and not excluded:
+        ((first, ongoing, finding),) = found
+        assert (finding.kind, finding.severity, first, ongoing) == ("silenced_branch", "warning", 100, True)
+        assert finding.message.startswith("4 of 4 gains that began at zero are below 0.01 after 100 steps, first stage")
+        assert "exclude=" in finding.remedy and finding.docs == "docs/signal.md#silenced_branch"
+        assert "4 of 4 gains that began at zero" in watched.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    else:
+        assert found == []
+        assert all(abs(model.get_parameter(name).item()) > 0.01 for name in gains)
+
+
 def test_the_probe_stays_what_it_was_whatever_the_loop_does_to_it():
     model, _ = built()
     probe = PROBE.clone()

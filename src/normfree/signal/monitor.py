@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -22,6 +22,7 @@ from normfree.common.text import first_line, one_line, quoted, short_repr, short
 from normfree.common.torch_compat import tree_map
 from normfree.signal.measure import Points, spp
 from normfree.signal.propagation import SEVERITIES, Curve, Finding, Kind, SignalPropagation
+from normfree.signal.remedies import DOCS
 from normfree.trace.inputs import Batch, unwrap
 from normfree.trace.preserve import Mode
 
@@ -103,6 +104,7 @@ class SignalMonitor:
         self._spent = self._last_cost = self._before = 0.0
         self._began: float | None = None
         self._asked = 0  # the step of the latest attempt to measure
+        self._silent: list[str] = []  # gains that silence branches at the start
 
     def start(self) -> None:
         """Start the clock and record step 0; after a resumption, only the former."""
@@ -114,7 +116,11 @@ class SignalMonitor:
                     spp(nn.Linear(1, 1), torch.zeros(2, 1), gradient=self._options["gradient"])
             self._began = perf_counter()
             if self._is_measuring_rank() and not self.history:
-                self._record(self._measure())
+                signal = self._measure()
+                if any(block.residual_avg_channel_var is None for block in signal.blocks if block.kind == "residual"):
+                    woken = self._measure(wake=True, gradient=False).blocks
+                    self._silent = sorted({name for block in woken for name in block.woken})
+                self._record(signal)
 
     def step(self, steps: int | None = None) -> SignalPropagation | None:
         """Note that the optimizer has taken a step, and measure if it is time.
@@ -168,17 +174,19 @@ class SignalMonitor:
         self._record(signal)
         return signal
 
-    def _measure(self) -> SignalPropagation:
+    def _measure(self, **changes: bool) -> SignalPropagation:
         if any(parameter.device.type not in ("cpu", "meta") for parameter in self.model.parameters()):
             torch.accelerator.synchronize()  # the training step's time is not ours
         began, self._asked = perf_counter(), self.steps
         try:
-            return spp(self.model, self._batch, **self._options)
+            return spp(self.model, self._batch, **{**self._options, **changes})
         finally:
             self._last_cost = perf_counter() - began
             self._spent += self._last_cost
 
     def _record(self, signal: SignalPropagation) -> None:
+        if still := self._still_silent():
+            signal = replace(signal, findings=(*signal.findings, still))
         self.history.append((self.steps, signal))
         if self.writer is None:
             return
@@ -188,6 +196,29 @@ class SignalMonitor:
                     place = "entry" if index == 0 else f"{index - 1:03d}"
                     self.writer.add_scalar(f"{self.tag}/{curve}/{place}", value, self.steps)
         self.writer.add_scalar(f"{self.tag}/cost", self.cost, self.steps)
+
+    def _still_silent(self) -> Finding | None:
+        """The finding on gains that began at zero and have hardly moved; those of exactly zero are the plot's own."""
+        if self.steps < PATIENCE or not self._silent:
+            return None
+        gains = {name: float(self.model.get_parameter(name).detach().abs().max()) for name in self._silent}
+        small = [name for name, size in gains.items() if 0 < size < SMALL_GAIN]
+        if not small:
+            return None
+        return Finding(
+            kind="silenced_branch",
+            severity="warning",
+            block=None,
+            message=(
+                f"{len(small)} of {len(gains)} gains that began at zero are below {SMALL_GAIN} after {self.steps} "
+                f"steps, first {small[0]} ({gains[small[0]]:.2g}): their branches add next to nothing."
+            ),
+            remedy=(
+                "Adaptive gradient clipping bounds a step by the parameter's own size: leave gains out of it "
+                "(exclude=...), or start them at one (skipinit_gain=1). Without it: train longer, or at a higher rate."
+            ),
+            docs=f"{DOCS}#silenced_branch",
+        )
 
     def __repr__(self) -> str:
         return short_repr(self, f"at step {self.steps}: {self.history!r}")
@@ -210,7 +241,7 @@ class SignalMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Return what it takes to go on after an interruption, as plain data."""
         times = {"elapsed": self.elapsed, "spent": self._spent, "last_cost": self._last_cost}
-        counts = {"steps": self.steps, "asked": self._asked}
+        counts = {"steps": self.steps, "asked": self._asked, "silent": self._silent}
         return {**counts, **times, "failures": [list(one) for one in self.failures], **self.history.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -223,6 +254,7 @@ class SignalMonitor:
         if missing := {"steps", "asked", "elapsed", "spent", "last_cost", "failures"} - set(state):
             raise ValueError(f"state: it lacks {sorted(missing)}; give what SignalMonitor.state_dict returned")
         self.history, self.steps, self._asked = history, state["steps"], state["asked"]
+        self._silent = list(state.get("silent", ()))  # which earlier versions did not keep
         self._before, self._spent, self._last_cost = state["elapsed"], state["spent"], state["last_cost"]
         self.failures = [(step, message) for step, message in state["failures"]]
         self._began = None if self._began is None else perf_counter()
@@ -268,6 +300,10 @@ def _check_alone(model: nn.Module, mode: Mode) -> None:
             "the model before its conversion"
         )
 
+
+# A branch whose gain is below a hundredth adds less than 1e-4 of its variance. Trained without adaptive clipping, gains
+# pass it within some tens of steps (tests/signal/test_monitor.py trains both).
+SMALL_GAIN, PATIENCE = 0.01, 100
 
 SCHEMA = 1
 
