@@ -251,12 +251,20 @@ def test_assert_healthy():
         sick.assert_healthy(ignore=["non-finite"])
 
 
-def test_expected_variances_of_the_model_and_of_the_caller():
+def test_expected_variances_of_the_model_and_of_the_caller_or_why_there_are_none(tmp_path):
     model, x = Net(2), images()
     model.expected_variances = lambda: [1.5, 2.5]
     assert [b.expected_var for b in spp(model, x).blocks] == [1.5, 2.5]
     assert [b.expected_var for b in spp(model, x, expected_var=(3, 4)).blocks] == [3.0, 4.0]
-    assert [b.expected_var for b in spp(model, x, points="layers").blocks] == [None] * 6  # not a point each
+    assert spp(model, x).configuration["expected_var"] is True
+    layers = spp(model, x, points="layers")
+    assert [b.expected_var for b in layers.blocks] == [None] * 6  # not a point each
+    assert layers.configuration["expected_var"] == "its expected_variances() are 2, and 6 points were measured"
+    without = spp(Net(2), x).configuration["expected_var"]
+    assert without == "it has no plan: no expected_variances(), and none was given as spp(…, expected_var=…)"
+    page = layers.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"No expectation of Net: {layers.configuration['expected_var']}." in page
+    assert "No expectation" not in spp(model, x).to_html(tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 class Watcher(nn.Module):

@@ -82,7 +82,6 @@ def write_report(
         "channels or the size. "
     )
     turns = any(block.transition for signal in signals for block in signal.blocks)
-    planned = "The thin dashed line is the variance that the model's plan expects; the curve should lie on it."
     parts = {
         "title": escape(title),
         "measured": "\n  ".join(f'<p class="measured">{escape(line)}</p>' for line in caption_of(signals)),
@@ -94,7 +93,7 @@ def write_report(
         "gaps": _gaps(signals),
         "findings": "".join(_findings(signal, number) for number, signal in enumerate(signals)),
         "layerwise": layers if any(is_layerwise(signal) for signal in signals) else "",
-        "definitions": _definitions(signals, planned if _has_plan(signals) else ""),
+        "definitions": _definitions(signals, _planned(signals)),
         "transition": transition if turns else "",
         "appendix": appendix,
         "tables": "".join(numbers_tables(signal) for signal in signals),
@@ -219,6 +218,19 @@ def _key(signals: Sequence[SignalPropagation]) -> str:
         svg = f'<svg class="swatch" width="12" height="10" aria-hidden="true">{circle}</svg>'
         marks.append((svg, "transition block"))
     return "".join(f"<span>{picture}{name}</span>" for picture, name in marks)
+
+
+def _planned(signals: Sequence[SignalPropagation]) -> str:
+    """What the line of the expected variance is, and of which models there is none, and why."""
+    told = []
+    if _has_plan(signals):
+        told.append("The thin dashed line is the variance that the model's plan expects; the curve should lie on it.")
+    without: dict[str, list[str]] = {}
+    for signal in signals:
+        if isinstance(why := signal.configuration.get("expected_var"), str):
+            without.setdefault(why, []).append(shorten(signal.model, 56))
+    told += [f"No expectation of {escape(', '.join(names))}: {escape(why)}." for why, names in without.items()]
+    return " ".join(told)
 
 
 def _has_plan(signals: Sequence[SignalPropagation]) -> bool:

@@ -77,7 +77,8 @@ def spp(
             the last norm) as if that gain were one. The parameter is put back.
         seed: of the default noise and the random projection; the global generators are not touched.
         expected_var: predicted variance after each block, drawn beside the measured one. By default what
-            the model's own ``expected_variances()`` says, if it has that method.
+            the model's own ``expected_variances()`` says, if it has that method;
+            ``configuration["expected_var"]`` is True, or says why there is none.
         input_description: what to note of the input, for the plot and the JSON.
         configuration: what else to note of how the measurement was made.
 
@@ -108,7 +109,7 @@ def spp(
         if measurement.first is None:
             raise ValueError("batch: the iterable gave no batch; give at least one, and a generator only once")
         recording = measurement.recording
-        expected = _expected_variances(model, expected_var, recording)
+        expected, planned = _expected_variances(model, expected_var, recording)
         gradients = Gradients(None)
         if gradient:
             variances = [point.output.avg_channel_var for point in recording.points]
@@ -140,6 +141,7 @@ def spp(
             "points": measurement.points,
             "wake": wake,
             "gradient": gradients.note or gradient,
+            "expected_var": planned,
             "seed": seed,
             "torch": str(torch.__version__),
             **(configuration or {}),
@@ -212,23 +214,25 @@ def _signals(
     return tuple(blocks)
 
 
-def _expected_variances(model: nn.Module, given: Sequence[float] | None, recording: Recording) -> list[float] | None:
-    """The predicted variances, if there is one for every point."""
+def _expected_variances(
+    model: nn.Module, given: Sequence[float] | None, recording: Recording
+) -> tuple[list[float] | None, bool | str]:
+    """The predicted variances, if there is one for every point; and True, or why there are none."""
     own = getattr(model, "expected_variances", None)
     predicted: Any = given if given is not None else own() if callable(own) else None
     if predicted is None:
-        return None
+        return None, "it has no plan: no expected_variances(), and none was given as spp(…, expected_var=…)"
     try:
         numbers = [float(value) for value in predicted]
     except (TypeError, ValueError) as error:
         raise ValueError(f"expected_var: {predicted!r} is no sequence of numbers; give one a point") from error
     if len(numbers) == len(recording.points):
-        return numbers
+        return numbers, True
     if given is not None:
         raise ValueError(
             f"expected_var: {len(numbers)} predictions for {len(recording.points)} measured points; give one a point"
         )
-    return None
+    return None, f"its expected_variances() are {len(numbers)}, and {len(recording.points)} points were measured"
 
 
 def _describe(measurement: Measurement) -> dict[str, Any]:
