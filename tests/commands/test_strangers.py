@@ -164,6 +164,11 @@ def test_statistics_of_other_data_are_a_warning_that_names_the_norm(run):
     assert "the input of 1 has a mean square about its running mean of " in told
     assert "Prepare the images as in its training: --mean and --std" in told
     assert "converted: no error, 1 warning (statistics)." in told and "--beta" not in told
+    assert "in evaluation mode, which that start keeps" in told
+    given, converted = json.loads(Path("d/spp.json").read_text())["models"]
+    assert given["mode"] == converted["mode"] == "eval", "like is compared with like"
+    for before, after in zip(given["outputs"], converted["outputs"], strict=True):
+        assert after["avg_channel_var"] == pytest.approx(before["avg_channel_var"], rel=1e-4)
     code, told, _ = run(*DOCTOR, "--weights", "trained.pth", *OPTIONS)
     assert code == 0 and "statistics —" not in told, "the remedy works"
 

@@ -48,6 +48,7 @@ from normfree.convert.verify import BatchStatistics, statistics_of_batch
 from normfree.signal import SignalPropagation, spp
 from normfree.sources import build, is_word, load_weights, names_factory, place_on, word_of
 from normfree.trace.inputs import tensors_of
+from normfree.trace.preserve import Mode
 from normfree.train.trained import preprocessing_of
 from normfree.weights import save
 
@@ -218,7 +219,8 @@ class Doctor(_Conversion):
     an error and, with a fresh start, the converted model's outputs in training mode have a mean square within a factor
     of 100 of the original's (or of one, where the original's carry the size of inputs of other units), and 1 otherwise,
     so that it can gate a CI. A pretrained start keeps what the model
-    computes in evaluation mode; where its norms' running statistics are not those of the batch, a warning says so.
+    computes in evaluation mode, so both are measured in it; where its norms' running statistics are not those of the
+    batch, a warning says so.
     """
 
     gradient: bool = True
@@ -253,7 +255,7 @@ class Doctor(_Conversion):
                     status.update("measuring the converted model")
                     again = self._measure(converted, f"{self.model}, converted", batch, described)
                     signals.append(_without_conversion(again, ""))
-                    if not _changes_size(signals[0]):
+                    if self.start == "pretrained" or not _changes_size(signals[0]):
                         changed = self._changed_outputs(model, converted, batch)
         # Before anything is printed: whoever stops reading has the files all the same.
         title = f"Examination of {self.model}"
@@ -284,9 +286,10 @@ class Doctor(_Conversion):
             "fresh": "fresh start: new weights that hold the variance without normalizers",
             "pretrained": "pretrained start: its normalizers folded into its weights",
         }[self.start]
+        mode = ", in evaluation mode, which that start keeps" if self._mode == "eval" else ""
         console.announce(
             f"Examining {self.model}:\n"
-            f"  1. measure it on one batch, {described['kind']}, {shapes}\n"
+            f"  1. measure it on one batch, {described['kind']}, {shapes}{mode}\n"
             f"  2. convert a copy of it, if there is something to convert ({start})\n"
             "  3. measure the converted copy on the same batch\n"
             f"The model stays as it is. The report goes to {self.out}.\n"
@@ -312,11 +315,17 @@ class Doctor(_Conversion):
             model,
             batch,
             name=name,
+            mode=self._mode,
             gradient=self.gradient,
             seed=self.seed,
             input_description=described,
             configuration={"command": command_line("doctor", self, [self.model], without=("model", "out"))},
         )
+
+    @property
+    def _mode(self) -> Mode:
+        """That in which both models are measured: a pretrained start keeps the function of evaluation mode."""
+        return "eval" if self.start == "pretrained" else "batch-statistics"
 
     def _changed_outputs(self, model: nn.Module, converted: nn.Module, batch: Any) -> list[Changed]:
         """What there is to say of outputs whose size in training mode conversion has changed too much."""
