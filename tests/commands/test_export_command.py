@@ -85,7 +85,8 @@ def test_a_checkpoint_as_a_program(tmp_path, capfd):
     checkpoint, out = normfree.save(model, tmp_path / "model.safetensors"), tmp_path / "new" / "model.pt2"
     assert main(["export", str(checkpoint), "--out", str(out), "--batch-size", "3"]) == 0
     said = told(capfd.readouterr())
-    assert said["input"] == "3×1×256×256"  # the size the variant is tested at
+    # the size the variant is tested at, which nobody has said
+    assert said["input"] == "3×1×256×256; the image's size is assumed, --image-size N exports another"
     assert not {"note", "rehearsal"} & set(said)
     x = torch.randn(3, 1, 256, 256)
     torch.testing.assert_close(torch.export.load(out).module()(x), model.eval()(x).detach(), rtol=1e-4, atol=1e-4)

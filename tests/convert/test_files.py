@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from convert.nets import Gate, UNet, post_activation, pre_activation, randomise
 from torch import nn
@@ -75,6 +76,21 @@ def test_files_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match="is gone, so a file could not rebuild it"):
         normfree.save(changed, tmp_path / "changed.safetensors")
     assert not (tmp_path / "changed.safetensors").exists()
+
+
+def test_a_converted_model_that_was_changed_is_kept_by_either_remedy(tmp_path):
+    torch.manual_seed(0)
+    original = randomise(post_activation(Gate))
+    changed = normfree.convert(original, IMAGES)
+    del changed[1]
+    with pytest.raises(ValueError, match=r"change the original so and convert that, or keep model\.state_dict\(\) by "):
+        normfree.save(changed, tmp_path / "changed.safetensors")
+    safetensors.torch.save_file(changed.state_dict(), tmp_path / "state.safetensors")
+    changed.load_state_dict(safetensors.torch.load_file(tmp_path / "state.safetensors"))
+    del original[1]
+    again = normfree.convert(original, IMAGES).eval()
+    loaded = normfree.load(normfree.save(again, tmp_path / "again.safetensors"), original=original)
+    assert torch.equal(loaded(IMAGES), again(IMAGES))
 
 
 @pytest.mark.parametrize("start", ["fresh", "pretrained"])

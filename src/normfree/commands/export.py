@@ -153,9 +153,12 @@ class Export:
     ) -> None:
         """Print what was written, what it was checked with, and how far it differs."""
         sizes = ", ".join(map(str, written.batch_sizes))
+        assumed = self.image_size is None and built.shape is None and built.batch is None
+        is_image = [len(shape) for shape in written.input_shapes] == [4]
         lines = {
             "input": " and ".join(_shape(shape, written.dynamic_batch) for shape in written.input_shapes)
-            + (f", checked with N = {sizes}" if written.dynamic_batch else ""),
+            + (f", checked with N = {sizes}" if written.dynamic_batch else "")
+            + ("; the image's size is assumed, --image-size N exports another" if assumed and is_image else ""),
             "operators": ", ".join(f"{count} {name}" for name, count in written.operators.items())
             + ("" if written.opset is None else f" (ONNX opset {written.opset})"),
             "folding": f"the folded model differs from the model by {written.folding}",
@@ -166,7 +169,7 @@ class Export:
             lines["rehearsal"] = f"with the {silent} drawn at random, a scratch file differed by {written.rehearsal}"
         if said is not None:
             lines["metadata"] = f"{said.METADATA}: crop, means and deviations of images, {len(said.classes)} classes"
-        elif not built.random and [len(shape) for shape in written.input_shapes] == [4]:
+        elif not built.random and is_image:
             lines["metadata"] = (
                 "none: --source DATA keeps in the file how images are prepared and what classes are called"
             )

@@ -126,7 +126,7 @@ def _trace_failure(error: Exception, *, dynamic_batch: bool) -> str:
             "dynamic_batch=True: the model's forward only works for some batch sizes, the traced one among them; "
             "write its reshapes with -1 for the batch, or export a fixed batch"
         )
-    return f"model: torch.export cannot trace it: {one_line(error)}{where}; see docs/export.md, limits"
+    return f"model: torch.export cannot trace it: {one_line(error)}{where}; rewrite it, or export a part that traces"
 
 
 @contextmanager

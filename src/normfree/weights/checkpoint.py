@@ -422,7 +422,8 @@ def _note_of_conversion(model: nn.Module) -> str | None:
     missing = [name for name in names if name not in known | within]
     if missing:
         rule = f"{missing[0]} of its conversion's record is gone, so a file could not rebuild it"
-        raise invalid("model", type(model).__name__, rule, "convert the model again after changing it")
+        remedy = "change the original so and convert that, or keep model.state_dict() by safetensors.torch.save_file"
+        raise invalid("model", type(model).__name__, rule, remedy)
     return json.dumps(conversion.to_dict())
 
 
