@@ -202,10 +202,7 @@ def step_ratio(rounds: int) -> dict[str, float]:
 
 
 def small_batches(source: str, folder: Path, limit: int | None) -> dict[str, dict[int, list[dict[str, Any]]]]:
-    """Question 3: the same rate for each image, so that the step's rate shrinks with the batch.
-
-    What is clipped is mostly noise, whose norm grows as the batch shrinks, with one over its root: the bound does, too.
-    """
+    """Question 3: the same rate for each image, so that the step's rate shrinks with the batch, and its bound grows."""
     found: dict[str, dict[int, list[dict[str, Any]]]] = {twin: {batch: [] for batch in BATCHES} for twin in TWINS}
     for seed in BATCHES_SEEDS[:1] if limit else BATCHES_SEEDS:
         for batch in BATCHES:
@@ -215,9 +212,6 @@ def small_batches(source: str, folder: Path, limit: int | None) -> dict[str, dic
                     source, twin, BATCHES_RATE, seed, folder / "one_epoch", epochs=1, log_every=100, **changes
                 )
                 optimizer = dataclasses.replace(chosen.optimizer, warmup_epochs=0.1)
-                if optimizer.clip_norm is not None:
-                    clip = optimizer.clip_norm * (optimizer.reference_batch / batch) ** 0.5
-                    optimizer = dataclasses.replace(optimizer, clip_norm=clip)
                 found[twin][batch].append(run(dataclasses.replace(chosen, optimizer=optimizer)))
     return found
 

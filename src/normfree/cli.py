@@ -193,13 +193,15 @@ def _parse(words: list[str]) -> Any:
         raise ValueError(f"there is no command {words[0]!r}; {suggestion(words[0], COMMANDS)}")
     import tyro
 
+    from normfree.commands.shared import without_none
+
     commands: dict[str, Any] = dict.fromkeys(COMMANDS, _Other)
     if words[0] in COMMANDS:
         command = command_class(words[0])
         if hasattr(command, "apply_config_file"):  # a file of settings, which are the defaults then
             commands[words[0]], words = command.apply_config_file(words)
         else:  # an option that is left out is None, which is no value to type
-            commands[words[0]] = tyro.conf.DisallowNone[command]
+            commands[words[0]] = without_none(command)
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
@@ -281,6 +283,12 @@ def _first_sentence(framed: str, words: list[str]) -> str:
     if own != first:
         return own
     meant = [line.split()[0] for section in sections if section[:1] == ["Perhaps you meant:"] for line in section[1:]]
+    if first.startswith("Unrecognized options: ") and words[0] in COMMANDS:
+        from normfree.commands.shared import option_meant
+
+        unknown = first.partition(": ")[2].split(", ")
+        guessed = [option_meant(word, command_class(words[0])) for word in unknown if word.startswith("-")]
+        meant = list(filter(None, guessed)) or meant
     options = ", ".join(dict.fromkeys(word.rstrip(",") for word in meant if word.startswith("--")))
     if options:
         return f"{first}; perhaps you meant {options}"

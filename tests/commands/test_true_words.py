@@ -16,7 +16,8 @@ from torch import nn
 import normfree
 from normfree.cli import main
 from normfree.commands import COMMANDS, command_class
-from normfree.commands.shared import with_option_names
+from normfree.commands.shared import _options, option_meant, with_option_names
+from normfree.common.checks import OTHER_NAMES
 from normfree.sources import build
 
 FAST = ["--image-size", "32", "--batch-size", "2"]
@@ -230,6 +231,53 @@ def test_the_parser_s_frame_is_no_part_of_an_error(encoding):
         "normfree: Unrecognized options: --sed, 1; perhaps you meant --seed, --std",
         "normfree: --batch-size=0: must be an integer of at least 1; pass --batch-size=1 or more",
     ]
+
+
+MEANT = {
+    "--optimizer.learning-rate": ["--optimizer.lr", "--lr", "--lr=0.1", "--learning-rate", "--learning_rate"],
+    "--optimizer.weight-decay": ["--wd", "--weight-decay", "--optimizer.wd"],
+    "--optimizer.rule": ["--optimizer", "--opt"],
+    "--optimizer.clip-norm": ["--clip", "--max-grad-norm", "--clip-norm"],
+    "--epochs": ["--epoch", "--num-epochs"],
+    "--batch-size": ["--bs", "--batch"],
+    "--data.workers": ["--num-workers", "--num_workers", "--workers"],
+    "--data.source": ["--data", "--dataset", "--source"],
+    "--data.holdout": ["--val-split"],
+    "--accelerator": ["--device", "--gpu"],
+    "--precision": ["--amp", "--fp16"],
+    "--out": ["--output", "--output-dir", "-o"],
+}
+
+
+@pytest.mark.parametrize(("option", "word"), [(option, word) for option, words in MEANT.items() for word in words])
+def test_what_other_programs_call_an_option_leads_to_it(option, word, capsys):
+    assert main(["train", "digits", word, *(() if "=" in word else ("1",))]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("normfree: Unrecognized options: ") and error.endswith(f"; perhaps you meant {option}\n")
+
+
+def test_each_other_name_is_of_an_option_and_none_itself():
+    known = set().union(*(_options(command_class(name)) for name in COMMANDS))
+    for word, fields in OTHER_NAMES.items():
+        assert set(fields) <= known, word
+    told = {
+        "spp": ("--size", "--image-size"),
+        "evaluate": ("--data", "--source"),
+        "doctor": ("--pretrained", "--start"),
+    }
+    for command, (word, option) in told.items():
+        assert option_meant(word, command_class(command)) == option
+    assert option_meant("--scheduler", command_class("train")) is None
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"train"}))
+def test_help_says_nothing_of_a_value_that_nobody_can_type(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert "None" not in text
+    if command != "models":
+        assert "(default: " in text
 
 
 @pytest.mark.parametrize(

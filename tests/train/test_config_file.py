@@ -61,6 +61,8 @@ def test_yaml_changes_a_recipe(written):
 MISTAKES = {
     "epochss: 3": "epochss is no setting; did you mean epochs",
     "data: {sorce: x}": r"data\.sorce is no setting; did you mean data\.source",
+    "lr: 0.1": r"lr is no setting; did you mean optimizer\.learning_rate\?",
+    "optimizer: {wd: 0.1}": r"optimizer\.wd is no setting; did you mean optimizer\.weight_decay\?",
     "source: x": r"source is no setting; did you mean data\.source\?",
     "crop: x": r"crop is no setting; did you mean data\.augmentation\.crop\?",
     "data: pets": r"data is a section; give settings in it, such as data\.source",
@@ -159,7 +161,23 @@ def test_a_run_of_an_older_version_is_begun_anew_and_says_what_it_lacks(written,
     del older["config"]["data"]["holdout"]
     file = written(older, "config.json")
     code, out, err = run(capsys, "--config", file, "--out", tmp_path / "run")
-    assert code == 0 and out.startswith(f"{file} says nothing of data.holdout, at their defaults\n"), err
+    assert code == 0 and out.startswith(
+        f"{file} says nothing of these, which are at their defaults: data.holdout None\n"
+    ), err
+
+
+def test_a_file_without_a_recipe_names_what_recipes_choose_and_it_does_not(written, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = f"model: {MODEL!r}\ndata.source: digits\nepochs: 5\nsignal_every: 0\nlimit_eval_steps: 1"
+    file = written(settings)
+    code, out, err = run(capsys, "--config", file, "--limit-train-steps", "1", "--batch-size", "64")
+    assert code == 0, err
+    line = out.splitlines()[0]
+    assert line.startswith(f"{file} says nothing of these, which are at their defaults: data.image_size None, ")
+    for told in ("optimizer.learning_rate 0.1", "optimizer.clip_norm None", "label_smoothing 0.1"):
+        assert f", {told}, " in line
+    assert not any(f" {name} " in line for name in ("epochs", "batch_size", "seed", "log_every", "data.source"))
+    assert read_config(file, RECIPES["cifar"]())[1] == []
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_a_folder_of_class_folders_trains_as_it_is(at_home, capsys):
         "training on 54 images of 3 classes (ant, bee, cat)",
         "evaluating on 6 more, held out by class (--data.holdout 0.1), for the data have no split to evaluate on",
         "--batch-size 8 instead of 128, for there are too few images",
-        "--optimizer.clip-norm 4 instead of 1, for a smaller batch has more noise",
+        "batch 8: learning rate 0.0125 (0.2 × 8 / 128), the gradient's norm at most 4 (1 × √(128 / 8))",
         "--optimizer.warmup-epochs 0.25 instead of 1, a quarter of the run's 1",
     ]
     assert "leaves out" not in text
@@ -63,6 +63,7 @@ def test_a_folder_of_class_folders_trains_as_it_is(at_home, capsys):
     assert described["derived"]["data"]["holdout"] == 0.1
     assert (described["derived"]["batch_size"], described["derived"]["warmup_epochs"]) == (8, 0.25)
     assert described["derived"]["learning_rate"] == pytest.approx(0.2 * 8 / 128)
+    assert (described["config"]["optimizer"]["clip_norm"], described["derived"]["clip_norm"]) == (1, 4)
     metrics = json.loads((at_home / "runs/cifar/metrics.json").read_text())
     assert [sum(row) for row in metrics["evaluation"]["confusion"]] == [2, 2, 2]
 
@@ -89,7 +90,20 @@ def test_the_same_images_elsewhere_are_held_out_again_and_others_taken_whole(hel
     assert "of 6 images" in first
     assert told(capsys, "evaluate", "runs/digits", "--source", "moved/animals") == first
     others = told(capsys, "evaluate", "runs/digits", "--source", "others")
-    assert "of 30 images" in others and "it may have been trained on some" in others
+    assert "of 30 images (all)" in others and "the network may have been trained on some" in others
+
+
+def test_a_model_out_of_its_run_says_that_all_images_are_taken_and_how_to_take_those_held_out(held, capsys):
+    shutil.copy("runs/digits/model.safetensors", "alone.safetensors")
+    text = told(capsys, "evaluate", "alone.safetensors", "--source", "pets")
+    assert "of 60 images (all)" in text
+    assert "all images of 'pets' are taken, for they have no split to evaluate on; the network may have been" in text
+    assert "--run RUN takes those that its run held out" in text
+    text = told(capsys, "evaluate", "alone.safetensors", "--source", "pets", "--run", "runs/digits")
+    assert "of 6 images (holdout)" in text and "taken" not in text, "the remedy works"
+    assert "of 60 images (train)" in told(
+        capsys, "evaluate", "alone.safetensors", "--source", "pets", "--split", "train"
+    )
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "replaced", "renamed"])
@@ -160,7 +174,7 @@ def test_a_batch_that_the_images_do_not_fill_gives_four_steps(world_size):
         assert batch == world_size or 4 * batch <= examples
         assert batch == world_size or 4 * (2 * batch + 2 * world_size) > examples  # and no smaller than need be
     cifar = RECIPES["cifar"]().fit_to_data(40, 1)
-    assert (cifar.batch_size, cifar.optimizer.clip_norm) == (8, 4.0)  # one over the root of a sixteenth
+    assert (cifar.batch_size, cifar.optimizer.largest_norm(8)) == (8, 4.0)  # one over the root of a sixteenth
     assert cifar.optimizer.peak(cifar.batch_size) == pytest.approx(0.2 / 16)
 
 
@@ -168,6 +182,30 @@ def test_a_warm_up_is_at_most_half_of_the_run_or_else_a_quarter():
     config = RECIPES["resnet_imagenet"]()
     for epochs, warmup in ((90, 5), (10, 5), (9, 2.25), (5, 1.25), (1, 0.25)):
         assert replace(config, epochs=epochs).fit_to_data(10**6, 1).optimizer.warmup_epochs == warmup
+
+
+def test_rate_and_bound_follow_from_the_batch_whoever_chose_it(at_home, capsys):
+    text = told(capsys, "train", "cifar", "--data.source", "pets", "--epochs", "1", "--batch-size", "8", *WORDS)
+    said = "batch 8: learning rate 0.0125 (0.2 × 8 / 128), the gradient's norm at most 4 (1 × √(128 / 8))"
+    assert said in text.splitlines()
+    assert json.loads((at_home / "runs/cifar/config.json").read_text())["derived"]["clip_norm"] == 4
+    optimizer = RECIPES["cifar"]().optimizer
+    assert [optimizer.largest_norm(batch) for batch in (2, 32, 128, 1024)] == [8, 2, 1, 1]
+    assert replace(optimizer, reference_batch=None).largest_norm(8) == 1
+    assert replace(optimizer, clip_norm=None).largest_norm(8) is None
+    words = {
+        (128, "cifar"): "batch 128: learning rate 0.2, the gradient's norm at most 1",
+        (1024, "cifar"): "batch 1024: learning rate 1.6 (0.2 × 1024 / 128), the gradient's norm at most 1",
+        (64, "nf_regnet_imagenet"): "batch 64: learning rate 0.4, gradients not clipped",
+        (512, "nfnet_imagenet"): "batch 512: learning rate 0.2 (0.1 × 512 / 256), each unit's at most 0.01 of its "
+        "weight's at any batch",
+    }
+    for (batch, name), line in words.items():
+        assert RECIPES[name]().optimizer.describe(batch) == line
+    muon = replace(optimizer, rule="muon", clip_norm=None).describe(64)
+    assert (
+        muon == "batch 64: learning rate 0.1 (0.2 × 64 / 128), 0.05 of what Muon does not step, gradients not clipped"
+    )
 
 
 # Folders

@@ -149,7 +149,8 @@ class Evaluate(_Trained):
         top5 = "" if found.top5 is None else f"  top-5 {100 * found.top5:.2f} %"
         skipped = f"  {len(data.bad_images)} bad images" if data.bad_images else ""
         precision = "fp32" if trained.exported else resolve_precision(self.precision, fabric.device.type)
-        images = f"{found.examples:,} images ({data.split})"
+        everything = self.source is not None and self.split is None and data.split == data.config.training_split
+        images = f"{found.examples:,} images ({'all' if everything else data.split})"
         line = f"accuracy {100 * found.top1:.2f} %{top5}  loss {found.loss:.4f}  of {images}{skipped}"
         line += "" if precision == "fp32" else f"  in {precision}; --precision fp32 takes longer and rounds less"
         if self.json is not None:
@@ -162,16 +163,20 @@ class Evaluate(_Trained):
             result |= {"mean": data.config.mean, "std": data.config.std}
             result |= {"classes": list(data.class_names), "bad_images": data.bad_images}
             line += f"\nwrote {write_atomically(self.json, json.dumps(result) + chr(10))}"
-        held_out = trained.data is not None and trained.data.holdout and self.split is None
-        if held_out and data.split != HoldoutSource.name:
-            console.say(
-                f"all images of {quoted(data.config.source)} are taken, for they are not those that the run held some "
-                "out of; it may have been trained on some"
-            )
         if trained.prepared is None and self.mean is None:
             console.say(preparation(*data.config.statistics, "measured on the data"))
         if trained.prepared is None and self.crop_ratio is None and not data.config.in_memory:
             console.say(cropping(data.config.size, data.config.crop_ratio))
+        if everything:
+            why, remedy = "they have no split to evaluate on", ""
+            if trained.data is not None and trained.data.holdout:
+                why = "they are not those that the run held some out of"
+            elif trained.data is None:
+                remedy = "; --run RUN takes those that its run held out, if it was trained on these"
+            console.say(
+                f"all images of {quoted(data.config.source)} are taken, for {why}; the network may have been trained "
+                f"on some{remedy}"
+            )
         console.say(line)
 
     def _data(self, trained: Trained, rank: int, world_size: int) -> EvaluationData:

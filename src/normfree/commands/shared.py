@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 
-from normfree.common.checks import check_integer, check_seed, invalid
+from normfree.common.checks import OTHER_NAMES, check_integer, check_seed, invalid
 from normfree.common.files import check_place
 from normfree.common.text import printable
 from normfree.terminal import drop_output
@@ -100,6 +100,32 @@ def check_options(options: Any) -> None:
             check_integer(field.name, value, 1)
             if field.name == "batches" and value > MOST_BATCHES:
                 raise invalid("batches", value, f"must be at most {MOST_BATCHES:,}", "measure fewer")
+
+
+def option_meant(word: str, command: type[Any]) -> str | None:
+    """Return the option of a command that a word stands for: one of that last part, or of another usual name.
+
+    Args:
+        word: with its hyphens, and its value if that follows ``=``.
+        command: the class of the command, a dataclass.
+    """
+    options = _options(command)
+    field = word.partition("=")[0].rpartition(".")[2].lstrip("-").replace("-", "_").lower()
+    return next((options[name] for name in (field, *OTHER_NAMES.get(field, ())) if name in options), None)
+
+
+def without_none(command: type[Any]) -> type[Any]:
+    """Return a command whose help says nothing of a default that is None, which nobody can type; its text says more.
+
+    Args:
+        command: the class of a command, a dataclass.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    silent = tyro.conf.arg(help_behavior_hint="")
+    unset = [(one.name, Annotated[hints[one.name], silent], None) for one in fields(command) if one.default is None]
+    kind = make_dataclass(command.__name__, unset, bases=(command,), frozen=True, kw_only=True)
+    kind.__doc__ = command.__doc__
+    return tyro.conf.DisallowNone[kind]
 
 
 def with_option_names(message: str, command: type[Any]) -> str:

@@ -14,7 +14,7 @@ import tyro
 
 from normfree.commands.shared import Terminal, check_folder
 from normfree.common.checks import invalid, suggestion
-from normfree.train.config import RECIPES, TrainConfig, read_config
+from normfree.train.config import RECIPES, TrainConfig, flatten, read_config, to_dict
 
 
 def _recipes() -> Any:
@@ -48,12 +48,14 @@ class Train:
 
     recipe: Recipe
     """What to train, how, on what."""
-    config: Annotated[Path | None, tyro.conf.CascadeSubcommandArgs] = None
+    config: Annotated[
+        Path | None, tyro.conf.CascadeSubcommandArgs, tyro.conf.arg(metavar="PATH", help_behavior_hint="")
+    ] = None
     """Settings to begin with: a run's folder or config.json, or YAML such as `data: {source: pets}`; other options
     change them. With a model in the file, RECIPE can be left out."""
 
-    lacking: ClassVar[tuple[str, ...]] = ()
-    """Settings that the file, a run's config of an older version, does not have."""
+    lacking: ClassVar[dict[str, Any]] = {}
+    """Settings that neither the file nor a recipe says, and their defaults; see ``read_config``."""
 
     @classmethod
     def apply_config_file(cls, words: Sequence[str]) -> tuple[type[Train], list[str]]:
@@ -81,7 +83,8 @@ class Train:
         hint = Annotated[TrainConfig, tyro.conf.arg(name="")]
         fields = [("recipe", hint, field(default=config))]
         kind = make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True, kw_only=True)
-        kind.__doc__, kind.lacking = cls.__doc__, tuple(lacking)
+        settings = flatten(to_dict(config))
+        kind.__doc__, kind.lacking = cls.__doc__, {name: settings[name] for name in lacking}
         return kind, [rest[0], "--config", file, *rest[1 if recipe is None else 2 :]]
 
     def __post_init__(self) -> None:
@@ -91,8 +94,9 @@ class Train:
         """Train, and say what came of it."""
         from normfree.train.trainer import train
 
-        if self.lacking:
-            console.say(f"{self.config} says nothing of {', '.join(self.lacking)}, at their defaults")
+        settings = flatten(to_dict(self.recipe))
+        if lacking := [f"{name} {value}" for name, value in self.lacking.items() if settings[name] == value]:
+            console.say(f"{self.config} says nothing of these, which are at their defaults: {', '.join(lacking)}")
         network = None
         if self.recipe.is_foreign:
             from normfree.sources import network_factory

@@ -65,6 +65,46 @@ def suggestion(name: str, names: Iterable[str]) -> str:
     return f"choose one of {', '.join(known[:LISTED])}{more}"
 
 
+OTHER_NAMES = {
+    "lr": ("learning_rate",),
+    "wd": ("weight_decay",),
+    "optimizer": ("rule",),
+    "opt": ("rule",),
+    "warmup": ("warmup_epochs",),
+    "clip": ("clip_norm",),
+    "grad_clip": ("clip_norm",),
+    "max_grad_norm": ("clip_norm",),
+    "agc": ("clip_factor",),
+    "ema": ("average_decay",),
+    "epoch": ("epochs",),
+    "num_epochs": ("epochs",),
+    "bs": ("batch_size",),
+    "batch": ("batch_size",),
+    "num_workers": ("workers",),
+    "device": ("accelerator",),
+    "gpu": ("accelerator", "device"),
+    "gpus": ("accelerator", "device"),
+    "amp": ("precision",),
+    "fp16": ("precision",),
+    "bf16": ("precision",),
+    "dtype": ("precision",),
+    "data": ("source", "input"),
+    "data_dir": ("source", "input"),
+    "dataset": ("source", "input"),
+    "val_split": ("holdout", "split"),
+    "size": ("image_size",),
+    "img_size": ("image_size",),
+    "resolution": ("image_size",),
+    "arch": ("model",),
+    "pretrained": ("start",),
+    "o": ("out", "json"),
+    "output": ("out", "json"),
+    "output_dir": ("out",),
+    "outdir": ("out",),
+}
+"""Settings by the names that other programs have for them; of several the first that there is."""
+
+
 def choices_of(hint: Any) -> tuple[Any, ...]:
     """Return the values of a type of choices: a ``Literal``, or a union of some with ``bool`` and ``None``.
 

@@ -333,10 +333,6 @@ def config(arm: Arm, scale: Scale, setting: TableSetting, rate: float, seed: int
         **arm.optimizer,
     )
     batch = arm.batch_size or recipe.batch_size
-    if optimizer.clip_norm is not None and batch < recipe.batch_size:
-        # what is clipped is mostly noise, whose norm grows with one over the root of the batch
-        bound = optimizer.clip_norm * (recipe.batch_size / batch) ** 0.5
-        optimizer = dataclasses.replace(optimizer, clip_norm=bound)
     data = recipe.data
     if setting.data and scale.recipe == "cifar":
         data = dataclasses.replace(data, source=setting.data)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from normfree.common.checks import (
+    OTHER_NAMES,
     check_choice,
     check_choices,
     check_flag,
@@ -72,7 +73,8 @@ class OptimizerConfig:
     sgd_learning_rate: float = 0.1
     """With `--optimizer.rule muon`, the highest learning rate of what Muon does not step, at the same batch."""
     reference_batch: int | None = 256
-    """The learning rate grows linearly with the batch from here; None: it is the same at every batch."""
+    """The batch that learning rates and `--optimizer.clip-norm` are stated for: rates grow linearly with the batch, and
+    the bound of the norm with one over its root where it is smaller; None: all are the same at every batch."""
     momentum: float = 0.9
     """Of both rules, above 0."""
     weight_decay: float = 5e-5
@@ -88,7 +90,8 @@ class OptimizerConfig:
     clip_eps: float = 1e-3
     """Smallest norm a unit's weight counts with."""
     clip_norm: float | None = None
-    """Largest Euclidean norm of the whole gradient, before adaptive clipping; None: any."""
+    """Largest Euclidean norm of the whole gradient, before adaptive clipping, for a batch of
+    `--optimizer.reference-batch` images; None: any."""
     classifier_lr_scale: float = 1.0
     """Learning rate of the final layers as a share of the others'."""
     gain_lr_scale: float = 1.0
@@ -119,7 +122,35 @@ class OptimizerConfig:
 
     def peak(self, batch_size: int) -> float:
         """Return the highest learning rate for a batch: ``learning_rate * batch_size / reference_batch``."""
-        return self.learning_rate * (batch_size / self.reference_batch if self.reference_batch else 1)
+        return self.learning_rate * self._share(batch_size)
+
+    def largest_norm(self, batch_size: int) -> float | None:
+        """Return the bound of the gradient's norm for a batch: ``clip_norm * (reference_batch / batch_size) ** 0.5``.
+
+        What is clipped of small batches is mostly noise, whose norm goes with one over the root of the batch. Of a
+        batch larger than the reference it is not, and the bound is ``clip_norm``.
+        """
+        return None if self.clip_norm is None else self.clip_norm / min(self._share(batch_size), 1) ** 0.5
+
+    def describe(self, batch_size: int) -> str:
+        """Return in words the learning rate and the bounds of the gradient that a batch is trained with."""
+        share, reference = self._share(batch_size), self.reference_batch
+        parts = [f"learning rate {self.peak(batch_size):.3g}"]
+        parts[0] += f" ({self.learning_rate:g} × {batch_size} / {reference})" if share != 1 else ""
+        if self.rule == "muon":
+            parts += [f"{self.sgd_learning_rate * share:.3g} of what Muon does not step"]
+        if (bound := self.largest_norm(batch_size)) is not None:
+            formula = f" ({self.clip_norm:g} × √({reference} / {batch_size}))" if share < 1 else ""
+            parts += [f"the gradient's norm at most {bound:.3g}{formula}"]
+        if self.clip_factor is not None:
+            parts += [f"each unit's at most {self.clip_factor:g} of its weight's at any batch"]
+        if self.clip_norm is None and self.clip_factor is None:
+            parts += ["gradients not clipped"]
+        return f"batch {batch_size}: {', '.join(parts)}"
+
+    def _share(self, batch_size: int) -> float:
+        """A batch over the reference batch; 1 if there is none."""
+        return batch_size / self.reference_batch if self.reference_batch else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,15 +210,15 @@ class TrainConfig:
     evaluate_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints, beside those at the end of each epoch."""
+    """Steps between checkpoints, beside those at the end of each epoch; None: these alone."""
     keep: int = 2
     """Newest checkpoints to keep, beside the best."""
     evaluation_size: int | None = None
     """Height and width of evaluated images; those of training by default."""
     limit_train_steps: int | None = None
-    """Stop after so many steps in all, on the whole run's schedule: a smoke run."""
+    """Stop after so many steps in all, on the whole run's schedule: a smoke run. None: all."""
     limit_eval_steps: int | None = None
-    """Evaluate on so many batches only."""
+    """Evaluate on so many batches only; None: all."""
     out: Path | None = None
     """Folder of the run; runs/NAME by default."""
 
@@ -258,8 +289,8 @@ class TrainConfig:
     def fit_to_data(self, examples: int, world_size: int) -> TrainConfig:
         """Return the config with a batch that the images fill, and a warm-up that leaves time to train.
 
-        A batch of more images than there are is halved until an epoch has four steps, and the bound of the gradient's
-        norm grows with one over its root; a warm-up of more than half of the run takes a quarter of it.
+        A batch of more images than there are is halved until an epoch has four steps; a warm-up of more than half of
+        the run takes a quarter of it.
 
         Args:
             examples: to train on.
@@ -272,9 +303,6 @@ class TrainConfig:
         if 2 * warmup > self.epochs:
             warmup = self.epochs / 4
         optimizer = dataclasses.replace(self.optimizer, warmup_epochs=warmup)
-        if optimizer.clip_norm is not None:  # what is clipped is mostly noise: one over the root of the batch
-            bound = optimizer.clip_norm * (self.batch_size / batch_size) ** 0.5
-            optimizer = dataclasses.replace(optimizer, clip_norm=bound)
         return dataclasses.replace(self, batch_size=batch_size, optimizer=optimizer)
 
     def accumulation(self, world_size: int) -> int:
@@ -380,7 +408,8 @@ def read_config(
             option among them (``--data.source``) takes the place of.
 
     Returns:
-        The settings, and the names of those that a run's config.json lacks, because an older version wrote it.
+        The settings, and the names of those that are at the fields' defaults because nothing says them: all that a
+        run's config.json lacks, because an older version wrote it; of another file those that the recipes differ in.
 
     Raises:
         ValueError: naming the file, and a setting that is unknown, with the nearest known ones, or has a wrong value.
@@ -401,6 +430,7 @@ def read_config(
     if base is None and "model" not in values:
         remedy = f"name a recipe to begin with: normfree train cifar --config {path}"
         raise refused("config", path, "says no model", remedy)
+    alone = base is None
     if base is None:
         base = TrainConfig(name=re.sub(r"\W+", "_", path.stem), model="nf_resnet50")
     defaults = flatten(to_dict(base))
@@ -422,7 +452,14 @@ def read_config(
         ):
             remedy = f"name it yourself: --{option.replace('_', '-')} {shortened(word, 80)}"
             raise refused("config", path, f"its {option} is {quoted(word)}, and {rule} because a file names it", remedy)
-    return config, [name for name in defaults if described and name not in values]
+    decided = set(defaults) if described else _recipes_differ_in() if alone else set[str]()
+    return config, [name for name in defaults if name in decided and name not in values]
+
+
+def _recipes_differ_in() -> set[str]:
+    """The settings that a recipe chooses, but for its name and those that do not decide what is learned."""
+    recipes = [flatten(to_dict(recipe())) for recipe in RECIPES.values()]
+    return {name for name in recipes[0] if any(one[name] != recipes[0][name] for one in recipes)} - FREE
 
 
 def _is_place(word: str, path: Path) -> bool:
@@ -479,7 +516,7 @@ def _unknown(name: str, known: Mapping[str, Any], written: Mapping[str, Any] | N
     if theirs not in (None, ours):
         rule += f" of normfree {ours}, and normfree {theirs} wrote the file"
     last = name.rpartition(".")[2]
-    same = [one for one in known if one.rpartition(".")[2] == last]
+    same = [one for one in known if one.rpartition(".")[2] in (last, *OTHER_NAMES.get(last, ()))]
     return rule, f"did you mean {', '.join(same)}?" if same else suggestion(name, known)
 
 

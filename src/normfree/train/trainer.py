@@ -472,6 +472,7 @@ class Trainer:
         device = self.fabric.device
         derived = {
             "learning_rate": self.peak,
+            "clip_norm": self.config.optimizer.largest_norm(self.config.batch_size),
             "precision": FABRIC_PRECISION[resolve_precision(self.config.precision, device.type)],
             "device": str(device),
             "compiled": self.compiled,
@@ -516,8 +517,7 @@ class Trainer:
                 f"an epoch is {steps} step{several} of {config.batch_size} images and leaves out {left_out}, others "
                 f"each time; --batch-size {better} makes it {STEPS} or more"
             )
-        if (now := config.optimizer.clip_norm) != (before := chosen.optimizer.clip_norm):
-            yield f"--optimizer.clip-norm {now:g} instead of {before:g}, for a smaller batch has more noise"
+        yield config.optimizer.describe(config.batch_size)
         if (now := config.optimizer.warmup_epochs) != (before := chosen.optimizer.warmup_epochs):
             yield f"--optimizer.warmup-epochs {now:g} instead of {before:g}, a quarter of the run's {config.epochs}"
         yield from self._notes
@@ -594,7 +594,7 @@ class Trainer:
         self.states.average_scalar_gradients(self.network)
         outcome = self._reduce(torch.stack(losses).sum(), rate)
         if outcome.finite:
-            if (largest := config.optimizer.clip_norm) is not None:
+            if (largest := config.optimizer.largest_norm(config.batch_size)) is not None:
                 norm = torch.tensor(outcome.gradient_norm, device=fabric.device)
                 clip_grads_with_norm_(self.network.parameters(), largest, norm, foreach=True)
             for group in optimizer.param_groups:
