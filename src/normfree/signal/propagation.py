@@ -171,7 +171,8 @@ class BlockSignal(Position):
         avg_channel_var: mean over channels of the biased channel variance.
         residual_avg_channel_var: that variance of the branch's output before it is scaled and added;
             None for a layer, or where the scale is zero and was not woken.
-        expected_var: the variance the model's own plan predicts for ``avg_channel_var``, if it has one.
+        expected_var: the variance the model's own plan predicts for ``avg_channel_var``, if it has one; None of layers
+            beside blocks and of outputs.
         input_correlation: mean cosine similarity between different examples' features, if there are two.
         own_correlation: the same number; if it is above 0.9, without the layer's bias, None where that leaves nothing.
         avg_sq_gradient: mean squared gradient of a random projection of the output, if it was measured.
