@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-NEEDED = {"models.md": "opacus", "optim.md": "plotly", "tutorials/convert_and_ship.md": "onnxruntime"}
+NEEDED = {"howto.md": "opacus", "models.md": "opacus", "optim.md": "plotly", "tutorials/convert_and_ship.md": "onnxruntime"}
 
 
-PAGES = ["index.md", "convert.md", "data.md", "models.md", "optim.md", "training.md"]
+PAGES = ["index.md", "convert.md", "data.md", "howto.md", "models.md", "optim.md", "training.md"]
 TUTORIALS = [path.relative_to(DOCS).as_posix() for path in sorted(DOCS.glob("tutorials/*.md"))]
 
 
@@ -30,6 +30,8 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     for example in examples:
         exec(compile(example, page, "exec"), names)
         check_stated_values(example, names)
+    for test in [value for name, value in names.items() if name.startswith("test_")]:
+        test()
 
 
 def test_the_example_of_several_ranks_runs_on_two(tmp_path):
