@@ -52,7 +52,8 @@ class _Trained:
     """Run that says how images are prepared and what the classes are; the one the model lies in by default."""
     original: Original = None
     weights: Path | None = None
-    """State dict of a MODEL that is built by a word: .safetensors, or a .pth of torch.save(model.state_dict(), …)."""
+    """State dict of a MODEL that is built by a word: .safetensors, or a .pth of torch.save(model.state_dict(), …). Of a
+    checkpoint of several, averaged weights are taken, and FILE:KEY takes those of that key."""
     trust_code: bool = False
     """Open a .pt2 file although it can run code of whoever wrote it; an .onnx file cannot."""
     image_size: int | None = None
