@@ -509,7 +509,7 @@ def quiet_datasets() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line_errors(source: str) -> Iterator[None]:
-    """Raise what reading a source runs into as a ``ValueError`` of one line that names the source and the file in it."""
+    """Raise what reading a source runs into as a ``ValueError`` of one line that names the source and the file."""
     try:
         yield
     except Exception as error:  # datasets, pyarrow and the hub's client have no common one
