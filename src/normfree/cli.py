@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     warnings.formatwarning = _format_warning
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it logs of a file it then raises
+    os.environ["MPLBACKEND"] = "agg"  # figures are files; another, of no name or of no display, may not be imported
     try:
         try:
             command = _parse(words)
