@@ -722,7 +722,7 @@ class Columns(NamedTuple):
     image: str
     label: str
     class_names: tuple[str, ...] | None
-    """As the table declares them."""
+    """As the table declares them; of truth values these are both, False and True."""
 
 
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
@@ -754,6 +754,8 @@ def find_columns(features: Any, config: DataConfig) -> Columns:
     if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
         rule = f"the names of its classes are no words ({quoted(names)})"
         raise invalid("label_column", label, rule, "mend the features of the files, or name another column")
+    if getattr(features[label], "dtype", None) == "bool":
+        names = ("False", "True")  # which are the numbers 0 and 1
     return Columns(image, label, tuple(names) if names else None)
 
 
