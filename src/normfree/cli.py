@@ -173,7 +173,11 @@ def _in_options(message: str, words: list[str]) -> str:
         return message
     from normfree.commands.shared import with_option_names
 
-    return with_option_names(message, command_class(words[0]))
+    try:
+        command = command_class(words[0])
+    except ImportError:  # as the message says: a package is imported once
+        return message
+    return with_option_names(message, command)
 
 
 def _parse(words: list[str]) -> Any:

@@ -332,6 +332,14 @@ def test_an_output_that_is_read_is_open():
     assert not closed_output(BrokenPipeError())
 
 
+def test_what_torch_says_of_the_environment_is_one_line():
+    """It raises as it is imported, and cannot be imported again."""
+    environment = {**os.environ, "TORCH_LOGS": "nothing"}
+    run = subprocess.run([*COMMAND, "spp", "x"], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
+    assert "Invalid log settings: nothing" in run.stderr and len(run.stderr) < 520
+
+
 @pytest.mark.parametrize("backend", ["nothing", "module://no.such.module", "TkAgg"])
 def test_figures_are_drawn_whatever_backend_is_named(backend, tmp_path):
     """None is used; matplotlib refused the first as it was imported, after the measurement."""
