@@ -20,7 +20,7 @@ from typing import Any, Literal
 import normfree
 from normfree import terminal
 from normfree.commands import COMMANDS, command_class
-from normfree.common.text import LONGEST, all_lines, one_line, shortened
+from normfree.common.text import LONGEST, all_lines, one_line, printable, shortened
 from normfree.terminal import closed_output, drop_output
 
 WIDTH = 110
@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["COLUMNS"] = str(NARROWEST)
     words = list(sys.argv[1:] if arguments is None else arguments)
     warnings.formatwarning = _format_warning
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it logs of a file it then raises
+    os.environ["MPLBACKEND"] = "agg"  # figures are files; another, of no name or of no display, may not be imported
     try:
         try:
             command = _parse(words)
@@ -93,8 +95,8 @@ def _format_warning(
 ) -> str:
     """A warning of ours in a line without its place in the code; others as Python has them."""
     if Path(filename).is_relative_to(Path(__file__).parent) and category in (UserWarning, RuntimeWarning):
-        return f"note: {message}\n"
-    return _PYTHONS_FORMAT(message, category, filename, lineno, line)
+        return printable(f"note: {message}") + "\n"
+    return printable(_PYTHONS_FORMAT(message, category, filename, lineno, line), keep="\n")
 
 
 def _run(command: Any) -> int:
@@ -171,7 +173,11 @@ def _in_options(message: str, words: list[str]) -> str:
         return message
     from normfree.commands.shared import with_option_names
 
-    return with_option_names(message, command_class(words[0]))
+    try:
+        command = command_class(words[0])
+    except ImportError:  # as the message says: a package is imported once
+        return message
+    return with_option_names(message, command)
 
 
 def _parse(words: list[str]) -> Any:

@@ -330,3 +330,29 @@ def test_a_chain_may_be_a_ring():
 
 def test_an_output_that_is_read_is_open():
     assert not closed_output(BrokenPipeError())
+
+
+def test_what_torch_says_of_the_environment_is_one_line():
+    """It raises as it is imported, and cannot be imported again."""
+    environment = {**os.environ, "TORCH_LOGS": "nothing"}
+    run = subprocess.run([*COMMAND, "spp", "x"], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
+    assert "Invalid log settings: nothing" in run.stderr and len(run.stderr) < 520
+
+
+@pytest.mark.parametrize("backend", ["nothing", "module://no.such.module", "TkAgg"])
+def test_figures_are_drawn_whatever_backend_is_named(backend, tmp_path):
+    """None is used; matplotlib refused the first as it was imported, after the measurement."""
+    model = "nf_resnet50:width=1,depths=(1,1,1,1),stem=cifar"
+    words = ["spp", model, "--image-size", "16", "--batch-size", "2", "--out", str(tmp_path)]
+    environment = {**os.environ, "MPLBACKEND": backend}
+    run = subprocess.run([*COMMAND, *words], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0 and (tmp_path / "spp.png").stat().st_size > 10_000, run.stderr
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_warning_is_text(kind, capsys):
+    from normfree.cli import _format_warning
+
+    for file in (normfree.__file__, __file__):
+        assert not ACTING.search(_format_warning(HOSTILE[kind], UserWarning, file, 1, ""))

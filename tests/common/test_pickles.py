@@ -1,10 +1,11 @@
 """A file of torch.save is looked at before PyTorch builds what it says."""
 
+import codecs
 import io
 import pickle
 import tarfile
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import pytest
 import torch
@@ -120,3 +121,41 @@ def test_what_is_in_a_set_is_looked_at_before_it_is_hashed(tmp_path):
     for content in (b"\x80\x04\x8f(K\x01)\x90.", b"\x80\x04(K\x01)\x91."):
         with pytest.raises(ValueError, match="key of type tuple"):
             check_torch_file(archive(tmp_path / "w.pth", **{"data.pkl": content}))
+
+
+def colliding(count):
+    return [i * (2**61 - 1) for i in range(1, count)]
+
+
+def test_what_makes_a_container_at_once_is_looked_at_first(tmp_path):
+    """An OrderedDict of pairs, as Python 2 wrote it, is read; its keys are bounded as those of a dict are."""
+
+    class Pairs:
+        def __init__(self, kind, items):
+            self.made = kind, (items,)
+
+        def __reduce__(self):
+            return self.made
+
+    torch.save({"old": Pairs(OrderedDict, [["a", 1], ["b", 2]]), "new": Counter("aab")}, tmp_path / "w.pth")
+    check_torch_file(tmp_path / "w.pth")
+    assert torch.load(tmp_path / "w.pth", weights_only=True)["old"] == {"a": 1, "b": 2}
+    for made, rule in (
+        (Pairs(OrderedDict, [[key, 0] for key in colliding(MOST_LARGE_KEYS + 2)]), "large numbers as keys"),
+        (Pairs(Counter, colliding(9)), "makes collections.Counter of no container"),
+        (Pairs(codecs.encode, "x" * 9), "otherwise than bytes are written"),
+    ):
+        torch.save(made, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match=rule):
+            check_torch_file(tmp_path / "w.pth")
+
+
+def test_a_tensor_is_made_by_what_makes_tensors_and_no_items_of_it_are_set(tmp_path):
+    for content in (
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(c__builtin__\nbytearray\nctorch\nTensor\nK\x01\x85NtR.",
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._tensor\n_rebuild_from_type_v2\nctorch\nTensor\n)NtR.",
+    ):
+        with pytest.raises(ValueError, match="makes a tensor by what makes none"):
+            check_torch_file(archive(tmp_path / "w.pth", **{"data.pkl": b"\x80\x02" + content}))
+    with pytest.raises(TypeError, match="item assignment"):
+        check_torch_file(archive(tmp_path / "w.pth", **{"data.pkl": b"\x80\x02ctorch\nSize\n)RK\x00K\x00s."}))

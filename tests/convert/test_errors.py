@@ -319,3 +319,33 @@ def test_our_own_comparisons_convert_too(start, padding):
     assert converted(images).shape == model(images).shape
     if start == "pretrained":
         torch.testing.assert_close(converted(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+class Dotted(nn.Module):
+    """Names with dots, which add_module refuses and setattr does not."""
+
+    def __init__(self):
+        super().__init__()
+        setattr(self, "stem.0", nn.Conv2d(3, 8, 3))
+        setattr(self, "block.1", nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)))
+        setattr(self, "head.0", nn.Linear(8, 4))
+        nn.init.zeros_(self._modules["block.1"][1].weight)
+
+    def forward(self, x):
+        stem, block, head = self._modules.values()
+        x = stem(x)
+        return head((x + block(x)).relu().mean((2, 3)))
+
+
+def test_names_with_dots_are_measured_and_trained_and_refused_where_modules_are_exchanged(tmp_path):
+    model, images = Dotted(), torch.randn(4, 3, 8, 8)
+    measured = normfree.spp(model, images)
+    assert [block.woken for block in measured.blocks] == [("block.1.1.weight",)]
+    assert normfree.optim.final_layers(model) == ("head.0",)
+    normfree.optim.muon_groups(model, 1e-4)
+    normfree.optim.parameter_groups(model, 1e-4, classifier_lr_scale=0.1)
+    for start in ("fresh", "pretrained"):
+        with pytest.raises(ValueError, match=r"^model='Dotted': the name of its submodule 'stem\.0' has a dot"):
+            normfree.convert(model, images, start=start)
+    with pytest.raises(ValueError, match=r"^model: torch.export cannot trace it"):
+        normfree.export.to_program(model, images, tmp_path / "m.pt2")

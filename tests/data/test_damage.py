@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import re
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -179,3 +181,77 @@ def test_a_parquet_file_of_too_many_columns_is_named(tmp_path, monkeypatch):
         config = DataConfig(source=str(tmp_path), evaluation_split="train", streaming=streaming)
         with pytest.raises(ValueError, match=r"train\.parquet': has 3 columns, more than 2"):
             open_evaluation(config)
+
+
+def damage_column(path, column):
+    """Damage all pages that a column of a parquet file has in the last group of rows; the footer stays."""
+    from pyarrow import parquet
+
+    groups = parquet.read_metadata(path)
+    last = groups.row_group(groups.num_row_groups - 1)
+    content = bytearray(path.read_bytes())
+    for part in map(last.column, range(last.num_columns)):
+        if part.path_in_schema.startswith(column):
+            start = part.dictionary_page_offset or part.data_page_offset
+            content[start : start + part.total_compressed_size] = b"\xa5" * part.total_compressed_size
+    path.write_bytes(content)
+
+
+@pytest.fixture(params=["whole", "cached", "streamed"])
+def config_of(request, tmp_path, monkeypatch):
+    """A config on a folder, read in every way there is."""
+    if request.param == "cached":
+        monkeypatch.setattr("normfree.data.sources.SMALL", 0)
+    return DataConfig(
+        source=str(tmp_path),
+        streaming=request.param == "streamed",
+        cache_folder=tmp_path / "cache",
+        in_memory=False,
+        num_classes=3,
+        batch_size=2,
+    )
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_a_damaged_page_names_its_file(tmp_path, config_of, split, column, no_network):
+    for name in ("train-0", "train-1", "test-0", "test-1"):
+        write_parquet(tmp_path / f"{name}.parquet", [encoded(number) for number in range(6)], [0, 1, 2] * 2)
+    damage_column(tmp_path / f"{split}-1.parquet", column)
+    damaged, sound = (open_training, open_evaluation)[:: 1 if split == "train" else -1]
+    with pytest.raises(ValueError, match=rf"{split}-1\.parquet.* could not be read .*; mend the files") as caught:
+        list(damaged(config_of))
+    assert "\n" not in str(caught.value)
+    if split == "test" or config_of.streaming:  # evaluation names its classes by the training labels
+        assert list(sound(config_of))
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "arrow", "parquet"])
+def test_a_damaged_file_of_a_hub_is_named(tmp_path, ending, no_network):
+    contents = {"csv": b'image,label\n"a', "jsonl": b'{"image": ', "arrow": b"ARROW1\0\0noise", "parquet": b"PAR1"}
+
+    (tmp_path / f"train-1.{ending}").write_bytes(contents[ending])
+    with pytest.raises(ValueError, match=rf"train-1\.{ending}. could not be read") as caught:
+        open_training(DataConfig(source=f"hub:{tmp_path}", cache_folder=tmp_path / "cache"))
+    assert "\n" not in str(caught.value)
+
+
+STREAMED = """
+from normfree.data import DataConfig, open_training
+try:
+    list(open_training(DataConfig(source={!r}, batch_size=2, num_classes=3, streaming=True, workers=1, prefetch=9)))
+except ValueError as error:
+    kept = error  # with its frames, as an interactive session keeps the last one
+    print("refused")
+"""
+
+
+def test_workers_end_where_the_first_batches_cannot_be_read(tmp_path):
+    """They ignore SIGTERM, by which Python ends them and then waits."""
+    for name in ("train-0", "train-1"):  # of the former a few images are looked at as it is opened
+        write_parquet(tmp_path / f"{name}.parquet", [encoded(number) for number in range(20)], [0] * 20)
+    damage_column(tmp_path / "train-1.parquet", "image")
+    done = subprocess.run(
+        [sys.executable, "-c", STREAMED.format(str(tmp_path))], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "refused\n" and done.returncode == 0

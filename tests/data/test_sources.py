@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import tarfile
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -176,6 +177,28 @@ def test_words_as_labels_and_numbers_without_names(tmp_path):
     plain = {"image": [encoded(n) for n in range(4)], "label": [0, 3, 1, 0]}
     datasets.Dataset.from_dict(plain).to_parquet(tmp_path / "other" / "train.parquet")
     assert open_training(DataConfig(source=str(tmp_path / "other"), batch_size=2)).num_classes == 4
+
+
+@pytest.mark.parametrize("hub", [False, True])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_truth_values_are_two_classes_by_their_names(tmp_path, streaming, hub, no_network):
+    """Also where a split has one of them only."""
+    folder = tmp_path / "set"
+    for split, truth in (("train", [False, True]), ("test", [True, True])):
+        rows = {"image": [{"bytes": encoded(n), "path": None} for n in range(2)], "label": truth}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("bool")})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    examples = {"examples": 2, "evaluation_examples": 2} if hub else {}
+    source = f"hub:{folder}" if hub else str(folder)
+    config = DataConfig(source=source, streaming=streaming, batch_size=2, cache_folder=tmp_path / "cache", **examples)
+    for opener, targets in ((open_training, [0, 1]), (open_evaluation, [1, 1])):
+        data = opener(config)
+        assert data.class_names == ("False", "True")
+        assert sorted(next(iter(data))[1].tolist()) == targets
+    with pytest.raises(ValueError, match=r"classes \(False, True\) are not the model's \(cat, dog\)"):
+        open_evaluation(config, classes=("cat", "dog"))
+    with pytest.raises(ValueError, match="num_classes=3: the data declare 2 classes"):
+        open_training(replace(config, num_classes=3))
 
 
 def test_numbers_as_words_are_in_the_order_of_numbers(tmp_path):

@@ -344,3 +344,83 @@ def test_what_a_finding_means_is_on_the_page(tmp_path: Path) -> None:
     page = page_of(write_report([replace(signal_of("a"), findings=(found,))], tmp_path / "a.html").read_text())
     assert "docs/signal.md" not in page and "<summary>what explosion means</summary><p>Each block adds" in page
     assert set(MEANINGS) == set(KINDS)
+
+
+HOSTILE = (
+    "<script>window.ran = 1</script>",
+    "</script><script>window.ran = 1</script>",
+    '"><img src=x onerror=ran=1>',
+    "</title></style></textarea><svg onload=ran=1>",
+    "<a href='javascript:ran=1'>x</a><b>y</b>",
+    "'`${window['ran'] = 1}`",
+    "<!--<script>",
+    "{{data}}{{body}}",
+    "$&$1$`\\u003cscript\\u003e",
+    "a\nb\u2028c",
+    "__proto__",
+    "constructor",
+    "\u202eabc\x1b[31m",
+    "x" * 3000,
+)
+NET = f"""import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        setattr(self, name, nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)))
+
+    def forward(self, x):
+        return x + 3 * next(iter(self.children()))(x)
+
+class Net(nn.Sequential):
+    pass
+
+def net():
+    model = Net()
+    model.register_module("stem", nn.Conv2d(3, 3, 3, padding=1))
+    for name in {[name.replace(".", " ") for name in HOSTILE]!r} + ["\\udcff"]:
+        model._modules[name] = Block(name)
+    for name, layer in ("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("head", nn.Linear(3, 4)):
+        model.register_module(name, layer)
+    Net.__name__ = {HOSTILE[0]!r}
+    return model
+"""
+
+
+@pytest.mark.browser
+def test_nothing_runs_whatever_layers_files_and_classes_are_called(browser: Browser, tmp_path: Path) -> None:
+    """The pages of the commands: of a hostile module tree, in a file and on images of hostile names."""
+    from image_sets import encoded, write_parquet
+
+    from normfree.cli import main
+
+    file, images = tmp_path / "n'\"<img src=x onerror=ran=1>&{{title}}.py", tmp_path / "<img src=x onerror=ran=1>"
+    file.write_text(NET, encoding="utf-8", errors="surrogatepass")
+    numbers = list(range(len(HOSTILE)))
+    for split in ("train", "test"):
+        labels = [name.replace("\x1b", "") for name in HOSTILE]
+        write_parquet(images / f"{split}.parquet", [encoded(n) for n in numbers] * 2, numbers * 2, names=labels)
+    assert main(["spp", f"{file}:net", "--image-size", "8", "--out", str(tmp_path / "spp")]) in (0, 1)
+    assert main(["doctor", f"{file}:net", "--image-size", "8", "--out", str(tmp_path / "doctor")]) in (0, 1)
+    words = ["--batch-size", "4", "--epochs", "1", "--optimizer.warmup-epochs", "0", "--signal-every", "2"]
+    model = "nf_resnet50:depths=(1,1,1,1),widths=(8,8,16,16),stem=cifar"
+    train = ["train", "digits", "--data.source", str(images), "--data.in-channels", "3", "--model", model]
+    assert main([*train, *words, "--out", str(tmp_path / "run<img src=x onerror=ran=1>")]) == 0
+    pages = sorted(tmp_path.glob("*/report.html"))
+    assert len(pages) == 3
+    for path in pages:
+        context = browser.new_context(viewport={"width": 1400, "height": 1000}, offline=True)
+        page, noise = context.new_page(), list[str]()
+        page.on("pageerror", lambda error, noise=noise: noise.append(str(error)))
+        page.on("console", lambda message, noise=noise: "MathJax" in message.text or noise.append(message.text))
+        page.on("dialog", lambda dialog, noise=noise: noise.append(dialog.message) or dialog.dismiss())
+        page.goto(path.as_uri())
+        page.wait_for_selector("body[data-ready]", timeout=30_000)
+        for item in page.locator("summary, #legend button").all():
+            item.click()
+        assert page.evaluate("[typeof ran, document.querySelectorAll('img').length]") == ["undefined", 0]
+        assert page.evaluate("[...document.querySelectorAll('a')].every(a => a.hash || a.href.startsWith('data:'))")
+        assert HOSTILE[2 if path.parent.name != "doctor" else 0] in page.inner_text("body")
+        assert page.locator("svg.main-svg").count() > 0 and noise == []
+        context.close()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from normfree.report.page import figures_script, write_page
-from normfree.report.training_page import curve_figures
+from normfree.report.panels import shorten
+from normfree.report.training_page import LONGEST_NAME, confusion_figure, curve_figures
 
 TICKS = "[...document.querySelectorAll('.y2tick text')].map(tick => tick.textContent)"
 
@@ -41,3 +42,28 @@ def test_titles_say_what_is_shown(clip):
     figure = curve_figures([row | {"clip_fraction": clip}], [])["rate"]
     assert figure["layout"]["yaxis"]["title"]["text"] == "Learning rate" + (" and clipped fraction" if clip else "")
     assert len(figure["data"]) == (2 if clip else 1)
+
+
+NAMES = ["<b>bold</b>", "__proto__", "constructor", "toString", "x" * 3000, "a\nb", " ", "1", "1.0"]
+
+
+@pytest.mark.browser
+def test_every_class_has_its_row_and_column_whatever_it_is_called(browser, tmp_path):
+    """Categories of plotly's are keys of an object, in which some are there already."""
+    confusion = [[10 * row + column for column in range(len(NAMES))] for row in range(len(NAMES))]
+    figures = {"confusion": confusion_figure(confusion, NAMES)}
+    page_of = {"title": "t", "body": '<div id="confusion"></div>', "data": figures, "script": figures_script()}
+    page = browser.new_page(viewport={"width": 1100, "height": 900})
+    page.goto(write_page(tmp_path / "r.html", **page_of).as_uri())
+    page.wait_for_selector("body[data-ready]", timeout=30_000)
+    labels = page.locator("#confusion .ytick text").all_text_contents()
+    assert labels == [shorten(name, LONGEST_NAME) for name in NAMES if name.strip()]
+    cells = page.locator("#confusion .nsewdrag").bounding_box()
+    for column, row in ((1, 2), (0, 4), (3, 0)):
+        x, y = ((place + 0.5) / len(NAMES) for place in (column, row))
+        page.mouse.move(cells["x"] + x * cells["width"], cells["y"] + y * cells["height"])
+        page.wait_for_function("document.querySelector('#confusion .hovertext text')")
+        told = page.locator("#confusion .hovertext text").first.text_content()
+        assert f"predicted {NAMES[column]}: {confusion[row][column]} (" in told
+        page.mouse.move(1, 1)
+        page.wait_for_function("!document.querySelector('#confusion .hovertext text')")

@@ -511,7 +511,12 @@ MISTAKES = {
     "not a run": (["evaluate", "{dir}/m.onnx", "--run", "{dir}/empty"], "is no run's folder"),
     "a damaged file": (["predict", "{dir}/bad.onnx", "{dir}/text.png"], "ONNX Runtime does not run"),
     "no image": (["predict", "{run}", "{dir}/text.png"], "does not decode as an image"),
-    "no file": (["predict", "{run}", "{dir}/none.png"], "there is no such file"),
+    "no file": (["predict", "{run}", "{dir}/none.png"], "is no file; give an image"),
+    "a quoted pattern": (["predict", "{run}", "{dir}/*.png"], r"\*\.png': is no file; .*the pattern without quotes"),
+    "an address": (["predict", "{run}", "http://127.0.0.1:9/x.png"], "is no file; download it first"),
+    "a link to nothing": (["predict", "{run}", "{dir}/links"], "links/a.png': is no file"),
+    "a name that is too long": (["predict", "{run}", "x" * 5000], "images='xx.*': is no file"),
+    "another format": (["predict", "{run}", "{dir}/a.ico"], "no image of a known format: JPEG, PNG, WEBP"),
     "top": (["predict", "{run}", "{dir}/text.png", "--top", "0"], "top=0"),
     "a program": (["evaluate", "{dir}/m.pt2", "--run", "{run}"], r"m\.pt2.*runs code.*--trust-code"),
     "a program to predict with": (["predict", "{dir}/m.pt2", "{dir}/text.png"], r"m\.pt2.*runs code.*--trust-code"),
@@ -529,6 +534,10 @@ def test_a_mistake_is_one_line(mistake, run, exported, capsys):
     (exported / "empty").mkdir(exist_ok=True)
     (exported / "bad.onnx").write_bytes(b"nothing")
     (exported / "text.png").write_text("no image")
+    Image.new("L", (8, 8)).save(exported / "a.ico")
+    if not (exported / "links").exists():
+        (exported / "links").mkdir()
+        (exported / "links" / "a.png").symlink_to("nothing.png")
     assert main([word.format(dir=exported, run=run.folder) for word in words]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1

@@ -1,7 +1,9 @@
 """A saved model comes back as it was, and nothing else is mistaken for one."""
 
+import argparse
 import json
 import struct
+from collections import Counter
 
 import pytest
 import torch
@@ -155,3 +157,96 @@ def test_two_values_of_a_tied_weight_are_refused(tmp_path):
         ValueError, match=r"w\.pth'.* two values of one weight of the model, first\.weight and second\."
     ):
         load_stored(Tied(), read_state_dict(path))
+
+
+KINDS = [
+    "uint16",
+    "uint32",
+    "uint64",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e8m0fnu",
+    "complex32",
+    "complex64",
+    "int8",
+    "bool",
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*experimental")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_dtype_that_torch_reads_is_read_and_no_other_than_a_weights_is_loaded(kind, tmp_path):
+    stored = torch.zeros(32, dtype=torch.uint8).view(getattr(torch, kind))
+    torch.save({"weight": stored}, tmp_path / "w.pth")
+    read = read_state_dict(tmp_path / "w.pth")
+    assert read.tensors["weight"].dtype == stored.dtype and read.tensors["weight"].shape == stored.shape
+    with pytest.raises(ValueError, match=rf"w\.pth'.* weight holds {kind}, which are no weights; save the model in"):
+        load_stored(torch.nn.Linear(len(stored), 1, bias=False), read)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize", "ignore:.*[Ss]parse")
+def test_tensors_of_other_kinds_are_said_to_be_such(tmp_path):
+    for tensor, rule in (
+        (torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8), "quantized tensors"),
+        (torch.eye(4).to_sparse(), "sparse tensors"),
+        (torch.ones(4, device="meta"), "tensors without values"),
+    ):
+        torch.save({"weight": tensor}, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match=rf"w\.pth': holds {rule}, which are no weights; save dense ones"):
+            read_state_dict(tmp_path / "w.pth")
+
+
+def script_checkpoint(path, **parts):
+    """As timm, DeiT and torchvision's references write one, with their options and schedulers beside the weights."""
+    state = {"milestones": Counter([3, 6]), "args": argparse.Namespace(lr=0.1, model="resnet18"), "epoch": 3}
+    torch.save({**state, **parts}, path)
+
+
+def weight(value):
+    return {"weight": torch.full((1,), float(value))}
+
+
+def test_averaged_weights_are_taken_and_said_or_those_of_the_key_that_is_given(tmp_path):
+    path = tmp_path / "w.pth"
+    averaged = {"n_averaged": torch.tensor(7), "module.weight": torch.full((1,), 2.0)}
+    for parts in (
+        {"model": weight(1), "model_ema": averaged},
+        {"state_dict": weight(1), "state_dict_ema": weight(2)},
+        {"model": {f"module.{name}": tensor for name, tensor in weight(1).items()}, "ema_state_dict": weight(2)},
+    ):
+        script_checkpoint(path, **parts)
+        trained, taken = parts
+        with pytest.warns(UserWarning, match=rf"under {taken} and {trained}; those under {taken} are .*:{trained} "):
+            assert read_state_dict(path).tensors == weight(2)
+        for key, value in ((trained, 1), (taken, 2)):
+            assert read_state_dict(f"{path}:{key}").tensors == weight(value)
+
+
+def test_one_state_dict_is_taken_without_a_word_and_others_are_named(tmp_path, recwarn):
+    path = tmp_path / "w.pth"
+    for parts in ({"model": weight(1)}, {"state_dict": {"model": weight(1)}}, {"model": weight(1), "model_ema": None}):
+        script_checkpoint(path, **parts)
+        assert read_state_dict(path).tensors == weight(1)
+    script_checkpoint(path, student=weight(1), teacher=weight(2))
+    with pytest.raises(ValueError, match=r"no state dict, but under 'student', 'teacher'; give .*w\.pth:student$"):
+        read_state_dict(path)
+    assert read_state_dict(f"{path}:teacher").tensors == weight(2)
+    with pytest.raises(ValueError, match="holds no state dict under 'generator', but under 'student'"):
+        read_state_dict(f"{path}:generator")
+    script_checkpoint(path)
+    with pytest.raises(ValueError, match=r"holds no state dict; write torch\.save"):
+        read_state_dict(path)
+    save_file(weight(1), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="has no keys; leave :model out"):
+        read_state_dict(tmp_path / "w.safetensors:model")
+    assert not recwarn.list
+    weight_named = tmp_path / "w.pth:model"
+    torch.save(weight(5), weight_named)
+    assert read_state_dict(weight_named).tensors == weight(5), "a file of that name is that file"
+
+
+def test_a_parameter_comes_without_its_attributes(tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(1))
+    parameter.detach = 1
+    torch.save({"weight": parameter}, tmp_path / "w.pth")
+    assert not vars(read_state_dict(tmp_path / "w.pth").tensors["weight"])

@@ -91,7 +91,8 @@ class _Conversion:
     start: Start = "fresh"
     """fresh: new, variance-preserving weights; pretrained: the function of the trained model, kept."""
     weights: Path | None = None
-    """State dict of the model before conversion: .safetensors, or a .pth of torch.save(model.state_dict(), …)."""
+    """State dict of the model before conversion: .safetensors, or a .pth of torch.save(model.state_dict(), …). Of a
+    checkpoint of several, averaged weights are taken, and FILE:KEY takes those of that key."""
     alpha: float = ALPHA
     """Factor of the residual branches (fresh)."""
     skip_gain: float = SKIP_GAIN

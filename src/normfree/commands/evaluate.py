@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from normfree.commands.shared import Mean, Original, Std, Terminal, TrainedModel, check_options
 from normfree.common.checks import invalid, require
-from normfree.common.files import check_place, refused, walk, write_atomically
+from normfree.common.files import check_file, check_place, kind_of, refused, walk, write_atomically
 from normfree.common.text import printable, quoted
 from normfree.data import (
     DataConfig,
@@ -52,7 +54,8 @@ class _Trained:
     """Run that says how images are prepared and what the classes are; the one the model lies in by default."""
     original: Original = None
     weights: Path | None = None
-    """State dict of a MODEL that is built by a word: .safetensors, or a .pth of torch.save(model.state_dict(), …)."""
+    """State dict of a MODEL that is built by a word: .safetensors, or a .pth of torch.save(model.state_dict(), …). Of a
+    checkpoint of several, averaged weights are taken, and FILE:KEY takes those of that key."""
     trust_code: bool = False
     """Open a .pt2 file although it can run code of whoever wrote it; an .onnx file cannot."""
     image_size: int | None = None
@@ -283,7 +286,7 @@ class Predict(_Trained):
     def tell(self, console: Terminal, line: str) -> None:
         """Say a line beside the result: on stderr where that is JSON."""
         if self.json:
-            print(line, file=sys.stderr)
+            print(printable(line, keep="\n"), file=sys.stderr)
         else:
             console.say(line)
 
@@ -291,24 +294,30 @@ class Predict(_Trained):
         """The image files, those of a folder in the order of their names.
 
         Raises:
-            ValueError: a folder holds no image, or there are more than can be read at once.
+            ValueError: there is no such file, a folder holds no image, or there are more than can be read at once.
         """
         from normfree.data.sources import SUFFIXES
 
         files: list[Path] = []
         for path in self.images:
-            if not path.is_dir():
-                files.append(path)
-                continue
-            found = (one for one in walk(path, "images") if one.suffix.lower() in SUFFIXES and one.is_file())
-            inside = list(islice(found, MOST_IMAGES + 1))
+            inside = [path]
+            if kind_of(path) == "a folder":
+                found = (one for one in walk(path, "images") if one.suffix.lower() in SUFFIXES)
+                inside = sorted(islice(found, MOST_IMAGES + 1))
             if not inside:
                 rule = f"holds no image ({', '.join(sorted(SUFFIXES))}), nor do the folders below it"
                 raise refused("images", path, rule, "give images, or a folder of some")
-            files += sorted(inside)
+            files += inside
             if len(files) > MOST_IMAGES:
-                rule = f"holds more images than the {MOST_IMAGES:,} that are read at once"
-                raise refused("images", path, rule, "give folders of fewer, one after the other")
+                rule = f"comes to more images than the {MOST_IMAGES:,} that are read at once"
+                raise refused("images", path, rule, "give fewer, one part after the other")
+        for path in files:
+            remedy = "give an image, or a folder of some"
+            if glob.has_magic(str(path)):
+                remedy = "give a folder, or the pattern without quotes, of which the shell makes names"
+            elif re.match(r"\w+:/", str(path)):  # of "://" in a path
+                remedy = "download it first: no address is opened here"
+            check_file(path, "images", remedy)
         return files
 
     def _images(self, trained: Trained, files: list[Path]) -> tuple[Tensor, Standardization, str]:

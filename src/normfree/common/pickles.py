@@ -29,9 +29,10 @@ SMALL_KEY, MOST_LARGE_KEYS = 2**24, 10_000
 """A whole number below the first is no large key, and so many are in a file at most; optimizers of versions before 1.6
 have one for each parameter. More could be chosen so that they fall on one place in a dict: n take time in n²."""
 
+_TENSOR = re.compile(r"torch\._utils\._rebuild_(tensor(_v[23])?|parameter(_with_state)?)")
 _CALLED = re.compile(
-    r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter|parameter_with_state)|torch\._tensor\._rebuild_from_type_v2"
-    r"|torch\.(Size|device)|collections\.OrderedDict|_codecs\.encode"
+    rf"{_TENSOR.pattern}|torch\._tensor\._rebuild_from_type_v2|torch\.(Size|device)|_codecs\.encode"
+    r"|collections\.(OrderedDict|Counter)|argparse\.Namespace"
 )
 """What may be called: what makes tensors of stored numbers, and plain containers; none makes more than it is given."""
 
@@ -99,11 +100,9 @@ class _Made:
     def __setstate__(self, state: Any) -> None:
         self.parts.append(state)
 
-    def append(self, item: Any) -> None:
-        self.parts.append(item)
 
-    def extend(self, items: Iterable[Any]) -> None:
-        self.parts.extend(items)
+class _MadeDict(_Made):
+    """The same of a dict: of nothing else are items set, for in a tensor that would write numbers."""
 
     def __setitem__(self, key: Any, item: Any) -> None:
         self.parts += [key, item]
@@ -112,13 +111,31 @@ class _Made:
 class _Named:
     """A class or function that the file names; nothing is imported."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, reader: PlainKeysUnpickler) -> None:
+        self.name, self.reader = name, reader
 
     def __call__(self, *arguments: Any) -> _Made:
         if not _CALLED.fullmatch(self.name):
             raise pickle.UnpicklingError(f"it calls GLOBAL {self.name}")  # as torch's own error names it
+        if self.name.startswith("collections."):
+            for items in arguments:
+                self.check_items(items)
+            return _MadeDict(list(arguments))
+        if self.name == "_codecs.encode" and arguments[1:] != ("latin1",):  # as bytes are; others may take any time
+            raise self.reader.refusal("encodes text otherwise than bytes are written")
+        if self.name.endswith("_rebuild_from_type_v2"):
+            function, _, given = arguments[:3]
+            if not (isinstance(function, _Named) and _TENSOR.fullmatch(function.name)):
+                raise self.reader.refusal("makes a tensor by what makes none")
+            function(*given)
         return _Made(list(arguments))
+
+    def check_items(self, items: Any) -> None:
+        """Raise for keys of which a dict is made at once, and which have not been looked at."""
+        if isinstance(items, list) and self.name == "collections.OrderedDict":  # of pairs, as Python 2 wrote it
+            self.reader.check_keys(key for key, _ in items)
+        elif not isinstance(items, dict):
+            raise self.reader.refusal(f"makes {self.name} of no container")
 
 
 class _OfTensors(PlainKeysUnpickler):
@@ -127,7 +144,7 @@ class _OfTensors(PlainKeysUnpickler):
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(PlainKeysUnpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> _Named:
-        return _Named(f"{module}.{name}")
+        return _Named(f"{module}.{name}", self)
 
     def persistent_load(self, pid: Any) -> _Made:
         return _Made([pid])  # the numbers of a tensor, which are beside the pickle

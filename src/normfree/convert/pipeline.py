@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from normfree.common.checks import check_choice, check_integer, check_number, invalid
 from normfree.common.process import one_thread_at_a_time
+from normfree.common.text import quoted
 from normfree.convert.apply import Measured, exchange_modules, is_layer_change, is_rescaled, keep_pace, measure
 from normfree.convert.asked import norms_asked_about
 from normfree.convert.carriers import SignalPaths, sort_norms
@@ -188,6 +189,9 @@ def _check(model: nn.Module, start: Start, alpha: float, skip_gain: float, beta:
                 f"model: {name or 'it'} is a scripted {class_name(module)}, whose modules cannot be exchanged; "
                 "convert the model first, and script what normfree.fold makes of it"
             )
+        if dotted := next((child for child in module._modules if "." in child), None):  # as setattr allows
+            rule = f"the name of its submodule {quoted(dotted)} has a dot, and no path leads to it"
+            raise invalid("model", class_name(model), rule, "give it another name")
 
 
 def _fresh(

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from normfree.common.checks import check_integer, invalid, require
 from normfree.common.torch_compat import end_workers
@@ -648,8 +649,21 @@ class _Loader(DataLoader[Any]):
 
     Where Python finds one in a reference cycle (a trainer, an error that was kept), it finalizes the queues before
     the iterator that would send the word to stop through them, and torch then waits five seconds for each worker.
-    The iterator is therefore kept out of the cycle, and ended when its owner goes.
+    The iterator is therefore kept out of the cycle, and ended when its owner goes. One whose first batches cannot be
+    read has no owner yet: its workers, which ignore the SIGTERM that Python ends them with, would never end.
     """
+
+    def _get_iterator(self) -> Any:
+        if not self.num_workers:
+            return super()._get_iterator()
+        self.check_worker_number_rationality()
+        batches: Any = _MultiProcessingDataLoaderIter.__new__(_MultiProcessingDataLoaderIter)
+        try:
+            batches.__init__(self)  # starts the workers, then reads ahead
+        except BaseException:
+            end_workers(batches)
+            raise
+        return batches
 
     def __iter__(self) -> Any:
         with _sigterm_blocked():  # until the workers ignore it

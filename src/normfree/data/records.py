@@ -174,7 +174,7 @@ def _reason(source: bytes | str | Path, error: Exception) -> str:
     if not source or (not isinstance(source, bytes) and kind_of(source) == "file" and not os.path.getsize(source)):
         return "it is empty"
     if type(error).__name__ == "UnidentifiedImageError":
-        return "it is no image of a known format"
+        return f"it is no image of a known format: {', '.join(FORMATS)}"
     return first_line(error)
 
 

@@ -14,6 +14,7 @@ import itertools
 import os
 import re
 import tarfile
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -301,8 +302,11 @@ class FileSource:
         from datasets.table import InMemoryTable
 
         count_rows(files)  # names the file that is damaged
+        tables = []
+        for file in files:
+            with one_line_errors(file):
+                tables.append(datasets.Dataset(InMemoryTable(_read_whole(file))))
         with one_line_errors(self.config.source):
-            tables = [datasets.Dataset(InMemoryTable(_read_whole(file))) for file in files]
             return _leave_encoded(datasets.concatenate_datasets(tables))
 
     def labels(self, split: str, column: str) -> list[Any] | None:
@@ -311,9 +315,11 @@ class FileSource:
         if self.kind != "parquet" or not self._is_local(split):
             return None
         count_rows(self.paths[split])
-        with one_line_errors(self.config.source):
-            tables = (parquet.read_table(file, columns=[column]) for file in self.paths[split])
-            return list(itertools.chain.from_iterable(table.column(column).to_pylist() for table in tables))
+        labels: list[Any] = []
+        for file in self.paths[split]:
+            with one_line_errors(file):
+                labels += parquet.read_table(file, columns=[column]).column(column).to_pylist()
+        return labels
 
     @functools.cache  # noqa: B019 (a source lives as long as its data)
     def count(self, split: str) -> tuple[int | None, int | None]:
@@ -349,7 +355,7 @@ def _read_whole(file: str) -> Any:
     with parquet.ParquetFile(file) as opened:
         for batch in opened.iter_batches(1024):
             if (size := size + batch.nbytes) > most:
-                raise ValueError(f"{file} unpacks to more than {most / 2**20:,.0f} MiB")
+                raise ValueError(f"it unpacks to more than {most / 2**20:,.0f} MiB")
             batches.append(batch)
         return Table.from_batches(batches, opened.schema_arrow)
 
@@ -503,15 +509,24 @@ def quiet_datasets() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line_errors(source: str) -> Iterator[None]:
-    """Raise what reading a source runs into as a ``ValueError`` of one line that names the source."""
+    """Raise what reading a source runs into as a ``ValueError`` of one line that names the source and the file."""
     try:
         yield
     except Exception as error:  # datasets, pyarrow and the hub's client have no common one
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        rule = f"could not be read ({first_line(cause)})"
+        file = _file_in_hand(cause)
+        rule = f"{quoted(file) + ' ' if file else ''}could not be read ({first_line(cause)})"
         raise invalid("source", source, rule, "mend the files or the name") from error
+
+
+def _file_in_hand(error: BaseException) -> str:
+    """The file that a reader of ``datasets`` had open as it raised, which it does not say; "" if there was none."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__", "").startswith("datasets.packaged_modules."):
+            return str(frame.f_locals.get("file", ""))
+    return ""
 
 
 def read_rows(rows: Iterable[dict[str, Any]], source: str) -> Iterator[dict[str, Any]]:
@@ -707,7 +722,7 @@ class Columns(NamedTuple):
     image: str
     label: str
     class_names: tuple[str, ...] | None
-    """As the table declares them."""
+    """As the table declares them; of truth values these are both, False and True."""
 
 
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
@@ -739,6 +754,8 @@ def find_columns(features: Any, config: DataConfig) -> Columns:
     if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
         rule = f"the names of its classes are no words ({quoted(names)})"
         raise invalid("label_column", label, rule, "mend the features of the files, or name another column")
+    if getattr(features[label], "dtype", None) == "bool":
+        names = ("False", "True")  # which are the numbers 0 and 1
     return Columns(image, label, tuple(names) if names else None)
 
 

@@ -225,9 +225,10 @@ def silent_parameters(model: nn.Module) -> list[str]:
 def wake_silent(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """Return a copy with its silent parameters drawn from N(0, 0.2^2 / fan_in), where fan_in is 1 of vectors."""
     woken = copy_model(model)
+    parameters = dict(woken.named_parameters())
     with torch.no_grad():
         for name in silent_parameters(woken):
-            parameter = woken.get_parameter(name)
+            parameter = parameters[name]
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * (AWAKE / math.sqrt(fan_in)))

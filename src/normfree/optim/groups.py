@@ -94,7 +94,8 @@ def _classifier(model: nn.Module) -> set[int]:
     if not layers:
         rule = "it does not end in a linear layer or convolution, whose learning rate could be scaled"
         raise invalid("model", type(network).__name__, rule, "pass classifier_lr_scale=1")
-    return {id(parameter) for name in layers for parameter in network.get_submodule(name).parameters()}
+    modules = dict(network.named_modules(remove_duplicate=False))
+    return {id(parameter) for name in layers for parameter in modules[name].parameters()}
 
 
 def _decays(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
@@ -235,10 +236,11 @@ def _ends(module: nn.Module, name: str) -> Iterator[str]:
         heads = inner
     if not heads:
         yield from _last_layers(module, name)
+    modules = dict(module.named_modules(prefix=name, remove_duplicate=False))
     taken = set[int]()  # by the heads behind
     for key, head in reversed(heads.items()):
         for end in _ends(head, key):
-            if _sizes(module.get_submodule(end[len(name) :].lstrip(".")))[1] not in taken:
+            if _sizes(modules[end])[1] not in taken:
                 yield end
         first = next((layer for _, layer in _weighted(head, key)), None)
         if isinstance(first, _PLAIN):

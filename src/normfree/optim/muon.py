@@ -303,7 +303,8 @@ def muon_groups(
     """
     check_number("sgd_lr_scale", sgd_lr_scale, 0.0, exclusive=True)
     network = unwrapped(model)
-    heads = {id(p) for name in final_layers(network) for p in network.get_submodule(name).parameters()}
+    modules = dict(network.named_modules(remove_duplicate=False))
+    heads = {id(p) for name in final_layers(network) for p in modules[name].parameters()}
     layouts = {
         id(parameter): _layout(owner)
         for _, parameter, owner in owned_parameters(network)

@@ -22,6 +22,8 @@ GRID = "rgba(128,128,128,0.22)"
 COLORS = ("#0b6fb8", "#c8501e")
 MOST_NAMED = 40
 """Classes whose names stand at the confusion matrix."""
+LONGEST_NAME = 32
+"""Characters of such a name."""
 
 UNRECORDED = "The signal was not recorded: --signal-every 0, or a sharded network."
 RECORDED = "Drag the slider, move it by the arrow keys, or let it play."
@@ -122,7 +124,6 @@ def confusion_figure(confusion: Sequence[Sequence[int]], names: Sequence[str]) -
     """Return the confusion matrix as shares of each true class, as plotly's JSON."""
     shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
     few = len(names) <= MOST_NAMED
-    labels: Any = [escape(name) for name in names] if few else None
     trace: dict[str, Any] = {
         "type": "heatmap",
         "z": shares,
@@ -135,9 +136,16 @@ def confusion_figure(confusion: Sequence[Sequence[int]], names: Sequence[str]) -
         "xgap": 1 if few else 0,
         "ygap": 1 if few else 0,
     }
-    if few:
-        trace |= {"x": labels, "y": labels}
-    axis = {"showgrid": False} | ({"type": "category", "tickangle": 0} if few else {})
+    axis: dict[str, Any] = {"showgrid": False}
+    if few:  # not as categories, of which plotly loses those that are called as a property of JavaScript's objects
+        named = [escape(name) for name in names]
+        counts = [zip(row, named, strict=True) for row in confusion]
+        trace["customdata"] = [[(true, *cell) for cell in row] for true, row in zip(named, counts, strict=True)]
+        trace["hovertemplate"] = (
+            "true %{customdata[0]}, predicted %{customdata[2]}: %{customdata[1]} (%{z:.1%})<extra></extra>"
+        )
+        labels = [escape(shorten(name, LONGEST_NAME)) for name in names]
+        axis |= {"tickangle": 0, "tickvals": list(range(len(names))), "ticktext": labels}
     layout = _layout("")
     layout |= {"height": 560, "showlegend": False}
     layout["xaxis"] = {**axis, "title": {"text": "predicted class"}, "constrain": "domain"}

@@ -304,8 +304,10 @@ class Measurement:
 
     def _wake(self, names: Sequence[str]) -> None:
         """Set the zero gains that silence a branch to one; ``preserved`` restores them."""
+        # get_parameter takes a dot in a name, which setattr allows, for a path.
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name in names:
-            gain = self.model.get_parameter(name)
+            gain = parameters[name]
             self.preserved.before_writing(gain)
             gain.detach().fill_(1)
 

@@ -571,7 +571,7 @@ class PointRecorder(Recorder):
             if node.step.weighted or len(set(node.parents)) != 1:
                 return "", ""
             node = node.parents[0]
-        module = self.model.get_submodule(name)
+        module = dict(self.model.named_modules(remove_duplicate=False))[name]
         alone = type(module).__module__ == nn.ReLU.__module__ and self.bent_in[name] == 1 and name != ""
         return title_of(bent.note.operation), name if alone else ""
 

@@ -5,12 +5,13 @@ A model of ``create_model`` is its name and overrides, a converted one the recor
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -27,6 +28,7 @@ from normfree.common.files import (
     check_metadata,
     is_of_torch,
     is_safetensors,
+    kind_of,
     parse_json,
     read,
     write_atomically,
@@ -52,7 +54,12 @@ _WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and DistributedDataPara
 
 
 def without_wrappers(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return a state dict by the names of what was wrapped: prefixes of wrappers that all names have are left out."""
+    """Return a state dict by the names of what was wrapped: prefixes of wrappers that all names have are left out.
+
+    So is the count that ``torch.optim.swa_utils.AveragedModel`` has beside what it wraps.
+    """
+    if "n_averaged" in state_dict and any(name.startswith("module.") for name in state_dict):
+        state_dict = {name: tensor for name, tensor in state_dict.items() if name != "n_averaged"}
     while state_dict and (prefix := next((one for one in _WRAPPERS if all(k.startswith(one) for k in state_dict)), "")):
         state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
     return state_dict
@@ -60,13 +67,25 @@ def without_wrappers(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 STATE_DICT = "give a .safetensors file, or a .pth file of torch.save(model.state_dict(), …)"
 
+KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model")
+"""Where training scripts put state dicts; averaged weights go before those they are the average of, as in timm."""
+
+_OTHER_TENSORS = {
+    "torch._utils._rebuild_qtensor": "quantized tensors",
+    "torch.serialization._get_layout": "sparse tensors",
+    "torch._utils._rebuild_meta_tensor_no_storage": "tensors without values",
+}
+"""Tensors by the functions of torch that make them, which are not called: a few bytes can claim any memory there."""
+
 
 def read_state_dict(path: str | Path, argument: str = "path") -> Stored:
     """Read a state dict: a safetensors file, or one of ``torch.save``, of which nothing but tensors is taken.
 
+    A warning says which is taken of a file that holds several.
+
     Args:
-        path: the file. One of ``torch.save`` may hold the state dict under ``state_dict``, ``model`` or
-            ``model_state_dict``, as training scripts write it.
+        path: the file, or ``FILE:KEY`` for the state dict that is there under a key. Without one it is the file
+            itself, or the first that is there of :data:`KEYS`.
         argument: what named it, for messages.
 
     Returns:
@@ -75,31 +94,61 @@ def read_state_dict(path: str | Path, argument: str = "path") -> Stored:
     Raises:
         ValueError: no such file, a damaged one, or one that holds anything but tensors in plain containers.
     """
+    given, key = path, ""
+    if kind_of(path) == "nothing" and kind_of(str(path).rpartition(":")[0]) == "file":
+        path, _, key = str(path).rpartition(":")
     path = check_file(path, argument, STATE_DICT)
     if path.suffix == ".safetensors" or is_safetensors(path):
+        if key:
+            raise invalid(argument, str(given), "is a safetensors file, which has no keys", f"leave :{key} out")
         stored = read(path, argument)
         return replace(stored, tensors=dict(without_wrappers(stored.tensors)))
     if not is_of_torch(path):
         raise invalid(argument, str(path), "holds no state dict", STATE_DICT)
     try:
         check_torch_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of plain values, as scripts keep their options
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # of something that is no tensor, number or container
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named and named[1] in _OTHER_TENSORS:
+            rule, remedy = f"holds {_OTHER_TENSORS[named[1]]}, which are no weights", "save dense ones of float32"
+            raise invalid(argument, str(path), rule, remedy) from error
         held = f"a pickled {named[1]}" if named else "pickled objects"
-        rule = f"holds {held}, as torch.save(model, …) writes it, and not tensors; to read it would run its code"
-        remedy = "where its class is, write torch.save(torch.load(…, weights_only=False).state_dict(), …)"
+        rule = f"holds {held}, and not tensors and plain values alone; to read it would run its code"
+        remedy = "where its class is, load it with weights_only=False and write torch.save(model.state_dict(), …)"
         raise invalid(argument, str(path), rule, remedy) from error
     except Exception as error:  # a damaged archive raises almost anything
         rule = f"cannot be read as tensors alone ({first_line(error)})"
         raise invalid(argument, str(path), rule, "write torch.save(model.state_dict(), …) anew") from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        found = found[key] if isinstance(found, Mapping) and isinstance(found.get(key), Mapping) else found
-    if not isinstance(found, Mapping) or not all(isinstance(one, Tensor) for one in found.values()):
-        rule = "holds no state dict"
-        raise invalid(argument, str(path), rule, "write torch.save(model.state_dict(), …)")
-    tensors = without_wrappers({str(name): tensor for name, tensor in found.items()})
+    whole = found if isinstance(found, Mapping) else {}
+    named = dict(_state_dicts(whole)) if not key else dict(_state_dicts({key: whole.get(key)}, (key,)))
+    if not named:
+        others = [str(one) for one, _ in _state_dicts(whole, whole)]
+        rule = f"holds no state dict under {quoted(key)}" if key else "holds no state dict"
+        remedy = "write torch.save(model.state_dict(), …)"
+        if others:
+            rule += f", but under {', '.join(map(quoted, others[:3]))}"
+            remedy = f"give {shortened(f'{path}:{others[0]}', 120)}"
+        raise invalid(argument, str(path), rule, remedy)
+    taken, *others = named
+    if others:
+        held = f"{quoted(str(path))} holds weights under {' and '.join(named)}"
+        remedy = f"{shortened(f'{path}:{others[0]}', 120)} takes the latter"
+        warnings.warn(f"{held}; those under {taken} are taken; {remedy}", UserWarning, stacklevel=2)
+    # Without the attributes that a parameter may bring, which can stand in the place of methods.
+    tensors = without_wrappers({str(name): Tensor.detach(tensor) for name, tensor in named[taken].items()})
     return Stored(path, argument, {}, dict(tensors))
+
+
+def _state_dicts(value: Any, keys: Iterable[str] = KEYS) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """The state dicts in what a file holds, by their keys; one that is the file itself has none."""
+    if isinstance(value, Mapping) and value and all(isinstance(one, Tensor) for one in value.values()):
+        yield "", value
+    elif isinstance(value, Mapping):
+        for key in keys:
+            for inner, found in _state_dicts(value.get(key)):
+                yield f"{key}{'.' * bool(inner)}{inner}", found
 
 
 def load_stored(model: nn.Module, stored: Stored) -> None:
@@ -617,7 +666,7 @@ def _check_values(model: nn.Module, stored: Stored) -> None:
             continue
         given = stored.tensors[name]
         check_number_kind(stored, name, mine, given)
-        if mine.is_meta or mine.numel() == 0 or mine.layout != torch.strided:
+        if mine.is_meta or mine.numel() == 0 or mine.layout != torch.strided or mine.shape != given.shape:
             continue
         place = mine.untyped_storage().data_ptr(), mine.storage_offset(), mine.shape, mine.stride()
         first = first_at.setdefault(place, name)
