@@ -463,6 +463,7 @@ class PointRecorder(Recorder):
         carried, logits = _reaching_ends(self.made, ends), _attention_logits(self.made)
         sums = [visit for visit in self.visits if visit.sum is not None]
         refused = {v.sum for v in sums if v.sum is not None and (v.node not in carried or v.node in logits)}
+        refused |= {visit.sum for visit in sums if visit.sum is not None and visit.node in self.inner}
         if not op.NONLINEAR.isdisjoint(self.operations):
             refused |= self.linear_sums.keys()
         else:
