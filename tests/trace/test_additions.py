@@ -120,6 +120,15 @@ def drop_path(block, x):
     return x + block.branch(x).div(0.5) * x.new_empty(len(x), 1, 1, 1).bernoulli_(0.5)
 
 
+def folded_into_a_layer_over_transposed_tokens(block, x):
+    """A linear layer adds its bias by itself where its input's memory is not in order."""
+    tokens = torch.relu(x).flatten(2).transpose(1, 2)
+    weight, bias = block.conv.weight[:, :, 1, 1], block.conv.bias
+    SEEN[block] = nn.functional.linear(tokens, weight, bias).detach().transpose(1, 2).clone()
+    folded = nn.functional.linear(tokens, block.scalar * weight, block.scalar * bias)
+    return x + folded.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
 def checkpoint_reentrant(block, x):
     return x + checkpoint(block.branch, x, use_reentrant=True)
 
@@ -132,7 +141,7 @@ FORMS = [
     *(plain, branch_first, in_place_on_shortcut, in_place_on_branch, alpha, alpha_in_place, addcmul_by_parameter),
     *(constant, constant_in_place, divided, constant_twice, parameter, layer_scale, layer_scale_after_a_permute),
     *(layer_scale_over_tokens, layer_scale_after_mixing_positions, drop_path_without_a_single_survivor, drop_path),
-    *(checkpoint_reentrant, checkpoint_not_reentrant),
+    *(folded_into_a_layer_over_transposed_tokens, checkpoint_reentrant, checkpoint_not_reentrant),
 ]
 
 

@@ -19,7 +19,7 @@ gate or activation after them (:func:`find_endings`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -555,11 +555,17 @@ class _BlockedError(Exception):
 
 
 def find_endings(
-    structure: Structure, model: nn.Module, removed: set[str], chosen: Iterable[str], branches: Container[Node]
+    structure: Structure,
+    model: nn.Module,
+    removed: set[str],
+    chosen: Iterable[str],
+    branches: Container[Node],
+    replaced: Collection[str],
 ) -> list[Ending]:
     """The ending of every residual branch to be scaled, in order; sums of two resolutions are no branches.
 
-    Those are the branches that lose their norms, and those without any whose sums are ``branches``.
+    Those are the branches that lose their norms, also to constants in their places (``replaced``), and those without
+    any whose sums are ``branches``.
 
     A module that runs once ends one branch at most; one that runs several times has to end one each time, or what else
     it gives has to go to layers that take the factor back. A module that several modules share is one in each of them.
@@ -570,7 +576,7 @@ def find_endings(
         addition
         for addition in structure.flow.additions
         if addition.output in branches
-        or (changes_branch(structure, addition, removed) and not is_fusion(structure, addition))
+        or (changes_branch(structure, addition, removed.union(replaced)) and not is_fusion(structure, addition))
     ]
 
     def walk(addition: Addition, avoided: set[str]) -> Ending:

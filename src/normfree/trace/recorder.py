@@ -59,6 +59,7 @@ class Note:
         viewed: the activation that it has the values of, of a view.
         difference: the two activations that it is the difference of.
         gain: the learned numbers by which another was multiplied to make it.
+        weight_factors: those of the weight of a matrix product that made it, to which its bias is added by itself.
     """
 
     shape: tuple[int, ...] = ()
@@ -81,6 +82,7 @@ class Note:
     viewed: Node | None = None
     difference: tuple[Node, Node] | None = None
     gain: _Gain | None = None
+    weight_factors: tuple[Factor, ...] = ()
 
     @property
     def channel_axis(self) -> int:
@@ -112,7 +114,7 @@ class Note:
             values["axis"] = op.axis_after(name, args, self.shape, self.axis, shape)
         values["shape"] = tuple(shape)
         if name not in op.VIEW:
-            values["operation"], values["difference"] = name, None
+            values["operation"], values["difference"], values["weight_factors"] = name, None, ()
             if name in op.NORM and op.uses_statistics(name, args):
                 values["normalized"] = True
             elif name in op.AVERAGE:
@@ -437,6 +439,8 @@ class Recorder(DispatchMode):
                 if silent and not bool(tensor.any()):
                     made.silent = silent
                 made.gain = gain
+                if name in ("mm", "bmm") and len(active) == 1 and args[0] is active[0]:
+                    made.weight_factors = self.statics.of(args[1]).factors
                 if difference is not None:
                     made.difference = difference
                 elif name in op.VIEW and len(parents) == 1:
@@ -518,6 +522,10 @@ class Recorder(DispatchMode):
         if name in op.VIEW:
             return self._with_woken(main, parents)
         if name == "add" and len(active) == 1:
+            if main.weight_factors:
+                added = args[1] if args[0] is active[0] else args[0]
+                of_bias = self.statics.of(added).factors if isinstance(added, Tensor) else ()
+                main = main.with_(factors=common_factors(main.weight_factors, of_bias))
             return self._with_woken(main.with_(gated=False) if main.gated else main, parents)
         if name in op.SCALING:
             if len(active) == 1 and (name == "mul" or args[0] is active[0]):
