@@ -231,6 +231,8 @@ def remarks(point: Entry | BlockSignal, transition: bool = True) -> str:
         words.append("last layer")
     if point.gate:
         words.append("gate")
+    if point.smaller_term:
+        words.append("smaller term of a sum")
     return "; ".join(words)
 
 

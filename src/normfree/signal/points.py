@@ -508,6 +508,7 @@ class PointRecorder(Recorder):
         renewed = set(_back_to_points(self.renewals, self.summed))
         zero = {v.node for v in self.visits if v.point is not None and v.layer is not None and v.point.weight_gain == 0}
         kept = {v.number: v for v in self.visits if v.point is not None and not (self.residual and v.inside)}
+        larger = self._larger_terms()
         first_operands = {self.visits[number].source.point for number in kept}
         for visit in kept.values():
             source = visit.source
@@ -515,6 +516,8 @@ class PointRecorder(Recorder):
             while after is not None and after not in kept:
                 gone = self.visits[after].source
                 after, normalized, averaged = gone.point, normalized or gone.normalized, averaged or gone.averaged
+            while after is not None and after in larger:
+                after = larger[after] if larger[after] < visit.number else self.visits[after].source.point
             assert visit.point is not None
             entry = visit.point.entry
             if after is None and entry is None:
@@ -533,11 +536,36 @@ class PointRecorder(Recorder):
                 last=visit.layer is not None and visit.node not in followed,
                 joined=residual and visit.node in followed and visit.number not in first_operands,
                 gate=visit.layer is not None and visit.node not in carried,
+                smaller_term=visit.number in larger,
                 activated=self.activated.get(visit.number) if alone else None,
                 zero_gate=bool(zero) and _is_zero(visit.point.branch) and _is_gated_by(zero, visit.branch),
             )
             (self.recording.points if residual or not self.residual else self.recording.layers).append(point)
         self._drop_entries_of_none()
+
+    def _larger_terms(self) -> dict[int, int]:
+        """Of layers whose outputs are added at once the number of the one of the larger variance, by the others'.
+
+        Of the sum the output is no more than a term, and what it has lost beside the other is none of the signal's loss.
+        """
+        larger, term_of = dict[int, int](), dict[Node, _Visit]()
+        for node in (node for nodes in self.made for node in nodes):
+            visit, name = self.layer_at.get(node), node.note.operation
+            if visit is not None and visit.point is not None and not visit.inside:
+                term_of[node] = visit
+                continue
+            before = list(dict.fromkeys(node.parents))
+            terms = [term_of[each] for each in before if each in term_of]
+            if node.step.weighted or node in self.summed or len(terms) < len(before):
+                continue
+            if len(terms) == 1 and (name in op.PARTIAL or name == "add" or name == before[0].note.operation):
+                term_of[node] = terms[0]
+            elif len(terms) == 2 and name == "add":
+                less, more = sorted(terms, key=lambda one: _variance(one.point))
+                term_of[node] = more
+                if less is not more:
+                    larger[less.number] = more.number
+        return larger
 
     def _drop_entries_of_none(self) -> None:
         """Keep the entries that a kept point begins at; a layer inside a block has left one that none does."""
@@ -578,6 +606,10 @@ class PointRecorder(Recorder):
 
     def _output(self, tensor: Tensor, index: int) -> Point:
         return self._point(tensor, "output", name=f"output {index}", after=self.nodes[tensor].note.point)
+
+
+def _variance(point: Point | None) -> float:
+    return 0.0 if point is None else point.output.avg_channel_var
 
 
 def before_gains(moments: Moments, gains: Sequence[Tensor]) -> Moments | None:

@@ -128,6 +128,8 @@ class Position:
         last: no weighted layer follows: a classifier, a head.
         joined: a sum that goes on, but not as the first operand of what joins it with another signal.
         gate: only gates and the weights of attention are computed from it.
+        smaller_term: it is added to another layer's larger output at once (the state's part in a recurrent cell): what
+            goes on is the sum, and no step of the signal is from the one to the other.
         weight_gain: root mean square of the layer's weight times the root of its fan-in (He's initialisation: √2);
             None where there is no such weight; of a table 0 where all of it is zero.
         broadcast: the branch has one value for many positions of the sum, as a global context.
@@ -152,6 +154,7 @@ class Position:
     last: bool = False
     joined: bool = False
     gate: bool = False
+    smaller_term: bool = False
     weight_gain: float | None = None
     broadcast: bool = False
     zero_gate: bool = False
