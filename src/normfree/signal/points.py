@@ -546,7 +546,7 @@ class PointRecorder(Recorder):
     def _larger_terms(self) -> dict[int, int]:
         """Of layers whose outputs are added at once the number of the one of the larger variance, by the others'.
 
-        Of the sum the output is no more than a term, and what it has lost beside the other is none of the signal's loss.
+        What goes on is the sum: what one term has lost beside the other is no loss of the signal's.
         """
         larger, term_of = dict[int, int](), dict[Node, _Visit]()
         for node in (node for nodes in self.made for node in nodes):

@@ -55,7 +55,7 @@ def stretches(signal: SignalPropagation) -> list[Stretch]:
 
 
 def chains(signal: SignalPropagation) -> list[tuple[BlockSignal, ...]]:
-    """The points of every path from an entry to an end; what only gates are made of, and smaller terms, are left out."""
+    """The points of every path from an entry to an end, without smaller terms and what only gates are made of."""
     points = all_points(signal)
     if any(point.number is None for point in points):  # written by hand, or by an earlier version
         return [tuple(signal.blocks)]
