@@ -189,3 +189,45 @@ def test_a_norm_that_one_row_comes_to_is_named() -> None:
     normfree.spp(model, tasks(1), mode="eval")
     with pytest.raises(ValueError, match=r"give a batch of two examples or more"):
         normfree.spp(nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8)), torch.randn(1, 16))
+
+
+class Experts(nn.Module):
+    """Experts of one of which no row is, called or not; and what could be taken for such and is read."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        wrap = nn.utils.parametrizations.weight_norm if way == "weight norm" else lambda layer: layer
+        self.way, self.first = way, nn.Linear(16, 32)
+        self.experts = nn.ModuleList(nn.Sequential(wrap(nn.Linear(32, 32)), nn.ReLU()) for _ in range(3))
+        self.head, self.auxiliary = nn.Linear(32, 4), nn.Linear(32, 4)
+        self.place, self.queries, self.base = nn.Embedding(1, 32), nn.Embedding(1, 32), nn.Linear(32, 32)
+        self.mask = nn.Parameter(torch.zeros(1, 32))  # of the model as a whole, and no layer
+
+    def forward(self, x):
+        x = self.first(x) + self.place(torch.arange(1)) + self.queries.weight.expand(len(x), -1)
+        x = nn.functional.linear(x, self.base.weight + torch.eye(32))
+        kind, made = torch.arange(len(x)) % 2, torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(kind == number)[0]
+            if self.way == "not called" and not len(rows):
+                continue
+            made = made.index_add(0, rows, expert(x[rows]))
+        return (self.head(made), self.auxiliary(made)) if self.training else self.head(made)
+
+
+@pytest.mark.parametrize("way", ["no rows", "not called", "weight norm"])
+def test_what_was_not_measured_is_said_once(way: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    model, x = Experts(way), torch.randn(20, 16)
+    plot = normfree.spp(model, x)
+    assert plot.unmeasured == ("experts.2.0", "auxiliary")
+    assert plot.to_dict()["unmeasured"] == ["experts.2.0", "auxiliary"]
+    assert str(plot).count("experts.2.0") == 1 and "2 not measured" in repr(plot)
+    assert "experts.2.0, auxiliary" in plot._repr_html_()
+    assert "experts.2.0, auxiliary" in plot.to_html(tmp_path / "report.html").read_text()
+    assert normfree.spp(model, x, mode="train").unmeasured == ("experts.2.0",)
+
+
+def test_where_all_is_measured_nothing_is_said() -> None:
+    plot = normfree.spp(Heads(HEADS["layers"]), tasks(3))
+    assert plot.unmeasured == () and "not measured" not in f"{plot}{plot!r}{plot._repr_html_()}"

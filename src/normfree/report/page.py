@@ -243,6 +243,7 @@ def signal_settings(signals: Sequence[SignalPropagation]) -> str:
         entry = f"{signal.entry.title}, shape {shape_text(signal.entry.shape)}"
         measured = {"mode": signal.mode, **flat_settings(signal.input, "input"), "entry": entry}
         rows = measured | {"blocks": str(len(signal.blocks))} | flat_settings(signal.configuration)
+        rows |= {"not measured": shorten(", ".join(signal.unmeasured), 240)} if signal.unmeasured else {}
         columns.append((shorten(signal.model, 48), rows))
     return settings_table(columns)
 

@@ -58,6 +58,7 @@ class Recording:
         outputs: what the model returned, where it is a floating-point activation.
         entries: where streams begin.
         architecture: what the model is made of.
+        unmeasured: names of the layers that no value of the batch came to, or that did not run.
     """
 
     entry: Point | None = None
@@ -66,6 +67,7 @@ class Recording:
     outputs: list[Point] = field(default_factory=list)
     entries: list[Point] = field(default_factory=list)
     architecture: Architecture = field(default_factory=Architecture)
+    unmeasured: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,8 @@ class PointRecorder(Recorder):
         inputs_seen: of layers that read an input, how large its channels are.
         operation: the one that is running, with its arguments.
         last_bent, bent_in: the last activation function, and how many each module ran.
+        ran, emptied: the modules in which an operation ran on activations, and on tensors without values.
+        read: the parameters that an operation other than a view has read, by their identity.
     """
 
     def __init__(self, model: nn.Module, *args: Any, points: str, earlier: PassResult | None, **options: Any) -> None:
@@ -162,6 +166,7 @@ class PointRecorder(Recorder):
         self.operations = Counter[str]()
         self.last_bent: tuple[Node, str] | None = None
         self.bent_in = Counter[str]()
+        self.ran, self.emptied, self.read = set[nn.Module](), set[nn.Module](), set[int]()
 
     # Before the first addition: what may turn out to be the input of the first block.
 
@@ -292,6 +297,18 @@ class PointRecorder(Recorder):
         names = tuple(self.weights.among(op.tensors_in(args, {})))
         self.layers_seen.append(Layer(node, names, fan_in, gain == 0, looked_up))
 
+    def on_constant(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Keep which weights are read, and in which modules there was nothing to read them for."""
+        if any(tensor.numel() == 0 for tensor in tensors):
+            self.emptied.update(self.stack.running[-1:])
+        elif name not in op.VIEW:
+            self._note_read(tensors)
+
+    def _note_read(self, tensors: Iterable[Any]) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and (origin := self.statics.of(tensor).origin) is not None:
+                self.read.add(id(origin))
+
     def on_made(self, nodes: Sequence[Node]) -> None:
         """Keep what the graph is made of, and what a normalizer reads."""
         self.made.append(nodes)
@@ -302,6 +319,8 @@ class PointRecorder(Recorder):
         """Execute an operation; where it is the activation of a sum, measure what it makes."""
         self.operation = name, args
         self.operations[name] += 1
+        self.ran.update(self.stack.running[-1:])
+        self._note_read(args)
         sum_ = self.summed.get(self.nodes[active[0]]) if name in op.ACTIVATION and len(active) == 1 else None
         result = super()._run(name, func, args, kwargs, active)
         self.operation = None  # its arguments are activations, and none outlives its use
@@ -479,6 +498,7 @@ class PointRecorder(Recorder):
         if self.earlier is not None or result.complete:
             self.recording.outputs = [self._output(t, i) for i, t in enumerate(outputs) if self._is_output(t)]
             self._settle(carried)
+            self.recording.unmeasured = tuple(self._unmeasured())
             architecture = self._architecture(carried, refused, attends=bool(logits))
             activation, module = self._last_activation(ends)
             self.recording.architecture = replace(
@@ -489,6 +509,16 @@ class PointRecorder(Recorder):
                 inputs=tuple(self.inputs_seen.items()),
             )
         return result
+
+    def _unmeasured(self) -> Iterator[str]:
+        """The names of the layers (modules with a weight and no parts) of which nothing that was recorded is made."""
+        for module, name in self.stack.names.items():
+            if not module._modules.keys() <= {"parametrizations"} or ".parametrizations." in f".{name}":
+                continue
+            weights = [parameter for parameter in module.parameters() if parameter.dim() > 1]
+            read = module not in self.emptied and any(id(weight) in self.read for weight in weights)
+            if weights and module not in self.ran and not read and not isinstance(module, torch.jit.ScriptModule):
+                yield name
 
     def _architecture(self, carried: Collection[Node], refused: Collection[int], *, attends: bool) -> Architecture:
         """What the model is made of."""

@@ -221,6 +221,9 @@ class Recorder(DispatchMode):
     def on_weighted(self, x: Tensor, result: Tensor) -> None:
         """A weighted operation has turned ``x`` into ``result``."""
 
+    def on_constant(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """An operation none of whose arguments is an activation is about to run; what has no values is none."""
+
     def on_made(self, nodes: Sequence[Node]) -> None:
         """An operation on activations has made these."""
 
@@ -245,7 +248,10 @@ class Recorder(DispatchMode):
         known = self.nodes.by_id
         active = [] if name in op.FACTORY else [tensor for tensor in tensors if id(tensor) in known]
         if not active:
-            return self.statics.run(name, func, args, kwargs, tensors) if tensors else func(*args, **kwargs)
+            if not tensors:
+                return func(*args, **kwargs)
+            self.on_constant(name, tensors)
+            return self.statics.run(name, func, args, kwargs, tensors)
         if name == "add" and len(active) == 2 and self.merges_sums and not written and not kwargs:
             return self._add_mergeably(func, args, active)
         return self._follow(name, func, args, kwargs, active)
