@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import permutations
 from math import prod
@@ -87,6 +87,11 @@ class Structure:
         for step in self.flow.steps:  # in their order, so that no answer has to look far
             for node in step.outputs:
                 self.has_layer_before(node)
+
+    def keep(self, layers: Mapping[str, str]) -> None:
+        """Keep some layers as they are, for reasons as predicates of each; before anything is planned."""
+        for name, reason in layers.items():
+            self.maps[name] = replace(self.maps[name], problem=reason)
 
     @cached_property
     def norms_reading(self) -> dict[Node, set[str]]:

@@ -364,8 +364,7 @@ def _merge(first: Recording, second: Recording) -> Recording:
     same = widths[0] == widths[1]
     outputs = [_merge_points(a, b) for a, b in zip(first.outputs, second.outputs, strict=True)] if same else []
     entry = _merge_points(first.entry, second.entry)
-    kept = {"architecture": first.architecture, "unmeasured": first.unmeasured}  # both took the same way
-    return Recording(entry=entry, outputs=outputs, **kept, **merged)
+    return replace(first, entry=entry, outputs=outputs, **merged)
 
 
 def _merge_points(first: Point, second: Point) -> Point:
