@@ -129,6 +129,18 @@ def folded_into_a_layer_over_transposed_tokens(block, x):
     return x + folded.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
+def parts_scaled_alike(block, x):
+    branch, other = block.conv(torch.relu(x)), block.conv(torch.sigmoid(x))
+    SEEN[block] = (branch + other).detach().clone()
+    return x + (branch * SCALE + SCALE * other)
+
+
+def scaled_before_an_activation(block, x):
+    branch = block.conv(x)
+    SEEN[block] = nn.functional.leaky_relu(branch, 0.1).detach().clone()
+    return x + nn.functional.leaky_relu(block.scalar * branch, 0.1)
+
+
 def checkpoint_reentrant(block, x):
     return x + checkpoint(block.branch, x, use_reentrant=True)
 
@@ -141,7 +153,8 @@ FORMS = [
     *(plain, branch_first, in_place_on_shortcut, in_place_on_branch, alpha, alpha_in_place, addcmul_by_parameter),
     *(constant, constant_in_place, divided, constant_twice, parameter, layer_scale, layer_scale_after_a_permute),
     *(layer_scale_over_tokens, layer_scale_after_mixing_positions, drop_path_without_a_single_survivor, drop_path),
-    *(folded_into_a_layer_over_transposed_tokens, checkpoint_reentrant, checkpoint_not_reentrant),
+    *(folded_into_a_layer_over_transposed_tokens, parts_scaled_alike, scaled_before_an_activation),
+    *(checkpoint_reentrant, checkpoint_not_reentrant),
 ]
 
 

@@ -51,11 +51,9 @@ MOST_NAMED = 4
 INPUT = "the input itself"
 
 
-HOMOGENEOUS = frozenset({"relu", "leaky_relu", "_prelu_kernel", "prelu", "abs"})
-"""Functions f with f(c x) = c f(x) for every c > 0; the maximum of two activations is one of both."""
-
-
-_BENDING = (op.NONLINEAR - HOMOGENEOUS - {"maximum", "minimum"}) | op.NORM | op.ATTENTION | op.EMBEDDING | op.RECURRENT
+_BENDING = (
+    (op.NONLINEAR - op.HOMOGENEOUS - {"maximum", "minimum"}) | op.NORM | op.ATTENTION | op.EMBEDDING | op.RECURRENT
+)
 
 
 _AGGREGATING = (
@@ -669,7 +667,7 @@ def _absorbing_layers(
                 if layer in standardized:
                     assert layer is not None
                     found.add(layer)
-                elif len(step.inputs) == 1 and step.name in _LINEAR | HOMOGENEOUS and layer is None:
+                elif len(step.inputs) == 1 and step.name in _LINEAR | op.HOMOGENEOUS and layer is None:
                     waiting += [made for made in step.outputs if structure.flow.readers(made)]
                 else:
                     return None
@@ -840,7 +838,7 @@ class _BranchWalk:
             if way.norm and way.norm not in self.avoided:
                 self._carry(way.norm, way.correction, way)
                 return []
-        if step.name in HOMOGENEOUS and len(step.inputs) == 1:
+        if step.name in op.HOMOGENEOUS and len(step.inputs) == 1:
             self.constant = True
             return [replace(way, node=step.inputs[0])]
         raise _BlockedError(f"it ends in {op.plain_name(step.name)}, which no weight follows")

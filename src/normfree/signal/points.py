@@ -767,8 +767,10 @@ def _queries_and_keys(gate: Node) -> list[Node]:
 
 
 def _gates_of(node: Node) -> set[Node]:
-    """The factors of a product of activations that are gates, or weights of attention, of the other."""
+    """The factors of a product of activations that are gates of the other, or weights (of attention, convolutions)."""
     factors = set(node.parents)
+    if len(factors) > 1 and node.note.operation in op.CONVOLUTION:  # a hypernetwork's, or a mixture of experts'
+        return factors - {node.parents[0]}
     if len(factors) < 2 or not node.step.nonlinear:
         return set()
     gates = {factor for factor in factors if _gate_maker(factor) is not None}

@@ -28,7 +28,9 @@ from normfree.trace.scaling import (
     Statics,
     TensorMap,
     common_factors,
+    equal_factors,
     gate_scaling,
+    numbers_among,
     varying_axis,
     vector_factor,
 )
@@ -550,6 +552,10 @@ class Recorder(DispatchMode):
         factors: tuple[Factor, ...] = ()
         if weight is not None and bias is not None and name not in op.NORM:
             factors = common_factors(self.statics.of(weight).factors, self.statics.of(bias).factors)
+        elif name == "add" and len(parents) == 2 and main.unscaled is None:
+            factors = equal_factors(main.factors, parents[1].note.factors)
+        elif name in op.HOMOGENEOUS and len(active) == 1 and main.unscaled is None:
+            factors = tuple(one for one in numbers_among(main.factors) if one.value > 0)
         if factors or main.factors or main.unscaled is not None or main.gated:
             main = main.with_(factors=factors, unscaled=None, gated=False)
         return self._with_woken(main, parents, weight, bias)
