@@ -68,6 +68,17 @@ class Smooth(nn.Module):
 def smooth():
     torch.manual_seed(0)
     return Smooth(), torch.randn(32, 16)
+
+class Aside(nn.Sequential):
+    # Its last part does not run.
+    def forward(self, x):
+        for part in self[:-1]:
+            x = part(x)
+        return x
+
+def aside():
+    torch.manual_seed(0)
+    return Aside(*healthy()[0], nn.Conv2d(8, 2, 1)), X
 """
 
 
@@ -106,6 +117,13 @@ def test_a_net_without_norms_is_converted(run, name, count, tmp_path):
     built = build(f"nets.py:{name}")
     normfree.spp(normfree.load("model.safetensors", original=built.model), built.batch).assert_healthy()
     assert len(json.loads((tmp_path / "doctor" / "conversion.json").read_text())["changes"]) == count
+
+
+@pytest.mark.parametrize("command", ["spp", "doctor"])
+def test_what_was_not_measured_is_told(run, command):
+    _, told = run(command, "nets.py:aside", "--out", "out")
+    assert "1 layer not measured, for no row of the batch came there, or nothing ran: 5" in told
+    assert "not measured" not in run(command, "nets.py:healthy", "--out", "out")[1]
 
 
 def test_it_says_first_what_it_will_do_and_then_what_it_found(run):

@@ -176,10 +176,64 @@ def test_outputs_of_another_form_are_refused(start: Any) -> None:
     class Typed(Net):
         def forward(self, x):
             made = super().forward(x)
-            return (made, made) if type(self.stem[0]) is nn.Conv2d else made
+            return made if hasattr(self.stem[0], "gain") else (made, made)
 
     with pytest.raises(ValueError, match=r"what it returns was of type tuple and is a floating-point tensor"):
         normfree.convert(Typed().eval(), X, start=start)
+
+
+def _is_plain(self):
+    return type(self.asked[0]) is nn.Conv2d
+
+
+def _is_of_name(self):
+    return self.asked[0].__class__.__name__ == "Conv2d"
+
+
+def _is_torchs(self):
+    return type(self.asked[0]).__module__.startswith("torch.nn")
+
+
+def _is_plain_in_training(self):
+    return not self.training or type(self.asked[0]) is nn.Conv2d
+
+
+def _counts(self):
+    return sum(type(part) is nn.Conv2d for part in self.asked) > 1
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("ask", [_is_plain, _is_of_name, _is_torchs, _is_plain_in_training, _counts])
+def test_layers_whose_class_the_forward_asks_for_stay_of_it(ask: Any, start: Any) -> None:
+    class Asks(Net):
+        def forward(self, x):
+            x = self.asked(self.stem(x))
+            return self.last(x if ask(self) else 0.1 * x)
+
+    torch.manual_seed(0)
+    model = Asks().train()
+    converted = normfree.convert(model, X, start=start)
+    assert all(ask(each.train(mode)) for each in (model, converted) for mode in (True, False))
+    layers = [f"asked.{number}" for number in (0, 3) if type(converted.asked[number]) is nn.Conv2d]
+    assert layers == (["asked.0", "asked.3"] if ask is _counts else ["asked.0"])
+    why = "is asked for its class by the model's forward, which does something else where that is not Conv2d"
+    norms = [name.replace("0", "1").replace("3", "4") for name in layers]
+    assert [row[0] for row in converted.conversion.rows() if why in row[3]] == norms
+    assert [kept.name for kept in converted.conversion.norms_left] == (norms if start == "fresh" else [])
+    if start == "pretrained":
+        torch.testing.assert_close(converted.eval()(X), model.eval()(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_layer_asked_for_a_class_that_it_stays_an_instance_of_is_converted(start: Any) -> None:
+    class Asks(Net):
+        def forward(self, x):
+            x = self.asked(self.stem(x))
+            return self.last(x if isinstance(self.asked[0], nn.Conv2d) else 0.1 * x)
+
+    converted = normfree.convert(Asks().eval(), X, start=start)
+    assert isinstance(converted.asked[0], nn.Conv2d) and type(converted.asked[0]) is not nn.Conv2d
+    assert converted.conversion.norms_left == ()
 
 
 class Spectrum(Net):
@@ -258,6 +312,10 @@ def _by_class(self, x):
     return self.norm(x) if self.norm.__class__ is nn.BatchNorm1d else x
 
 
+def _by_name_of_class(self, x):
+    return self.norm(x) if self.norm.__class__.__name__ != "" else x
+
+
 def _by_attribute(self, x):
     return self.norm(x) + self.norm.weight
 
@@ -280,14 +338,32 @@ def _ask(norm, x):
     return norm(x) if isinstance(norm, nn.BatchNorm1d) else x
 
 
+class Comprehends(Computes):
+    """A comprehension and a function within the forward, with variables of it."""
+
+    def forward(self, x):
+        def twice(y):
+            return y + x
+
+        return sum(self.part(self.linear(twice(each * x))) for each in (x, 2 * x))
+
+
+def _closed_over(ask):
+    return lambda self, x: self.norm(x) if ask(self.norm) else x
+
+
 def test_what_only_computes_is_not_run_again(monkeypatch):
-    assert not _may_ask(nn.Sequential(Computes(), torchvision.models.resnet18()))
+    assert not _may_ask(nn.Sequential(Computes(), Comprehends(), torchvision.models.resnet18()))
     monkeypatch.setattr("normfree.convert.asked._Disguised", None)  # it would fail
     normfree.convert(nn.Sequential(Computes(), nn.ReLU(), nn.Linear(8, 2)), torch.randn(32, 8))
 
 
 @pytest.mark.parametrize(
-    "forward", [_by_type, _by_class, _by_attribute, _by_name, _by_walking, _by_a_function_of_its_own]
+    "forward",
+    [
+        *(_by_type, _by_class, _by_name_of_class, _by_attribute, _by_name, _by_walking, _by_a_function_of_its_own),
+        _closed_over(str),
+    ],
 )
 def test_whatever_could_ask_is_run(forward):
     kind = type("Asks", (Computes,), {"forward": forward})

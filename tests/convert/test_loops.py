@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import normfree
@@ -101,6 +102,80 @@ class Tokens(nn.Module):
 
     def forward(self, x):
         return self.last(self.norm(self.blocks(self.first(self.table(x)))))
+
+
+class Feedforward(nn.Module):
+    """x + f(norm(x)), of linear layers or of a causal convolution and a linear layer; the norm may be over channels."""
+
+    def __init__(self, size, norm, convolved):
+        super().__init__()
+        self.norm, self.convolved, self.batch = norm(size), convolved, norm is nn.BatchNorm1d
+        self.up = nn.Conv1d(size, size, 5) if convolved else nn.Linear(size, size)
+        self.down = nn.Linear(size, size)
+
+    def forward(self, x):
+        y = self.norm(x.transpose(1, 2)).transpose(1, 2) if self.batch else self.norm(x)
+        y = self.up(F.pad(y.transpose(1, 2), (4, 0))).transpose(1, 2) if self.convolved else self.up(y)
+        return x + self.down(F.gelu(y))
+
+
+class LanguageModel(nn.Module):
+    """A language model whose head is its table of embeddings."""
+
+    def __init__(self, norm, convolved, final, size=32):
+        super().__init__()
+        self.table, self.final = nn.Embedding(50, size), final(size)
+        self.blocks = nn.Sequential(*(Feedforward(size, norm, convolved) for _ in range(4)))
+        self.head = nn.Linear(size, 50, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x):
+        return self.head(self.final(self.blocks(self.table(x))))
+
+
+TIED = {
+    "linear layers, a norm before the head": (nn.LayerNorm, False, nn.LayerNorm),
+    "linear layers, batch norms": (nn.BatchNorm1d, False, nn.LayerNorm),
+    "linear layers, a norm in each branch alone": (nn.LayerNorm, False, nn.Identity),
+    "convolutions, a norm before the head": (nn.BatchNorm1d, True, nn.LayerNorm),
+    "convolutions, a norm in each branch alone": (nn.BatchNorm1d, True, nn.Identity),
+}
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_every_branch_of_a_tied_language_model_is_scaled_and_its_logits_keep_their_size(kind):
+    torch.manual_seed(0)
+    model, x = LanguageModel(*TIED[kind]), torch.randint(0, 50, (8, 20))
+    before = normfree.spp(model, x)
+    converted = normfree.convert(model, x)
+    ends = {change.name for change in converted.conversion.changes if change.alpha == 0.2}
+    assert ends == {f"blocks.{i}.down" for i in range(4)} and not converted.conversion.notes
+    assert {kept.name for kept in converted.conversion.norms_left} <= {"final"}
+    plot = normfree.spp(converted, x)
+    assert not plot.findings and all(0.5 < block.residual_avg_channel_var < 2 for block in plot.blocks)
+    assert 0.5 < plot.outputs[0].avg_channel_var / before.outputs[0].avg_channel_var < 2
+    assert converted.head.weight is converted.table.weight
+
+
+class After(nn.Module):
+    """norm(x + f(x)), with a norm inside of f that goes, and one behind that stays, for the forward asks for it."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(size, size), nn.BatchNorm1d(size), nn.ReLU(), nn.Linear(size, size))
+        self.norm = nn.LayerNorm(size)
+
+    def forward(self, x):
+        x = x + self.branch(x)
+        return self.norm(x) if isinstance(self.norm, nn.LayerNorm) else 2 * x
+
+
+def test_branches_whose_stream_is_normalized_after_each_keep_their_share_to_the_last():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), *(After(32) for _ in range(3)), nn.Tanh(), nn.Linear(32, 2))
+    record = normfree.convert(model, images(64, 6)).conversion
+    assert [kept.name for kept in record.norms_left] == ["1.norm", "2.norm", "3.norm"]
+    assert not any(change.alpha for change in record.changes)
 
 
 @pytest.mark.parametrize("std", [1.0, 0.02, 30.0])

@@ -113,3 +113,27 @@ def test_blocks_in_a_row_have_the_variance_that_is_planned(name):
     branch = next(change for change in record.changes if change.name == "1.branch.0")
     assert branch.alpha == pytest.approx(alpha), "constant factors of the code count towards alpha"
     assert branch.skip_gain == (None if "layer scale" in name else 1), "the layer scale stands for it"
+
+
+class StateSpace(nn.Module):
+    """A block one of whose layers adds a multiple of its input, D·u, to what it makes of it."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm1d(16) for _ in range(2))
+        self.mix, self.out = nn.Conv1d(16, 16, 5, padding=2), nn.Conv1d(16, 16, 1)
+        self.gain = nn.Parameter(gain)
+
+    def forward(self, x):
+        u = nn.functional.gelu(self.norms[0](x))
+        return x + self.out(nn.functional.gelu(self.norms[1](self.mix(u)) + self.gain * u))
+
+
+@pytest.mark.parametrize("gain", [torch.ones(16, 1), torch.linspace(-1, 1, 16)[:, None]], ids=["ones", "noise"])
+def test_the_skip_of_a_layer_inside_a_branch_is_not_scaled_by_alpha(gain):
+    torch.manual_seed(0)
+    model, series = nn.Sequential(nn.Conv1d(3, 16, 3), *(StateSpace(gain) for _ in range(3))), torch.randn(8, 3, 64)
+    converted = normfree.convert(model, series)
+    scaled = {change.name for change in converted.conversion.changes if change.alpha is not None}
+    assert scaled == {"1.out", "2.out", "3.out"} and not converted.conversion.notes
+    assert all(0.5 < block.residual_avg_channel_var < 2 for block in normfree.spp(converted, series).blocks)

@@ -405,3 +405,40 @@ def test_what_reads_a_layer_of_zeros_is_dead_for_good_behind_a_relu_alone(activa
     found = {f.kind: f for f in spp(nn.Sequential(*layers, nn.Linear(64, 3)), torch.randn(32, 64)).findings}
     assert found["dead_channels"].severity == severity
     assert "whose weights are all zero" in found["dead_channels"].message
+
+
+class WeightsComputed(nn.Module):
+    """Layers of which the last makes the weight of a convolution: of codes, or of what the maps have on average.
+
+    Of the weight itself there may be one for all examples (a hypernetwork), or one for each (a mixture of kernels).
+    """
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.first, self.last = way, conv(3, 8), conv(8, 2)
+        sizes = {"hypernetwork": (4, 8 * 8 * 9), "kernels": (8, 3), "depthwise": (8, 8 * 9)}[way]
+        self.maker = nn.Sequential(nn.Linear(sizes[0], 16), nn.ReLU(), nn.Linear(16, sizes[1]))
+        self.kernels = nn.Parameter(torch.randn(3, 8 * 8 * 9) / (8 * 9) ** 0.5)
+
+    def forward(self, x, code):
+        x = self.first(x).relu()
+        if self.way == "hypernetwork":
+            x = F.conv2d(x, self.maker(code).view(8, 8, 3, 3), padding=1)
+        else:
+            made = self.maker(x.mean((2, 3)))
+            made = made.sigmoid() @ self.kernels if self.way == "kernels" else made
+            groups = len(x) * (1 if self.way == "kernels" else 8)
+            weight = made.view(len(x) * 8, -1, 3, 3)
+            x = F.conv2d(x.reshape(1, -1, *x.shape[2:]), weight, padding=1, groups=groups).view_as(x)
+        return self.last(x.relu())
+
+
+@pytest.mark.parametrize("way", ["hypernetwork", "kernels", "depthwise"])
+def test_what_makes_the_weight_of_a_convolution_is_no_signal(way):
+    torch.manual_seed(0)
+    model = WeightsComputed(way)
+    model.maker[-1].weight.data *= 1e-3
+    plot = spp(model, (X, torch.randn(4)))
+    assert not [finding for finding in plot.findings if finding.kind in ("single_value", "attenuation")]
+    gates = {point.name for point in plot.blocks if point.gate}
+    assert gates == {"maker.0", "maker.2", *([""] if way == "kernels" else [])}

@@ -64,7 +64,12 @@ def ending(variance: float) -> list[BlockSignal]:
 
 
 def shifted(ratio: float, growth: float = 1.0) -> list[BlockSignal]:
-    """Eight like blocks with a squared mean, whose branch variance grows from the first quarter to the last."""
+    """Eight like blocks with a squared mean, whose branch variance grows from the first quarter to the last.
+
+    What n values show of an offset of ``ratio`` times the variance s²: ratio s² + s²/n beside s² - s²/n.
+    """
+    n = BLOCK.values
+    ratio = (n * ratio + 1) / (n - 1)
     grown = [1.0] * 6 + [growth] * 2
     return [replace(BLOCK, avg_channel_sq_mean=ratio, residual_avg_channel_var=v) for v in grown]
 
@@ -181,6 +186,12 @@ def test_only_like_blocks_feed_a_shift(other):
         severity("mean_shift", early + [replace(p, transition=False, broadcast=False, shape=BLOCK.shape) for p in late])
         == "error"
     )
+
+
+def test_two_values_of_mean_zero_have_no_mean_shift():
+    """Their squared mean is on average as large as their variance around it; three times that is an offset."""
+    points = [replace(BLOCK, shape=(1, 16, 2, 1), avg_channel_sq_mean=ratio) for ratio in (1.0, 2.9, 3.1)]
+    assert [severity("mean_shift", [point]) for point in points] == [None, None, "warning"]
 
 
 def test_growth_that_a_normalizer_takes_back_is_a_warning():

@@ -120,6 +120,27 @@ def drop_path(block, x):
     return x + block.branch(x).div(0.5) * x.new_empty(len(x), 1, 1, 1).bernoulli_(0.5)
 
 
+def folded_into_a_layer_over_transposed_tokens(block, x):
+    """A linear layer adds its bias by itself where its input's memory is not in order."""
+    tokens = torch.relu(x).flatten(2).transpose(1, 2)
+    weight, bias = block.conv.weight[:, :, 1, 1], block.conv.bias
+    SEEN[block] = nn.functional.linear(tokens, weight, bias).detach().transpose(1, 2).clone()
+    folded = nn.functional.linear(tokens, block.scalar * weight, block.scalar * bias)
+    return x + folded.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def parts_scaled_alike(block, x):
+    branch, other = block.conv(torch.relu(x)), block.conv(torch.sigmoid(x))
+    SEEN[block] = (branch + other).detach().clone()
+    return x + (branch * SCALE + SCALE * other)
+
+
+def scaled_before_an_activation(block, x):
+    branch = block.conv(x)
+    SEEN[block] = nn.functional.leaky_relu(branch, 0.1).detach().clone()
+    return x + nn.functional.leaky_relu(block.scalar * branch, 0.1)
+
+
 def checkpoint_reentrant(block, x):
     return x + checkpoint(block.branch, x, use_reentrant=True)
 
@@ -132,6 +153,7 @@ FORMS = [
     *(plain, branch_first, in_place_on_shortcut, in_place_on_branch, alpha, alpha_in_place, addcmul_by_parameter),
     *(constant, constant_in_place, divided, constant_twice, parameter, layer_scale, layer_scale_after_a_permute),
     *(layer_scale_over_tokens, layer_scale_after_mixing_positions, drop_path_without_a_single_survivor, drop_path),
+    *(folded_into_a_layer_over_transposed_tokens, parts_scaled_alike, scaled_before_an_activation),
     *(checkpoint_reentrant, checkpoint_not_reentrant),
 ]
 
@@ -660,3 +682,68 @@ def test_blocks_that_lead_to_queries_alone_are_blocks_however_attention_is_writt
     torch.manual_seed(0)
     blocks = spp(Queries(), torch.randn(4, 5, 8)).blocks
     assert sum(block.kind == "residual" for block in blocks) == 2
+
+
+class Skips(nn.Module):
+    """A layer y = f(u) + gain·u, as of a state space, and how its forward writes it; in a residual block, or alone."""
+
+    def __init__(self, write, gain, residual):
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(8), nn.Conv1d(8, 8, 5, padding=2, groups=8)
+        self.out, self.write, self.residual = nn.Linear(8, 8), write, residual
+        self.gain = nn.Parameter(gain)
+
+    def forward(self, x):
+        u = self.norm(x) if self.residual else x
+        y = self.out(nn.functional.gelu(self.write(self.gain, u, self.mix(u.transpose(1, 2)).transpose(1, 2))))
+        return x + y if self.residual else y
+
+
+def per_channel(gain, u, y):
+    return y + gain * u
+
+
+def per_channel_in_place(gain, u, y):
+    return y.addcmul_(gain, u)
+
+
+def by_einsum(gain, u, y):
+    return y + torch.einsum("blc,c->blc", u, gain)
+
+
+def by_head(gain, u, y):
+    heads = u.unflatten(-1, (4, 2)), y.unflatten(-1, (4, 2))
+    return (heads[1] + heads[0] * gain[:4, None]).flatten(-2)
+
+
+def by_head_and_channel(gain, u, y):
+    heads = u.unflatten(-1, (4, 2)), y.unflatten(-1, (4, 2))
+    return (heads[1] + heads[0] * gain.view(4, 2)).flatten(-2)
+
+
+def computed(gain, u, y):
+    return y + u * (2 * gain)
+
+
+WRITTEN = [per_channel, per_channel_in_place, by_einsum, by_head, by_head_and_channel, computed]
+NOISE = torch.tensor([1.2, -0.7, 0.4, -1.1, -0.2, 0.9, -1.6, 0.3])
+
+
+@pytest.mark.parametrize("write", WRITTEN, ids=lambda each: each.__name__)
+@pytest.mark.parametrize("gain", [NOISE, torch.ones(8)], ids=["noise", "ones"])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_learned_skip_of_a_layer_inside_a_branch_is_no_block(write, gain, gradient):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), *(Skips(write, gain, True) for _ in range(3)), nn.Linear(8, 2))
+    blocks = spp(model, torch.randn(4, 16, 8), gradient=gradient).blocks
+    assert [(block.name, block.encloses) for block in blocks] == [("1", 0), ("2", 0), ("3", 0)]
+    assert not gradient or all(block.avg_sq_gradient for block in blocks)
+
+
+@pytest.mark.parametrize("write", WRITTEN, ids=lambda each: each.__name__)
+@pytest.mark.parametrize(("gain", "kind"), [(NOISE, "layer"), (torch.linspace(0.5, 1.5, 8), "residual")])
+def test_a_skip_that_keeps_of_each_channel_what_chance_has_drawn_is_no_stream(write, gain, kind):
+    """Ones, and what training makes of them, are the residual scale of a stream."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), *(Skips(write, gain, False) for _ in range(3)), nn.Linear(8, 2))
+    assert {block.kind for block in spp(model, torch.randn(4, 16, 8)).blocks} == {kind}

@@ -260,6 +260,8 @@ def print_signal(console: Terminal, signal: SignalPropagation) -> None:
     note = signal.configuration.get("gradient")
     if isinstance(note, str):
         console.print(f"[cyan]gradient[/cyan] {escape(note)}", highlight=False)
+    if signal.unmeasured:
+        console.print(f"[cyan]note[/cyan] {escape(signal.not_measured)}", highlight=False)
     print_findings(console, signal.findings)
     colour, verdict = COLOURS["error"], "not healthy"
     if is_healthy(signal):

@@ -1,11 +1,13 @@
-"""Which norms a model's forward asks what they are, beside running them.
+"""Which norms and layers a model's forward asks what they are, beside running them.
 
 A forward may ask a norm for its class or for an attribute (feature taps behind each ``BatchNorm2d``, a penalty on its
 weight, a block that does something else without a norm), and would do something else with the module that conversion
 puts in its place. So a copy of the model runs with modules of another class there, each of which runs the norm that it
-stands for. All values are what they were; whatever else is not comes of such a question: another operation, another
-output, a failure. Both in evaluation and in training mode, if the model runs in it. Where all forwards name nothing but
-what computes, there is nothing to find, and nothing runs.
+stands for. A standardized layer is an instance of the class that it was, and has its attributes, but its class is
+another (``type(conv) is nn.Conv2d``): so each layer of the copy is of a subclass. All values are what they were;
+whatever else is not comes of such a question: another operation, another output, a failure. Both in evaluation and in
+training mode, if the model runs in it. Where all forwards name nothing but what computes, there is nothing to find, and
+nothing runs.
 """
 
 from __future__ import annotations
@@ -65,23 +67,25 @@ class _Operations(Writes):
 
 
 class _Disguised:
-    """A copy of a model in which others can stand for some of its norms.
+    """A copy of a model in which others can stand for some of its norms, and layers can be of a subclass.
 
     Args:
         model: the model; it is left as it is.
-        norms: names of those norms.
+        norms, layers: names of those norms and layers.
     """
 
     @torch.inference_mode(False)  # parameters copied inside of it would be of another kind
-    def __init__(self, model: nn.Module, norms: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, norms: Iterable[str], layers: Iterable[str]) -> None:
         self.model = copy_model(model)
         modules = dict(self.model.named_modules(remove_duplicate=False))
         self.norms = {name: modules[name] for name in norms}
+        self.layers = {name: modules[name] for name in layers}
         self.stands = {name: _stand_in(norm) for name, norm in self.norms.items()}
 
     def run(self, names: Sequence[str], batch: Batch, mode: Mode, trains: Trains) -> _Run:
-        """Run it with others in the places of some norms."""
-        standing: dict[nn.Module, nn.Module] = {self.norms[name]: self.stands[name] for name in names}
+        """Run it with others in the places of some norms, and some layers of a subclass."""
+        standing = {self.norms[name]: self.stands[name] for name in names if name in self.norms}
+        classes = {layer: type(layer) for name, layer in self.layers.items() if name in names}
         places = [
             (parent, attribute, child)
             for parent in self.model.modules()
@@ -90,11 +94,15 @@ class _Disguised:
         ]
         for parent, attribute, norm in places:
             parent._modules[attribute] = standing[norm]
+        for layer, kind in classes.items():
+            layer.__class__ = type(f"Standardized{kind.__name__}", (kind,), {"__module__": __name__})
         try:
             return _run(self.model, batch, mode, trains)
         finally:
             for parent, attribute, norm in places:
                 parent._modules[attribute] = norm
+            for layer, kind in classes.items():
+                layer.__class__ = kind
 
 
 def _run(model: nn.Module, batch: Batch, mode: Mode, trains: Trains) -> _Run:
@@ -136,7 +144,9 @@ def _computes(kind: type, method: str, own: frozenset[str], checked: set[str]) -
         return False
     checked.add(method)
     for name in _names_in(function.__code__):
-        of_tensors = hasattr(torch.Tensor, name) and name != "type" and not name.startswith("__")
+        if name.startswith("__"):  # a class, a name, a dictionary
+            return False
+        of_tensors = hasattr(torch.Tensor, name) and name != "type"
         if of_tensors or name in own or name in _BUILTINS or name in checked:
             continue
         found = function.__globals__.get(name)
@@ -147,34 +157,40 @@ def _computes(kind: type, method: str, own: frozenset[str], checked: set[str]) -
     return True
 
 
-def _names_in(code: CodeType) -> Iterator[str]:
+def _names_in(code: CodeType, variables: Iterable[str] = ("__class__",)) -> Iterator[str]:
+    """The names that code and what is defined in it look up, without the variables of the code around it."""
     yield from code.co_names
+    yield from set(code.co_freevars).difference(variables)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names_in(constant)
+            yield from _names_in(constant, (*variables, *code.co_cellvars))
 
 
-def norms_asked_about(model: nn.Module, norms: Iterable[str], batch: Batch, *, trains: Trains) -> dict[str, str]:
-    """The norms without which, though nothing else changes, a model's forward does something else; and why they stay.
+def modules_asked_about(
+    model: nn.Module, norms: Iterable[str], layers: Iterable[str], batch: Batch, *, trains: Trains
+) -> dict[str, str]:
+    """The modules without which, though nothing else changes, a model's forward does something else; and why they stay.
 
     Args:
         model: the model.
         norms: names of the norms that it runs, in their order.
+        layers: names of the layers that it runs and that can be standardized.
         batch: its input.
         trains: the modules in training mode: auxiliary heads run in training alone.
     """
     names = set(norms) - {""}  # the model itself has no place in which another could stand
     outermost = [name for name in norms if name in names and names.isdisjoint(_ancestors(name))]
+    layers = [name for name in layers if name and name not in names]
     asked: dict[str, str] = {}
-    if not outermost or not _may_ask(model):
+    if not (outermost or layers) or not _may_ask(model):
         return asked
-    disguised = _Disguised(model, outermost)
+    disguised = _Disguised(model, outermost, layers)
     modes: tuple[tuple[Mode, Trains], ...] = (("eval", trains), ("train", None))
     for mode, training in modes:
         wanted = disguised.run([], batch, mode, training)
         if wanted.failure is not None:  # training wants something else, such as targets
             continue
-        left = [name for name in outermost if name not in asked]
+        left = [name for name in (*outermost, *layers) if name not in asked]
         if disguised.run(left, batch, mode, training).equals(wanted):
             continue
         if disguised.run([], batch, mode, training).equals(wanted):  # else it does not do the same twice
@@ -192,7 +208,7 @@ def _bisect(
     mode: Mode,
     trains: Trains,
 ) -> tuple[list[str], dict[str, str]]:
-    """Sort norms into those that may go, with those that do already, and those that may not, and why; by halves."""
+    """Sort modules into those that may go, with those that do already, and those that may not, and why; by halves."""
     found = disguised.run([*gone, *names], batch, mode, trains)
     if found.equals(wanted):
         return [*gone, *names], {}
@@ -206,6 +222,9 @@ def _bisect(
 
 def _reason(disguised: _Disguised, name: str, found: _Run) -> str:
     failure = found.failure
+    if name in disguised.layers:
+        was = class_name(disguised.layers[name])
+        return f"is asked for its class by the model's forward, which does something else where that is not {was}"
     if isinstance(failure, AttributeError) and failure.obj is disguised.stands[name]:
         return f"the model's forward asks for its {failure.name}"
     was = class_name(disguised.norms[name])

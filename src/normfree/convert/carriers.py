@@ -19,7 +19,7 @@ gate or activation after them (:func:`find_endings`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -51,11 +51,9 @@ MOST_NAMED = 4
 INPUT = "the input itself"
 
 
-HOMOGENEOUS = frozenset({"relu", "leaky_relu", "_prelu_kernel", "prelu", "abs"})
-"""Functions f with f(c x) = c f(x) for every c > 0; the maximum of two activations is one of both."""
-
-
-_BENDING = (op.NONLINEAR - HOMOGENEOUS - {"maximum", "minimum"}) | op.NORM | op.ATTENTION | op.EMBEDDING | op.RECURRENT
+_BENDING = (
+    (op.NONLINEAR - op.HOMOGENEOUS - {"maximum", "minimum"}) | op.NORM | op.ATTENTION | op.EMBEDDING | op.RECURRENT
+)
 
 
 _AGGREGATING = (
@@ -555,11 +553,17 @@ class _BlockedError(Exception):
 
 
 def find_endings(
-    structure: Structure, model: nn.Module, removed: set[str], chosen: Iterable[str], branches: Container[Node]
+    structure: Structure,
+    model: nn.Module,
+    removed: set[str],
+    chosen: Iterable[str],
+    branches: Container[Node],
+    replaced: Collection[str],
 ) -> list[Ending]:
     """The ending of every residual branch to be scaled, in order; sums of two resolutions are no branches.
 
-    Those are the branches that lose their norms, and those without any whose sums are ``branches``.
+    Those are the branches that lose their norms, also to constants in their places (``replaced``), and those without
+    any whose sums are ``branches``.
 
     A module that runs once ends one branch at most; one that runs several times has to end one each time, or what else
     it gives has to go to layers that take the factor back. A module that several modules share is one in each of them.
@@ -570,7 +574,7 @@ def find_endings(
         addition
         for addition in structure.flow.additions
         if addition.output in branches
-        or (changes_branch(structure, addition, removed) and not is_fusion(structure, addition))
+        or (changes_branch(structure, addition, removed.union(replaced)) and not is_fusion(structure, addition))
     ]
 
     def walk(addition: Addition, avoided: set[str]) -> Ending:
@@ -663,7 +667,7 @@ def _absorbing_layers(
                 if layer in standardized:
                     assert layer is not None
                     found.add(layer)
-                elif len(step.inputs) == 1 and step.name in _LINEAR | HOMOGENEOUS and layer is None:
+                elif len(step.inputs) == 1 and step.name in _LINEAR | op.HOMOGENEOUS and layer is None:
                     waiting += [made for made in step.outputs if structure.flow.readers(made)]
                 else:
                     return None
@@ -834,7 +838,7 @@ class _BranchWalk:
             if way.norm and way.norm not in self.avoided:
                 self._carry(way.norm, way.correction, way)
                 return []
-        if step.name in HOMOGENEOUS and len(step.inputs) == 1:
+        if step.name in op.HOMOGENEOUS and len(step.inputs) == 1:
             self.constant = True
             return [replace(way, node=step.inputs[0])]
         raise _BlockedError(f"it ends in {op.plain_name(step.name)}, which no weight follows")

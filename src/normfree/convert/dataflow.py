@@ -345,6 +345,7 @@ def _record(model: nn.Module, batch: Batch, mode: Mode, trains: Trains) -> Dataf
             outputs = run_once(model, given, stack)
         recorder.flow.outputs = [recorder.nodes[t] for t in outputs if t in recorder.nodes]
     flow = recorder.flow
+    flow.additions = [one for one in flow.additions if one.output not in recorder.inner]
     if not any(step.name in op.NONLINEAR for step in flow.steps):  # then a branch that is linear is one, too
         flow.additions = sorted(flow.additions + recorder.linear_additions, key=lambda one: one.output.number)
     return flow

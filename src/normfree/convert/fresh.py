@@ -114,12 +114,12 @@ def fresh_plan(
     """
     ways = SignalPaths(structure)
     norms = sort_norms(structure, ways, staying)
-    carrying, layers_kept = layers_to_standardize(structure, norms.removed)
+    carrying, layers_kept = layers_to_standardize(structure, norms.removed, norms.affine.keys() | norms.factored)
     bare = find_unnormalized(structure, ways, carrying)
     chosen = [name for name in structure.layers if name in bare.layers or name in carrying]
     layers_kept = {n: reason for n, reason in {**layers_kept, **bare.kept}.items() if n not in bare.layers}
     removed = set(norms.removed)
-    endings = find_endings(structure, model, removed, chosen, bare.branches)
+    endings = find_endings(structure, model, removed, chosen, bare.branches, norms.affine.keys() | norms.factored)
     variance = plan_variances(structure, set(chosen), removed, endings, alpha)
     restored = _restore_variance(structure, norms, set(chosen), endings, variance)
     restored |= {name: _affine_change(structure, name, reason) for name, reason in uncarried.items()}

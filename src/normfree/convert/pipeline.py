@@ -17,7 +17,7 @@ from normfree.common.checks import check_choice, check_integer, check_number, in
 from normfree.common.process import one_thread_at_a_time
 from normfree.common.text import quoted
 from normfree.convert.apply import Measured, exchange_modules, is_layer_change, is_rescaled, keep_pace, measure
-from normfree.convert.asked import norms_asked_about
+from normfree.convert.asked import modules_asked_about
 from normfree.convert.carriers import SignalPaths, sort_norms
 from normfree.convert.dataflow import (
     Call,
@@ -140,7 +140,15 @@ def convert(
     structure = Structure(flow)
     training = training_structure(model, structure, batch)
     staying = norms_that_give_more(structure.norms)
-    staying |= norms_asked_about(model, [n for n in structure.norms if n not in staying], batch, trains=trains)
+    asked = modules_asked_about(
+        model,
+        [name for name in structure.norms if name not in staying],
+        [name for name, layer in structure.maps.items() if not layer.problem],
+        batch,
+        trains=trains,
+    )
+    staying |= {name: reason for name, reason in asked.items() if name in structure.norms}
+    structure.keep({name: reason for name, reason in asked.items() if name in structure.maps})
     record = Conversion(
         model=class_name(model),
         start=start,

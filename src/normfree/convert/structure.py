@@ -8,8 +8,8 @@ that weight, is a layer like torch's: its forward is kept, and its weight standa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import permutations
 from math import prod
@@ -88,6 +88,11 @@ class Structure:
             for node in step.outputs:
                 self.has_layer_before(node)
 
+    def keep(self, layers: Mapping[str, str]) -> None:
+        """Keep some layers as they are, for reasons as predicates of each; before anything is planned."""
+        for name, reason in layers.items():
+            self.maps[name] = replace(self.maps[name], problem=reason)
+
     @cached_property
     def norms_reading(self) -> dict[Node, set[str]]:
         """The names of the norms that take each activation."""
@@ -96,6 +101,13 @@ class Structure:
             if call.input is not None:
                 reading.setdefault(call.input, set()).add(call.name)
         return reading
+
+    @cached_property
+    def norms_on_streams(self) -> set[str]:
+        """The names of the norms that a residual stream goes through, from one sum to the next."""
+        begins = {node for addition in self.flow.additions for node in (addition.ancestor, addition.shortcut)}
+        sums = {addition.output for addition in self.flow.additions}
+        return {c.name for c in self.norm_at.values() if c.output in begins and c.input in sums}
 
     @cached_property
     def obstacles(self) -> dict[str, str]:
@@ -199,7 +211,7 @@ class Structure:
 
 
 def layers_to_standardize(
-    structure: Structure, removed: Mapping[str, Iterable[str]]
+    structure: Structure, removed: Mapping[str, Iterable[str]], replaced: Collection[str]
 ) -> tuple[list[str], dict[str, str]]:
     """The layers that take over what removed norms did, and why the others stay.
 
@@ -210,9 +222,10 @@ def layers_to_standardize(
     Args:
         structure: of the model.
         removed: the norms that go, and the layers that answer each.
+        replaced: those in whose places constants stand.
     """
     answers = {layer for layers in removed.values() for layer in layers} | _before(structure, removed)
-    wanted = answers | _in_branches(structure, set(removed))
+    wanted = answers | _in_branches(structure, {*removed, *replaced})
     direct = directly_followed(structure, removed)
     chosen, kept = [], {}
     for name in structure.layers:
@@ -262,10 +275,16 @@ def _in_branches(structure: Structure, removed: set[str]) -> set[str]:
 
 
 def changes_branch(structure: Structure, addition: Addition, removed: set[str]) -> bool:
-    """Whether some norm of a residual branch, or one that takes the sum alone, is removed, and none of it kept."""
+    """Whether some norm of a residual branch, or one that takes the sum alone, is removed, and none of it kept.
+
+    A norm that stays behind the last of pre-norm blocks (in front of a head that shares the embedding's weight) is not
+    on their stream, and none of the branch.
+    """
     norms = norms_in(structure, structure.region(addition, addition.branch))
     if not structure.flow.is_read_twice(addition.output):
-        norms |= structure.norms_reading.get(addition.output, set())
+        before, after = structure.norm_at.get(addition.shortcut), structure.norms_reading.get(addition.output, set())
+        around = after | {before.name} if before is not None else after
+        norms |= after if not norms or around & structure.norms_on_streams else set()
     return bool(norms) and norms <= removed
 
 

@@ -38,6 +38,7 @@ def signal_html(signal: SignalPropagation) -> str:
     items = [finding_item(found, escape(_place(signal, found.block))) for found in signal.findings]
     picture = _picture([signal], f"Signal propagation plot of {signal.model}")
     told = f"{signal.size}, mode {signal.mode}: {signal.verdict}"
+    told += f" ({signal.not_measured})" if signal.unmeasured else ""
     return _frame(signal.model, told, findings_list(items), picture, _numbers(signal, folded=bool(picture)))
 
 

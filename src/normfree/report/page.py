@@ -231,6 +231,8 @@ def remarks(point: Entry | BlockSignal, transition: bool = True) -> str:
         words.append("last layer")
     if point.gate:
         words.append("gate")
+    if point.smaller_term:
+        words.append("smaller term of a sum")
     return "; ".join(words)
 
 
@@ -241,6 +243,7 @@ def signal_settings(signals: Sequence[SignalPropagation]) -> str:
         entry = f"{signal.entry.title}, shape {shape_text(signal.entry.shape)}"
         measured = {"mode": signal.mode, **flat_settings(signal.input, "input"), "entry": entry}
         rows = measured | {"blocks": str(len(signal.blocks))} | flat_settings(signal.configuration)
+        rows |= {"not measured": shorten(", ".join(signal.unmeasured), 240)} if signal.unmeasured else {}
         columns.append((shorten(signal.model, 48), rows))
     return settings_table(columns)
 

@@ -355,27 +355,28 @@ SHIFTED, LOST, FED, FEWEST_ALIKE = 1.0, 99.0, 2.0, 8
 
 
 def _mean_shift(signal: SignalPropagation, along: Sequence[Stretch], made_of: Architecture) -> Iterator[Finding]:
-    inherited = _ratio(signal.entry)  # identity shortcuts carry on the offset a max-pool or the image has
+    inherited = _offset(signal, signal.entry)  # identity shortcuts carry on the offset a max-pool or the image has
     rated: list[tuple[float, BlockSignal]] = []
     over: BlockSignal | None = None
     for block in comparable(signal):
         if block.entry is not None and block.entry < len(signal.entries):
-            inherited = _ratio(signal.entries[block.entry])
+            inherited = _offset(signal, signal.entries[block.entry])
         if block.transition:
             inherited = 0.0
-        if not _is_measurable(block) or not has_variance(signal, block):
+        if not _is_measurable(block) or not has_variance(signal, block) or block.smaller_term:
             continue
-        rated.append((_ratio(block), block))
-        if over is None and _ratio(block) > max(SHIFTED, 1.5 * inherited):
+        rated.append((_offset(signal, block), block))
+        if over is None and rated[-1][0] > max(SHIFTED, 1.5 * inherited):
             over = block
     if over is None:
         return
-    ratio, worst = max(rated, key=lambda pair: pair[0])
+    offset, worst = max(rated, key=lambda pair: pair[0])
+    ratio = worst.avg_channel_sq_mean / worst.avg_channel_var
     # A normalizer at the end takes the offset back together with the scale.
     kept = any(stretch.ends and any(p is worst for p in stretch.points) for stretch in along)
     remedy = remedies.mean_shift(made_of, residual=worst.kind == "residual", last=worst.last)
     reaches = f"there {ratio:.3g} times it" if worst is over else f"{ratio:.3g} times it at {worst.place}"
-    severity = "error" if ratio > LOST or (kept and _branch_growth(signal) > FED) else "warning"
+    severity = "error" if offset > LOST or (kept and _branch_growth(signal) > FED) else "warning"
     yield Finding(
         kind="mean_shift",
         severity=severity if worst.kind == "residual" else "info",
@@ -838,9 +839,15 @@ def _variance(point: BlockSignal) -> float:
     return point.avg_channel_var
 
 
-def _ratio(point: Entry | BlockSignal) -> float:
-    """Squared channel mean over variance."""
-    return point.avg_channel_sq_mean / point.avg_channel_var if point.avg_channel_var > 0 else 0.0
+def _offset(signal: SignalPropagation, point: Entry | BlockSignal) -> float:
+    """Squared channel mean over variance, as they are expected of more values than the n that were measured.
+
+    By chance alone the mean of n values has a variance of 1/n, and that around it is less by as much.
+    """
+    n = point.values * signal.input.get("batches", 1)
+    if not point.avg_channel_var > 0 or n < 2:
+        return 0.0
+    return ((n - 1) * point.avg_channel_sq_mean / point.avg_channel_var - 1) / n
 
 
 def _is_measurable(block: BlockSignal) -> bool:

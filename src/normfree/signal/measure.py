@@ -137,6 +137,7 @@ def spp(
         layers=_signals(recording.layers),
         outputs=_signals(recording.outputs),
         entries=tuple(map(_entry, recording.entries)),
+        unmeasured=recording.unmeasured,
         configuration={
             "points": measurement.points,
             "wake": wake,
@@ -369,7 +370,7 @@ def _merge(first: Recording, second: Recording) -> Recording:
     same = widths[0] == widths[1]
     outputs = [_merge_points(a, b) for a, b in zip(first.outputs, second.outputs, strict=True)] if same else []
     entry = _merge_points(first.entry, second.entry)
-    return Recording(entry=entry, outputs=outputs, architecture=first.architecture, **merged)
+    return replace(first, entry=entry, outputs=outputs, **merged)
 
 
 def _merge_points(first: Point, second: Point) -> Point:

@@ -58,6 +58,7 @@ class Recording:
         outputs: what the model returned, where it is a floating-point activation.
         entries: where streams begin.
         architecture: what the model is made of.
+        unmeasured: names of the layers that no value of the batch came to, or that did not run.
     """
 
     entry: Point | None = None
@@ -66,6 +67,7 @@ class Recording:
     outputs: list[Point] = field(default_factory=list)
     entries: list[Point] = field(default_factory=list)
     architecture: Architecture = field(default_factory=Architecture)
+    unmeasured: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,8 @@ class PointRecorder(Recorder):
         inputs_seen: of layers that read an input, how large its channels are.
         operation: the one that is running, with its arguments.
         last_bent, bent_in: the last activation function, and how many each module ran.
+        ran, emptied: the modules in which an operation ran on activations, and on tensors without values.
+        read: the parameters that an operation other than a view has read, by their identity.
     """
 
     def __init__(self, model: nn.Module, *args: Any, points: str, earlier: PassResult | None, **options: Any) -> None:
@@ -162,6 +166,7 @@ class PointRecorder(Recorder):
         self.operations = Counter[str]()
         self.last_bent: tuple[Node, str] | None = None
         self.bent_in = Counter[str]()
+        self.ran, self.emptied, self.read = set[nn.Module](), set[nn.Module](), set[int]()
 
     # Before the first addition: what may turn out to be the input of the first block.
 
@@ -292,6 +297,18 @@ class PointRecorder(Recorder):
         names = tuple(self.weights.among(op.tensors_in(args, {})))
         self.layers_seen.append(Layer(node, names, fan_in, gain == 0, looked_up))
 
+    def on_constant(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Keep which weights are read, and in which modules there was nothing to read them for."""
+        if any(tensor.numel() == 0 for tensor in tensors):
+            self.emptied.update(self.stack.running[-1:])
+        elif name not in op.VIEW:
+            self._note_read(tensors)
+
+    def _note_read(self, tensors: Iterable[Any]) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and (origin := self.statics.of(tensor).origin) is not None:
+                self.read.add(id(origin))
+
     def on_made(self, nodes: Sequence[Node]) -> None:
         """Keep what the graph is made of, and what a normalizer reads."""
         self.made.append(nodes)
@@ -302,6 +319,8 @@ class PointRecorder(Recorder):
         """Execute an operation; where it is the activation of a sum, measure what it makes."""
         self.operation = name, args
         self.operations[name] += 1
+        self.ran.update(self.stack.running[-1:])
+        self._note_read(args)
         sum_ = self.summed.get(self.nodes[active[0]]) if name in op.ACTIVATION and len(active) == 1 else None
         result = super()._run(name, func, args, kwargs, active)
         self.operation = None  # its arguments are activations, and none outlives its use
@@ -463,6 +482,7 @@ class PointRecorder(Recorder):
         carried, logits = _reaching_ends(self.made, ends), _attention_logits(self.made)
         sums = [visit for visit in self.visits if visit.sum is not None]
         refused = {v.sum for v in sums if v.sum is not None and (v.node not in carried or v.node in logits)}
+        refused |= {visit.sum for visit in sums if visit.sum is not None and visit.node in self.inner}
         if not op.NONLINEAR.isdisjoint(self.operations):
             refused |= self.linear_sums.keys()
         else:
@@ -478,6 +498,7 @@ class PointRecorder(Recorder):
         if self.earlier is not None or result.complete:
             self.recording.outputs = [self._output(t, i) for i, t in enumerate(outputs) if self._is_output(t)]
             self._settle(carried)
+            self.recording.unmeasured = tuple(self._unmeasured())
             architecture = self._architecture(carried, refused, attends=bool(logits))
             activation, module = self._last_activation(ends)
             self.recording.architecture = replace(
@@ -488,6 +509,16 @@ class PointRecorder(Recorder):
                 inputs=tuple(self.inputs_seen.items()),
             )
         return result
+
+    def _unmeasured(self) -> Iterator[str]:
+        """The names of the layers (modules with a weight and no parts) of which nothing that was recorded is made."""
+        for module, name in self.stack.names.items():
+            if not module._modules.keys() <= {"parametrizations"} or ".parametrizations." in f".{name}":
+                continue
+            weights = [parameter for parameter in module.parameters() if parameter.dim() > 1]
+            read = module not in self.emptied and any(id(weight) in self.read for weight in weights)
+            if weights and module not in self.ran and not read and not isinstance(module, torch.jit.ScriptModule):
+                yield name
 
     def _architecture(self, carried: Collection[Node], refused: Collection[int], *, attends: bool) -> Architecture:
         """What the model is made of."""
@@ -507,6 +538,7 @@ class PointRecorder(Recorder):
         renewed = set(_back_to_points(self.renewals, self.summed))
         zero = {v.node for v in self.visits if v.point is not None and v.layer is not None and v.point.weight_gain == 0}
         kept = {v.number: v for v in self.visits if v.point is not None and not (self.residual and v.inside)}
+        larger = self._larger_terms()
         first_operands = {self.visits[number].source.point for number in kept}
         for visit in kept.values():
             source = visit.source
@@ -514,6 +546,8 @@ class PointRecorder(Recorder):
             while after is not None and after not in kept:
                 gone = self.visits[after].source
                 after, normalized, averaged = gone.point, normalized or gone.normalized, averaged or gone.averaged
+            while after is not None and after in larger:
+                after = larger[after] if larger[after] < visit.number else self.visits[after].source.point
             assert visit.point is not None
             entry = visit.point.entry
             if after is None and entry is None:
@@ -532,11 +566,36 @@ class PointRecorder(Recorder):
                 last=visit.layer is not None and visit.node not in followed,
                 joined=residual and visit.node in followed and visit.number not in first_operands,
                 gate=visit.layer is not None and visit.node not in carried,
+                smaller_term=visit.number in larger,
                 activated=self.activated.get(visit.number) if alone else None,
                 zero_gate=bool(zero) and _is_zero(visit.point.branch) and _is_gated_by(zero, visit.branch),
             )
             (self.recording.points if residual or not self.residual else self.recording.layers).append(point)
         self._drop_entries_of_none()
+
+    def _larger_terms(self) -> dict[int, int]:
+        """Of layers whose outputs are added at once the number of the one of the larger variance, by the others'.
+
+        What goes on is the sum: what one term has lost beside the other is no loss of the signal's.
+        """
+        larger, term_of = dict[int, int](), dict[Node, _Visit]()
+        for node in (node for nodes in self.made for node in nodes):
+            visit, name = self.layer_at.get(node), node.note.operation
+            if visit is not None and visit.point is not None and not visit.inside:
+                term_of[node] = visit
+                continue
+            before = list(dict.fromkeys(node.parents))
+            terms = [term_of[each] for each in before if each in term_of]
+            if node.step.weighted or node in self.summed or len(terms) < len(before):
+                continue
+            if len(terms) == 1 and (name in op.PARTIAL or name == "add" or name == before[0].note.operation):
+                term_of[node] = terms[0]
+            elif len(terms) == 2 and name == "add":
+                less, more = sorted(terms, key=lambda one: _variance(one.point))
+                term_of[node] = more
+                if less is not more:
+                    larger[less.number] = more.number
+        return larger
 
     def _drop_entries_of_none(self) -> None:
         """Keep the entries that a kept point begins at; a layer inside a block has left one that none does."""
@@ -577,6 +636,10 @@ class PointRecorder(Recorder):
 
     def _output(self, tensor: Tensor, index: int) -> Point:
         return self._point(tensor, "output", name=f"output {index}", after=self.nodes[tensor].note.point)
+
+
+def _variance(point: Point | None) -> float:
+    return 0.0 if point is None else point.output.avg_channel_var
 
 
 def before_gains(moments: Moments, gains: Sequence[Tensor]) -> Moments | None:
@@ -704,8 +767,10 @@ def _queries_and_keys(gate: Node) -> list[Node]:
 
 
 def _gates_of(node: Node) -> set[Node]:
-    """The factors of a product of activations that are gates, or weights of attention, of the other."""
+    """The factors of a product of activations that are gates of the other, or weights (of attention, convolutions)."""
     factors = set(node.parents)
+    if len(factors) > 1 and node.note.operation in op.CONVOLUTION:  # a hypernetwork's, or a mixture of experts'
+        return factors - {node.parents[0]}
     if len(factors) < 2 or not node.step.nonlinear:
         return set()
     gates = {factor for factor in factors if _gate_maker(factor) is not None}

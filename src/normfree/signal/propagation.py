@@ -128,6 +128,8 @@ class Position:
         last: no weighted layer follows: a classifier, a head.
         joined: a sum that goes on, but not as the first operand of what joins it with another signal.
         gate: only gates and the weights of attention are computed from it.
+        smaller_term: it is added to another layer's larger output at once (the state's part in a recurrent cell): what
+            goes on is the sum, and no step of the signal is from the one to the other.
         weight_gain: root mean square of the layer's weight times the root of its fan-in (He's initialisation: √2);
             None where there is no such weight; of a table 0 where all of it is zero.
         broadcast: the branch has one value for many positions of the sum, as a global context.
@@ -152,6 +154,7 @@ class Position:
     last: bool = False
     joined: bool = False
     gate: bool = False
+    smaller_term: bool = False
     weight_gain: float | None = None
     broadcast: bool = False
     zero_gate: bool = False
@@ -285,7 +288,8 @@ class SignalPropagation:
     ``blocks`` is what the plot shows: the residual additions, or every weighted layer where there are none. ``layers``
     are the weighted layers of a residual network that lie in no block (before the first, between blocks, after the
     last, in heads and further streams), ``outputs`` the floating-point tensors it returns, and ``entries`` the places
-    where streams begin; the findings look at all of them.
+    where streams begin; the findings look at all of them. ``unmeasured`` are the names of the other layers: no row of
+    the batch came to them (an expert, a node type), or they did not run (an auxiliary head in evaluation mode).
 
     Source: Brock, De, Smith (ICLR 2021), section 3; the definitions of the curves are those of
     :class:`BlockSignal`.
@@ -301,6 +305,17 @@ class SignalPropagation:
     layers: tuple[BlockSignal, ...] = ()
     outputs: tuple[BlockSignal, ...] = ()
     entries: tuple[Entry, ...] = ()
+    unmeasured: tuple[str, ...] = ()
+
+    @property
+    def not_measured(self) -> str:
+        """What is not known of the model, in words: "2 layers not measured (…)"; "" where every layer was reached."""
+        if not self.unmeasured:
+            return ""
+        count, named = len(self.unmeasured), ", ".join(map(module_title, self.unmeasured[:3]))
+        more = f" and {count - 3} more" if count > 3 else ""
+        layers = "1 layer" if count == 1 else f"{count} layers"
+        return f"{layers} not measured, for no row of the batch came there, or nothing ran: {named}{more}"
 
     @property
     def size(self) -> str:
@@ -340,6 +355,7 @@ class SignalPropagation:
                 "layers": [asdict(layer) for layer in self.layers],
                 "outputs": [asdict(output) for output in self.outputs],
                 "entries": [asdict(entry) for entry in self.entries],
+                "unmeasured": self.unmeasured,
                 "findings": [asdict(finding) for finding in self.findings],
                 "configuration": self.configuration,
             }
@@ -385,11 +401,13 @@ class SignalPropagation:
     def __repr__(self) -> str:
         kinds = dict.fromkeys(finding.kind for finding in self.findings if finding.severity != "info")
         found = f" ({', '.join(kinds)})" if kinds else ""
-        return short_repr(self, f"of {shortened(self.model, 60)}: {self.size}, {self.verdict}{found}")
+        unknown = f", {len(self.unmeasured)} not measured" if self.unmeasured else ""
+        return short_repr(self, f"of {shortened(self.model, 60)}: {self.size}{unknown}, {self.verdict}{found}")
 
     def __str__(self) -> str:
         lines = [f"SignalPropagation of {self.model}: {self.size}, mode {self.mode}"]
         lines += [f"  {block.index:3d} {block.title}: {block._numbers}" for block in self.blocks]
+        lines += [f"  {self.not_measured}"] if self.unmeasured else []
         lines += [f"  {f.severity}: {f.message}" for f in self.findings]
         return "\n".join(lines)
 

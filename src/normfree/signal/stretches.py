@@ -55,14 +55,15 @@ def stretches(signal: SignalPropagation) -> list[Stretch]:
 
 
 def chains(signal: SignalPropagation) -> list[tuple[BlockSignal, ...]]:
-    """The points of every path from an entry to an end; what only gates are made of is left out."""
+    """The points of every path from an entry to an end, without smaller terms and what only gates are made of."""
     points = all_points(signal)
     if any(point.number is None for point in points):  # written by hand, or by an earlier version
         return [tuple(signal.blocks)]
     points.sort(key=_number)
     by_number = {point.number: point for point in points}
-    followed = {point.after for point in points if not point.gate}
-    ends = [point for point in points if point.number not in followed and not point.gate]
+    judged = [point for point in points if not (point.gate or point.smaller_term)]
+    followed = {point.after for point in judged}
+    ends = [point for point in judged if point.number not in followed]
     found = []
     for point in ends:
         chain = [point]

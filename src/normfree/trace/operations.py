@@ -91,6 +91,9 @@ ACTIVATION = NONLINEAR & {
 }
 """Elementwise activation functions."""
 
+HOMOGENEOUS = frozenset({"relu", "leaky_relu", "_prelu_kernel", "prelu", "abs"})
+"""Functions f with f(c x) = c f(x) for every c > 0; the maximum of two activations is one of both."""
+
 SOFTMAX = frozenset({"_softmax", "_safe_softmax"})
 
 BOUNDED_GATE = SOFTMAX | {"sigmoid", "hardsigmoid"}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from math import prod
 from typing import Any
 
@@ -27,7 +28,9 @@ from normfree.trace.scaling import (
     Statics,
     TensorMap,
     common_factors,
+    equal_factors,
     gate_scaling,
+    numbers_among,
     varying_axis,
     vector_factor,
 )
@@ -57,6 +60,8 @@ class Note:
         discrete: the integers (the index of a code word) through which alone it depends on what they were made of.
         viewed: the activation that it has the values of, of a view.
         difference: the two activations that it is the difference of.
+        gain: the learned numbers by which another was multiplied to make it.
+        weight_factors: those of the weight of a matrix product that made it, to which its bias is added by itself.
     """
 
     shape: tuple[int, ...] = ()
@@ -78,6 +83,8 @@ class Note:
     discrete: Node | None = None
     viewed: Node | None = None
     difference: tuple[Node, Node] | None = None
+    gain: _Gain | None = None
+    weight_factors: tuple[Factor, ...] = ()
 
     @property
     def channel_axis(self) -> int:
@@ -109,12 +116,19 @@ class Note:
             values["axis"] = op.axis_after(name, args, self.shape, self.axis, shape)
         values["shape"] = tuple(shape)
         if name not in op.VIEW:
-            values["operation"], values["difference"] = name, None
+            values["operation"], values["difference"], values["weight_factors"] = name, None, ()
             if name in op.NORM and op.uses_statistics(name, args):
                 values["normalized"] = True
             elif name in op.AVERAGE:
                 values["averaged"] = True
         return new
+
+
+class _Gain(Enum):
+    """Several learned numbers by which an activation is multiplied, one a channel or one a position."""
+
+    ALIKE = "they have a common size: ones, or what training has made of them"
+    NOISE = "they have none: most of their mean square is variance"
 
 
 _Operands = tuple[Node, int, Node, int]
@@ -138,6 +152,8 @@ class Recorder(DispatchMode):
         nodes: of every activation that is alive, its place in the graph.
         silencing: names of the zero gains because of which the branch of some residual addition is zero.
         sums: how many residual additions there were so far, the refused ones among them.
+        scaled_skips: those of them, as they come, whose skip is multiplied by several learned numbers.
+        inner: those of these that a branch was computed from: skips of a layer (D·u of a state space), and no blocks.
         created: how many activations there were so far.
     """
 
@@ -162,6 +178,8 @@ class Recorder(DispatchMode):
         super().__init__()
         self.wake, self.refused = wake, refused
         self.silencing: set[str] = set()
+        self.scaled_skips: list[Node] = []
+        self.inner: set[Node] = set()
         self.sums = self.created = 0
         self.stack = stack
         self.examples = examples
@@ -205,6 +223,9 @@ class Recorder(DispatchMode):
     def on_weighted(self, x: Tensor, result: Tensor) -> None:
         """A weighted operation has turned ``x`` into ``result``."""
 
+    def on_constant(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """An operation none of whose arguments is an activation is about to run; what has no values is none."""
+
     def on_made(self, nodes: Sequence[Node]) -> None:
         """An operation on activations has made these."""
 
@@ -229,7 +250,10 @@ class Recorder(DispatchMode):
         known = self.nodes.by_id
         active = [] if name in op.FACTORY else [tensor for tensor in tensors if id(tensor) in known]
         if not active:
-            return self.statics.run(name, func, args, kwargs, tensors) if tensors else func(*args, **kwargs)
+            if not tensors:
+                return func(*args, **kwargs)
+            self.on_constant(name, tensors)
+            return self.statics.run(name, func, args, kwargs, tensors)
         if name == "add" and len(active) == 2 and self.merges_sums and not written and not kwargs:
             return self._add_mergeably(func, args, active)
         return self._follow(name, func, args, kwargs, active)
@@ -259,9 +283,13 @@ class Recorder(DispatchMode):
             self.on_use(tensor, self.nodes[tensor])
         if len(active) == 2 and name in op.SUMS and not self._left_of_sum(name, active):
             operands = self._operands(name, args, kwargs, active)
-            found = self._residual(name, operands) if operands else None
+            found = self._residual(name, args, operands) if operands else None
             if found:
-                return self.on_addition(found, operands, lambda: self._run(name, func, args, kwargs, active))
+                scaled = self._gain_of_skip(name, args, operands, found) is not None
+                self._find_inner(found.ancestor, self.nodes[operands[1 - found.branch]])
+                result = self.on_addition(found, operands, lambda: self._run(name, func, args, kwargs, active))
+                self.scaled_skips += [self.nodes[result]] if scaled else []
+                return result
         return self._run(name, func, args, kwargs, active)
 
     def _learn_axis(self, x: Tensor, weight: Tensor | None) -> None:
@@ -327,7 +355,7 @@ class Recorder(DispatchMode):
         axis = note.channel_axis % len(large)
         return all(s == n or (s == 1 and i not in (0, axis)) for i, (s, n) in enumerate(zip(small, large, strict=True)))
 
-    def _residual(self, name: str, operands: Sequence[Tensor]) -> Residual | None:
+    def _residual(self, name: str, args: Sequence[Any], operands: Sequence[Tensor]) -> Residual | None:
         """The residual addition that a sum of two activations is, if it is one."""
         nodes = [self.nodes[operand] for operand in operands]
         found = residual(*nodes)
@@ -340,11 +368,40 @@ class Recorder(DispatchMode):
                 return None  # a mean that is taken off or added has learned nothing
         if branch.note.discrete is not None and branch.note.discrete.number > found.ancestor.number:
             return None  # a code word, looked up by the index of the one nearest to the shortcut
+        if self._gain_of_skip(name, args, operands, found) is _Gain.NOISE:
+            return None  # what each channel keeps is a choice of the layer's, and none of it is carried on as it is
         self.sums += 1
         if self.sums - 1 in self.refused:
             return None
         self.silencing.update(branch.note.silent)
         return found
+
+    def _gain_of_skip(
+        self, name: str, args: Sequence[Any], operands: Sequence[Tensor], found: Residual
+    ) -> _Gain | None:
+        """The learned numbers by which the skip of an addition is multiplied; None of one that is a projection."""
+        node, gain = self.nodes[operands[1 - found.branch]], None
+        if found.weighted_shortcut:
+            return None
+        if name == "addcmul" and found.branch == 0:
+            gain = self._gain(args[2] if args[1] is operands[1] else args[1])
+        while gain is None and node is not found.ancestor and len(set(node.parents)) == 1:
+            node, gain = node.parents[0], node.note.gain
+        return gain
+
+    def _gain(self, factor: Any) -> _Gain | None:
+        if not isinstance(factor, Tensor) or factor.numel() < 2 or factor.is_complex() or not self.statics.owns(factor):
+            return None
+        values = factor.detach().float()
+        return _Gain.NOISE if values.var(correction=0) > values.mean().square() else _Gain.ALIKE
+
+    def _find_inner(self, ancestor: Node, shortcut: Node) -> None:
+        """Find the sums with a scaled skip that lie inside of a branch that is about to be added."""
+        for node in reversed(self.scaled_skips):
+            if node.number <= ancestor.number:
+                break
+            if ancestor.dominates(node) and not node.dominates(shortcut):
+                self.inner.add(node)
 
     def _left_of_sum(self, name: str, active: Sequence[Tensor]) -> tuple[Node, ...]:
         """What is left of a sum of which one operand takes the other away again: ``q`` of ``x + (q - x)``.
@@ -379,6 +436,9 @@ class Recorder(DispatchMode):
         looked_up = args[0] is not active[0]
         if looked_up and name in op.ATTENTION:  # learned queries begin a stream of their own
             note = note.with_(stream=-self.created, point=None, normalized=False)
+        gain = None
+        if name in op.SCALING and len(active) == 1 and len(args) > 1:
+            gain = self._gain(args[1] if args[0] is active[0] else args[0])
         result = func(*args, **kwargs)
         nodes = []
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
@@ -386,6 +446,9 @@ class Recorder(DispatchMode):
                 made = note.after(name, args, tensor.shape, self.created)
                 if silent and not bool(tensor.any()):
                     made.silent = silent
+                made.gain = gain
+                if name in ("mm", "bmm") and len(active) == 1 and args[0] is active[0]:
+                    made.weight_factors = self.statics.of(args[1]).factors
                 if difference is not None:
                     made.difference = difference
                 elif name in op.VIEW and len(parents) == 1:
@@ -467,6 +530,10 @@ class Recorder(DispatchMode):
         if name in op.VIEW:
             return self._with_woken(main, parents)
         if name == "add" and len(active) == 1:
+            if main.weight_factors:
+                added = args[1] if args[0] is active[0] else args[0]
+                of_bias = self.statics.of(added).factors if isinstance(added, Tensor) else ()
+                main = main.with_(factors=common_factors(main.weight_factors, of_bias))
             return self._with_woken(main.with_(gated=False) if main.gated else main, parents)
         if name in op.SCALING:
             if len(active) == 1 and (name == "mul" or args[0] is active[0]):
@@ -485,6 +552,10 @@ class Recorder(DispatchMode):
         factors: tuple[Factor, ...] = ()
         if weight is not None and bias is not None and name not in op.NORM:
             factors = common_factors(self.statics.of(weight).factors, self.statics.of(bias).factors)
+        elif name == "add" and len(parents) == 2 and main.unscaled is None:
+            factors = equal_factors(main.factors, parents[1].note.factors)
+        elif name in op.HOMOGENEOUS and len(active) == 1 and main.unscaled is None:
+            factors = tuple(one for one in numbers_among(main.factors) if one.value > 0)
         if factors or main.factors or main.unscaled is not None or main.gated:
             main = main.with_(factors=factors, unscaled=None, gated=False)
         return self._with_woken(main, parents, weight, bias)

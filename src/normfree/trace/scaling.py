@@ -10,7 +10,7 @@ gains its branch is zero by.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 from weakref import ref
@@ -92,6 +92,22 @@ def common_factors(weight: Sequence[Factor], bias: Sequence[Factor]) -> tuple[Fa
             left.remove(factor.key)
             common.append(factor)
     return tuple(common)
+
+
+def numbers_among(factors: Sequence[Factor]) -> Iterator[Factor]:
+    """Those of some factors that are one number for all channels."""
+    return (factor for factor in factors if not isinstance(factor.value, Tensor))
+
+
+def equal_factors(first: Sequence[Factor], second: Sequence[Factor]) -> tuple[Factor, ...]:
+    """The numbers among the factors of two activations that scale their sum, too: each has one of that value."""
+    left = [factor.value for factor in numbers_among(second)]
+    equal = []
+    for factor in numbers_among(first):
+        if factor.value in left:
+            left.remove(factor.value)
+            equal.append(factor)
+    return tuple(equal)
 
 
 def gate_scaling(factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
