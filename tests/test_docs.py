@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-NEEDED = {"howto.md": "opacus", "models.md": "opacus", "optim.md": "plotly", "tutorials/convert_and_ship.md": "onnxruntime"}
+NEEDED = {
+    "howto.md": "opacus",
+    "models.md": "opacus",
+    "optim.md": "plotly",
+    "tutorials/convert_and_ship.md": "onnxruntime",
+}
 
 
 PAGES = ["index.md", "convert.md", "data.md", "howto.md", "models.md", "optim.md", "training.md"]
