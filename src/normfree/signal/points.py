@@ -135,7 +135,7 @@ class PointRecorder(Recorder):
         operation: the one that is running, with its arguments.
         last_bent, bent_in: the last activation function, and how many each module ran.
         ran, emptied: the modules in which an operation ran on activations, and on tensors without values.
-        read: the parameters that an operation other than a view has read, by their identity.
+        unread: the parameters that no operation but a view has read, by their identity.
     """
 
     def __init__(self, model: nn.Module, *args: Any, points: str, earlier: PassResult | None, **options: Any) -> None:
@@ -166,7 +166,8 @@ class PointRecorder(Recorder):
         self.operations = Counter[str]()
         self.last_bent: tuple[Node, str] | None = None
         self.bent_in = Counter[str]()
-        self.ran, self.emptied, self.read = set[nn.Module](), set[nn.Module](), set[int]()
+        self.ran, self.emptied = set[nn.Module](), set[nn.Module]()
+        self.unread = {id(parameter) for parameter in model.parameters()}
 
     # Before the first addition: what may turn out to be the input of the first block.
 
@@ -301,13 +302,13 @@ class PointRecorder(Recorder):
         """Keep which weights are read, and in which modules there was nothing to read them for."""
         if any(tensor.numel() == 0 for tensor in tensors):
             self.emptied.update(self.stack.running[-1:])
-        elif name not in op.VIEW:
+        elif name not in op.VIEW and self.unread:
             self._note_read(tensors)
 
     def _note_read(self, tensors: Iterable[Any]) -> None:
         for tensor in tensors:
             if isinstance(tensor, Tensor) and (origin := self.statics.of(tensor).origin) is not None:
-                self.read.add(id(origin))
+                self.unread.discard(id(origin))
 
     def on_made(self, nodes: Sequence[Node]) -> None:
         """Keep what the graph is made of, and what a normalizer reads."""
@@ -320,7 +321,8 @@ class PointRecorder(Recorder):
         self.operation = name, args
         self.operations[name] += 1
         self.ran.update(self.stack.running[-1:])
-        self._note_read(args)
+        if self.unread:
+            self._note_read(args)
         sum_ = self.summed.get(self.nodes[active[0]]) if name in op.ACTIVATION and len(active) == 1 else None
         result = super()._run(name, func, args, kwargs, active)
         self.operation = None  # its arguments are activations, and none outlives its use
@@ -516,7 +518,7 @@ class PointRecorder(Recorder):
             if not module._modules.keys() <= {"parametrizations"} or ".parametrizations." in f".{name}":
                 continue
             weights = [parameter for parameter in module.parameters() if parameter.dim() > 1]
-            read = module not in self.emptied and any(id(weight) in self.read for weight in weights)
+            read = module not in self.emptied and any(id(weight) not in self.unread for weight in weights)
             if weights and module not in self.ran and not read and not isinstance(module, torch.jit.ScriptModule):
                 yield name
 
