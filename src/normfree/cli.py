@@ -36,6 +36,9 @@ Shell = Literal["bash", "zsh", "fish"]
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO}
 """Where nothing more can be written; of a file, the error names it."""
 
+_NO_MEMORY = re.compile("can't allocate memory|out of memory")
+"""In what torch's allocators say, of the CPU as a RuntimeError."""
+
 _PYTHONS_FORMAT = warnings.formatwarning
 
 DESCRIPTION = "Design, inspect, train and ship networks without normalizers."
@@ -84,8 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("NORMFREE_TRACEBACK"):
             raise
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+            return _fail(f"memory ran out ({one_line(error)}); give a smaller model, batch or images", 2)
         said = f"{one_line(error)}; if no argument explains it, report it with what NORMFREE_TRACEBACK=1 prints"
-        return _fail(said, 2 if isinstance(error, (MemoryError, OverflowError)) else 3)
+        return _fail(said, 2 if isinstance(error, OverflowError) else 3)
     finally:
         warnings.formatwarning = _PYTHONS_FORMAT
 

@@ -32,6 +32,7 @@ from normfree.common.checks import LISTED, check_memory, invalid, require, sugge
 from normfree.common.files import PREPROCESSING, check_file, kind_of, notes_of, read, sizes
 from normfree.common.process import OWN_FILE, set_default_device
 from normfree.common.text import all_lines, causes, first_line, one_line, quoted
+from normfree.common.torch_compat import tree_leaves
 from normfree.convert import Conversion, stored_conversion
 from normfree.models import create_model, list_models
 from normfree.models.registry import parse_overrides
@@ -577,6 +578,11 @@ def _from_file(source: str) -> Built:
     if not isinstance(model, nn.Module):
         returned = type(made).__name__
         raise ValueError(f"model: {quoted(source)} returned {returned}, not a torch.nn.Module or (module, batch)")
+    unwrap(model)  # raises where its modules are no tree
+    try:
+        tree_leaves(batch)
+    except RecursionError as error:
+        raise ValueError(f"model: {quoted(source)} returned a batch that holds itself; return tensors in it") from error
     return Built(model, batch, own=True)
 
 

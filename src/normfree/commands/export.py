@@ -106,8 +106,9 @@ class Export:
             sizes["crop_ratio"] = self.crop_ratio
         config = DataConfig(source=self.source or "", mean=self.mean, std=self.std, **sizes)
         data = open_evaluation(with_any_split(config))
+        built.model.eval()
         with torch.no_grad():
-            logits_of(built.model.eval(), batch, len(data.class_names))
+            logits_of(built.model, batch, len(data.class_names))
         if self.mean is None:
             console.say(preparation(*data.config.statistics, "measured on the data"))
         return Preprocessing.of(data.config, data.class_names)

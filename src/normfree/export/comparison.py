@@ -85,11 +85,13 @@ def output_tensors(outputs: Any) -> list[Tensor]:
     """Return the tensors of a model's outputs, whatever holds them.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or one that is not dense or has no values.
     """
     tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
     if not tensors:
         raise ValueError(f"model: it returned {type(outputs).__name__} and no tensor; let forward return tensors")
+    if any(tensor.is_meta or tensor.layout != torch.strided for tensor in tensors):
+        raise ValueError("model: it returned a tensor that is sparse or without values; let forward return dense ones")
     return tensors
 
 

@@ -468,7 +468,11 @@ def _copied(model: nn.Module) -> nn.Module:
         raise ValueError(f"model: {type(model).__name__} is no torch.nn.Module; pass one")
     if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
         raise ValueError("model: it has no weights yet (meta device); pass one with weights")
-    return copy_model(model).cpu().eval()
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"model: {type(model).__name__} is a scripted module; pass the one that was scripted")
+    copied = copy_model(model).cpu()
+    copied.eval()
+    return copied
 
 
 def check_path(path: str | Path, suffix: str) -> Path:

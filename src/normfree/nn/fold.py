@@ -94,7 +94,9 @@ def fold(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         remedy = "build it first, normfree.fold(normfree.create_model(name)), or read it by normfree.load"
         raise invalid("model", model, "must be a torch module", remedy)
-    return _folded(copy_model(model), "model", {}).eval()
+    folded = _folded(copy_model(model), "model", {})
+    folded.eval()
+    return folded
 
 
 def _folded(module: nn.Module, name: str, known: dict[nn.Module, nn.Module]) -> nn.Module:

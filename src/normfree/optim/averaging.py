@@ -52,7 +52,8 @@ class WeightAverage:
         self.model = unwrapped(model)
         self.updates = 0
         copied = _copy(self.model) if module is None else unwrapped(module)
-        self.module = copied.eval().requires_grad_(False)
+        copied.eval()
+        self.module = copied.requires_grad_(False)
         for tensor in self._tensors(self.module):
             tensor.grad = None
             if tensor.dtype in HALF:

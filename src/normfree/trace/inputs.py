@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.data import DataLoader
 
-from normfree.common.text import first_line
+from normfree.common.text import first_line, quoted
 from normfree.common.torch_compat import current_autograd_node, tree_leaves, tree_map, unwrapped
 
 Batch = Any
@@ -321,6 +321,8 @@ def run_once(model: nn.Module, batch: Batch, stack: ModuleStack) -> list[Tensor]
             f"model: {type(model).__name__} returned {type(output).__name__}, which holds no tensor; "
             "its forward must return what it computes"
         )
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError(f"model: {type(model).__name__} returned a tensor on the meta device, without values")
     return tensors
 
 
@@ -333,28 +335,37 @@ def unwrap(model: nn.Module) -> nn.Module:
     return unwrapped(model)
 
 
-def _check_tree(module: nn.Module, name: str, open_: dict[nn.Module, bool]) -> None:
-    """Refuse a module that was never set up, or that is a part of itself: torch's own walks fail on both.
+def _check_tree(module: nn.Module, name: str, open_: dict[int, bool]) -> None:
+    """Refuse a module that was never set up, holds what is none or is a part of itself: torch's own walks fail on each.
 
     Args:
         module: with all below it.
         name: its place in the model.
-        open_: the modules met so far, and whether they are above this one.
+        open_: the modules met so far, by identity, and whether they are above this one.
     """
     __tracebackhide__ = True
     if isinstance(module, torch.jit.ScriptModule):
         return
+    kind = type(module).__name__
     if "_modules" not in vars(module):
-        kind = type(module).__name__
         raise ValueError(f"model: {name or 'it'} is a {kind} whose __init__ does not call super().__init__() first")
-    open_[module] = True
+    if type(module).__hash__ is None:
+        raise ValueError(f"model: {name or 'it'} is a {kind} without a hash; write __hash__ = torch.nn.Module.__hash__")
+    for held, allowed in (("_modules", nn.Module), ("_parameters", Tensor), ("_buffers", Tensor)):
+        for own, value in vars(module)[held].items():
+            if not isinstance(own, str) or not (value is None or isinstance(value, allowed)):
+                what = f"a {type(value).__name__} by the name {quoted(own)}"
+                raise ValueError(
+                    f"model: {name or 'it'} is a {kind} that holds, in its {held}, {what}; assign it as an attribute"
+                )
+    open_[id(module)] = True
     for own, child in module._modules.items():
         place = f"{name}.{own}" if name else own
-        if child is not None and open_.get(child):
+        if child is not None and open_.get(id(child)):
             raise ValueError(
                 f"model: {place} is the {type(child).__name__} that holds it; keep a module that is above another out "
                 "of its submodules, in a list, say: self.parent = [parent]"
             )
-        if child is not None and child not in open_:
+        if child is not None and id(child) not in open_:
             _check_tree(child, place, open_)
-    open_[module] = False
+    open_[id(module)] = False

@@ -113,7 +113,8 @@ def open_trained(
     path = Path(source)
     if built is not None:
         found = None if run is None else find_run(Path(run), required=True)
-        network = _usable(built, path).eval()
+        network = _usable(built, path)
+        network.eval()
         if found is None:
             return Trained(network, False, None, None)
         return Trained(network, False, found.data, found.classes, found.training_data)

@@ -651,7 +651,8 @@ def restore(model: Model, stored: Stored) -> Model:
     model = take_form(model, stored)
     _check_values(model, stored)
     model.load_state_dict(stored.tensors)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _check_values(model: nn.Module, stored: Stored) -> None:
