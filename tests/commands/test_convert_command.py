@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import normfree
@@ -90,6 +91,7 @@ TAKES_A_MODEL = {
 def test_no_command_runs_code_because_a_file_names_it(command, source, tmp_path, capsys):
     assert run("convert", source, "--out", "model.safetensors") == 0
     (tmp_path / "nets.py").write_text("open('ran', 'w')\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     capsys.readouterr()
     assert run(command, "model.safetensors", *TAKES_A_MODEL[command]) == 2
     told = capsys.readouterr().err

@@ -370,7 +370,7 @@ def test_errors_of_the_parser_point_to_the_command_s_help(run):
 def test_folders_of_images_are_bounded(run, tmp_path, monkeypatch):
     assert run(*CONVERT)[0] == 0
     monkeypatch.setattr("normfree.commands.evaluate.MOST_IMAGES", 5)
-    assert "holds more images than the 5" in run("predict", *USE, "images")[2]
+    assert "comes to more images than the 5" in run("predict", *USE, "images")[2]
     (tmp_path / "empty").mkdir()
     assert "holds no image" in run("predict", *USE, "empty")[2]
 

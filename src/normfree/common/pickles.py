@@ -132,6 +132,7 @@ class _Named:
 
     def check_items(self, items: Any) -> None:
         """Raise for keys of which a dict is made at once, and which have not been looked at."""
+        __tracebackhide__ = True
         if isinstance(items, list) and self.name == "collections.OrderedDict":  # of pairs, as Python 2 wrote it
             self.reader.check_keys(key for key, _ in items)
         elif not isinstance(items, dict):
