@@ -670,11 +670,8 @@ def png_of(width: int, height: int) -> bytes:
     """A PNG whose header promises some size."""
     import zlib
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b"")
+    header = chunk_of(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk_of(b"IDAT", zlib.compress(bytes(64))) + chunk_of(b"IEND", b"")
 
 
 def scans_of(count: int) -> bytes:
@@ -706,6 +703,103 @@ for title, content, suffix in (
     ("noise", lambda: bytes(range(256)) * 8, ".webp"),
     ("3,000 scans", lambda: scans_of(3_000), ".jpg"),
     ("a JPEG's first bytes", lambda: b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", ".jpg"),
+):
+    attack("bomb", f"an image of {title}", bytes_as_image(content, suffix), "image")
+
+
+WEBP = b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + struct.pack("<I", 10) + b"\x10\0\0\0"
+
+
+def chunk_of(kind: bytes, body: bytes) -> bytes:
+    """A chunk of a PNG."""
+    import zlib
+
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_with(*chunks: bytes, depth: int = 8, color: int = 0) -> bytes:
+    """A black PNG of 8 by 8 pixels, with more chunks."""
+    import zlib
+
+    parts = [chunk_of(b"IHDR", struct.pack(">IIBBBBB", 8, 8, depth, color, 0, 0, 0)), *chunks]
+    parts += [chunk_of(b"IDAT", zlib.compress(bytes(72))), chunk_of(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def text_bomb(kind: bytes, before: bytes) -> Callable[[], bytes]:
+    """A PNG of whose text a quarter of a gigabyte is compressed."""
+    import zlib
+
+    return lambda: png_with(chunk_of(kind, before + zlib.compress(bytes(2**28))))
+
+
+def tiff_of(tags: dict[int, int], pixels: int = 64) -> bytes:
+    """A TIFF of 8 by 8 grey pixels, with other values of some tags."""
+    tags = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 279: 64, **tags}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4 + pixels)
+
+
+def gif_of(width: int, height: int, data: bytes = b"\x02\x02\x4c\x01\x00") -> bytes:
+    """A GIF of some size."""
+    head = b"GIF89a" + struct.pack("<HH", width, height) + b"\x80\0\0\0\0\0\xff\xff\xff"
+    return head + b"," + struct.pack("<4H", 0, 0, width, height) + b"\0" + data + b";"
+
+
+def bmp_of(width: int, height: int, bits: int = 24, packed: int = 0) -> bytes:
+    """A BMP's header."""
+    return (
+        b"BM"
+        + struct.pack("<IHHI", 54, 0, 0, 54)
+        + struct.pack("<IiiHH6I", 40, width, height, 1, bits, packed, 0, 0, 0, 0, 0)
+    )
+
+
+def jpeg_of(width: int, height: int) -> bytes:
+    """A JPEG of 8 by 8 pixels that promises others."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "JPEG")
+    content = file.getvalue()
+    place = content.index(b"\xff\xc0") + 5
+    return content[:place] + struct.pack(">HH", height, width) + content[place + 4 :]
+
+
+for title, content, suffix in (
+    ("a PNG with compressed text of 256 MB", text_bomb(b"zTXt", b"a\0\0"), ".png"),
+    ("a PNG with other compressed text of 256 MB", text_bomb(b"iTXt", b"a\0\1\0\0\0"), ".png"),
+    ("a PNG with a palette that it does not have", lambda: png_with(color=3), ".png"),
+    ("a PNG of three bits", lambda: png_with(depth=3), ".png"),
+    ("a PNG with a chunk of 2 GB", lambda: png_with()[:33] + struct.pack(">I", 2**31 - 1) + b"IDAT", ".png"),
+    ("a TIFF whose first page is its next", lambda: b"II*\0\x08\0\0\0\0\0\x08\0\0\0", ".tif"),
+    ("a TIFF of 80,000 by 80,000 pixels", lambda: tiff_of({256: 80_000, 257: 80_000, 259: 8}), ".tif"),
+    ("a TIFF of 65,535 samples a pixel", lambda: tiff_of({277: 65_535}), ".tif"),
+    ("a TIFF whose pixels lie behind its end", lambda: tiff_of({273: 2**31}), ".tif"),
+    ("a TIFF in an unknown compression", lambda: tiff_of({259: 34_712}), ".tif"),
+    ("a GIF of 65,535 by 65,535 pixels", lambda: gif_of(65_535, 65_535), ".gif"),
+    ("a GIF whose codes do not end", lambda: gif_of(8, 8, b"\x0c\xff" + b"\xff" * 255 + b"\0"), ".gif"),
+    ("a BMP of 100,000 by 100,000 pixels", lambda: bmp_of(100_000, 100_000), ".bmp"),
+    ("a BMP of minus 2**31 rows", lambda: bmp_of(8, -(2**31)), ".bmp"),
+    ("a BMP of runs of 81 million pixels", lambda: bmp_of(9000, 9000, 8, 1) + b"\0\1", ".bmp"),
+    ("a BMP of 64 bits", lambda: bmp_of(8, 8, 64), ".bmp"),
+    ("a PPM of 10**16 pixels", lambda: b"P6 99999999 99999999 255\n", ".ppm"),
+    ("a PPM with a width of a million digits", lambda: b"P6 " + b"9" * 10**6, ".ppm"),
+    ("a PPM with a comment of a megabyte", lambda: b"P6 #" + b"x" * 10**6 + b"\n8 8 255\n", ".ppm"),
+    ("a PPM with a pixel of a million digits", lambda: b"P3 8 8 255\n" + b"9" * 10**6, ".ppm"),
+    ("a PGM whose white is zero", lambda: b"P5 8 8 0\n" + bytes(64), ".pgm"),
+    ("a PFM", lambda: b"Pf 8 8 -1.0\n" + bytes(256), ".pfm"),
+    ("a JPEG of 65,500 by 65,500 pixels", lambda: jpeg_of(65_500, 65_500), ".jpg"),
+    ("a JPEG of no rows", lambda: jpeg_of(8, 0), ".jpg"),
+    ("a WebP of 16 million by 16 million pixels", lambda: WEBP + b"\xff" * 6, ".webp"),
+    ("an archive called a PNG", lambda: b"PK\3\4" + bytes(100), ".png"),
+    ("a PDF called a PNG", lambda: b"%PDF-1.4", ".png"),
+    ("a program called a PNG", lambda: b"\x7fELF" + bytes(100), ".png"),
+    ("a FITS called a PNG", lambda: b"SIMPLE  =                    T", ".png"),
+    ("a PSD called a TIFF", lambda: b"8BPS" + bytes(99), ".tif"),
+    ("a WMF called a BMP", lambda: b"\xd7\xcd\xc6\x9a" + bytes(99), ".bmp"),
+    ("an XBM called a BMP", lambda: b"#define a_width 8\n#define a_height 8\n", ".bmp"),
+    ("a DDS called a PNG", lambda: b"DDS " + bytes(200), ".png"),
 ):
     attack("bomb", f"an image of {title}", bytes_as_image(content, suffix), "image")
 
@@ -753,6 +847,9 @@ for title, content in {
 SHARED_TUPLES = b"\x80\x02)q\x01" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(1, 60))
 SHARED_LISTS = b"\x80\x02]q\x01" + b"".join(b"]q%c(h%ch%ce" % (i + 1, i, i) for i in range(1, 60))
 COLLIDING = b"".join(b"\x8a\x0c" + (i * (2**61 - 1)).to_bytes(12, "little") + b"K\x01" for i in range(1, 120_000))
+ITEMS = [b"\x8a\x0c" + (i * (2**61 - 1)).to_bytes(12, "little") for i in range(1, 60_000)]
+IN_A_TENSOR = b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(c__builtin__\n%b\nctorch\nTensor\n%b\x85NtR."
+SLOW = "".join(chr(0x4E00 + i % 20_000) for i in range(400_000)).encode()
 PICKLES = {
     "whose key is exponential": SHARED_TUPLES + b"}h<K\x01s.",
     "of lists that share lists": SHARED_LISTS + b"}X\x01\x00\x00\x00ah<s.",
@@ -761,6 +858,16 @@ PICKLES = {
     "of a set whose item is exponential": SHARED_TUPLES + b"c__builtin__\nset\n]h<a\x85R.",
     "of a set that is built whose item is exponential": b"\x80\x04\x8f(" + SHARED_TUPLES[2:] + b"h<\x90.",
     "of 120,000 keys of one hash": b"\x80\x02}(" + COLLIDING + b"u.",
+    "of pairs with 60,000 keys of one hash": b"\x80\x02ccollections\nOrderedDict\n]("
+    + b"".join(item + b"K\x01\x86" for item in ITEMS)
+    + b"e\x85R.",
+    "of a bytearray of 8 GB in a tensor": IN_A_TENSOR % (b"bytearray", b"\x8a\x05\x00\x00\x00\x00\x02"),
+    "of a set of 60,000 items of one hash in a tensor": IN_A_TENSOR % (b"set", b"](" + b"".join(ITEMS) + b"e"),
+    "of text in an encoding of slow code": b"\x80\x02c_codecs\nencode\nX"
+    + struct.pack("<I", len(SLOW))
+    + SLOW
+    + b"X\x08\x00\x00\x00punycode\x86R.",
+    "that writes to what it makes": b"\x80\x02ctorch\nSize\n)RK\x00K\x00s.",
 }
 
 
@@ -916,6 +1023,24 @@ def wide(folder: Path) -> list[str]:
 
 
 attack("bomb", "a parquet file of 20,000 columns", wide, "test.parquet")
+attack("wrong", "labels of truth values, for ten classes", labelled([True, False]), "the data have 2")
+
+
+def truth(folder: Path) -> Callable[[], None]:
+    """Labels of truth values, of which a split has one."""
+    from normfree.data import DataConfig, open_training
+
+    table_in(folder, [True, True])
+
+    def opened() -> None:
+        data = open_training(DataConfig(source="data", batch_size=2))
+        if data.class_names != ("False", "True") or next(iter(data))[1].tolist() != [1, 1]:
+            raise RuntimeError(f"the classes are {data.class_names}")
+
+    return opened
+
+
+attack("wrong", "labels of one truth value", truth, promise=WORKS)
 for kind in ("", "dictionary", "large_string", "string_view"):
     attack("wrong", f"labels of words, {kind or 'plain'}", labelled(TEN, kind), promise=WORKS)
 
@@ -937,6 +1062,143 @@ def repeated(folder: Path) -> list[str]:
 
 
 attack("bomb", "a parquet file of one image two million times", repeated, "data")
+
+
+def damaged_page(split: str, column: str, words: list[str]) -> Callable[[Path], list[str]]:
+    """A command on a folder of parquet files, one with a page that does not decode."""
+
+    def act(folder: Path) -> list[str]:
+        from pyarrow import parquet
+
+        table_in(folder, list(range(10)))
+        file = folder / "data" / f"{split}.parquet"
+        shutil.copy(file, folder / "data" / f"{split}-2.parquet")
+        place = next(
+            part
+            for part in map(parquet.read_metadata(file).row_group(0).column, range(2))
+            if part.path_in_schema == column
+        )
+        start = place.dictionary_page_offset or place.data_page_offset
+        content = bytearray(file.read_bytes())
+        content[start : start + place.total_compressed_size] = b"\xa5" * place.total_compressed_size
+        file.write_bytes(content)
+        return words
+
+    return act
+
+
+OWN_DATA = ["train", "digits", "--data.source", "data", "--model", RUN_MODEL, "--out", "out", "--batch-size", "2"]
+for column in ("image", "label"):
+    for split, words in (
+        ("test", ["evaluate", "model.safetensors", "--source", "data"]),
+        ("train", ["evaluate", "model.safetensors", "--source", "data", "--split", "train"]),
+        ("train", OWN_DATA),
+        ("test", OWN_DATA),
+        ("train", [*OWN_DATA, "--data.streaming", "True", "--data.workers", "0"]),
+        ("train", ["spp", "model.safetensors", "--input", "data"]),
+        ("train", ["convert", "torchvision:resnet18", "--input", "data", "--out", "c.safetensors"]),
+    ):
+        title = f"{words[0]}{' streamed' * ('True' in words)}: a damaged page of the {column} column, {split}"
+        attack(
+            "damage", title + " named" * ("--split" in words), damaged_page(split, column, words), f"{split}.parquet"
+        )
+
+
+def image_at(path: Callable[[Path], str | None], content: bytes | None = None) -> Callable[[Path], list[str]]:
+    """A row of a parquet file whose image is elsewhere."""
+
+    def act(folder: Path) -> list[str]:
+        table_in(folder, list(range(10)))
+        import pyarrow
+        from pyarrow import parquet
+
+        file = folder / "data" / "test.parquet"
+        rows = [{"bytes": one, "path": None} for one in parquet.read_table(file).column("image").to_pylist()]
+        rows[3] = {"bytes": content, "path": path(folder)}
+        parquet.write_table(pyarrow.table({"image": rows, "label": list(range(10))}), file)
+        return ["evaluate", "model.safetensors", "--source", "data", "--on-bad-image", "error", "--image-size", "8"]
+
+    return act
+
+
+def pipe_in(folder: Path) -> str:
+    """A named pipe."""
+    os.mkfifo(folder / "pipe.png")
+    return str(folder / "pipe.png")
+
+
+for title, path in {
+    "nowhere": lambda folder: None,
+    "in a file of the system": lambda folder: "/etc/passwd",
+    "in a device": lambda folder: "/dev/zero",
+    "in a named pipe": pipe_in,
+    "in a folder": lambda folder: "/tmp",
+    "at an address": lambda folder: "http://127.0.0.1:9/x.png",
+    "at an address of a file": lambda folder: "file:///etc/passwd",
+    "on the hub": lambda folder: "hf://datasets/someone/something/x.png",
+    "in an archive": lambda folder: "zip://a.png::/tmp/x.zip",
+    "at a chain of addresses": lambda folder: "simplecache::http://127.0.0.1:9/x",
+    "at a name with escapes": lambda folder: f"{ESCAPES}.png",
+    "at a name of 100,000 letters": lambda folder: "x" * 100_000,
+    "at a name with a zero": lambda folder: "a\0b.png",
+    "of no bytes": None,
+}.items():
+    act = image_at(path) if path is not None else image_at(lambda folder: None, b"")
+    attack("hang" if "in a" in title else "damage", f"a parquet file's image {title}", act, "test.parquet")
+
+
+def shard_with_members(*members: tuple[str, bytes, bytes, str]) -> Callable[[Path], list[str]]:
+    """A shard with an example of each class, and other members: a name, content, a type and a link's end."""
+
+    def act(folder: Path) -> list[str]:
+        image = image_in(folder).read_bytes()
+        own = [(f"{n}.{k}", c, tarfile.REGTYPE, "") for n in range(10) for k, c in (("png", image), ("cls", b"%d" % n))]
+        with tarfile.open(folder / "data.tar", "w") as shard:
+            for name, content, kind, end in (*members, *own):
+                member = tarfile.TarInfo(name)
+                member.size, member.type, member.linkname = len(content), kind, end
+                shard.addfile(member, io.BytesIO(content))
+        model_in(folder)
+        return ["evaluate", "model.safetensors", "--source", "data.tar", "--image-size", "8"]
+
+    return act
+
+
+def example(name: str, image: bytes | None = None, number: bytes = b"1") -> tuple[tuple[str, bytes, bytes, str], ...]:
+    """Members of one more example."""
+    content = png_with() if image is None else image
+    return (f"{name}.png", content, tarfile.REGTYPE, ""), (f"{name}.cls", number, tarfile.REGTYPE, "")
+
+
+def entry(name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, end: str = "") -> Any:
+    """One member."""
+    return name, content, kind, end
+
+
+CODE = f"cos\nsystem\n(S'touch {CANARY}'\ntR.".encode()
+for title, members in {
+    "a pickle": [entry("0.pickle", CODE)],
+    "a pickle as pyd": [entry("0.pyd", CODE)],
+    "a pickle as pkl": [entry("0.pkl", CODE)],
+    "a link to a file of the system as an image": [
+        entry("x.png", b"", tarfile.SYMTYPE, "/etc/passwd"),
+        example("x")[1],
+    ],
+    "a device as an image": [entry("x.png", b"", tarfile.CHRTYPE), example("x")[1]],
+    "JSON nested 100,000 times": [*example("x"), entry("x.json", b"[" * 100_000)],
+    "JSON that is cut off": [*example("x"), entry("x.json", b"{")],
+    "text of no encoding": [*example("x"), entry("x.txt", b"\xff\xfe")],
+    "an image without a class": [example("x")[0]],
+    "a class without an image": [example("x")[1]],
+    "a negative class": example("x", number=b"-5"),
+    "a class that the model has not": example("x", number=b"99"),
+    "a class of words": example("x", number=b"cat"),
+    "a key of its own": [*example("x"), entry("x.__key__", b"k")],
+    "a damaged image with escapes in its name": example(ESCAPES, b"no image"),
+}.items():
+    kind = "code" if "pickle" in title else "damage"
+    named = "the data have 100" if "model has not" in title else "data.tar"
+    attack(kind, f"a shard with {title}", shard_with_members(*members), named)
 
 
 def called_as_a_pattern(command: tuple[str, ...], *, read: str = "", other: str = "") -> Callable[[Path], list[str]]:
@@ -1181,6 +1443,21 @@ def edited(*keys: str, value: Any) -> Callable[[bytes], bytes]:
         return json.dumps(document).encode()
 
     return change
+
+
+for title, row in {
+    "a formula": b"=1+1,2",
+    "a zero": b"2,\0",
+    "a number of ten million digits": b"2," + b"9" * 10**7,
+    "a number with an underscore": b"2,1_0",
+    "a number in other digits": "2,\u0661".encode(),
+    "a quote that does not end": b'"2,1',
+    "a cell too few": b"2",
+    "escapes": ESCAPES.encode() + b",1",
+}.items():
+    for name in ("train.csv", "eval.csv"):
+        rows = b"step,loss\n1,1\n" + row + b"\n3,1\n4,1\n"
+        attack("damage", f"{name} with a row of {title}", changed(name, lambda content, rows=rows: rows), name)
 
 
 def evaluated(run: Path) -> list[str]:
@@ -1776,8 +2053,54 @@ for title, change in {
     "a negative variance": lambda name, tensor: -tensor if name.endswith("running_var") else tensor,
     "sparse tensors": lambda name, tensor: tensor.to_sparse() if tensor.dim() else tensor,
     "tensors without values": lambda name, tensor: tensor.to("meta"),
+    "numbers of 16 bits without a sign": lambda name, tensor: tensor.abs().to(torch.uint16),
+    "numbers of 64 bits without a sign": lambda name, tensor: tensor.abs().to(torch.int64).view(torch.uint64),
+    "other eight-bit floats": lambda name, tensor: tensor.to(torch.float8_e5m2),
+    "complex numbers of 32 bits": lambda name, tensor: tensor.to(torch.complex32),
+    "quantized tensors": lambda name, tensor: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8),
 }.items():
     attack("wrong", f"a state dict of {title}", foreign(change), "w.pth")
+
+
+def with_methods(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter whose attributes stand in the place of its methods."""
+    parameter = torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+    vars(parameter).update(dict.fromkeys(("detach", "numel", "isfinite", "to", "copy_", "is_floating_point"), 1))
+    return parameter
+
+
+attack("wrong", "a state dict of parameters with other methods", foreign(with_methods), "", WORKS)
+
+
+def checkpoint_of(taken: str, key: str = "", **others: Any) -> Callable[[Path], Callable[[], None]]:
+    """A training script's checkpoint of zeros, which has a state dict of ones under one key."""
+
+    def act(folder: Path) -> Callable[[], None]:
+        import argparse
+
+        from normfree.weights.checkpoint import read_state_dict
+
+        parts = {"args": argparse.Namespace(lr=0.1), **others, taken: {"weight": torch.ones(1)}}
+        torch.save(parts, folder / "w.pth")
+
+        def read() -> None:
+            if float(read_state_dict(f"{folder / 'w.pth'}{key}").tensors["weight"]) != 1:
+                raise RuntimeError("other weights were taken")
+
+        return read
+
+    return act
+
+
+ZEROS = {"weight": torch.zeros(1)}
+for taken in ("model_ema", "state_dict_ema", "ema_state_dict"):
+    for other in ("model", "state_dict", "model_state_dict"):
+        act = checkpoint_of(taken, **{other: ZEROS})
+        attack("wrong", f"a checkpoint of {other} and {taken}", act, promise=WORKS)
+act = checkpoint_of("model", ":model", model_ema=ZEROS)
+attack("wrong", "a checkpoint of model_ema, of which the model is asked for", act, promise=WORKS)
+act = checkpoint_of("teacher", student=ZEROS)
+attack("wrong", "a checkpoint of a student and a teacher", act, "w.pth:student")
 
 STATISTICS = {"NaN": float("nan"), "infinity": float("inf"), "minus five": -5.0}
 
@@ -2305,6 +2628,154 @@ for words in (
     shown = " ".join(words).encode("unicode_escape").decode()[:60]
     attack("argument", f"normfree {shown}", lambda folder, words=words: list(words))
 
+
+def predict_in(*words: str) -> Callable[[Path], list[str]]:
+    """What a model says of an image by some name, in a folder with many kinds of them."""
+
+    def act(folder: Path) -> list[str]:
+        model_in(folder)
+        for name in (*SPELLINGS, "ok.png", "full/deep/a.PNG", "full/.hidden.png", "links/a.png", "circle/a.png"):
+            image_in(folder, name)
+        (folder / "broken.png").symlink_to("nothing.png")
+        (folder / "links/b.png").symlink_to("nothing.png")
+        (folder / "loop.png").symlink_to("loop.png")
+        (folder / "linked").symlink_to("full")
+        (folder / "circle/up").symlink_to("..")
+        (folder / "empty").mkdir()
+        (folder / "texts").mkdir()
+        (folder / "texts/a.txt").write_text("")
+        return ["predict", "model.safetensors", "--top", "1", "--image-size", "8", *words]
+
+    return act
+
+
+SPELLINGS = (
+    "a\nb.png",
+    f"{ESCAPES}.png".replace("/", ""),
+    "[red]a[bold].png",
+    "\U0001f600.png",
+    "-x.png",
+    "\udcff.png",
+    " .png",
+    "..png",
+    "a:b.png",
+    "'\".png",
+    "%s%n{0}.png",
+    "a\u202eb.png",
+    "e\u0301.png",
+    "a[1]*.png",
+    "a\\b.png",
+    "~.png",
+    "@ok.png",
+    "x" * 251 + ".png",
+)
+for name in SPELLINGS:
+    shown = name.encode("unicode_escape", "surrogatepass").decode()[:60]
+    act = predict_in(*(["--"] if name.startswith("-") else []), name)
+    attack("argument", f"predict: an image called {shown}", act, promise=WORKS)
+for name in ("full", "full/", "./full/../ok.png", "linked"):
+    attack("argument", f"predict: {name}", predict_in(name), promise=WORKS)
+for name, named in {
+    "*.png": "without quotes",
+    "fu*/*.png": "without quotes",
+    "-": "'-'",
+    "/dev/stdin": "/dev/stdin",
+    "http://127.0.0.1:9/x.png": "download it first",
+    "file:///etc/passwd": "download it first",
+    "data:image/png;base64,xx": "data:image",
+    "empty": "empty",
+    "texts": "texts",
+    "broken.png": "broken.png",
+    "loop.png": "loop.png",
+    "links": "links/b.png",
+    "circle": "circle/up",
+    "/": "'/",
+    "model.safetensors": "model.safetensors",
+    "~/ok.png": "~/ok.png",
+    "OK.PNG": "OK.PNG",
+    "ok.png/x": "ok.png/x",
+    "a\0b.png": "images",
+    "x" * 5000: "images",
+}.items():
+    attack("argument", f"predict: {name[:40]!r}", predict_in(name), named)
+
+for command, words in {
+    "predict": (
+        ["--image-size", "1e3"],
+        ["--image-size", "0x10"],
+        ["--image-size", "-8"],
+        ["--image-size", "8.0"],
+        ["--top", "-1"],
+        ["--top", "nan"],
+        ["--mean", "nan"],
+        ["--mean", "1", "2"],
+        ["--std", "0"],
+        ["--std", "inf"],
+        ["--crop-ratio", "nan"],
+        ["--crop-ratio", "1e-30"],
+        ["--crop-ratio", "2"],
+        ["--run", "nowhere"],
+        ["--original", "os:system"],
+        ["--weights", "ok.png"],
+        ["--json", "yes"],
+        [f"--top={ESCAPES}"],
+        [f"--{ESCAPES}"],
+    ),
+    "spp": (
+        ["--device", "meta"],
+        ["--device", "cuda:99"],
+        ["--device", "fpga"],
+        ["--device", "mkldnn"],
+        ["--seed", "-1"],
+        ["--seed", str(2**64)],
+        ["--batches", "0"],
+        ["--batch-size", "0"],
+        ["--input", "http://127.0.0.1:9/x.tar"],
+        ["--input", "/dev/zero"],
+        ["--input", "*.png"],
+        ["--input", "digits:3"],
+        ["--out", "/proc/x"],
+        ["--out", "ok.png"],
+        ["--mean", "5"],
+    ),
+    "export": (
+        ["--tolerance", "-1"],
+        ["--opset", "999"],
+        ["--out", "m.txt"],
+        ["--out", "/proc/m.onnx"],
+        ["--image-size", "0"],
+        ["--batch-size", "0"],
+        ["--source", "nothing"],
+    ),
+    "evaluate": (
+        ["--source", "digits", "--workers", "-1"],
+        ["--source", "digits", "--split", "../x"],
+        ["--source", "digits", "--json", "/proc/x"],
+        ["--source", "digits", "--image-size", "4097"],
+        ["--source", "http://127.0.0.1:9/x.parquet"],
+        ["--source", "s3://someone/x.parquet"],
+        ["--source", "file:///etc/passwd"],
+        ["--source", "hub:"],
+        ["--source", "hub:../x"],
+        ["--source", ":::"],
+        ["--source", "{a,b}"],
+        ["--source", "[a"],
+        ["--source", "-"],
+        ["--source", "*"],
+        ["--source", "model.safetensors"],
+    ),
+}.items():
+    for more in words:
+
+        def told(folder: Path, command: str = command, more: list[str] = more) -> list[str]:
+            """A command on a model with an argument that it does not take."""
+            model_in(folder)
+            image_in(folder, "ok.png")
+            return [command, "model.safetensors", *(["ok.png"] if command == "predict" else []), *more]
+
+        shown = " ".join(more).encode("unicode_escape").decode()[:60]
+        attack("argument", f"{command} {shown}", told)
+
 NO_PLACES: dict[str, Callable[[Path], Any]] = {
     "a link to itself": lambda path: path.symlink_to(path.name),
     "a link to nowhere below a file": lambda path: path.symlink_to("/dev/null/nowhere/at.all"),
@@ -2422,6 +2893,67 @@ for title, body in {
             return words
 
         attack("argument", f"{words[0]}: a forward that {title}", failing, "model: ")
+
+
+MODEL = """import torch
+class Net(torch.nn.Module):
+    {method}
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.end = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3), torch.nn.Linear(3, 4)
+    def forward(self, x):
+        return self.end(self.norm(self.layer(x)).relu().mean((2, 3)))
+def net():
+    model, batch = Net(), torch.rand(2, 3, 8, 8)
+    {change}
+    return model, batch
+"""
+COMMANDS = (
+    ["spp", "nets.py:net"],
+    ["doctor", "nets.py:net"],
+    ["convert", "nets.py:net", "--out", "c.safetensors"],
+    ["export", "nets.py:net", "--out", "m.onnx"],
+    ["predict", "nets.py:net", "image.png", "--image-size", "8"],
+    ["benchmark", "nets.py:net", "--seconds", "0.1", "--batch-size", "2", "--image-size", "8"],
+)
+for title, method, change, without in (
+    ("with a number in the place of a module", "", "model._modules['a'] = 5", ()),
+    ("with a module by a number's name", "", "model._modules[5] = torch.nn.ReLU()", ()),
+    ("with a number in the place of a parameter", "", "model._parameters['a'] = 5", ()),
+    ("with text in the place of a buffer", "", "model._buffers['a'] = 'x'", ()),
+    ("that is a part of itself", "", "model._modules['me'] = model", ()),
+    ("without a hash", "__hash__ = None", "", ()),
+    ("with a batch that holds itself", "", "batch = []; batch.append(batch); batch = (batch,)", ()),
+    (
+        "with a batch larger than the memory",
+        "",
+        "batch = torch.rand(1).expand(2, 3, 100_000, 1_000_000)",
+        ("predict", "benchmark"),
+    ),
+):
+    for words in COMMANDS:
+        if words[0] in without:
+            continue
+
+        def strange(folder: Path, method: str = method, change: str = change, words: list[str] = words) -> list[str]:
+            """A command on a factory's model."""
+            (folder / "nets.py").write_text(MODEL.format(method=method or "pass", change=change or "pass"))
+            image_in(folder)
+            return words
+
+        attack("argument", f"{words[0]}: a model {title}", strange, "memory" if "memory" in title else "model: ")
+
+for words in COMMANDS:
+    if words[0] != "doctor":  # which fails where it finds something
+
+        def returning(folder: Path, words: list[str] = words) -> list[str]:
+            """A command on a model whose train() returns nothing, as many are written."""
+            method = "def train(self, mode=True): super().train(mode)"
+            (folder / "nets.py").write_text(MODEL.format(method=method, change="pass"))
+            image_in(folder)
+            return words
+
+        attack("argument", f"{words[0]}: a model whose train() returns nothing", returning, promise=WORKS)
 
 
 def tried(folder: Path, chosen: Callable[[Attack], bool] = lambda one: True) -> list[dict[str, Any]]:

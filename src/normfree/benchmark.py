@@ -463,7 +463,8 @@ class Contender:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = build(self.source).model
-        model = model.to(device, memory_format=torch.channels_last).train(training)  # type: ignore[call-overload]
+        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.train(training)
         for step in self.steps:
             model = STEPS[step](model)
         return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import logging
 import os
 import re
 import shutil
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["COLUMNS"] = str(NARROWEST)
     words = list(sys.argv[1:] if arguments is None else arguments)
     warnings.formatwarning = _format_warning
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it logs of a file it then raises
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what both log of a file they then raise
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     os.environ["MPLBACKEND"] = "agg"  # figures are files; another, of no name or of no display, may not be imported
     try:
         try:

@@ -63,6 +63,7 @@ def decode(source: bytes | str | Path, channels: int = 3) -> Any:
 
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow mends, such as EXIF data that are cut off
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with _opened(source) as image:
                 # A photograph with a preview beside it (MPO) also has frames; its first is the picture.
@@ -79,11 +80,11 @@ def decode(source: bytes | str | Path, channels: int = 3) -> Any:
 
 def header_size(source: bytes | str | Path) -> tuple[int, int] | None:
     """Width and height as an image's header says; None of what is no image, which decoding will tell."""
-    Image = require("PIL.Image", "decoding images")
+    require("PIL.Image", "decoding images")
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             with _opened(source) as image:
                 return image.size
     except Exception:  # a damaged file makes Pillow raise almost anything
@@ -130,6 +131,8 @@ def to_eight_bits(image: Any, channels: int = 3) -> Any:
         raise DamagedImage("floating-point pixels have no known range")
     if image.mode == "I" and image.format not in SIXTEEN_BITS:
         raise DamagedImage("whole-number pixels of 32 bits have no known range")
+    if image.mode == "P" and image.palette is None:
+        raise DamagedImage("its pixels are numbers of a palette that it does not have")
     if image.mode.startswith("I"):
         image = _eight_of_sixteen_bits(image)
     elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

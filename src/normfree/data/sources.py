@@ -330,9 +330,9 @@ class FileSource:
         return scan_shards(self.paths[split])
 
     def namer(self, split: str) -> Namer:
-        if self.kind != "parquet" or not self._is_local(split):
-            return _name_by_path
         files = self.paths[split]
+        if self.kind != "parquet" or not self._is_local(split):
+            return functools.partial(_name_by_path, files=files)
         return ParquetNamer(files, list(itertools.accumulate(count_rows(files))))
 
     def files(self, split: str) -> dict[str, str]:
@@ -377,8 +377,13 @@ class ParquetNamer:
         return f"{self.files[file]} row {row}" + (f" ({path})" if path else "")
 
 
-def _name_by_path(number: int, path: str | None, shard: int | None = None) -> str:
-    return path or (f"example {number}" if shard is None else f"example {number} of shard {shard}")
+def _name_by_path(number: int, path: str | None, shard: int | None = None, files: Sequence[str] = ()) -> str:
+    """A row by its image's path or its number, and by the file it is in where that is known or the only one."""
+    if shard is None and len(files) == 1:
+        shard = 0
+    if shard is None or (path and not files):
+        return path or f"example {number}"
+    return f"{path or f'example {number}'} of {files[shard] if shard < len(files) else f'shard {shard}'}"
 
 
 MOST_CARD = 2**20

@@ -131,7 +131,8 @@ def compile_network(
     reason = None
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     shape = (data.config.batch_size, *data.image_shape)
-    network.to(device).train()
+    network.to(device)
+    network.train()
     buffers = [buffer.clone() for buffer in network.buffers()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:

@@ -118,10 +118,11 @@ class Curve:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a curve's file, none if there is no file; a row that was cut off is left out.
+    """Return the rows of a curve's file, none if there is no file; a last row that was cut off is left out.
 
     Raises:
-        ValueError: it is no file of a curve: no text, without a column of steps, or with steps that do not rise.
+        ValueError: it is no file of a curve: no text, without a column of steps, with a row before the last that is not
+            whole, or with steps that do not rise.
     """
     if kind_of(path) == "nothing":
         return []
@@ -129,11 +130,17 @@ def read_rows(path: Path) -> list[Row]:
     try:
         # What follows the last end of a line was cut off, wherever: 0.2 may have been 0.25.
         text = content[: content.rfind(b"\n") + 1].decode() if b"\n" in content else content.decode()
+        if '"' in text:  # it could reach over many rows
+            raise ValueError("it has a quote, and numbers have none")
         reader = csv.DictReader(io.StringIO(text, newline=""))
         if content and "step" not in (reader.fieldnames or ()):
             raise ValueError("its first line names no column 'step'")
-        rows = [row for cells in reader if (row := _numbers(cells)) is not None]
-        return _rising(rows, repeats=path.name == EVALUATION_CSV)
+        rows = list(map(_numbers, reader))
+        if rows and rows[-1] is None:
+            rows.pop()
+        if None in rows:
+            raise ValueError(f"row {rows.index(None) + 1} is not a number for each column")
+        return _rising([row for row in rows if row is not None], repeats=path.name == EVALUATION_CSV)
     except (ValueError, csv.Error) as error:
         rule = f"is no sound file of a run's curve ({first_line(error)})"
         raise refused("run", path, rule, "restore it from a copy, or remove it") from error
@@ -175,6 +182,8 @@ def _number(cell: str) -> float | None:
     """A cell's number, which is written again as it was read."""
     if not cell:
         return None
+    if "_" in cell or not cell.isascii():  # which Python reads, in numbers, too
+        raise ValueError(cell)
     return int(cell) if cell.lstrip("-").isdecimal() else float(cell)
 
 
